@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up a fresh machine by themselves: a virtual environment in .venv
+# with the pinned packages (some minutes, about 6 GB), once. Afterwards they only run.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+# Python 3.11 is what the pins are tested with; any newer one may do.
+PYTHON ?= $(firstword $(foreach name,python3.11 python3,$(shell $(name) --version >/dev/null 2>&1 && echo $(name))) python3)
+PYTEST_ARGS ?=
+
+RUN := $(VENV)/bin/python -m
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## the main job on drawings: no network and no data needed
+	@$(VENV)/bin/glovlm demo
+
+test: lint  ## the lint, then every test
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist worksteal --durations=10 $(PYTEST_ARGS)
+
+lint: $(READY)  ## style and types
+	@$(RUN) ruff check
+	@$(RUN) ruff format --check
+	@$(RUN) mypy
+
+clean:  ## remove the environment and every cache
+	@[ ! -f "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"
+	@rm -rf build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "hf-glovlm needs Python 3.11 or newer and '$(PYTHON)' is older or missing: install one, or name it with 'make PYTHON=/path/to/python'." >&2; exit 2; \
+	}
+# Debian and Ubuntu keep half of venv in a package of its own.
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+		package="$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"; \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q "$$package"; \
+		else \
+			echo "'$(PYTHON)' cannot make virtual environments: install the system package $$package." >&2; exit 2; \
+		fi; \
+	fi
+	@echo "Setting up $(VENV): some minutes and about 6 GB, this once."
+	@$(PYTHON) -m venv "$(VENV)"
+	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,29 @@
+"""The one error that is meant for a person: what was expected, what was found, what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class GloVLMError(ValueError):
+    """Bad input or an impossible request, told in one sentence.
+
+    The command line prints the sentence and exits with code 2; from Python it is a `ValueError`.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that is closest to a wrong one.
+
+    Args:
+        name: What the user wrote.
+        known: The names that exist.
+
+    Returns:
+        `" Did you mean 'x'?"`, or an empty string when nothing is close.
+    """
+    names = list(known)
+    found = get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
+    if not found:
+        return ""
+    match = next(n for n in names if n.lower() == found[0])
+    return f" Did you mean '{match}'?"

@@ -1,0 +1,61 @@
+"""What every test stands on: no network, no trace in the home folder, fixed seeds, one thread."""
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# The libraries read these once, on import, so they are set before any test file is read. Each
+# process of pytest-xdist has folders of its own; a subprocess of a test inherits them.
+_HOME = Path(tempfile.mkdtemp(prefix="glovlm-tests-"))
+for _name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE", "HF_TOKEN"):
+    os.environ.pop(_name, None)
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": str(_HOME / "huggingface"),
+    "GLOVLM_CACHE": str(_HOME / "features"),
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",
+    # The suite runs one process a core; more threads would only wait for each other.
+    "OMP_NUM_THREADS": "1",
+}
+
+# Machines are shared, so an example may take its time; CI draws the same examples every time.
+settings.register_profile(
+    "glovlm",
+    deadline=None,
+    max_examples=25,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("glovlm")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Start every test from the same random state, whatever ran before it."""
+    random.seed(0)
+    # A test that uses neither pays for neither: importing torch takes seconds.
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real images and real encoders, where there is one."""
+    repository = Path(__file__).resolve().parent.parent
+    folder = (repository / os.environ.get("GLOVLM_SHARED", "../shared")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; set GLOVLM_SHARED to the folder that holds it")
+    return folder
