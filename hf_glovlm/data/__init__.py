@@ -1,0 +1,41 @@
+"""Labelled images in, `datasets.DatasetDict` and few-shot episodes out; knows nothing of models."""
+
+from .catalog import CatalogEntry, ClassInfo, catalog_entries, catalog_entry, load_classes
+from .check import DataReport, check_dataset
+from .folder import MANIFEST, dataset_fingerprint, load_dataset, open_image
+from .splits import (
+    Episode,
+    Groups,
+    all_rows,
+    assert_disjoint,
+    draw_episode,
+    group_rows,
+    load_episode,
+    save_episodes,
+    split_groups,
+    split_hash,
+)
+
+__all__ = [
+    "MANIFEST",
+    "CatalogEntry",
+    "ClassInfo",
+    "DataReport",
+    "Episode",
+    "Groups",
+    "all_rows",
+    "assert_disjoint",
+    "catalog_entries",
+    "catalog_entry",
+    "check_dataset",
+    "dataset_fingerprint",
+    "draw_episode",
+    "group_rows",
+    "load_classes",
+    "load_dataset",
+    "load_episode",
+    "open_image",
+    "save_episodes",
+    "split_groups",
+    "split_hash",
+]

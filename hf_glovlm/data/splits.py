@@ -1,0 +1,748 @@
+"""Who may learn and who is tested: groups, splits by group, and few-shot episodes.
+
+Images of one patient (or case, slide, near-duplicate cluster) never stand on two sides. Every draw
+is a pure function of `(seed, draw)` and the rows, and the support of k shots is contained in that
+of any larger k.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import GloVLMError, nearest
+from .folder import SPLIT_ORDER, ImageValue, column, in_threads, logger, open_image
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+__all__ = [
+    "GROUP_COLUMNS",
+    "Episode",
+    "Groups",
+    "ShotsFrom",
+    "all_rows",
+    "assert_disjoint",
+    "draw_episode",
+    "group_rows",
+    "load_episode",
+    "save_episodes",
+    "split_groups",
+    "split_hash",
+]
+
+ShotsFrom = Literal["spread", "random", "one_group"]
+Indices = NDArray[np.int64]
+
+NEAR_DUPLICATE = "near_duplicate"
+GROUP_COLUMNS = {
+    "patient_id": "groups are patients",
+    "case_id": "groups are cases; patients are unknown",
+    "slide_id": "groups are slides; patients are unknown",
+    "group_id": "groups are as given in group_id; patients are unknown",
+}
+# Streams of random numbers, so that no draw depends on how many numbers another one used.
+_SPLIT, _SUPPORT, _RESERVE, _VALIDATION = range(4)
+_TRIES = 256
+
+
+# ---------------------------------------------------------------------------------- groups
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which rows belong together.
+
+    Attributes:
+        column: The column the ids come from, or `near_duplicate`.
+        ids: One id per row.
+        note: What a group is, and what was merged or missing, for a person.
+    """
+
+    column: str
+    ids: list[str]
+    note: str
+
+
+def all_rows(ds: "DatasetDict") -> "Dataset":
+    """All rows as one data set; a given split becomes the column `split`.
+
+    Episodes hold row indices into this.
+    """
+    from datasets import concatenate_datasets
+
+    if "all" in ds:
+        return ds["all"]
+    parts = [
+        ds[name].add_column("split", [name] * len(ds[name])) for name in SPLIT_ORDER if name in ds
+    ]
+    return concatenate_datasets(parts)
+
+
+def group_rows(ds: "Dataset", *, group_column: str | None = None) -> Groups:
+    """Find out which rows belong together.
+
+    Groups are patients where `patient_id` is known, else cases, else slides, else `group_id`, else
+    clusters of near-duplicate images. A row without a value in that column joins the rows with
+    which it shares a value in the next column (its slide, say), else it is a group of its own.
+    Rows that share a `glomerulus_id` (one glomerulus on several levels or stains) merge their
+    groups. A merged group bears the first of its ids.
+
+    Near duplicates: the 64 signs of the low frequencies of a cosine transform of the 32 x 32 grey
+    image differ in at most 6 places, and the 16 x 16 colour thumbnails by at most 10 of 255 on
+    average. Copies that were compressed anew, resized or made 5% brighter are found; of 2,325 real
+    glomeruli and tiles from different places no two were taken for copies.
+
+    Args:
+        ds: Rows as `load_dataset` makes them.
+        group_column: Use this column (or `near_duplicate`) instead of the first one known.
+
+    Raises:
+        GloVLMError: `group_column` is not there, or an image cannot be decoded.
+    """
+    known = [name for name in GROUP_COLUMNS if name in ds.column_names]
+    if group_column is None:
+        named = (name for name in known if any(v is not None for v in column(ds, name)))
+        group_column = next(named, NEAR_DUPLICATE)
+    if group_column == NEAR_DUPLICATE:
+        ids: list[str | None] = [None] * len(ds)
+        note = "no patient, case or slide is given: groups are near-duplicate clusters of images"
+        note += "; patients are unknown"
+        links = _near_duplicates(column(ds, "image"))
+        lower: list[str] = []
+    elif group_column in ds.column_names:
+        ids = column(ds, group_column)
+        note = GROUP_COLUMNS.get(group_column, f"groups are values of {group_column}")
+        links = []
+        lower = known[known.index(group_column) + 1 :] if group_column in known else []
+    else:
+        have = ", ".join(known) or "none"
+        raise GloVLMError(
+            f"expected the group column '{group_column}', found {have}; add it to metadata.csv."
+        )
+    names = column(ds, "file_name")
+    raw = [name if value is None else value for name, value in zip(names, ids, strict=True)]
+    links += _same(raw)
+    alone = [row for row, value in enumerate(ids) if value is None]
+    if alone and group_column != NEAR_DUPLICATE:
+        note += f"; {len(alone)} of {len(ids)} rows have no {group_column}"
+        note += " and are grouped by " + ", ".join([*lower, "themselves"])
+        links += _fallback_links(ds, alone, lower)
+    before = len(set(_components(raw, links)))
+    if "glomerulus_id" in ds.column_names:
+        links += _same(column(ds, "glomerulus_id"))
+    merged = _components(raw, links)
+    joined = before - len(set(merged))
+    if joined:
+        note += f"; {joined} groups were merged into others that share a glomerulus_id with them"
+    return Groups(group_column, merged, note)
+
+
+def _same(values: Sequence[str | None]) -> list[list[int]]:
+    """The rows of each value that is not missing."""
+    rows: dict[str, list[int]] = {}
+    for row, value in enumerate(values):
+        if value is not None:
+            rows.setdefault(value, []).append(row)
+    return list(rows.values())
+
+
+def _fallback_links(ds: "Dataset", alone: Sequence[int], lower: Sequence[str]) -> list[list[int]]:
+    links: list[list[int]] = []
+    open_rows = set(alone)
+    for name in lower:
+        for rows in _same(column(ds, name)):
+            here = open_rows.intersection(rows)
+            if here:
+                links.append(rows)
+                open_rows -= here
+    return links
+
+
+def _components(raw: Sequence[str], links: Iterable[Sequence[int]]) -> list[str]:
+    """Union-find over rows; each row gets the smallest id of its component."""
+    parent = list(range(len(raw)))
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = parent[parent[row]]
+            row = parent[row]
+        return row
+
+    for first, *rest in links:
+        for other in rest:
+            parent[root(other)] = root(first)
+    roots = [root(row) for row in range(len(raw))]
+    smallest: dict[int, str] = {}
+    for row, top in enumerate(roots):
+        smallest[top] = min(smallest.get(top, raw[row]), raw[row])
+    return [smallest[top] for top in roots]
+
+
+def _near_duplicates(images: Sequence[ImageValue], distance: int = 6) -> list[list[int]]:
+    """Pairs of rows whose images look the same."""
+    looks = in_threads(_look, images)
+    hashes = np.array([code for code, _ in looks], dtype=np.uint64)
+    thumbnails = np.array([thumbnail for _, thumbnail in looks], dtype=np.float32)
+    pairs: list[list[int]] = []
+    for row in range(len(hashes) - 1):
+        differing = np.bitwise_count(hashes[row + 1 :] ^ hashes[row])
+        near = row + 1 + np.flatnonzero(differing <= distance)
+        if len(near):
+            apart = np.abs(thumbnails[near] - thumbnails[row]).mean(axis=1)
+            pairs += [[row, int(other)] for other in near[apart <= 10]]
+    return pairs
+
+
+def _look(value: ImageValue) -> tuple[np.uint64, NDArray[np.float32]]:
+    """64-bit perceptual hash and flattened 16 x 16 colour thumbnail of an image."""
+    image = open_image(value)
+    small = image.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
+    low = (_COSINES @ np.asarray(small, dtype=np.float64) @ _COSINES.T).ravel()
+    bits = low > np.median(low[1:])  # without the mean grey
+    code = np.packbits(bits).view(np.uint64)[0]
+    thumbnail = image.resize((16, 16), Image.Resampling.BILINEAR)
+    return code, np.asarray(thumbnail, dtype=np.float32).ravel()
+
+
+# The 8 lowest frequencies of the discrete cosine transform (DCT-II) of 32 samples.
+_COSINES = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
+
+
+def assert_disjoint(groups: Sequence[str], **sides: Sequence[int] | Indices) -> None:
+    """Prove that no group stands on two sides.
+
+    Args:
+        groups: Group id of every row.
+        sides: Row indices of each side, by the side's name.
+
+    Raises:
+        GloVLMError: Names up to three groups and the two sides.
+    """
+    held = {name: {groups[int(row)] for row in rows} for name, rows in sides.items()}
+    names = list(held)
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            shared = sorted(held[one] & held[other])
+            if shared:
+                raise GloVLMError(
+                    f"{_few(len(shared), 'group')} ({', '.join(shared[:3])}) on both the {one} and "
+                    f"the {other} side; a patient or slide may stand on one side only: correct the "
+                    "split."
+                )
+
+
+def _few(n: int, noun: str) -> str:
+    return f"{n} {noun} stands" if n == 1 else f"{n} {noun}s stand"
+
+
+# ---------------------------------------------------------------------------------- splits
+
+
+def split_groups(
+    labels: Sequence[int] | Indices,
+    groups: Sequence[str],
+    *,
+    seed: int | Sequence[int],
+    test_fraction: float = 0.5,
+    class_names: Sequence[str] | None = None,
+    allow_fewer: bool = False,
+) -> tuple[Indices, Indices]:
+    """Draw the groups of the support pool and of the test.
+
+    Among seeded random halves of the groups the first is taken that puts at least half of its fair
+    share of every class on both sides; where none of 256 does, the first that puts every class on
+    both sides; where chance finds none, a search builds one.
+
+    Args:
+        labels: Class of every row [n].
+        groups: Group id of every row [n].
+        seed: Non-negative number(s) that draw the split.
+        test_fraction: Share of the groups that goes to the test, between 0 and 1.
+        class_names: For messages.
+        allow_fewer: Classes that lie in one group only, which cannot be on both sides, go to the
+            support pool instead of being an error: they are learned, and not measured.
+
+    Returns:
+        Sorted row indices of the pool and of the test.
+
+    Raises:
+        GloVLMError: Fewer than two groups or classes, a class in one group only, or no split that
+            puts every class on both sides.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    rng = _rng(seed)
+    if not 0 < test_fraction < 1:
+        raise GloVLMError(f"expected a test fraction between 0 and 1, found {test_fraction}.")
+    present = np.unique(labels)
+    if len(present) < 2:
+        raise GloVLMError(
+            f"expected images of at least two classes, found {len(present)}; add another class, or "
+            "give the folder one level deeper if the classes lie there."
+        )
+    ids, group_of = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
+    if len(ids) < 2:
+        raise GloVLMError(
+            f"all {len(labels)} images belong to one group ({ids[0]}), so none is left for an "
+            "independent test; add patients or slides, and check that the ids (glomerulus_id too) "
+            "are unique."
+        )
+    counts = np.zeros((len(ids), len(present)), dtype=np.int64)
+    np.add.at(counts, (group_of, np.searchsorted(present, labels)), 1)
+    spread = (counts > 0).sum(axis=0)
+    kept = np.zeros(len(ids), dtype=bool)  # groups that must stay in the pool
+    for position in np.flatnonzero(spread == 1):
+        only = int(np.flatnonzero(counts[:, position])[0])
+        name = class_names[present[position]] if class_names else str(present[position])
+        if not allow_fewer:
+            raise GloVLMError(
+                f"all {counts[only, position]} images of the class {name} belong to one group "
+                f"({ids[only]}), so it cannot be both learned and tested; add images of another "
+                "group, leave the class out, or allow fewer (it is then learned, and not measured)."
+            )
+        kept[only] = True
+    n_test = min(max(round(len(ids) * test_fraction), 1), len(ids) - 1)
+    free = np.flatnonzero(~kept)
+    n_test = min(n_test, len(free))
+    wanted = counts[:, spread > 1]
+    in_test = _random_halves(wanted, free, n_test, test_fraction, rng)
+    if in_test is None:
+        in_test = _search(wanted, free, n_test, rng)
+    if in_test is None:
+        raise GloVLMError(
+            f"no split of the {len(ids)} groups puts every class on both sides; add patients or "
+            "slides that hold the rare classes, or leave those out."
+        )
+    tested = in_test[group_of]
+    return np.flatnonzero(~tested), np.flatnonzero(tested)
+
+
+def _random_halves(
+    counts: Indices, free: Indices, n_test: int, fraction: float, rng: np.random.Generator
+) -> NDArray[np.bool_] | None:
+    total = counts.sum(axis=0)
+    fallback = None
+    for _ in range(_TRIES):
+        in_test = np.zeros(len(counts), dtype=bool)
+        in_test[rng.permutation(free)[:n_test]] = True
+        test = counts[in_test].sum(axis=0)
+        pool = total - test
+        if not (n_test and (test > 0).all() and (pool > 0).all()):
+            continue
+        if (test >= total * fraction / 2).all() and (pool >= total * (1 - fraction) / 2).all():
+            return in_test
+        fallback = in_test if fallback is None else fallback
+    return fallback
+
+
+def _search(
+    counts: Indices, free: Indices, n_test: int, rng: np.random.Generator
+) -> NDArray[np.bool_] | None:
+    """Give every class, the rarest first, a group on each side; fill up at random.
+
+    A backtracking search, stopped after 10,000 steps; the test may come out larger or smaller than
+    asked where the classes leave no choice.
+    """
+    side = np.full(len(counts), 0)  # -1 pool, +1 test, 0 open
+    side[np.setdiff1d(np.arange(len(counts)), free)] = -1
+    order = rng.permutation(len(counts))
+    classes = np.argsort((counts > 0).sum(axis=0), kind="stable")
+    holders = [[g for g in order if counts[g, c]] for c in classes]
+    steps = 0
+
+    def place(position: int, wanted: int) -> bool:
+        nonlocal steps
+        steps += 1
+        if position == len(classes):
+            return True
+        following = (position, 1) if wanted == -1 else (position + 1, -1)
+        if any(side[g] == wanted for g in holders[position]):
+            return place(*following)
+        for group in holders[position]:
+            if side[group] == 0 and steps < 10_000:
+                side[group] = wanted
+                if place(*following):
+                    return True
+                side[group] = 0
+        return False
+
+    if not place(0, -1):
+        return None
+    missing = max(n_test - int((side == 1).sum()), 0)
+    side[[g for g in order if side[g] == 0][:missing]] = 1
+    in_test = side == 1
+    return in_test if in_test.any() and not in_test.all() else None
+
+
+def _rng(seed: int | Sequence[int]) -> np.random.Generator:
+    numbers = [seed] if isinstance(seed, int | np.integer) else list(seed)
+    if any(number < 0 for number in numbers):
+        raise GloVLMError(f"expected seeds and draws of 0 or more, found {min(numbers)}.")
+    return np.random.default_rng(numbers)
+
+
+# --------------------------------------------------------------------------------- episodes
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One few-shot task: which rows are learned from, which are tested.
+
+    Attributes:
+        name: For instance `spread-8`.
+        draw: Number of the draw.
+        shots: Images per class asked for (the largest where classes differ).
+        seed: Seed it was drawn with.
+        sampler: How the support was drawn.
+        group_column: What a group is.
+        support: Row indices into `all_rows`, class by class, in the order drawn.
+        validation: Row indices, whose labels count in the label budget.
+        test: Row indices, sorted.
+    """
+
+    name: str
+    draw: int
+    shots: int
+    seed: int
+    sampler: str
+    group_column: str
+    support: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+    def summary(
+        self, labels: Sequence[int], groups: Sequence[str], class_names: Sequence[str]
+    ) -> dict[str, Any]:
+        """Labels and contributing groups per class, as every result states them.
+
+        Args:
+            labels: Class of every row [n].
+            groups: Group id of every row [n].
+            class_names: Names of the classes [K].
+        """
+        held: dict[str, set[str]] = {name: set() for name in class_names}
+        counts = Counter(class_names[labels[row]] for row in self.support)
+        for row in self.support:
+            held[class_names[labels[row]]].add(groups[row])
+        return {
+            "labels_per_class": {name: counts[name] for name in class_names},
+            "groups_per_class": {name: len(held[name]) for name in class_names},
+            "validation_labels": len(self.validation),
+            "label_budget": len(self.support) + len(self.validation),
+        }
+
+
+def draw_episode(
+    rows: "Dataset",
+    *,
+    shots: int | Mapping[str, int],
+    seed: int,
+    draw: int = 0,
+    shots_from: ShotsFrom = "spread",
+    allow_fewer: bool = False,
+    test_fraction: float = 0.5,
+    validation_shots: int = 0,
+    groups: Groups | None = None,
+) -> Episode:
+    """Draw the support, the validation and the test of one episode, disjoint by group.
+
+    The split depends on `(seed, draw)` only; the support of k shots is a part of that of more. A
+    given split (column `split`) is respected: support from train, validation from validation or,
+    where there is none, from groups of train that are set aside.
+
+    Args:
+        rows: `all_rows(ds)`.
+        shots: Labelled images per class, or `{class: number}` with every class.
+        seed: Seed, 0 or more.
+        draw: Number of the draw under that seed.
+        shots_from: `spread` takes one image of each group in turn, in a drawn order of the groups;
+            `random` draws images; `one_group` draws all from the group of the pool that has most
+            images of the class (what a single slide would give).
+        allow_fewer: Take what there is of a class that has fewer images than shots.
+        test_fraction: Share of the groups that is tested, where no split is given.
+        validation_shots: Labelled images per class for methods that choose something on a
+            validation set. A third of the pool's groups is set aside for them.
+        groups: `group_rows(rows)`, if at hand.
+
+    Raises:
+        GloVLMError: Too few images, groups or classes; a group on two sides of a given split; an
+            unknown class or sampler.
+    """
+    if shots_from not in get_args(ShotsFrom):
+        raise GloVLMError(
+            f"unknown shots_from '{shots_from}'; expected {', '.join(get_args(ShotsFrom))}."
+            f"{nearest(shots_from, get_args(ShotsFrom))}"
+        )
+    names: list[str] = rows.features["label"].names
+    labels = np.asarray(column(rows, "label"), dtype=np.int64)
+    groups = groups or group_rows(rows)
+    present = set(np.unique(labels).tolist())
+    wanted = _per_class(shots, names, present)
+    split = partial(split_groups, class_names=names, allow_fewer=allow_fewer)
+    if "split" in rows.column_names:
+        given = np.asarray(column(rows, "split"))
+        pool, reserve, test = (np.flatnonzero(given == side) for side in SPLIT_ORDER)
+        assert_disjoint(groups.ids, train=pool, validation=reserve, test=test)
+        if len(present) < 2:
+            raise GloVLMError("expected images of at least two classes, found 1; add another.")
+    else:
+        pool, test = split(
+            labels, groups.ids, seed=(seed, draw, _SPLIT), test_fraction=test_fraction
+        )
+        reserve = np.empty(0, dtype=np.int64)
+    if validation_shots < 0:
+        raise GloVLMError(f"expected 0 or more validation shots, found {validation_shots}.")
+    if validation_shots and not len(reserve):
+        inner = [groups.ids[row] for row in pool]
+        try:
+            kept, aside = split(
+                labels[pool], inner, seed=(seed, draw, _RESERVE), test_fraction=1 / 3
+            )
+        except GloVLMError as error:
+            raise GloVLMError(
+                f"no groups of the support pool can be set aside for validation: {error}"
+            ) from None
+        pool, reserve = pool[kept], pool[aside]
+    ids = np.asarray(groups.ids, dtype=object)
+    support: list[int] = []
+    validation: list[int] = []
+    for k, name in enumerate(names):
+        here = pool[labels[pool] == k]
+        order = _ordering(here, ids[here], shots_from, _rng((seed, draw, _SUPPORT, k)))
+        where = "the support pool"
+        if shots_from == "one_group":
+            where = f"the largest group of {where}"
+        support += _take(order, wanted[name], f"class {name}: {where}", allow_fewer)
+        if validation_shots and k in present:
+            here = reserve[labels[reserve] == k]
+            order = _ordering(here, ids[here], "spread", _rng((seed, draw, _VALIDATION, k)))
+            where = f"class {name}: the validation pool"
+            validation += _take(order, validation_shots, where, allow_fewer)
+    assert_disjoint(groups.ids, support=support, validation=validation, test=test)
+    most = max(wanted.values())
+    return Episode(
+        name=f"{shots_from}-{most}",
+        draw=draw,
+        shots=most,
+        seed=seed,
+        sampler=shots_from,
+        group_column=groups.column,
+        support=tuple(support),
+        validation=tuple(validation),
+        test=tuple(test.tolist()),
+    )
+
+
+def _per_class(
+    shots: int | Mapping[str, int], names: Sequence[str], present: set[int]
+) -> dict[str, int]:
+    if isinstance(shots, Mapping):
+        wanted = dict(shots)
+        for name in wanted:
+            if name not in names:
+                raise GloVLMError(
+                    f"shots name the unknown class '{name}'; the classes are {', '.join(names)}."
+                    f"{nearest(name, names)}"
+                )
+        missing = [name for name in names if name not in wanted]
+        if missing:
+            raise GloVLMError(
+                f"shots name no number for {', '.join(missing[:3])}; give one for every class (0 is"
+                " possible)."
+            )
+    else:
+        wanted = {name: shots if k in present else 0 for k, name in enumerate(names)}
+    for name, number in wanted.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise GloVLMError(f"expected 0 or more shots, found {number!r} for {name}.")
+    return wanted
+
+
+def _ordering(
+    here: Indices, ids: NDArray[np.object_], shots_from: ShotsFrom, rng: np.random.Generator
+) -> list[int]:
+    """The order in which the images of one class are taken; k shots are its first k."""
+    if shots_from == "random":
+        return [int(row) for row in rng.permutation(here)]
+    names = sorted(set(ids))
+    drawn = [names[i] for i in rng.permutation(len(names))]
+    images = {name: rng.permutation(here[ids == name]).tolist() for name in drawn}
+    if shots_from == "one_group":
+        return list(max(images.values(), key=len, default=[]))
+    longest = max((len(rows) for rows in images.values()), default=0)
+    return [rows[turn] for turn in range(longest) for rows in images.values() if turn < len(rows)]
+
+
+def _take(order: list[int], k: int, where: str, allow_fewer: bool) -> list[int]:
+    if len(order) < k:
+        found = f"{where} holds {len(order)} images, {k} were asked for"
+        if not allow_fewer:
+            raise GloVLMError(f"{found}; ask for fewer shots, or allow fewer (--allow-fewer).")
+        logger.warning("%s: all of them are taken.", found)
+    return order[:k]
+
+
+def split_hash(rows: "Dataset", episode: Episode) -> str:
+    """SHA-256 of the sorted file names of support and test: which split a number belongs to."""
+    names = column(rows, "file_name")
+    sides = {
+        side: sorted(names[row] for row in getattr(episode, side)) for side in ("support", "test")
+    }
+    return hashlib.sha256(json.dumps(sides, sort_keys=True).encode()).hexdigest()
+
+
+# ----------------------------------------------------------------------------- frozen episodes
+
+
+def save_episodes(
+    path: str | Path,
+    episodes: Sequence[Episode],
+    rows: "Dataset",
+    set_name: str,
+    *,
+    groups: Groups | None = None,
+) -> None:
+    """Freeze episodes as JSON: support by file name, test by group, so that others can repeat them.
+
+    `{"set", "shots", "sampler", "group_column", "draws": [{"draw", "support", "test_groups",
+    "validation", "name", "seed"}]}`; the file is written whole or not at all.
+
+    Args:
+        path: File to write.
+        episodes: Of one sampler and number of shots, with different draw numbers.
+        rows: The rows they were drawn from.
+        set_name: Name of the data set.
+        groups: `group_rows(rows)`, if at hand.
+
+    Raises:
+        GloVLMError: The episodes do not belong together, or one's test is not all of its groups.
+    """
+    kinds = {(e.shots, e.sampler, e.group_column) for e in episodes}
+    if len(kinds) != 1 or len({e.draw for e in episodes}) != len(episodes):
+        raise GloVLMError(
+            "expected episodes of one sampler, one number of shots and different draws, found "
+            f"{len(episodes)} episodes of {len(kinds)} kinds; write one file for each kind."
+        )
+    shots, sampler, group_column = next(iter(kinds))
+    if groups is None or groups.column != group_column:
+        groups = group_rows(rows, group_column=group_column)
+    names = column(rows, "file_name")
+    draws = []
+    for episode in episodes:
+        tested = {groups.ids[row] for row in episode.test}
+        if sum(group in tested for group in groups.ids) != len(episode.test):
+            raise GloVLMError(
+                f"draw {episode.draw} tests only a part of its groups, which the file format cannot"
+                " say; test all images of each group."
+            )
+        draws.append(
+            {
+                "draw": episode.draw,
+                "support": [names[row] for row in episode.support],
+                "test_groups": sorted(tested),
+                "validation": [names[row] for row in episode.validation],
+                "name": episode.name,
+                "seed": episode.seed,
+            }
+        )
+    content = {"set": set_name, "shots": shots, "sampler": sampler, "group_column": group_column}
+    _write_json(Path(path), {**content, "draws": draws})
+
+
+def _write_json(path: Path, content: Any) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
+    """Apply a frozen episode exactly.
+
+    Args:
+        path: JSON file as `save_episodes` writes it.
+        draw: Number of the draw in the file.
+        rows: `all_rows(ds)`; support files are found by `file_name`, and the test is every row
+            whose group is among the draw's `test_groups`.
+
+    Raises:
+        GloVLMError: No such file, draw, support file or group, or a group on two sides.
+    """
+    path = Path(path).expanduser()
+    try:
+        frozen = json.loads(path.read_text(encoding="utf-8"))
+        draws = {int(entry["draw"]): entry for entry in frozen["draws"]}
+        group_column, shots = str(frozen["group_column"]), int(frozen["shots"])
+        sampler = str(frozen["sampler"])
+        if draw not in draws:
+            raise GloVLMError(
+                f"{path} has no draw {draw}; it holds {len(draws)} draws, {min(draws)} to "
+                f"{max(draws)}."
+            )
+        entry = draws[draw]
+        listed = {side: [str(n) for n in entry.get(side, [])] for side in ("support", "validation")}
+        test_groups = {str(group) for group in entry["test_groups"]}
+    except OSError as error:
+        raise GloVLMError(f"episodes file {path} cannot be read ({error.strerror}).") from None
+    except GloVLMError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GloVLMError(
+            f"{path} is not a file of frozen episodes ({type(error).__name__}: {error}); expected "
+            "JSON with shots, sampler, group_column and draws of draw, support and test_groups."
+        ) from None
+    groups = group_rows(rows, group_column=group_column)
+    position = {name: row for row, name in enumerate(column(rows, "file_name"))}
+    absent = [name for names in listed.values() for name in names if name not in position]
+    if absent:
+        raise GloVLMError(
+            f"draw {draw} of {path} names {len(absent)} support files that are not in the data "
+            f"({', '.join(absent[:3])}); use the data set it was drawn from."
+        )
+    support, validation = (tuple(position[n] for n in listed[s]) for s in listed)
+    test = _rows_of(test_groups, rows, groups, f"draw {draw} of {path}")
+    assert_disjoint(groups.ids, support=support, validation=validation, test=test)
+    return Episode(
+        name=str(entry.get("name", path.stem)),
+        draw=draw,
+        shots=shots,
+        seed=int(entry.get("seed", 0)),
+        sampler=sampler,
+        group_column=group_column,
+        support=support,
+        validation=validation,
+        test=test,
+    )
+
+
+def _rows_of(
+    test_groups: set[str], rows: "Dataset", groups: Groups, origin: str
+) -> tuple[int, ...]:
+    """Rows of the groups, each named by its own id or by that of the group it was merged into."""
+    own: list[str | None] = list(groups.ids)
+    if groups.column in rows.column_names:
+        own = column(rows, groups.column)
+    pairs = list(zip(own, groups.ids, strict=True))
+    unknown = test_groups.difference(name for pair in pairs for name in pair if name is not None)
+    if unknown:
+        raise GloVLMError(
+            f"{origin} tests {len(unknown)} groups that are not in the data "
+            f"({', '.join(sorted(unknown)[:3])}); use the data set it was drawn from."
+        )
+    merged = {group for name, group in pairs if name in test_groups or group in test_groups}
+    return tuple(row for row, group in enumerate(groups.ids) if group in merged)
