@@ -1,0 +1,383 @@
+"""Public data sets and what their classes are called: one YAML file a set, in `catalog/`.
+
+A file added to that folder is a set added to the catalogue; nothing else needs to change. From
+Python: `catalog_entry("glo_vlms_cornell")`, and `load_classes(labels)` for the names and prompts
+of any data set, known or not.
+"""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from ..errors import GloVLMError, nearest
+from .terminology import (
+    Term,
+    find_stain,
+    find_term,
+    from_mapping,
+    match_key,
+    prompts_for,
+    read_yaml,
+)
+
+__all__ = [
+    "CatalogEntry",
+    "ClassInfo",
+    "catalog_entries",
+    "catalog_entry",
+    "load_classes",
+    "read_entry",
+]
+
+logger = logging.getLogger("hf_glovlm")
+_FOLDER = Path(__file__).with_name("catalog")
+_TEMPLATE = "A pathology image of {}"
+
+
+@dataclass(frozen=True)
+class ClassInfo:
+    """What a class is called.
+
+    Attributes:
+        name: The label as the data have it (the folder name).
+        display_name: For tables and cards.
+        prompts: One or more texts that stand for the class; their embeddings are averaged.
+    """
+
+    name: str
+    display_name: str
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CatalogEntry:
+    """One set of the catalogue.
+
+    Attributes:
+        name: The catalogue name, which is also the file's.
+        title: One line for a table.
+        kind: `glomeruli` (one crop, one glomerulus), `region` (tissue tiles) or `drawings`.
+        classes: In the file's order; the names are those of the class folders.
+        stain: Canonical stain names; empty where the source does not say.
+        licence: Of the images, as far as known.
+        citation: What to cite.
+        source: Where to get it.
+        layout: How the folder must look.
+        split_rule: What may never stand on two sides.
+        metric: The headline, or why there is none.
+        notes: Traps.
+        public: Whether the images can be had at all.
+    """
+
+    name: str
+    title: str
+    kind: Literal["glomeruli", "region", "drawings"]
+    classes: tuple[ClassInfo, ...]
+    stain: tuple[str, ...]
+    licence: str
+    citation: str
+    source: str
+    layout: str
+    split_rule: str
+    metric: str
+    notes: tuple[str, ...]
+    public: bool = True
+
+    @property
+    def how_to_get(self) -> str:
+        """What to do before the set can be used, for a person who named it as `--data`."""
+        if self.kind == "drawings":
+            return f"'{self.name}' is drawn on demand: {self.source}(folder)."
+        if not self.public:
+            return (
+                f"The images of '{self.name}' are not public; "
+                "its classes and prompts fit data of your own."
+            )
+        return (
+            f"Get '{self.name}' from {self.source} (licence: {self.licence}) and lay it out so: "
+            f"{self.layout}. Then pass that folder."
+        )
+
+
+def catalog_entries() -> list[CatalogEntry]:
+    """All sets of the catalogue, sorted by name."""
+    return list(_entries())
+
+
+def catalog_entry(name: str) -> CatalogEntry:
+    """One set of the catalogue.
+
+    Raises:
+        GloVLMError: No such set; names the nearest and lists all.
+    """
+    known = {entry.name: entry for entry in _entries()}
+    if name not in known:
+        raise GloVLMError(
+            f"The catalogue has no set '{name}'.{nearest(name, known)} Sets: {', '.join(known)}."
+        )
+    return known[name]
+
+
+def read_entry(path: Path) -> CatalogEntry:
+    """Read one file of the catalogue, strictly.
+
+    Raises:
+        GloVLMError: Names the file and the key that is unknown, missing or wrong.
+    """
+    raw = read_yaml(path)
+    given = raw.pop("classes", None)
+    if not isinstance(given, dict) or len(given) < 2:
+        raise GloVLMError(f"{path.name}: 'classes' must hold at least two classes.")
+    texts = {
+        label: _class_text(value, f"{path.name}: class '{label}'") for label, value in given.items()
+    }
+    for label, text in texts.items():
+        for key in ("display_name", "prompts"):
+            if not getattr(text, key):
+                raise GloVLMError(f"{path.name}: class '{label}': the key '{key}' is missing.")
+    classes = tuple(ClassInfo(x, t.display_name, _distinct(t.prompts)) for x, t in texts.items())
+    entry = from_mapping(CatalogEntry, {**raw, "classes": classes}, path.name)
+    if entry.name != path.stem:
+        raise GloVLMError(
+            f"{path.name}: 'name' is '{entry.name}', but the file is called '{path.stem}'."
+        )
+    for stain in entry.stain:
+        if find_stain(stain) != stain:
+            raise GloVLMError(f"{path.name}: write the stain '{stain}' as '{find_stain(stain)}'.")
+    if len({match_key(info.name) for info in classes}) < len(classes):
+        raise GloVLMError(f"{path.name}: two classes differ in spelling only.")
+    _check_prompts(classes, f"{path.name}: ")
+    return entry
+
+
+def load_classes(
+    label_names: Sequence[str],
+    *,
+    source: str | Path | None = None,
+    prompts: str | Path = "auto",
+    stain: str | None = None,
+) -> list[ClassInfo]:
+    """Names and prompts for the classes of a data set.
+
+    Class by class, the first of these that knows the class gives its prompts; likewise its display
+    name:
+
+    1. the `classes.yaml` that `prompts` points to, else the one beside the data (`source`);
+    2. with `prompts="terminology"`, the glomerular terminology;
+    3. the catalogue: the set that `prompts` or `source` names, else the smallest set whose classes
+       include all the labels (at least two; spelling such as `viable_glomeruli` aside);
+    4. "A pathology image of {display name}".
+
+    `classes.yaml` may name only some classes, and a prompt list, a display name or both for each:
+
+        classes:
+          sclerosed: {display_name: Sclerosed, prompts: [A pathology image of ...]}
+
+    Args:
+        label_names: The labels, in the order of the data's ids; at least one, all different.
+        source: The data folder (or a file in it), a catalogue name or a Hub id.
+        prompts: `auto`; `catalog` (an error if no set fits); `terminology`; the name of a
+            catalogue set; or the path of a `classes.yaml`.
+        stain: Used with `terminology`: named in the prompts if every class takes its prompts from
+            the terminology and shows in that stain, else in none of them, so that the stain's
+            words favour no class.
+
+    Returns:
+        One ClassInfo for each label, in the order given; every one has a prompt, no prompt twice.
+
+    Raises:
+        GloVLMError: An unknown label, key, set or stain; a bad file; a term that no crop can show;
+            two classes with the same prompt.
+    """
+    labels = list(label_names)
+    if not labels or len(set(labels)) < len(labels):
+        raise GloVLMError(f"Expected different class labels, found {labels or 'none'}.")
+    own = _own_texts(labels, source, prompts)
+    open_labels = [label for label in labels if label not in own or not own[label].prompts]
+    from_terms = _term_prompts(open_labels, labels, stain) if prompts == "terminology" else {}
+    published = _published(labels, open_labels, source, prompts)
+
+    classes = []
+    for label in labels:
+        text, known = own.get(label, _ClassText()), published.get(label)
+        display = text.display_name or (known or _plain(label)).display_name
+        found = (
+            text.prompts
+            or from_terms.get(label)
+            or (known.prompts if known else (_TEMPLATE.format(display),))
+        )
+        classes.append(ClassInfo(label, display, _distinct(found)))
+    _check_prompts(classes, "")
+    return classes
+
+
+# ------------------------------------------------------------------------------- the sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ClassText:
+    """What a YAML file may say about a class."""
+
+    display_name: str = ""
+    prompts: tuple[str, ...] = ()
+
+
+def _class_text(raw: object, where: str) -> _ClassText:
+    if isinstance(raw, dict) and raw.get("prompts") == []:
+        raise GloVLMError(f"{where}: 'prompts' is empty; write at least one, or leave the key out.")
+    return from_mapping(_ClassText, raw, where)
+
+
+def _plain(label: str) -> ClassInfo:
+    """A class that nobody describes."""
+    return ClassInfo(label, label.replace("_", " ").strip() or label, ())
+
+
+def _distinct(prompts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(prompts))
+
+
+def _own_texts(
+    labels: Sequence[str], source: str | Path | None, prompts: str | Path
+) -> dict[str, _ClassText]:
+    """The user's `classes.yaml`: the one that was named, else the one beside the data."""
+    if _is_path(prompts):
+        path = Path(prompts)
+    else:
+        place = Path(source) if source is not None else None
+        if place is None or not place.exists():
+            return {}
+        path = (place if place.is_dir() else place.parent) / "classes.yaml"
+        if not path.exists():
+            return {}
+    raw = read_yaml(path)
+    if set(raw) != {"classes"} or not isinstance(raw["classes"], dict):
+        raise GloVLMError(
+            f"{path}: expected the one key 'classes' with the labels below it, "
+            f"found {', '.join(map(repr, raw)) or 'nothing'}."
+        )
+    for label in raw["classes"]:
+        if label not in labels:
+            raise GloVLMError(
+                f"{path}: the data have no class '{label}'.{nearest(label, labels)} "
+                f"Classes: {', '.join(labels)}."
+            )
+    return {
+        label: _class_text(value, f"{path}: class '{label}'")
+        for label, value in raw["classes"].items()
+    }
+
+
+def _is_path(prompts: str | Path) -> bool:
+    if isinstance(prompts, Path):
+        return True
+    return prompts.endswith((".yaml", ".yml")) or ("/" in prompts or "\\" in prompts)
+
+
+def _published(
+    labels: Sequence[str],
+    open_labels: Sequence[str],
+    source: str | Path | None,
+    prompts: str | Path,
+) -> dict[str, ClassInfo]:
+    """The classes of the catalogue's set, under the labels as the data spell them.
+
+    The set must know every one of `open_labels`, those whose prompts `classes.yaml` leaves open.
+    """
+    known = [entry.name for entry in _entries()]
+    named: str | None = None
+    if isinstance(prompts, str) and not _is_path(prompts):
+        if prompts not in ("auto", "catalog", "terminology"):
+            if prompts not in known:
+                choices = ["auto", "catalog", "terminology", *known]
+                raise GloVLMError(
+                    f"Unknown prompts '{prompts}'.{nearest(prompts, choices)} Expected one of "
+                    f"{', '.join(choices)}, or the path of a classes.yaml."
+                )
+            named = prompts
+        elif str(source) in known and not Path(str(source)).exists():
+            named = str(source)
+    entry = catalog_entry(named) if named else _matching_entry(labels)
+    if entry is None:
+        if prompts == "catalog" and open_labels:
+            raise GloVLMError(
+                f"No set of the catalogue has the classes {', '.join(labels)}; use prompts "
+                f"'auto', a classes.yaml, or the name of a set: {', '.join(known)}."
+            )
+        return {}
+    by_key = {match_key(info.name): info for info in entry.classes}
+    for label in open_labels:
+        if match_key(label) not in by_key:
+            names = [info.name for info in entry.classes]
+            raise GloVLMError(
+                f"The catalogue's set '{entry.name}' has no class '{label}'."
+                f"{nearest(label, names)} Its classes: {', '.join(names)}."
+            )
+    return {label: by_key[match_key(label)] for label in labels if match_key(label) in by_key}
+
+
+def _matching_entry(labels: Sequence[str]) -> CatalogEntry | None:
+    """The smallest set that has all these labels; None for one label or a tie that matters."""
+    keys = {match_key(label) for label in labels}
+    if len(keys) < 2:
+        return None
+    fits = [e for e in _entries() if keys <= {match_key(info.name) for info in e.classes}]
+    if not fits:
+        return None
+    fewest = min(len(entry.classes) for entry in fits)
+    best = [entry for entry in fits if len(entry.classes) == fewest]
+    names = ", ".join(f"'{entry.name}'" for entry in best)
+    if len(best) > 1:
+        logger.warning("The classes fit several sets of the catalogue (%s): none is used.", names)
+        return None
+    logger.info("The classes are those of the catalogue's set %s (%s).", names, best[0].title)
+    return best[0]
+
+
+def _term_prompts(
+    open_labels: Sequence[str], labels: Sequence[str], stain: str | None
+) -> dict[str, tuple[str, ...]]:
+    """Prompts from the terminology for the open labels it knows; the rest is said in the log."""
+    found: dict[str, Term] = {}
+    for label in open_labels:
+        try:
+            found[label] = find_term(label)
+        except GloVLMError as error:
+            logger.warning("%s", error)
+    if open_labels and not found:
+        raise GloVLMError(
+            f"The terminology knows none of the classes {', '.join(open_labels)}; it holds "
+            "glomerular lesions only: use prompts 'auto' or a classes.yaml."
+        )
+    if stain is not None:
+        canonical = find_stain(stain)
+        blind = [x for x in labels if x not in found or canonical not in found[x].stains]
+        if blind:
+            logger.warning(
+                "No prompt names the stain %s: it is not known to show %s, and words that only "
+                "some classes carry would favour those.",
+                canonical,
+                ", ".join(f"'{label}'" for label in blind),
+            )
+            stain = None
+    return {label: tuple(prompts_for(term, stain)) for label, term in found.items()}
+
+
+def _check_prompts(classes: Iterable[ClassInfo], where: str) -> None:
+    owner: dict[str, str] = {}
+    for info in classes:
+        for prompt in info.prompts:
+            other = owner.setdefault(prompt.casefold(), info.name)
+            if other != info.name:
+                raise GloVLMError(
+                    f"{where}The classes '{other}' and '{info.name}' share the prompt '{prompt}', "
+                    "so no text tells them apart; give each its own (for your data: classes.yaml)."
+                )
+
+
+@lru_cache(maxsize=1)
+def _entries() -> tuple[CatalogEntry, ...]:
+    return tuple(read_entry(path) for path in sorted(_FOLDER.glob("*.yaml")))

@@ -1,0 +1,397 @@
+"""Glomerular lesions by name: definition, class system, stains, and prompts made from them.
+
+The words live in `terminology.yaml`; this module reads them strictly and turns them into prompts.
+Two rules hold for every prompt: nothing that only electron microscopy or a whole biopsy can show is
+ever asked of a crop, and no prompt names a stain that does not show the lesion.
+"""
+
+import logging
+import re
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from ..errors import GloVLMError, nearest
+
+__all__ = [
+    "Term",
+    "Terminology",
+    "find_stain",
+    "find_term",
+    "from_mapping",
+    "match_key",
+    "prompts_for",
+    "read_terminology",
+    "read_yaml",
+    "terms",
+]
+
+logger = logging.getLogger("hf_glovlm")
+_FILE = Path(__file__).with_name("terminology.yaml")
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------- strict YAML
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML; keys are text as written (`no:`, `01:`), and a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        mapping: dict[Hashable, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key must be plain text", problem_mark=key_node.start_mark
+                )
+            if key_node.value in mapping:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key '{key_node.value}' stands there twice",
+                    problem_mark=key_node.start_mark,
+                )
+            mapping[key_node.value] = self.construct_object(value_node, deep=True)
+        return mapping
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content, keys as text.
+
+    Raises:
+        GloVLMError: The file is missing, not UTF-8, not YAML, no mapping, or names a key twice.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
+    except OSError as error:
+        found = "a folder" if path.is_dir() else (error.strerror or str(error))
+        raise GloVLMError(f"Expected a YAML file at {path}, found: {found}.") from error
+    except UnicodeDecodeError as error:
+        raise GloVLMError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
+        ) from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise GloVLMError(f"{path}{place}: not valid YAML: {problem}.") from error
+    if not isinstance(raw, dict):
+        raise GloVLMError(f"{path}: expected keys and values at the top, found {_kind(raw)}.")
+    return raw
+
+
+def from_mapping(cls: type[T], raw: object, where: str) -> T:
+    """Build a dataclass of text, booleans, choices and lists of text from parsed YAML.
+
+    Args:
+        cls: The dataclass; its fields are the allowed keys, those without a default are required.
+        raw: What the file says.
+        where: The file, and the place in it, for the error's sentence.
+
+    Raises:
+        GloVLMError: Names the place and the key that is unknown, missing or of the wrong type.
+    """
+    if not isinstance(raw, Mapping):
+        raise GloVLMError(f"{where}: expected keys and values, found {_kind(raw)}.")
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    for key in raw:
+        if key not in known:
+            raise GloVLMError(
+                f"{where}: unknown key '{key}'.{nearest(str(key), known)} Keys: {', '.join(known)}."
+            )
+    for name, field in known.items():
+        optional = field.default is not MISSING or field.default_factory is not MISSING
+        if name not in raw and not optional:
+            raise GloVLMError(f"{where}: the key '{name}' is missing.")
+    hints = get_type_hints(cls)
+    return cls(**{key: _typed(hints[key], raw[key], f"{where}: '{key}'") for key in raw})
+
+
+def _typed(hint: Any, value: object, where: str) -> object:
+    if hint is bool and isinstance(value, bool):
+        return value
+    if get_origin(hint) in (dict, list) and isinstance(value, get_origin(hint)) and value:
+        return value
+    if hint is str and isinstance(value, str) and value.strip():
+        return value.strip()
+    if get_origin(hint) is Literal and value in get_args(hint):
+        return value
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        if item is not str and isinstance(value, tuple):  # parts that the caller has built
+            return value
+        if isinstance(value, list):
+            return tuple(_typed(item, v, f"{where}, item {i + 1}") for i, v in enumerate(value))
+    raise GloVLMError(f"{where}: expected {_expected(hint)}, found {_kind(value)}.")
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
+    if hint is bool:
+        return "true or false"
+    if hint is str:
+        return "text (in quotes if YAML reads it as something else)"
+    return "keys and values" if get_origin(hint) is dict else "a list of texts"
+
+
+def _kind(value: object) -> str:
+    if value is None or value == "":
+        return "nothing"
+    if isinstance(value, dict):
+        return "keys and values"
+    return "a list" if isinstance(value, list) else repr(value)
+
+
+# ------------------------------------------------------------------------------------- terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One entry of the terminology.
+
+    Attributes:
+        name: Unique; a bracket at its end keeps two class systems apart and is not spoken.
+        definition: One line.
+        system: The class system whose cut-offs the definition follows.
+        stains: Canonical stain names for which a source says that the lesion shows.
+        verified: False for domain knowledge that nobody checked; `describe` says so.
+        source: Where the definition comes from.
+        synonyms: Spoken in prompts beside the name.
+        aliases: Found by `find_term`, never spoken.
+        level: `crop` (one glomerulus can show it) or `biopsy` (a label of the whole biopsy).
+        em_only: Only electron microscopy shows it.
+        note: A trap, if there is one.
+    """
+
+    name: str
+    definition: str
+    system: str
+    stains: tuple[str, ...]
+    verified: bool
+    source: str
+    synonyms: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    level: Literal["crop", "biopsy"] = "crop"
+    em_only: bool = False
+    note: str = ""
+
+    @property
+    def promptable(self) -> bool:
+        """Whether a crop seen by light microscopy can show it, so that a prompt may name it."""
+        return self.level == "crop" and not self.em_only
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """The phrases that stand for it in a prompt, the name first, without brackets."""
+        words = (re.sub(r"\s*\([^)]*\)$", "", word) for word in (self.name, *self.synonyms))
+        return tuple(dict.fromkeys(_phrase(word) for word in words))
+
+    def describe(self) -> str:
+        """One line for a table or a card; it says `unverified` where nobody checked."""
+        sure = "" if self.verified else " UNVERIFIED."
+        return f"{self.name}: {self.definition} [{self.system}; {self.source}.{sure}]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stain:
+    spoken: str
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Top:
+    stains: dict[str, Any]
+    templates: tuple[str, ...]
+    systems: dict[str, Any]
+    terms: list[Any]
+
+
+@dataclass(frozen=True)
+class Terminology:
+    """The parsed file, with the tables for finding a term or a stain by any of its names."""
+
+    terms: tuple[Term, ...]
+    by_key: Mapping[str, Term]
+    stains: Mapping[str, _Stain]
+    stain_by_key: Mapping[str, str]
+    templates: tuple[str, ...]
+
+
+def match_key(name: str) -> str:
+    """The form in which two spellings of a class name are equal: case, `_`, `-` and plural aside.
+
+    Example:
+        >>> match_key("Global_Glomerulosclerosis"), match_key("Viable Glomeruli")
+        ('global glomerulosclerosis', 'viable glomerulus')
+    """
+    words = re.sub(r"[\W_]+", " ", name.casefold()).split()
+    return " ".join("glomerulus" if word == "glomeruli" else word for word in words)
+
+
+def terms() -> list[Term]:
+    """All terms, in the order of the file."""
+    return list(_terminology().terms)
+
+
+def find_term(name: str) -> Term:
+    """The term of that name, synonym or alias; case, hyphens and underscores do not matter.
+
+    A word that several class systems define finds the entry of the RPS consensus or, without one,
+    needs its system: `"mesangial hypercellularity (Oxford)"`.
+
+    Raises:
+        GloVLMError: No such term; names the nearest.
+    """
+    table = _terminology()
+    key = match_key(name)
+    if key not in table.by_key:
+        known = [word for t in table.terms for word in (t.name, *t.synonyms, *t.aliases)]
+        raise GloVLMError(
+            f"The terminology has no term '{name}'.{nearest(name, known)} "
+            "Give the class its own prompts in classes.yaml if it is not a glomerular lesion."
+        )
+    return table.by_key[key]
+
+
+def find_stain(name: str) -> str:
+    """The canonical name of a stain: `HE` -> `H&E`, `Jones` -> `silver`.
+
+    Raises:
+        GloVLMError: No such stain; names the nearest and lists all.
+    """
+    table = _terminology()
+    key = match_key(name)
+    if key not in table.stain_by_key:
+        known = [*table.stains, *(alias for s in table.stains.values() for alias in s.aliases)]
+        raise GloVLMError(
+            f"Unknown stain '{name}'.{nearest(name, known)} Stains: {', '.join(table.stains)}."
+        )
+    return table.stain_by_key[key]
+
+
+def prompts_for(term: str | Term, stain: str | None = None) -> list[str]:
+    """Prompts for one lesion: every template with the name and each synonym.
+
+    A stain that is not known to show the lesion is left out of the prompts (said in the log): the
+    prompt then asserts nothing that the image could not show. When several classes are compared,
+    use `load_classes(..., prompts="terminology", stain=...)`, which names the stain for all
+    classes or for none, so that the stain's words favour no class.
+
+    Args:
+        term: A `Term`, or a name as `find_term` takes it.
+        stain: For example `PAS`, `HE`, `Jones silver`; None for prompts without a stain.
+
+    Returns:
+        At least one prompt, without duplicates.
+
+    Raises:
+        GloVLMError: Unknown term or stain, or a term that no crop can show (electron microscopy
+            only, or a label of a whole biopsy).
+    """
+    table = _terminology()
+    found = find_term(term) if isinstance(term, str) else term
+    if not found.promptable:
+        why = (
+            "only electron microscopy shows it"
+            if found.em_only
+            else f"it is a label of a whole biopsy ({found.system})"
+        )
+        raise GloVLMError(
+            f"'{found.name}' cannot be a class of single light-microscopy crops: {why}; "
+            "label the crops by the lesion that each of them shows."
+        )
+    ending = ""
+    if stain is not None:
+        canonical = find_stain(stain)
+        if canonical in found.stains:
+            ending = f", {table.stains[canonical].spoken}"
+        else:
+            logger.warning(
+                "%s is not known to show '%s': its prompts do not name the stain.",
+                canonical,
+                found.name,
+            )
+    return [
+        template.format(phrase) + ending for phrase in found.spoken for template in table.templates
+    ]
+
+
+def _phrase(word: str) -> str:
+    """`viable glomerulus` -> `a viable glomerulus`; `spikes` -> `a glomerulus with spikes`."""
+    if word.endswith("tissue"):
+        return word
+    if word.endswith("glomerulus"):
+        return ("an " if word[0].lower() in "aeiou" else "a ") + word
+    return f"a glomerulus with {word}"
+
+
+@lru_cache(maxsize=1)
+def _terminology() -> Terminology:
+    return read_terminology(_FILE)
+
+
+def read_terminology(path: Path) -> Terminology:
+    """Read a terminology file, strictly.
+
+    Raises:
+        GloVLMError: Names the file, the term and the key that is unknown, missing or wrong.
+    """
+    file = path.name
+    top = from_mapping(_Top, read_yaml(path), file)
+    for template in top.templates:
+        if template.count("{}") != 1:
+            raise GloVLMError(f"{file}: the template '{template}' must hold {{}} once.")
+    stains = {
+        name: from_mapping(_Stain, value, f"{file}: stain '{name}'")
+        for name, value in top.stains.items()
+    }
+    found = []
+    for i, item in enumerate(top.terms):
+        title = item.get("name", i + 1) if isinstance(item, dict) else i + 1
+        where = f"{file}: term '{title}'"
+        term = from_mapping(Term, item, where)
+        _check_known(term.system, top.systems, f"{where}: 'system'")
+        for stain in term.stains:
+            _check_known(stain, stains, f"{where}: 'stains'")
+        if term.em_only and term.stains:
+            raise GloVLMError(f"{where}: 'em_only' and 'stains' exclude each other.")
+        if term.verified == ("unverified" in term.source):
+            raise GloVLMError(
+                f"{where}: 'source' must say unverified if, and only if, 'verified' is false."
+            )
+        found.append(term)
+    return Terminology(
+        terms=tuple(found),
+        by_key=_unique(
+            ((word, t) for t in found for word in (t.name, *t.synonyms, *t.aliases)), file
+        ),
+        stains=stains,
+        stain_by_key=_unique(
+            ((word, name) for name, s in stains.items() for word in (name, *s.aliases)), file
+        ),
+        templates=top.templates,
+    )
+
+
+def _check_known(name: str, known: Iterable[str], where: str) -> None:
+    names = list(known)
+    if name not in names:
+        raise GloVLMError(f"{where}: unknown '{name}'.{nearest(name, names)}")
+
+
+def _unique(pairs: Iterable[tuple[str, T]], file: str) -> dict[str, T]:
+    table: dict[str, T] = {}
+    for word, value in pairs:
+        if match_key(word) in table:
+            raise GloVLMError(f"{file}: '{word}' stands for two entries; a word names only one.")
+        table[match_key(word)] = value
+    return table

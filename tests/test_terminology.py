@@ -1,0 +1,245 @@
+"""The terminology: strict reading, marks of doubt, prompts that claim no more than a crop shows."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_glovlm.data import terminology
+from hf_glovlm.data.terminology import find_stain, find_term, match_key, prompts_for, terms
+from hf_glovlm.errors import GloVLMError
+
+TERMS = terms()
+STAINS = ("H&E", "PAS", "silver", "trichrome")
+PROMPTABLE = [t for t in TERMS if t.promptable]
+NOT_PROMPTABLE = [t for t in TERMS if not t.promptable]
+FILE = Path(terminology.__file__).with_name("terminology.yaml")
+
+
+def term_id(term):
+    return term.name
+
+
+def test_the_file_lies_beside_the_module_and_every_system_is_there():
+    assert FILE.is_file()
+    assert {t.system for t in TERMS} == {
+        "general",
+        "RPS consensus",
+        "Oxford MEST-C",
+        "ISN/RPS 2003",
+        "ISN/RPS 2018",
+        "RPS diabetic",
+        "Columbia FSGS",
+        "Banff",
+    }
+
+
+@pytest.mark.parametrize("term", TERMS, ids=term_id)
+def test_a_term_is_one_line_with_a_source_and_known_stains(term):
+    assert "\n" not in term.definition
+    assert len(term.definition) < 150
+    assert term.definition.endswith(".")
+    assert set(term.stains) <= set(STAINS)
+    assert ("unverified" in term.source) is (not term.verified)
+    assert ("UNVERIFIED" in term.describe()) is (not term.verified)
+    assert find_term(term.name) is term
+    assert find_term(term.name.upper().replace(" ", "_")) is term
+
+
+# What the reference marks as domain knowledge, with two entries that sources do support.
+@pytest.mark.parametrize(
+    ("name", "verified"),
+    [
+        ("viable", False),
+        ("ischemic", False),
+        ("wire loop", False),
+        ("Banff mm2", False),
+        ("cg1b", False),
+        ("cg1a", False),
+        ("glomerulitis", False),
+        ("mesangiolysis", False),
+        ("global sclerosis", True),
+        ("obsolescent", True),
+        ("Oxford M1", True),
+    ],
+)
+def test_doubt_is_marked(name, verified):
+    assert find_term(name).verified is verified
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("Viable Glomeruli", "viable glomerulus"),
+        ("Normal glomeruli", "viable glomerulus"),
+        ("Global Glomerulosclerosis", "global sclerosis"),
+        ("segmental_sclerosis", "segmental sclerosis"),
+        ("Non-glomerular", "non-glomerular tissue"),
+        ("Ischaemic", "ischemic glomerulus"),
+        ("non_sclerosed", "non-sclerotic glomerulus"),
+        ("sclerosed", "sclerotic glomerulus"),
+        ("mesangial hypercellularity", "mesangial hypercellularity"),
+        ("Mesangial hypercellularity Oxford", "mesangial hypercellularity (Oxford)"),
+    ],
+)
+def test_terms_are_found_by_the_words_that_data_sets_use(name, found):
+    assert find_term(name).name == found
+
+
+def test_the_same_word_in_several_systems_stays_several_entries():
+    cut_offs = {
+        t.system: t.definition
+        for t in TERMS
+        if t.name.split(" (")[0] == "mesangial hypercellularity"
+    }
+    assert set(cut_offs) == {"RPS consensus", "Oxford MEST-C", "ISN/RPS 2003", "ISN/RPS 2018"}
+    assert len(set(cut_offs.values())) == 4
+    assert find_term("segmental sclerosis (Oxford)") is not find_term("segmental sclerosis")
+
+
+def test_a_miss_names_the_nearest_term():
+    with pytest.raises(GloVLMError, match=r"no term 'globul sclerosis'.*Did you mean 'global scl"):
+        find_term("globul sclerosis")
+
+
+@pytest.mark.parametrize("term", NOT_PROMPTABLE, ids=term_id)
+@pytest.mark.parametrize("stain", [None, "PAS"])
+def test_nothing_that_a_crop_cannot_show_becomes_a_prompt(term, stain):
+    with pytest.raises(GloVLMError, match=r"electron microscopy|a whole biopsy"):
+        prompts_for(term.name, stain)
+
+
+@pytest.mark.parametrize(
+    "name", ["Oxford M0", "Oxford M1", "cellular variant", "cg1a", "diabetic class I", "class IV"]
+)
+def test_biopsy_labels_and_electron_microscopy_are_among_them(name):
+    if name == "class IV":
+        name = "lupus nephritis class IV"
+    assert not find_term(name).promptable
+
+
+@pytest.mark.parametrize("term", PROMPTABLE, ids=term_id)
+@pytest.mark.parametrize("stain", [None, *STAINS])
+def test_a_prompt_names_the_lesion_and_only_a_stain_that_shows_it(term, stain):
+    prompts = prompts_for(term, stain)
+    assert prompts
+    assert len(set(prompts)) == len(prompts)
+    for prompt in prompts:
+        assert ("stain" in prompt) is (stain is not None and stain in term.stains)
+        assert any(word in prompt for word in term.spoken)
+        assert not re.search(r"[(){}]|  ", prompt)
+        assert len(prompt.split()) < 20
+
+
+def test_electron_microscopy_alone_suffices_to_refuse_a_prompt():
+    term = terminology.Term(
+        name="foot process effacement",
+        definition="Feet are gone.",
+        system="general",
+        stains=(),
+        verified=True,
+        source="a book",
+        em_only=True,
+    )
+    assert term.level == "crop"
+    with pytest.raises(GloVLMError, match="only electron microscopy shows it"):
+        prompts_for(term)
+
+
+def test_prompts_are_templates_times_synonyms_with_the_stain():
+    assert prompts_for("atubular", "Periodic acid-Schiff") == [
+        "A pathology image of an atubular glomerulus, PAS stain",
+        "A histopathology image of an atubular glomerulus, PAS stain",
+        "A microscopy image of an atubular glomerulus, PAS stain",
+        "A kidney section showing an atubular glomerulus, PAS stain",
+    ]
+    assert len(prompts_for("global sclerosis")) == 4 * 3
+    assert "A pathology image of a glomerulus with karyorrhexis" in prompts_for("karyorrhexis")
+
+
+def test_a_stain_that_does_not_show_the_lesion_is_left_out_and_that_is_said(caplog):
+    with caplog.at_level(logging.WARNING, "hf_glovlm"):
+        assert prompts_for("basement membrane spikes", "H&E") == prompts_for("spikes")
+    assert "H&E is not known to show 'basement membrane spikes'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("HE", "H&E"), ("h&e", "H&E"), ("pas", "PAS"), ("Jones", "silver"), ("Masson", "trichrome")],
+)
+def test_stains_have_one_name(name, found):
+    assert find_stain(name) == found
+
+
+def test_an_unknown_stain_is_refused():
+    with pytest.raises(GloVLMError, match=r"Unknown stain 'trichrom'.*Did you mean 'trichrome'"):
+        prompts_for("viable", "trichrom")
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.text())
+def test_match_key_is_idempotent_and_blind_to_case(name):
+    assert match_key(match_key(name)) == match_key(name)
+    assert match_key(name.replace("_", " ")) == match_key(name)
+
+
+# --------------------------------------------------------------------------------- bad files
+
+
+def good() -> dict:
+    return {
+        "stains": {"PAS": {"spoken": "PAS stain"}},
+        "templates": ["An image of {}"],
+        "systems": {"general": "words"},
+        "terms": [
+            {
+                "name": "tuft glomerulus",
+                "definition": "A tuft.",
+                "system": "general",
+                "stains": ["PAS"],
+                "verified": True,
+                "source": "a book",
+            }
+        ],
+    }
+
+
+def test_the_sound_file_is_read(tmp_path):
+    path = tmp_path / "terminology.yaml"
+    path.write_text(yaml.safe_dump(good()))
+    assert terminology.read_terminology(path).terms[0].spoken == ("a tuft glomerulus",)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda f: f.pop("templates"), "the key 'templates' is missing"),
+        (lambda f: f.update(terms=[]), "'terms': expected a list"),
+        (lambda f: f.update(extra=1), "unknown key 'extra'"),
+        (lambda f: f["templates"].append("no place"), "'no place' must hold {} once"),
+        (lambda f: f["terms"][0].pop("verified"), "'tuft glomerulus': the key 'verified' is miss"),
+        (lambda f: f["terms"][0].update(verified="yes"), "'verified': expected true or false"),
+        (lambda f: f["terms"][0].update(synonym=["x"]), "'synonym'. Did you mean 'synonyms'"),
+        (lambda f: f["terms"][0].update(stains=["PAX"]), "unknown 'PAX'. Did you mean 'PAS'"),
+        (lambda f: f["terms"][0].update(stains="PAS"), "'stains': expected a list of texts"),
+        (lambda f: f["terms"][0].update(level="slide"), "'level': expected one of crop, biopsy"),
+        (lambda f: f["terms"][0].update(system="Bonff"), "'system': unknown 'Bonff'"),
+        (lambda f: f["terms"][0].update(em_only=True), "'em_only' and 'stains' exclude"),
+        (lambda f: f["terms"][0].update(verified=False), "must say unverified"),
+        (lambda f: f["terms"][0].update(source="a book, unverified"), "must say unverified"),
+        (lambda f: f["terms"][0].update(aliases=["Tuft-Glomeruli"]), "stands for two entries"),
+    ],
+)
+def test_a_bad_terminology_names_the_file_and_the_key(tmp_path, change, sentence):
+    content = good()
+    change(content)
+    path = tmp_path / "terminology.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(GloVLMError, match=re.escape(sentence)) as caught:
+        terminology.read_terminology(path)
+    assert str(caught.value).startswith("terminology.yaml")
+    assert "\n" not in str(caught.value)
