@@ -1,0 +1,652 @@
+"""Metrics of a classifier of glomeruli, each with an interval over groups: arrays in, dict out.
+
+A group is what was sampled, a patient, a case or a slide; its images are not independent. So every
+interval is the 95% percentile interval of a bootstrap that draws groups with replacement and keeps
+all images of a drawn group. A resample is a column of group multiplicities; the value is the same
+computation with all multiplicities one, so that value and interval cannot drift apart.
+
+Undefined is not zero. A mean over classes (balanced accuracy, macro-AUC, macro-F1) is undefined in
+a resample where a class of the labels vanished, because the mean over the remaining classes is
+another quantity. Such resamples are left out of the percentiles and counted.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hf_glovlm.errors import GloVLMError, nearest
+
+__all__ = [
+    "METRICS",
+    "MetricInfo",
+    "PairedRun",
+    "compute_metrics",
+    "evaluate_metric",
+    "paired_differences",
+    "recall_by_group",
+    "summarise_draws",
+]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+ECE_BINS = 15
+MIN_GROUPS = 10
+MIN_GROUPS_PER_CLASS = 5
+# Rows times resamples held at once: 8 MB an array, so that the whole stays far below 200 MB.
+_CHUNK = 1_000_000
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """A row of `METRICS`; `higher_is_better` is None where a metric describes and does not rank."""
+
+    title: str
+    definition: str
+    higher_is_better: bool | None
+    of_similarities: bool = False
+
+
+METRICS: dict[str, MetricInfo] = {
+    "accuracy": MetricInfo("Accuracy", "Fraction of images whose top class is right.", True),
+    "balanced_accuracy": MetricInfo(
+        "Balanced accuracy", "Mean recall over the classes present in the labels.", True
+    ),
+    "macro_auc": MetricInfo(
+        "Macro-AUC",
+        "Mean over the classes present in the labels of the one-vs-rest area under the ROC curve "
+        "(Mann-Whitney; a tie counts one half).",
+        True,
+    ),
+    # scikit-learn does so with labels=range(K), zero_division=0. Its default, labels=None, is the
+    # mean over the classes found in labels or predictions: an absent class does not count.
+    "macro_f1": MetricInfo(
+        "Macro-F1", "Mean F1 over all classes of the task; an absent class counts 0.", True
+    ),
+    "ece": MetricInfo(
+        "ECE", "Calibration error of the top class over 15 equal bins (lower, upper].", False
+    ),
+    "brier": MetricInfo("Brier", "Mean squared error summed over classes, 0 to 2.", False),
+    "boundary_margin": MetricInfo(
+        "Boundary margin", "Mean of the largest minus the second largest probability.", None
+    ),
+    "alignment": MetricInfo(
+        "Alignment", "Mean cosine of an image and the text of its class.", None, True
+    ),
+    "similarity_gap": MetricInfo(
+        "Similarity gap", "Alignment minus the mean cosine with the other classes.", None, True
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class PairedRun:
+    """Two methods, `a` and `b`, on the test side of one label draw.
+
+    Attributes:
+        draw: Number of the label draw (episode).
+        labels: Class indices, `[n]`.
+        groups: Group of each image, `[n]`; the same id is the same group in every run.
+        probabilities_a: `[n, K]`, rows sum to 1.
+        probabilities_b: `[n, K]`, the same images in the same order.
+    """
+
+    draw: int
+    labels: ArrayLike
+    groups: Sequence[str]
+    probabilities_a: ArrayLike
+    probabilities_b: ArrayLike
+
+
+def compute_metrics(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    *,
+    groups: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    similarities: ArrayLike | None = None,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure one set of predictions, every number with its interval over groups.
+
+    Args:
+        labels: Class indices in 0 ... K-1, `[n]`.
+        probabilities: `[n, K]`, finite, in [0, 1], rows sum to 1 within 1e-4.
+        groups: Patient, case or slide of each image, `[n]`. Without it every image is its own
+            group and each note says so: such intervals are too narrow.
+        class_names: `[K]`; without it the class numbers.
+        similarities: Cosines of images and class texts, `[n, K]`; adds `alignment` and
+            `similarity_gap` (Glo-VLMs, arXiv 2511.11984).
+        n_resamples: Bootstrap resamples; 0 gives values without intervals.
+        seed: Seed of the bootstrap. With groups the order of the images does not matter.
+
+    Returns:
+        `metrics` (name -> `value`, `ci95`, `note`, `undefined_resamples`), `per_class` (class ->
+        `recall`, `specificity`, `auc`, `n`, `groups`), `confusion_matrix` (rows are labels),
+        `reliability` (ECE bins with counts), `prior` (class fractions of the labels), `threshold`,
+        `n`, `n_groups`, `bootstrap`: plain Python values, None where a number is undefined. The
+        predicted class is the argmax of the probabilities as given, the first one on a tie. A
+        resampled ECE is biased upwards: its interval can lie above the value, and then says so.
+
+    Raises:
+        GloVLMError: If an input has a wrong shape, range or length.
+    """
+    y, p = _checked(labels, probabilities)
+    cosines = None if similarities is None else _checked_cosines(similarities)
+    if cosines is not None and cosines.shape != p.shape:
+        raise GloVLMError(
+            f"Expected similarities {p.shape}, one per probability, found {cosines.shape}."
+        )
+    names = [str(c) for c in (range(p.shape[1]) if class_names is None else class_names)]
+    if len(names) != p.shape[1] or len(set(names)) < len(names):
+        raise GloVLMError(f"Expected {p.shape[1]} different class names, found {names}.")
+    if n_resamples < 0:
+        raise GloVLMError(f"Expected n_resamples >= 0, found {n_resamples}: 2000 is usual.")
+    ids = np.arange(len(y)) if groups is None else _checked_groups(groups, len(y))
+    group_ids, group = np.unique(ids, return_inverse=True)
+    n_groups = len(group_ids)
+    table = _tabulate(y, p, group, n_groups, cosines)
+
+    value = _statistics(table, np.ones((n_groups, 1)))
+    resampled = {key: np.empty((len(v), n_resamples)) for key, v in value.items()}
+    rng = np.random.default_rng(seed)
+    for columns, weights in _resamples(rng, n_groups, n_resamples, len(y)):
+        for key, statistic in _statistics(table, weights).items():
+            resampled[key][:, columns] = statistic
+
+    actual = table.sums["actual"]
+    holders = (actual > 0).sum(0)  # groups with an image of the class
+    others = (actual.sum(1, keepdims=True) > actual).sum(0)  # groups with an image of another
+    unknown = "intervals over images: groups unknown" if groups is None and n_resamples else ""
+
+    def entry(key: str, at: int, holding: int, note: str = "") -> dict[str, Any]:
+        few = _few(n_groups, holding) if n_resamples else ""
+        return _entry(float(value[key][at, 0]), resampled[key][at], note, unknown, few)
+
+    counts = np.bincount(y, minlength=len(names))
+    missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
+    macro_note = f"no image of {', '.join(missing)}" if missing else ""
+    confusion = np.zeros((len(names), len(names)), dtype=np.int64)
+    np.add.at(confusion, (y, p.argmax(1)), 1)
+    return {
+        "metrics": {
+            key: entry(key, 0, holders.min(), macro_note if key in _MACRO else "")
+            for key in METRICS
+            if key in value
+        },
+        "per_class": {
+            name: {
+                "recall": entry("recall", c, holders[c]),
+                "specificity": entry("specificity", c, others[c]),
+                "auc": entry("auc", c, min(holders[c], others[c])),
+                "n": int(counts[c]),
+                "groups": int(holders[c]),
+            }
+            for c, name in enumerate(names)
+        },
+        "confusion_matrix": confusion.tolist(),
+        "reliability": {"bins": _reliability(y, p)},
+        "prior": {name: float(n / len(y)) for name, n in zip(names, counts, strict=True)},
+        # k images per class imply a uniform prior, whatever the prior of the labels
+        "threshold": "argmax, uniform prior",
+        "n": len(y),
+        "n_groups": n_groups,
+        "bootstrap": {
+            "unit": "images" if groups is None else "groups",
+            "interval": "95% percentile",
+            "n_resamples": n_resamples,
+            "seed": seed,
+            "note": unknown,
+        },
+    }
+
+
+def paired_differences(
+    runs: Sequence[PairedRun],
+    metrics: Sequence[str] = ("macro_auc", "balanced_accuracy"),
+    n_resamples: int = 2000,
+    seed: int = 0,
+    *,
+    unit: str = "groups",
+) -> dict[str, dict[str, Any]]:
+    """Compare methods `b` and `a` on the same images: a bootstrap over groups crossed with draws.
+
+    Label draws redraw the same few groups, so their spread alone is no interval. Each resample
+    draws groups (from the union over all runs) and draws, both with replacement; the group
+    multiplicities weight the images inside each drawn run, and the difference b - a is averaged
+    over the drawn runs in which it is defined.
+
+    Args:
+        runs: One `PairedRun` per draw; test sides may differ.
+        metrics: Names in `METRICS` that rank methods and need no similarities.
+        n_resamples: Bootstrap resamples, at least 1.
+        seed: Seed of the bootstrap.
+        unit: What a group is, in the plural, for the verdict (`"slides"`).
+
+    Returns:
+        Per metric `value` (mean of b - a over draws), `ci95`, `note`, `n_groups`, `n_draws`,
+        `undefined_resamples` (no drawn run was defined), `undefined_runs` (drawn runs left out of
+        a mean, over all resamples), and `verdict` on b: "better" or "worse" if the interval
+        excludes 0, else "not distinguishable with N <unit>".
+
+    Raises:
+        GloVLMError: If there is no run, a draw comes twice, or an input is bad.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            raise GloVLMError(f"Expected a metric, found '{name}'.{nearest(name, METRICS)}")
+        if METRICS[name].higher_is_better is None:
+            raise GloVLMError(f"Expected a metric that ranks methods, '{name}' only describes.")
+    if not runs or n_resamples < 1:
+        found = f"{len(runs)} runs and {n_resamples} resamples"
+        raise GloVLMError(f"Expected at least one run and one resample, found {found}.")
+    if len({run.draw for run in runs}) < len(runs):
+        raise GloVLMError("Expected one run per draw, found a draw twice: pass each draw once.")
+    checked = []
+    for run in runs:
+        y, a = _checked(run.labels, run.probabilities_a)
+        _, b = _checked(run.labels, run.probabilities_b)
+        checked.append((y, a, b, _checked_groups(run.groups, len(y))))
+    n_classes = {p.shape[1] for _, *pair, _ in checked for p in pair}
+    if len(n_classes) > 1:
+        raise GloVLMError(f"Expected the same classes in all runs, found {n_classes} columns.")
+
+    union = np.unique(np.concatenate([ids for *_, ids in checked]))
+    held = np.zeros((len(union), n_classes.pop()), dtype=bool)
+    tables = []
+    for y, a, b, ids in checked:
+        own, group = np.unique(ids, return_inverse=True)
+        place = np.searchsorted(union, own)
+        held[place[group], y] = True
+        pair = [_tabulate(y, p, group, len(own), None) for p in (a, b)]
+        tables.append((place, pair[0], pair[1]))
+
+    rng = np.random.default_rng(seed)
+    drawn = _multiplicities(rng, len(runs), n_resamples)
+    points = _differences(tables, metrics, np.ones((len(union), 1)))[..., 0]
+    total, defined = np.zeros((2, len(metrics), n_resamples))
+    for columns, weights in _resamples(
+        rng, len(union), n_resamples, max(len(c[0]) for c in checked)
+    ):
+        difference = _differences(tables, metrics, weights)
+        times = np.where(np.isnan(difference), 0, drawn[:, columns])
+        total[:, columns] = (np.nan_to_num(difference) * times).sum(1)
+        defined[:, columns] = times.sum(1)
+    resampled = np.divide(total, defined, out=np.full_like(total, np.nan), where=defined > 0)
+
+    result = {}
+    for i, name in enumerate(metrics):
+        spread = summarise_draws(points[i].tolist())
+        lost = len(runs) - spread["n_draws"]
+        row = _entry(
+            np.nan if spread["mean"] is None else spread["mean"],
+            resampled[i],
+            f"undefined in {lost} of {len(runs)} draws" if lost else "",
+            _few(len(union), held.sum(0).min()),
+        )
+        low, high = row["ci95"] or (0, 0)
+        verdict = f"not distinguishable with {len(union)} {unit}"
+        if low > 0 or high < 0:
+            verdict = "better" if (low > 0) == METRICS[name].higher_is_better else "worse"
+        result[name] = row | {
+            "n_groups": len(union),
+            "n_draws": len(runs),
+            "undefined_runs": int(n_resamples * len(runs) - defined[i].sum()),
+            "verdict": verdict,
+        }
+    return result
+
+
+def summarise_draws(values: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and spread of one metric over label draws: no interval, since groups are not redrawn.
+
+    Args:
+        values: One value per draw; None or NaN where the metric is undefined.
+
+    Returns:
+        `mean`, `sd` (n - 1; None for fewer than two values), `n_draws` (defined ones), `note`.
+
+    Raises:
+        GloVLMError: If there is no draw.
+    """
+    if len(values) == 0:
+        raise GloVLMError("Expected the value of at least one draw, found none: run a draw first.")
+    array = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+    kept = array[~np.isnan(array)]
+    note = "spread over label draws, not an interval over groups"
+    if len(kept) < len(array):
+        note += f"; undefined in {len(array) - len(kept)} of {len(array)} draws"
+    return {
+        "mean": float(kept.mean()) if len(kept) else None,
+        "sd": float(kept.std(ddof=1)) if len(kept) > 1 else None,
+        "n_draws": len(kept),
+        "note": note,
+    }
+
+
+def recall_by_group(
+    labels: ArrayLike, predictions: ArrayLike, groups: Sequence[str], class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Recall of every class inside every group that holds it.
+
+    Args:
+        labels: Class indices, `[n]`.
+        predictions: Predicted class indices, `[n]`.
+        groups: Group of each image, `[n]`.
+        class_names: `[K]`.
+
+    Returns:
+        Rows `group`, `class`, `n`, `correct`, `recall`, sorted by group, then class. A class that
+        a group does not hold has no recall there, so no row.
+
+    Raises:
+        GloVLMError: If lengths differ or a class index is out of range.
+    """
+    y = _checked_labels(labels, len(class_names), "labels")
+    predicted = _checked_labels(predictions, len(class_names), "predictions")
+    if len(predicted) != len(y):
+        raise GloVLMError(f"Expected {len(y)} predictions, found {len(predicted)}: one per label.")
+    ids, group = np.unique(_checked_groups(groups, len(y)), return_inverse=True)
+    n, correct = np.zeros((2, len(ids), len(class_names)), dtype=np.int64)
+    np.add.at(n, (group, y), 1)
+    np.add.at(correct, (group, y), predicted == y)
+    return [
+        {
+            "group": str(ids[g]),
+            "class": class_names[c],
+            "n": int(n[g, c]),
+            "correct": int(correct[g, c]),
+            "recall": float(correct[g, c] / n[g, c]),
+        }
+        for g, c in np.argwhere(n)
+    ]
+
+
+def evaluate_metric(name: str, **options: Any) -> Any:
+    """Give a metric as an `evaluate.Metric`; needs neither network nor Hub.
+
+    `compute(predictions=probabilities, references=labels)` returns `{name: value}`; with
+    `n_resamples=2000` (and `groups=[...]`) also `<name>_ci95`, `<name>_note` and
+    `<name>_undefined_resamples`. `alignment` and `similarity_gap` take cosines as predictions.
+
+    Args:
+        name: A name in `METRICS`.
+        **options: Passed to `evaluate.Metric`. `keep_in_memory` is on unless said otherwise, so
+            that predictions about patients are not written to the shared cache folder.
+
+    Raises:
+        GloVLMError: If there is no such metric.
+    """
+    if name not in METRICS:
+        known = ", ".join(METRICS)
+        raise GloVLMError(f"Expected one of {known}, found '{name}'.{nearest(name, METRICS)}")
+    return _evaluate_class(name)(**{"keep_in_memory": True} | options)
+
+
+@cache
+def _evaluate_class(name: str) -> type[Any]:
+    # `import evaluate` pulls in torch and transformers (9 s), so it waits until someone asks. A
+    # factory, because with a module `__getattr__` mypy would accept every misspelt name of this
+    # module; import_module and type(), because evaluate has no types to import or inherit from.
+    evaluate, datasets = map(importlib.import_module, ("evaluate", "datasets"))
+    info = METRICS[name]
+
+    def _info(self: Any) -> Any:
+        table = datasets.Sequence(datasets.Value("float64"))
+        return evaluate.MetricInfo(
+            description=info.definition,
+            citation="",
+            inputs_description="predictions: [n, K]; references: class indices [n].",
+            features=datasets.Features(predictions=table, references=datasets.Value("int64")),
+        )
+
+    def _compute(self: Any, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
+        arguments: dict[str, Any] = {"n_resamples": 0} | options
+        if info.of_similarities:
+            cosines = _checked_cosines(predictions)
+            arguments["similarities"] = cosines
+            predictions = np.full(cosines.shape, 1 / cosines.shape[1])
+        entry = compute_metrics(references, predictions, **arguments)["metrics"][name]
+        if arguments["n_resamples"] == 0:
+            return {name: entry["value"]}
+        return {name if key == "value" else f"{name}_{key}": v for key, v in entry.items()}
+
+    # evaluate names a metric after its class: MacroAuc is macro_auc
+    title = name.title().replace("_", "")
+    return type(title, (evaluate.Metric,), {"_info": _info, "_compute": _compute})
+
+
+_MACRO = ("balanced_accuracy", "macro_auc", "macro_f1")
+
+
+class _Ranks(NamedTuple):
+    """One class against the rest, sorted once: negatives ascend, positives point into them."""
+
+    positive: Ints  # group of each positive [P]
+    negative: Ints  # group of each negative, by ascending score [N]
+    below: Ints  # negatives with a smaller score than the positive [P]
+    not_above: Ints  # and with a smaller or equal one [P]
+
+
+class _Table(NamedTuple):
+    """Predictions reduced to what any weighting of their groups needs."""
+
+    sums: dict[str, Floats]  # per group: [G, K], [G, bins] or [G, 1]
+    ranks: list[_Ranks]  # one per class
+
+
+def _tabulate(y: Ints, p: Floats, group: Ints, n_groups: int, cosines: Floats | None) -> _Table:
+    one_hot = np.eye(p.shape[1])
+    top, confidence = p.argmax(1), p.max(1, keepdims=True)
+    right = (top == y)[:, None]
+    columns = {
+        "hits": one_hot[y] * right,
+        "actual": one_hot[y],
+        "predicted": one_hot[top],
+        "ece": np.eye(ECE_BINS)[_bins(confidence[:, 0])] * (right - confidence),
+        "brier": ((p - one_hot[y]) ** 2).sum(1, keepdims=True),
+        "boundary_margin": confidence - np.partition(p, -2, axis=1)[:, [-2]],
+    }
+    if cosines is not None:
+        own = np.take_along_axis(cosines, y[:, None], axis=1)
+        columns["alignment"] = own
+        columns["similarity_gap"] = own - (cosines.sum(1, keepdims=True) - own) / (p.shape[1] - 1)
+    sums = {name: np.zeros((n_groups, block.shape[1])) for name, block in columns.items()}
+    for name, block in columns.items():
+        np.add.at(sums[name], group, block)
+    ranks = []
+    for c, scores in enumerate(p.T):
+        rest = np.flatnonzero(y != c)
+        rest = rest[np.argsort(scores[rest], kind="stable")]
+        below, not_above = (
+            np.searchsorted(scores[rest], scores[y == c], side) for side in ("left", "right")
+        )
+        ranks.append(_Ranks(group[y == c], group[rest], below, not_above))
+    return _Table(sums, ranks)
+
+
+def _statistics(table: _Table, weights: Floats) -> dict[str, Floats]:
+    """All metrics under R weightings of the groups: `[G, R]` -> `[1 or K, R]`, NaN if undefined."""
+    total = {name: block.T @ weights for name, block in table.sums.items()}
+    hits, actual, predicted = total["hits"], total["actual"], total["predicted"]
+    n = actual.sum(0, keepdims=True)
+    present = table.sums["actual"].any(0)
+    vanished = (actual[present] == 0).any(0)
+    auc = np.stack([_auc(ranks, weights) for ranks in table.ranks])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        recall = hits / actual
+        f1 = np.divide(2 * hits, actual + predicted, out=np.zeros_like(hits), where=hits > 0)
+        result = {
+            "accuracy": hits.sum(0) / n,
+            "balanced_accuracy": recall[present].mean(0, keepdims=True),
+            "macro_auc": auc[present].mean(0, keepdims=True),
+            "macro_f1": np.where(vanished, np.nan, f1.mean(0, keepdims=True)),
+            "ece": np.abs(total["ece"]).sum(0) / n,
+            "recall": recall,
+            "specificity": (n - actual - predicted + hits) / (n - actual),
+            "auc": auc,
+        }
+        means = ("brier", "boundary_margin", "alignment", "similarity_gap")
+        return result | {name: total[name] / n for name in means if name in total}
+
+
+def _auc(ranks: _Ranks, weights: Floats) -> Floats:
+    """Weighted Mann-Whitney statistic, `[G, R]` -> `[R]`: cumulative weights, no sorting."""
+    if not len(ranks.positive) or not len(ranks.negative):
+        return np.full(weights.shape[1], np.nan)
+    below = np.zeros((len(ranks.negative) + 1, weights.shape[1]))
+    np.cumsum(weights[ranks.negative], axis=0, out=below[1:])
+    positive = weights[ranks.positive]
+    wins = np.einsum("pr,pr->r", positive, below[ranks.below] + below[ranks.not_above]) / 2
+    pairs = positive.sum(0) * below[-1]
+    area: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
+    return area
+
+
+def _differences(
+    tables: Sequence[tuple[Ints, _Table, _Table]], metrics: Sequence[str], weights: Floats
+) -> Floats:
+    """Metrics of b minus those of a: `[metrics, runs, R]`."""
+    out = np.empty((len(metrics), len(tables), weights.shape[1]))
+    for j, (place, a, b) in enumerate(tables):
+        of_a, of_b = (_statistics(table, weights[place]) for table in (a, b))
+        for i, name in enumerate(metrics):
+            out[i, j] = of_b[name] - of_a[name]
+    return out
+
+
+def _multiplicities(rng: np.random.Generator, n: int, size: int) -> Floats:
+    """How often each of n things comes up when n are drawn with replacement: `[n, size]`."""
+    cells = rng.integers(n, size=(size, n)) * size + np.arange(size)[:, None]
+    return np.bincount(cells.ravel(), minlength=n * size).reshape(n, size).astype(np.float64)
+
+
+def _resamples(
+    rng: np.random.Generator, n_groups: int, n_resamples: int, n_rows: int
+) -> Iterator[tuple[slice, Floats]]:
+    step = max(1, _CHUNK // n_rows)
+    for start in range(0, n_resamples, step):
+        size = min(step, n_resamples - start)
+        yield slice(start, start + size), _multiplicities(rng, n_groups, size)
+
+
+def _few(n_groups: int, holding: int) -> str:
+    scarce = n_groups < MIN_GROUPS or holding < MIN_GROUPS_PER_CLASS
+    return "too few groups" if scarce else ""
+
+
+def _entry(value: float, resampled: Floats, *notes: str) -> dict[str, Any]:
+    defined = resampled[~np.isnan(resampled)]
+    undefined = bool(np.isnan(value))
+    shown = len(defined) > 0 and not undefined
+    low, high = np.percentile(defined, [2.5, 97.5]).tolist() if shown else (value, value)
+    # the margin is for rounding: a resample adds its rows in another order
+    outside = shown and not low - 1e-9 <= value <= high + 1e-9
+    notes = (
+        "undefined on these labels" if undefined else "",
+        *notes,
+        "value outside its interval: the resampled metric is biased" if outside else "",
+    )
+    return {
+        "value": None if undefined else value,
+        "ci95": [low, high] if shown else None,
+        "note": "; ".join(note for note in notes if note),
+        "undefined_resamples": len(resampled) - len(defined),
+    }
+
+
+def _bins(confidence: Floats) -> Ints:
+    return np.searchsorted(np.linspace(0, 1, ECE_BINS + 1)[1:-1], confidence, side="left")
+
+
+def _reliability(y: Ints, p: Floats) -> list[dict[str, Any]]:
+    confidence, right = p.max(1), p.argmax(1) == y
+    bins = _bins(confidence)
+
+    def row(b: int, inside: NDArray[np.bool_]) -> dict[str, Any]:
+        return {
+            "lower": b / ECE_BINS,
+            "upper": (b + 1) / ECE_BINS,
+            "count": int(inside.sum()),
+            "confidence": float(confidence[inside].mean()) if inside.any() else None,
+            "accuracy": float(right[inside].mean()) if inside.any() else None,
+        }
+
+    return [row(b, bins == b) for b in range(ECE_BINS)]
+
+
+def _checked(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Ints, Floats]:
+    p = _checked_table(probabilities, "probabilities", (0, 1), "apply softmax first")
+    y = _checked_labels(labels, p.shape[1], "labels")
+    if len(y) != len(p):
+        raise GloVLMError(f"Expected one label per row, found {len(y)} labels, {len(p)} rows.")
+    off = np.abs(p.sum(1) - 1)
+    if off.max() > 1e-4:
+        found = f"{p[off.argmax()].sum():.6g} in row {off.argmax()}"
+        raise GloVLMError(
+            f"Expected rows of probabilities that sum to 1, found {found}: apply softmax over the "
+            "classes, in float32 or better."
+        )
+    return y, p
+
+
+def _checked_table(
+    values: ArrayLike, what: str, bounds: tuple[float, float], advice: str
+) -> Floats:
+    try:
+        table = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise GloVLMError(f"Expected {what} as numbers [n, K], found something else.") from None
+    if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
+        raise GloVLMError(
+            f"Expected {what} of shape [n, K] with n >= 1 and K >= 2, found {table.shape}: give a "
+            "row per image and a column per class."
+        )
+    low, high = bounds
+    bad = ~((table >= low) & (table <= high))  # NaN compares false
+    if bad.any():
+        row = bad.any(1).argmax()
+        found = f"{table[row][bad[row]][0]:.6g} in row {row}"
+        raise GloVLMError(f"Expected {what} in {low} ... {high}, found {found}: {advice}.")
+    return table
+
+
+def _checked_cosines(values: ArrayLike) -> Floats:
+    # rounding can carry the cosine of float16 features a little beyond 1
+    return _checked_table(values, "similarities", (-1.001, 1.001), "give cosines without the scale")
+
+
+def _checked_labels(values: ArrayLike, n_classes: int, what: str) -> Ints:
+    try:
+        y = np.asarray(values)
+    except ValueError:
+        raise GloVLMError(f"Expected {what} as class indices [n], found ragged lists.") from None
+    if y.ndim != 1 or len(y) == 0 or y.dtype.kind not in "iu":
+        found = f"{y.dtype} of shape {y.shape}"
+    elif y.min() < 0 or y.max() >= n_classes:
+        found = f"{y.min()} ... {y.max()}"
+    else:
+        return y.astype(np.int64)
+    raise GloVLMError(
+        f"Expected {what} as class indices [n] in 0 ... {n_classes - 1}, found {found}: map class "
+        "names to indices first."
+    )
+
+
+def _checked_groups(groups: Sequence[str], n: int) -> NDArray[np.str_]:
+    if len(groups) != n:
+        raise GloVLMError(f"Expected {n} groups, one per image, found {len(groups)}.")
+    for row, group in enumerate(groups):
+        # NaN is how pandas writes a missing id; as a string it would merge unrelated images
+        if group is None or group != group or str(group) == "":
+            raise GloVLMError(
+                f"Expected a group for every image, found none in row {row}: give an image of "
+                "unknown origin an id of its own."
+            )
+    return np.array([str(group) for group in groups])
