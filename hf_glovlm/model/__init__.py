@@ -1,0 +1,45 @@
+"""The model as it goes to the Hub: these files load with `trust_remote_code=True` on their own."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .configuration_glovlm import GloVLMConfig
+from .heads import ClassWeights, MLPHead, build_head
+from .modeling_glovlm import (
+    GloVLMForImageClassification,
+    GloVLMImageClassifierOutput,
+    GloVLMModel,
+    GloVLMOutput,
+)
+from .processing_glovlm import GloVLMProcessor
+from .towers import TowerPair
+
+__all__ = [
+    "ClassWeights",
+    "GloVLMConfig",
+    "GloVLMForImageClassification",
+    "GloVLMImageClassifierOutput",
+    "GloVLMModel",
+    "GloVLMOutput",
+    "GloVLMProcessor",
+    "MLPHead",
+    "TowerPair",
+    "build_head",
+]
+
+AutoConfig.register("glovlm", GloVLMConfig)
+AutoModel.register(GloVLMConfig, GloVLMModel)
+AutoModelForZeroShotImageClassification.register(GloVLMConfig, GloVLMModel)
+AutoModelForImageClassification.register(GloVLMConfig, GloVLMForImageClassification)
+AutoProcessor.register(GloVLMConfig, GloVLMProcessor)
+
+# A saved folder takes these files along.
+GloVLMConfig.register_for_auto_class("AutoConfig")
+GloVLMModel.register_for_auto_class("AutoModel")
+GloVLMForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+GloVLMProcessor.register_for_auto_class("AutoProcessor")
