@@ -1,0 +1,397 @@
+"""The one training loop, over Accelerate: batches in, a log out, a checkpoint after every epoch."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import Recipe
+from .errors import GloVLMError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+
+class BatchSource(Protocol):
+    """Where batches come from: inputs by index, and their labels."""
+
+    labels: Tensor
+
+    def fetch(self, index: Sequence[int]) -> Tensor:
+        """Inputs of some rows, stacked."""
+
+
+@dataclass
+class TensorSource:
+    """Features that are already there: `[n, dim]`."""
+
+    inputs: Tensor
+    labels: Tensor
+
+    def fetch(self, index: Sequence[int]) -> Tensor:
+        """Rows of the tensor."""
+        return self.inputs[list(index)]
+
+
+class ImageSource:
+    """Images, decoded and preprocessed when first asked for and kept while they are few.
+
+    Args:
+        images: Rows with `image`.
+        labels: Class numbers `[n]`.
+        processor: A `GloVLMProcessor`.
+        augment: Random flips, quarter turns and crops; glomeruli have no upright side.
+        keep_bytes: Most memory that preprocessed images may take.
+    """
+
+    def __init__(
+        self,
+        images: "Dataset",
+        labels: Tensor,
+        processor: Any,
+        augment: bool = False,
+        keep_bytes: int = 2**30,
+    ) -> None:
+        from datasets import Image
+
+        self.rows = images.cast_column("image", Image(decode=False))
+        self.labels = labels
+        self.processor = processor
+        self.augment = augment
+        self.keep_bytes = keep_bytes
+        self.kept: dict[int, Tensor] = {}
+
+    def fetch(self, index: Sequence[int]) -> Tensor:
+        """Preprocessed images `[n, 3, height, width]`."""
+        rows = []
+        for i in index:
+            row = self.kept[i] if i in self.kept else self._transform(i)
+            if not self.augment and (len(self.kept) + 1) * row.nbytes <= self.keep_bytes:
+                self.kept[i] = row
+            rows.append(row)
+        return torch.stack(rows)
+
+    def _transform(self, i: int) -> Tensor:
+        from .data import open_image
+
+        image = open_image(self.rows[i]["image"])
+        if self.augment:
+            image = _augment(image)
+        pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+
+def _augment(image: Any) -> Any:
+    """A random crop of at least half the area, flips and quarter turns, from torch's generator."""
+    from PIL import Image
+
+    area, left, top, flip, turn = torch.rand(5).tolist()
+    side = math.sqrt(0.5 + 0.5 * area)
+    width, height = round(image.width * side), round(image.height * side)
+    x, y = round(left * (image.width - width)), round(top * (image.height - height))
+    image = image.crop((x, y, x + width, y + height))
+    if flip < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    turns = (
+        None,
+        Image.Transpose.ROTATE_90,
+        Image.Transpose.ROTATE_180,
+        Image.Transpose.ROTATE_270,
+    )
+    chosen = turns[int(turn * 4)]
+    return image if chosen is None else image.transpose(chosen)
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Join the rows of all processes; gradients flow back to each. Equal sizes everywhere."""
+    if world_size() == 1:
+        return tensor
+    if not tensor.is_floating_point():
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor))
+
+
+def learning_rate(recipe: Recipe, base: float, epoch: int) -> float:
+    """The rate of an epoch, counted from 0: warm-up, then constant or cosine, stepped by epoch."""
+    if epoch < recipe.warmup_epochs:
+        return recipe.warmup_lr
+    if recipe.schedule == "constant":
+        return base
+    done = (epoch - recipe.warmup_epochs) / recipe.epochs
+    return base * (recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def fit(
+    step: nn.Module,
+    groups: list[dict[str, Any]],
+    source: BatchSource,
+    recipe: Recipe,
+    *,
+    accelerator: "Accelerator",
+    seed: int = 0,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    distributed: bool = True,
+    validate: Callable[[], float] | None = None,
+    output_dir: Path | None = None,
+    resume: bool = False,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, Any]]:
+    """The loop, for every method that trains and for pretraining.
+
+    One process or many give the same: the order is drawn from `(seed, epoch)` for the whole batch,
+    each process takes every n-th row of it, and the parts' losses add up to the batch's mean.
+
+    Args:
+        step: `forward(inputs, labels, weight, total)` gives this process's part of the loss.
+        groups: Optimiser groups, `{"params", "lr"?}`.
+        source: Where batches come from.
+        recipe: How to train.
+        accelerator: Device, precision, processes, trackers.
+        seed: Of the order and of everything random inside an epoch.
+        accumulate: Parts that each batch is split into.
+        clip_norm: Largest gradient norm.
+        distributed: Whether the processes train together.
+        validate: Gives macro-AUC on validation; then the best epoch is kept, not the last.
+        output_dir: Takes `log.jsonl` and, after every epoch, `checkpoint.safetensors`.
+        resume: Go on from that checkpoint.
+        on_epoch: Told of every epoch's log row.
+
+    Returns:
+        The log, one row an epoch.
+
+    Raises:
+        GloVLMError: The loss became NaN or infinite.
+    """
+    processes = accelerator.num_processes if distributed else 1
+    rank = accelerator.process_index if distributed else 0
+    optimizer = _optimizer(groups, recipe)
+    state = _State(step, optimizer, output_dir if rank == 0 else None, output_dir)
+    log = state.load(recipe, seed) if resume else []
+    wrapped = accelerator.prepare(step) if processes > 1 else step
+    if accelerator.scaler is not None:  # fp16: the scaled gradient is taken back by its step
+        optimizer = accelerator.prepare(optimizer)
+    n = len(source.labels)
+    for epoch in range(len(log), recipe.epochs):
+        if state.stale >= recipe.patience:
+            break
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, group["base_lr"], epoch)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        seed_everything(seed, epoch, rank)
+        step.train()
+        total_loss = 0.0
+        for begin in range(0, n, recipe.batch_size):
+            batch = order[begin : begin + recipe.batch_size].tolist()
+            parts = [batch[i::accumulate] for i in range(accumulate) if batch[i::accumulate]]
+            batch_loss = 0.0
+            for i, part in enumerate(parts):
+                index, weight = _share(part, rank, processes)
+                waiting = processes > 1 and i < len(parts) - 1
+                with (
+                    accelerator.no_sync(wrapped) if waiting else nullcontext(),
+                    accelerator.autocast(),
+                ):
+                    loss = wrapped(
+                        source.fetch(index).to(accelerator.device),
+                        source.labels[index].to(accelerator.device),
+                        weight.to(accelerator.device),
+                        len(batch),
+                    )
+                    accelerator.backward(loss)
+                batch_loss += float(loss.detach())
+            if processes > 1:
+                reduced = accelerator.reduce(
+                    torch.tensor(batch_loss, device=accelerator.device), "mean"
+                )
+                batch_loss = float(reduced)
+            if not math.isfinite(batch_loss):
+                raise GloVLMError(
+                    f"The loss became {batch_loss} in epoch {epoch + 1}: the learning rate "
+                    f"({recipe.lr:g}) is too high for these images, or an input is broken. "
+                    "Lower --lr or give --clip-norm 1.0."
+                )
+            if clip_norm is not None:
+                accelerator.clip_grad_norm_([p for g in groups for p in g["params"]], clip_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            total_loss += batch_loss * len(batch)
+        row: dict[str, Any] = {
+            "epoch": epoch + 1,
+            "epochs": recipe.epochs,
+            "loss": total_loss / n,
+            "lr": optimizer.param_groups[0]["lr"],
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        if validate is not None:
+            row["validation_macro_auc"] = validate()
+        log.append(row)
+        state.after_epoch(row, log, recipe, seed)
+        if accelerator.trackers:
+            accelerator.log({k: v for k, v in row.items() if k != "epochs"}, step=epoch + 1)
+        if on_epoch is not None and rank == 0:
+            on_epoch(row)
+    state.restore_best()
+    step.eval()
+    return log
+
+
+def _share(batch: list[int], rank: int, processes: int) -> tuple[list[int], Tensor]:
+    """One process's rows of a batch, padded with rows of weight 0 to the same number everywhere."""
+    size = math.ceil(len(batch) / processes)
+    mine = batch[rank::processes]
+    weight = torch.ones(size)
+    weight[len(mine) :] = 0
+    return mine + batch[:1] * (size - len(mine)), weight
+
+
+def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Optimizer:
+    listed = [
+        {**g, "lr": g.get("lr", recipe.lr), "base_lr": g.get("lr", recipe.lr)} for g in groups
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(listed, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+    return torch.optim.AdamW(listed, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+
+
+class _State:
+    """What has to survive a crash: trained tensors, optimiser moments, the log, the best epoch.
+
+    One safetensors file, replaced as a whole, so that it is never half-written.
+    """
+
+    def __init__(
+        self,
+        step: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        write_to: Path | None,
+        read_from: Path | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.write_to, self.read_from = write_to, read_from
+        trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
+        named = dict(step.named_parameters())
+        self.tensors: dict[str, Tensor] = {n: p for n, p in named.items() if id(p) in trained}
+        self.tensors |= {n: b for n, b in step.named_buffers() if b.numel() > 0}
+        self.best: dict[str, Tensor] = {}
+        self.best_value = -math.inf
+        self.stale = 0
+
+    def after_epoch(
+        self, row: dict[str, Any], log: list[dict[str, Any]], recipe: Recipe, seed: int
+    ) -> None:
+        value = row.get("validation_macro_auc")
+        if value is not None:
+            if value > self.best_value + recipe.min_delta:
+                self.best = {n: t.detach().clone() for n, t in self.tensors.items()}
+                self.best_value, self.stale = value, 0
+            else:
+                self.stale += 1
+        if self.write_to is not None:
+            self._save(log, recipe, seed)
+
+    def restore_best(self) -> None:
+        with torch.no_grad():
+            for name, tensor in self.best.items():
+                self.tensors[name].copy_(tensor)
+
+    def _save(self, log: list[dict[str, Any]], recipe: Recipe, seed: int) -> None:
+        from safetensors.torch import save_file
+
+        assert self.write_to is not None
+        tensors = {f"now.{n}": t.detach().cpu().clone() for n, t in self.tensors.items()}
+        tensors |= {f"best.{n}": t.cpu().clone() for n, t in self.best.items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            for key, value in moments.items():
+                if isinstance(value, Tensor):
+                    tensors[f"moment.{i}.{key}"] = value.detach().cpu().clone()
+        facts = {"log": log, "best_value": self.best_value, "stale": self.stale}
+        facts |= {"recipe": asdict(recipe), "seed": seed}
+        self.write_to.mkdir(parents=True, exist_ok=True)
+        fresh = self.write_to / ".checkpoint.safetensors"
+        save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
+        os.replace(fresh, self.write_to / "checkpoint.safetensors")
+        write_text(self.write_to / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
+
+    def load(self, recipe: Recipe, seed: int) -> list[dict[str, Any]]:
+        from safetensors import safe_open
+
+        path = self.read_from / "checkpoint.safetensors" if self.read_from else None
+        if path is None or not path.is_file():
+            return []
+        with safe_open(path, framework="pt") as stored:
+            facts = json.loads(stored.metadata()["facts"])
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        if facts["recipe"] != asdict(recipe) or facts["seed"] != seed:
+            raise GloVLMError(
+                f"The checkpoint in '{self.read_from}' was written with other settings: expected "
+                f"{asdict(recipe)}, seed {seed}; found {facts['recipe']}, seed {facts['seed']}. "
+                "Repeat the run's own settings (its config.yaml), or use --overwrite."
+            )
+        now = {k.removeprefix("now."): v for k, v in tensors.items() if k.startswith("now.")}
+        if {n: t.shape for n, t in now.items()} != {n: t.shape for n, t in self.tensors.items()}:
+            raise GloVLMError(
+                f"The checkpoint in '{self.read_from}' belongs to another method or backbone: use "
+                "--overwrite, or another folder."
+            )
+        with torch.no_grad():
+            for name, tensor in now.items():
+                self.tensors[name].copy_(tensor)
+        for name, tensor in tensors.items():
+            if name.startswith("best."):
+                key = name.removeprefix("best.")
+                self.best[key] = tensor.to(self.tensors[key].device)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("moment."):
+                _, i, key = name.split(".", 2)
+                moments.setdefault(int(i), {})[key] = tensor
+        state = self.optimizer.state_dict()
+        state["state"] = moments
+        self.optimizer.load_state_dict(state)
+        self.best_value, self.stale = facts["best_value"], facts["stale"]
+        log: list[dict[str, Any]] = facts["log"]
+        return log
+
+
+def seed_everything(seed: int, *more: int) -> None:
+    """Seed Python, numpy and torch from a seed and further numbers, the same on every machine."""
+    import random
+
+    import numpy as np
+
+    # The count stands first, since numpy takes [1], [1, 0] and [1, 0, 0] for the same.
+    mixed = int(np.random.SeedSequence([len(more), seed, *more]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002 - libraries draw from it
+    torch.manual_seed(mixed)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
