@@ -1,6 +1,49 @@
 """hf-glovlm: few-shot adaptation of image-text models to fine-grained glomerulus classes.
 
-Research use only, not for diagnosis.
+Importing it registers the model with transformers' Auto classes. Research use only, not for
+diagnosis.
 """
 
+from .adapters import METHODS
+from .backbones import BACKBONES, load_backbone
+from .data import check_dataset, draw_episode, load_classes, load_dataset, load_episode
+from .errors import GloVLMError
+from .inference import FeatureCache, Predictions, embed_images, embed_prompts, predict
+from .metrics import compute_metrics, paired_differences
+from .model import (
+    GloVLMConfig,
+    GloVLMForImageClassification,
+    GloVLMModel,
+    GloVLMProcessor,
+)
+from .runs import TrainConfig, run
+from .training import adapt
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "BACKBONES",
+    "METHODS",
+    "FeatureCache",
+    "GloVLMConfig",
+    "GloVLMError",
+    "GloVLMForImageClassification",
+    "GloVLMModel",
+    "GloVLMProcessor",
+    "Predictions",
+    "TrainConfig",
+    "__version__",
+    "adapt",
+    "check_dataset",
+    "compute_metrics",
+    "draw_episode",
+    "embed_images",
+    "embed_prompts",
+    "load_backbone",
+    "load_classes",
+    "load_dataset",
+    "load_episode",
+    "paired_differences",
+    "predict",
+    "run",
+]

@@ -1,0 +1,90 @@
+"""Captions of drawings, as varied as a pathologist's sentences; for contrastive pretraining."""
+
+import numpy as np
+
+_NOUNS: dict[str, tuple[str, ...]] = {
+    "viable": ("viable glomerulus", "normal glomerulus", "healthy glomerulus"),
+    "ischemic": ("ischemic glomerulus", "glomerulus with ischemic change", "ischaemic glomerulus"),
+    "segmental_sclerosis": ("segmentally sclerotic glomerulus", "segmental glomerulosclerosis"),
+    "global_sclerosis": ("globally sclerotic glomerulus", "global glomerulosclerosis"),
+    "atubular": ("atubular glomerulus", "glomerulus that has lost its tubule"),
+}
+# Features by the severity from which they show.
+_FEATURES: dict[str, dict[float, tuple[str, ...]]] = {
+    "viable": {
+        0.0: ("open capillary loops", "a tuft that fills its capsule", "thin capillary walls"),
+    },
+    "ischemic": {
+        0.0: ("a shrunken wrinkled tuft", "a wide Bowman's space"),
+        0.4: ("a thickened Bowman's capsule", "collapsing capillary loops"),
+        0.5: ("periglomerular fibrosis",),
+    },
+    "segmental_sclerosis": {
+        0.0: ("part of the tuft replaced by matrix", "open capillary loops beside a scar"),
+        0.4: ("an adhesion to Bowman's capsule", "obliterated lumens in one segment"),
+    },
+    "global_sclerosis": {
+        0.0: ("matrix throughout the tuft", "obliterated capillary lumens"),
+        0.6: ("the whole tuft replaced by matrix", "no open capillary loops"),
+        0.5: ("Bowman's space filled with fibrous matrix",),
+    },
+    "atubular": {
+        0.0: ("a contracted tuft in a wide capsule", "no tubule attached"),
+        0.3: ("a tuft retracted to the vascular pole",),
+        0.5: ("a cystic Bowman's space", "a capsule lined by plump cells"),
+    },
+}
+# A caption claims only what its stain can show: basement membranes need PAS or silver.
+_MEMBRANE_FEATURES = {
+    "viable": "thin smooth basement membranes",
+    "ischemic": "wrinkled corrugated basement membranes",
+}
+_STAIN_WORDS = {
+    "PAS": ("PAS", "periodic acid-Schiff"),
+    "H&E": ("H&E", "hematoxylin and eosin"),
+    "silver": ("silver", "Jones methenamine silver"),
+    "trichrome": ("trichrome", "Masson trichrome"),
+}
+
+
+def _with_article(noun: str) -> str:
+    if noun.endswith("glomerulosclerosis"):
+        return noun
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def write_caption(rng: np.random.Generator, class_name: str, severity: float, stain: str) -> str:
+    """Describe a drawing in one of ten ways; the published prompt itself is the most frequent.
+
+    Args:
+        rng: Draws the wording.
+        class_name: One of `phantoms.CLASSES`.
+        severity: 0 to 1; a feature is named from the severity at which it shows.
+        stain: One of `phantoms.STAINS`; nothing is claimed that it cannot show.
+    """
+    nouns = _NOUNS[class_name]
+    noun = nouns[max(0, int(rng.integers(-2, len(nouns))))]
+    known = _FEATURES[class_name].items()
+    features = [feature for onset, some in known if severity >= onset for feature in some]
+    if stain in ("PAS", "silver") and class_name in _MEMBRANE_FEATURES:
+        features.append(_MEMBRANE_FEATURES[class_name])
+    first = int(rng.integers(len(features)))
+    one, two = features[first], features[first - int(rng.integers(1, len(features)))]
+    dye = _STAIN_WORDS[stain][int(rng.integers(2))]
+    step = sum(severity >= onset for onset in (0.15, 0.4, 0.7))
+    grade = ("minimal", "mild", "moderate", "severe")[step]
+    degree = "no lesion" if class_name == "viable" else f"{grade} change"
+    a_noun = _with_article(noun)
+    templates = (
+        f"A pathology image of {nouns[0]}",
+        f"A pathology image of {noun}",
+        f"A histopathology image of {a_noun}",
+        f"A section stained with {dye} showing {a_noun}",
+        f"{dye} stain: {a_noun} with {one}",
+        f"A pathology image of {noun}, {one} and {two}",
+        f"A kidney biopsy, {dye}: {noun}, {degree}",
+        f"{noun}, {degree}, {dye} stain, {one}",
+        f"A glomerulus with {one} and {two}, {dye} stain",
+        f"A photomicrograph of {a_noun}, showing {one}",
+    )
+    return templates[max(0, int(rng.integers(-2, len(templates))))]

@@ -1,0 +1,655 @@
+"""A grid of runs, backbone x method x shots x label draw, and a report that compares paired.
+
+Every cell is one `runs.run` in a folder of its own, without the model. A finished cell is never
+run again, so a study that was killed goes on where it stopped, and one that grew runs what is new.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .errors import GloVLMError, nearest
+from .inference import Predictions
+from .loop import write_text
+from .metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
+from .runs import TrainConfig, run
+
+__all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
+
+COMPARED = ("macro_auc", "balanced_accuracy")
+SUMMARISED = ("balanced_accuracy", "macro_auc", "macro_f1", "ece")
+RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
+_OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
+_OF_CELL |= {"overwrite", "resume", "save_model"}
+_FREE = {"output_dir", "overwrite", "resume", "save_model", "cache"}  # leave the numbers alone
+_SETTINGS = {f.name for f in fields(TrainConfig)} - _OF_CELL
+
+
+@dataclass(frozen=True)
+class StudyMethod:
+    """A line of the report: a method with its settings and its label draws.
+
+    Attributes:
+        name: What the report and the folders call it.
+        method: A name of `glovlm methods`.
+        draws: Numbers of the label draws.
+        settings: Fields of `TrainConfig`, over those of the study.
+    """
+
+    name: str
+    method: str
+    draws: tuple[int, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid; `name` is its folder below `cells/`."""
+
+    backbone: str
+    method: StudyMethod
+    shots: int
+    draw: int
+
+    @property
+    def name(self) -> str:
+        return f"{_short(self.backbone)}/{self.method.name}/{self.shots}/draw-{self.draw:02d}"
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The grid.
+
+    Attributes:
+        data: Folder, parquet file, or Hub id.
+        methods: The lines of the report.
+        backbones: As `--backbone` takes them.
+        shots: Labelled images per class.
+        reference: The line that the others are compared with.
+        settings: Fields of `TrainConfig` for every cell (`episodes`, `seed`, `prompts`, ...).
+    """
+
+    data: str
+    methods: tuple[StudyMethod, ...]
+    backbones: tuple[str, ...] = ("mini",)
+    shots: tuple[int, ...] = (8,)
+    reference: str = "linear_probe"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "StudyConfig":
+        """Make a config from YAML.
+
+        Args:
+            values: `data`, `methods` (names, or mappings of `name`, a `label` for the report,
+                `draws` and fields of `TrainConfig`), `backbones`, `shots` (one or a list), `draws`
+                (a number or a list; by default all of the episodes file, else 10), `reference`,
+                and fields of `TrainConfig` for every cell.
+
+        Raises:
+            GloVLMError: A key is unknown or missing, a value is wrong, a name comes twice.
+        """
+        own = {key: _numbers(value) for key, value in values.items()}
+        for key in ("data", "methods"):
+            if not own.get(key):
+                raise GloVLMError(f"A study needs '{key}:'; its configuration has none.")
+        data, methods, reference = own.pop("data"), own.pop("methods"), own.pop("reference", None)
+        backbones = [str(b) for b in _listed(own.pop("backbones", own.pop("backbone", "mini")))]
+        frozen_shots, frozen = _read_frozen(own.get("episodes"))
+        shots = _listed(own.pop("shots", frozen_shots or 8))
+        draws = own.pop("draws", sorted(frozen) or 10)
+        if frozen and shots != [frozen_shots]:
+            raise GloVLMError(
+                f"The frozen episodes have {frozen_shots} shots, the study asks for {shots}: leave "
+                "'shots:' or 'episodes:' out."
+            )
+        lines = tuple(_read_method(given, draws, frozen) for given in _listed(methods))
+        reference = str(reference or "linear_probe")
+        names = [line.name for line in lines]
+        for listed in (names, [_short(b) for b in backbones]):
+            if len(set(listed)) < len(listed):
+                raise GloVLMError(f"A name comes twice in {', '.join(listed)}: give a 'label:'.")
+        if reference not in names:
+            raise GloVLMError(
+                f"The reference '{reference}' is none of the methods {', '.join(names)}."
+                f"{nearest(reference, names)}"
+            )
+        settings = _settings(own, {"data", "methods", "backbones", "shots", "draws", "reference"})
+        study = cls(str(data), lines, tuple(backbones), tuple(shots), reference, settings)
+        for cell in study.cells():
+            study.train_config(cell, "")
+        return study
+
+    def cells(self) -> list[Cell]:
+        """Every cell; all methods of a draw before the next draw, so that a part compares too."""
+        return [
+            Cell(backbone, method, shots, draw)
+            for backbone in self.backbones
+            for shots in self.shots
+            for draw in sorted({d for m in self.methods for d in m.draws})
+            for method in self.methods
+            if draw in method.draws
+        ]
+
+    def train_config(self, cell: Cell, output_dir: str | Path) -> TrainConfig:
+        """What `runs.run` is told for a cell."""
+        values = {
+            **self.settings,
+            **cell.method.settings,
+            "data": self.data,
+            "output_dir": str(Path(output_dir) / "cells" / cell.name),
+            "backbone": cell.backbone,
+            "method": cell.method.method,
+            "shots": cell.shots,
+            "draw": cell.draw,
+            "save_model": False,
+        }
+        try:
+            return TrainConfig(**values)
+        except (TypeError, AttributeError) as error:
+            name = cell.method.name
+            raise GloVLMError(f"A setting of '{name}' has the wrong type: {error}.") from error
+
+
+# ------------------------------------------------------------------------------------ running
+
+
+def run_study(
+    config: StudyConfig,
+    output_dir: str | Path,
+    *,
+    workers: int = 1,
+    on_event: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Run the cells that are not finished, then write `report.json` and `report.md`.
+
+    A cell that fails leaves `failure.json` and is tried again the next time; the others go on.
+
+    Args:
+        config: The grid.
+        output_dir: Holds `study.json`, `cells/` and the report.
+        workers: Processes; each runs cells with its share of the CPU cores.
+        on_event: Told `("cell", {"name", "status", "done", "total", "seconds", "error"})` of every
+            cell; the status is `done`, `skipped` or `failed`.
+
+    Returns:
+        The report; `failures` is empty if every cell is there.
+
+    Raises:
+        GloVLMError: The data are bad, a finished cell has other settings, or a worker was killed.
+    """
+    from .data import check_dataset, load_dataset
+
+    output = Path(output_dir).expanduser()
+    if workers < 1:
+        raise GloVLMError(f"Expected 1 or more workers, found {workers}.")
+    fresh = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    if not fresh and not (output / "study.json").is_file():
+        raise GloVLMError(f"'{output}' is no study of ours: give an empty or a new folder.")
+    cells = config.cells()
+    done = 0
+
+    def tell(cell: Cell, status: str, error: str | None = None, seconds: float = 0.0) -> None:
+        nonlocal done
+        done += 1
+        event = {"name": cell.name, "status": status, "error": error, "seconds": seconds}
+        if on_event is not None:
+            on_event("cell", {**event, "done": done, "total": len(cells)})
+
+    todo = []
+    for cell in cells:
+        wanted = config.train_config(cell, output)
+        if _finished(wanted):
+            tell(cell, "skipped")
+        else:
+            todo.append((cell, wanted))
+    if todo:
+        check_dataset(load_dataset(config.data)).raise_problems()
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "study.json", json.dumps(asdict(config), indent=1) + "\n")
+    for cell, error, seconds in _run_cells(todo, workers):
+        tell(cell, "failed" if error else "done", error, seconds)
+    return write_report(config, output)
+
+
+def _finished(wanted: TrainConfig) -> bool:
+    """Whether a cell is there, made with these very settings."""
+    results = Path(wanted.output_dir) / "results.json"
+    if not results.is_file():
+        return False
+    found = json.loads(results.read_text(encoding="utf-8"))["config"]
+    for key, value in json.loads(json.dumps(asdict(wanted))).items():
+        if key not in _FREE and found.get(key, value) != value:
+            raise GloVLMError(
+                f"The finished cell {results.parent} was run with {key} = {found[key]!r}, and the "
+                f"study now says {value!r}: give another output folder, or remove that cell."
+            )
+    return True
+
+
+def _run_cells(
+    todo: Sequence[tuple[Cell, TrainConfig]], workers: int
+) -> Iterator[tuple[Cell, str | None, float]]:
+    """Run cells here, or in processes that each import anew and share nothing."""
+    if workers == 1 or len(todo) < 2:
+        for cell, config in todo:
+            yield (cell, *_run_cell(config))
+        return
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures.process import BrokenProcessPool
+    from multiprocessing import get_context
+
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _start_worker)
+    try:
+        with _threads(threads):
+            futures = {pool.submit(_run_cell, config): cell for cell, config in todo}
+            for future in as_completed(futures):
+                yield (futures[future], *future.result())
+    except BrokenProcessPool:
+        raise GloVLMError(
+            "A worker was killed, most often for want of memory: run the study again with fewer "
+            "workers; its finished cells are kept."
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _run_cell(config: TrainConfig) -> tuple[str | None, float]:
+    """Run one cell; return why it failed, if it did, and its seconds."""
+    start, folder, error = time.perf_counter(), Path(config.output_dir), None
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+    try:
+        run(config)
+    except Exception as reason:  # whatever it is, it must not take the other cells with it
+        known = isinstance(reason, GloVLMError)
+        error = str(reason) if known else f"{type(reason).__name__}: {reason}"
+        failure = {"error": error, "traceback": None if known else traceback.format_exc()}
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_text(folder / "failure.json", json.dumps(failure, indent=1) + "\n")
+    return error, round(time.perf_counter() - start, 2)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Have new processes compute with so many threads: libraries read this once, on import."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _start_worker() -> None:
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------- report
+
+_Runs = dict[int, tuple[dict[str, Any], Predictions]]  # draw -> results, predictions
+
+
+def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
+    """Summarise and compare the finished cells; write `report.json` and `report.md`.
+
+    Args:
+        config: The grid.
+        output_dir: Where `run_study` wrote its cells.
+
+    Returns:
+        `data`, `reference`, `synthetic`, `unit`, `sections` (one for each backbone and number of
+        shots: `methods` with `metrics`, `versus_reference` and `label_budget`; `recall`;
+        `recorded`), `failures`, `missing`, `notes`, `environment`.
+
+    Raises:
+        GloVLMError: No cell is finished, or cells were run on different data.
+    """
+    output = Path(output_dir).expanduser()
+    table: dict[tuple[str, int], dict[str, _Runs]] = {}
+    every: list[dict[str, Any]] = []
+    failures, missing = [], []
+    for cell in config.cells():
+        folder = output / "cells" / cell.name
+        if (folder / "results.json").is_file():
+            every.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+            lines = table.setdefault((cell.backbone, cell.shots), {})
+            predictions = Predictions.load(folder / "predictions.parquet")
+            lines.setdefault(cell.method.name, {})[cell.draw] = (every[-1], predictions)
+        elif (folder / "failure.json").is_file():
+            failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
+            failures.append({"cell": cell.name, "error": failure["error"]})
+        else:
+            missing.append(cell.name)
+    if not every:
+        reason = f": {failures[0]['error']}" if failures else ", so there is nothing to report."
+        raise GloVLMError(f"No cell of the study in '{output}' is finished{reason}")
+    if len({r["data"]["fingerprint"] for r in every}) > 1:
+        raise GloVLMError(
+            f"The cells in '{output}' were run on different versions of {config.data}: their "
+            "numbers cannot be compared. Give another output folder."
+        )
+    first = every[0]
+    unit = _unit(first["data"]["group_column"])
+    report = {
+        "data": {k: first["data"][k] for k in ("name", "fingerprint", "group_column")},
+        "reference": config.reference,
+        "synthetic": any(r["synthetic"] for r in every),
+        "unit": unit,
+        "sections": [_section(config, *key, lines, unit) for key, lines in table.items()],
+        "failures": failures,
+        "missing": missing,
+        "notes": [
+            f"Intervals: 95% percentile bootstrap over {unit} (with all their images) crossed with "
+            "label draws, not corrected for the number of methods.",
+            "Differences are taken draw by draw on identical splits and supports. Means of methods "
+            "with different numbers of draws are not comparable.",
+            "The spread is the standard deviation over label draws; these redraw the same "
+            f"{unit}, so it is no interval.",
+            f"Predicted class: {first['threshold']}.",
+            *dict.fromkeys(note for r in every for note in r["notes"]),
+            *first["data"]["notes"],
+        ],
+        "environment": first["environment"],
+    }
+    write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(output / "report.md", render_report(report))
+    return report
+
+
+def _section(
+    config: StudyConfig, backbone: str, shots: int, lines: Mapping[str, _Runs], unit: str
+) -> dict[str, Any]:
+    """All methods at one backbone and number of shots."""
+    reference = lines.get(config.reference, {})
+    methods = []
+    for method in config.methods:
+        runs = lines.get(method.name, {})
+        results = [r for r, _ in runs.values()]
+        if not results:
+            continue
+        values = {k: [r["metrics"][k]["value"] for r in results] for k in SUMMARISED}
+        methods.append(
+            {
+                **asdict(method),
+                "draws": sorted(runs),
+                "metrics": {k: summarise_draws(v) for k, v in values.items()},
+                "versus_reference": None
+                if method.name == config.reference
+                else _compare(config, reference, runs, unit),
+                "label_budget": _label_budget(method, results),
+                "trainable_parameters": results[0]["training"]["trainable_parameters"],
+                "median_seconds": median(r["timing"]["total"] for r in results),
+                "peak_memory_mib": max(r["timing"]["peak_memory_mib"] for r in results),
+            }
+        )
+    return {
+        "backbone": _short(backbone),
+        "shots": shots,
+        "methods": methods,
+        "recall": _recall(lines),
+        "recorded": _against_recorded(config, reference),
+    }
+
+
+def _compare(
+    config: StudyConfig, reference: _Runs, runs: _Runs, unit: str
+) -> dict[str, Any] | None:
+    """Paired differences over the draws that both have, on identical splits and supports."""
+    pairs = []
+    for draw in sorted(reference.keys() & runs.keys()):
+        (one, a), (other, b) = reference[draw], runs[draw]
+        same = one["data"]["split_hash"] == other["data"]["split_hash"]
+        if same and a.file_names == b.file_names and a.class_names == b.class_names:
+            labels, groups = _truth(a)
+            pairs.append(PairedRun(draw, labels, groups, a.probabilities, b.probabilities))
+    if not pairs:
+        return None
+    n, seed = (config.settings.get(k, d) for k, d in (("n_resamples", 2000), ("seed", 0)))
+    differences = paired_differences(pairs, COMPARED, n, seed, unit=unit)
+    return {"draws": [pair.draw for pair in pairs], "metrics": differences}
+
+
+def _truth(predictions: Predictions) -> tuple[Any, list[str]]:
+    assert predictions.labels is not None  # a run predicts labelled rows of known groups
+    assert predictions.groups is not None
+    return predictions.labels, predictions.groups
+
+
+def _label_budget(method: StudyMethod, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Labels spent per draw and the groups they came from, each as `[least, most]`."""
+    supports = [r["data"]["support"] for r in results]
+
+    def extent(*path: str) -> list[int]:
+        found = [s[path[0]][path[1]] if len(path) > 1 else s[path[0]] for s in supports]
+        return [min(found), max(found)]
+
+    if method.method == "zero_shot":  # a support is drawn so that its splits are the others'
+        return {"labels": [0, 0], "validation": [0, 0], "per_class": {}}
+    return {
+        "labels": extent("label_budget"),
+        "validation": extent("validation_labels"),
+        "per_class": {
+            name: {
+                "labels": extent("labels_per_class", name),
+                "groups": extent("groups_per_class", name),
+            }
+            for name in supports[0]["labels_per_class"]
+        },
+    }
+
+
+def _recall(lines: Mapping[str, _Runs]) -> list[dict[str, Any]]:
+    """Recall of every class in every group, over the draws that test the group."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, runs in lines.items():
+        for _, p in runs.values():
+            labels, groups = _truth(p)
+            for row in recall_by_group(labels, p.probabilities.argmax(1), groups, p.class_names):
+                key = (row["group"], row["class"])
+                at = found.setdefault(key, {"n": row["n"], "methods": {}})["methods"]
+                at.setdefault(name, []).append(row["recall"])
+    return [
+        {
+            "group": group,
+            "class": label,
+            "n": at["n"],
+            "methods": {m: summarise_draws(v) for m, v in at["methods"].items()},
+        }
+        for (group, label), at in sorted(found.items())
+    ]
+
+
+def _against_recorded(config: StudyConfig, reference: _Runs) -> dict[str, Any] | None:
+    """Hold the reference against the values that the episodes file records for its draws."""
+    _, recorded = _read_frozen(config.settings.get("episodes"))
+    both = [draw for draw in reference if recorded.get(draw)]
+    if not both:
+        return None
+    largest = {
+        name: max(abs(reference[d][0]["metrics"][name]["value"] - recorded[d][name]) for d in both)
+        for name in ("balanced_accuracy", "macro_auc", "macro_f1")
+    }
+    return {"n_draws": len(both), "largest_difference": largest}
+
+
+def render_report(report: Mapping[str, Any]) -> str:
+    """Write a report as Markdown; where it is about drawings, every heading says so."""
+    drawings = " (drawings)" if report["synthetic"] else ""
+    unit, reference = report["unit"], report["reference"]
+    out = [f"# Study on {report['data']['name']}{drawings}"]
+    out.append("Research use only, not for diagnosis.")
+    for section in report["sections"]:
+        methods, names = section["methods"], [m["name"] for m in section["methods"]]
+        out.append(f"## {section['backbone']}, {section['shots']} shots{drawings}")
+        budget: dict[str, Any] = next((m["label_budget"]["per_class"] for m in methods[::-1]), {})
+        out.append(
+            "Labels of each draw: "
+            + ", ".join(
+                f"{_extent(v['labels'])} {k} (of {_extent(v['groups'])} {unit})"
+                for k, v in budget.items()
+            )
+            + "."
+        )
+        out.append(f"### Paired difference to {reference}{drawings}")
+        header = ["method", "draws"]
+        for k in COMPARED:
+            header += [METRICS[k].title, "verdict"]
+        others = [m for m in methods if m["name"] != reference]
+        out.append(
+            _markdown(header, [[m["name"], *_paired(m["versus_reference"])] for m in others])
+        )
+        out.append(f"### Mean and spread over label draws{drawings}")
+        header = ["method", "draws", *(METRICS[k].title for k in SUMMARISED)]
+        rows = [
+            [
+                m["name"],
+                str(len(m["draws"])),
+                *(_spread(m["metrics"][k]) for k in SUMMARISED),
+                _extent(m["label_budget"]["labels"]),
+                f"{m['trainable_parameters']:,}",
+                f"{m['median_seconds']:.1f}",
+            ]
+            for m in methods
+        ]
+        out.append(_markdown([*header, "labels", "trained numbers", "seconds a draw"], rows))
+        if section["recorded"]:
+            gaps = section["recorded"]["largest_difference"].items()
+            out.append(
+                f"{reference} against the logistic regression recorded in the episodes file, "
+                f"largest absolute difference over {section['recorded']['n_draws']} draws: "
+                + ", ".join(f"{METRICS[k].title} {v:.4f}" for k, v in gaps)
+                + "."
+            )
+        out.append(f"### Recall in each of the {unit}, mean over the draws that test it{drawings}")
+        rows = []
+        for r in section["recall"]:
+            cells = [r["methods"].get(name) for name in names]
+            shown = [f"{c['mean']:.2f} ({c['n_draws']})" if c else "" for c in cells]
+            rows.append([r["group"], r["class"], str(r["n"]), *shown])
+        out.append(_markdown(["group", "class", "images", *(f"{n} (draws)" for n in names)], rows))
+    if report["failures"]:
+        rows = [[f["cell"], f["error"]] for f in report["failures"]]
+        out += [f"## Failed{drawings}", _markdown(["cell", "reason"], rows)]
+    if report["missing"]:
+        out.append(f"{len(report['missing'])} cells have not been run.")
+    out += [f"## Notes{drawings}", "\n".join(f"- {note}" for note in report["notes"])]
+    return "\n\n".join(out) + "\n"
+
+
+def _paired(versus: Mapping[str, Any] | None) -> list[str]:
+    if versus is None:
+        return ["0", *["", "no draw in common"] * len(COMPARED)]
+    cells = [str(len(versus["draws"]))]
+    for name in COMPARED:
+        row = versus["metrics"][name]
+        shown = "undefined"
+        if row["ci95"] is not None:
+            low, high = row["ci95"]
+            shown = f"{row['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cells += [shown, "; ".join(text for text in (row["verdict"], row["note"]) if text)]
+    return cells
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    if row["mean"] is None:
+        return "undefined"
+    return f"{row['mean']:.3f}" + ("" if row["sd"] is None else f" (spread {row['sd']:.3f})")
+
+
+def _extent(pair: Sequence[int]) -> str:
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]} to {pair[1]}"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [[c.replace("|", "\\|").replace("\n", " ") for c in row] for row in rows]
+    return "\n".join(f"| {' | '.join(c)} |" for c in (header, ["---"] * len(header), *cells))
+
+
+def _unit(column: str) -> str:
+    """What the groups of a column are, in the plural."""
+    if column == "near_duplicate":
+        return "near-duplicate clusters"
+    return column.removesuffix("_id").replace("_", " ") + "s"
+
+
+def _short(backbone: str) -> str:
+    """Name a backbone for folders and headings: the last part of each path or Hub id."""
+    return "+".join(part.rstrip("/").rsplit("/", 1)[-1] for part in backbone.split("+"))
+
+
+# ------------------------------------------------------------------------- reading the settings
+
+
+def _read_method(given: Any, draws: Any, frozen: Mapping[int, Any]) -> StudyMethod:
+    line = dict(given) if isinstance(given, dict) else {"name": given}
+    method, numbers = line.pop("name", None), line.pop("draws", draws)
+    name = line.pop("label", method)
+    if not isinstance(method, str) or not re.fullmatch(r"[\w.-]+", str(name)):
+        raise GloVLMError(
+            f"Expected the name of a method, or 'name:' with a 'label:' of letters, digits, '-' "
+            f"and '_'; found {given!r}."
+        )
+    chosen = list(range(numbers)) if type(numbers) is int else numbers
+    good = isinstance(chosen, list) and all(type(n) is int and n >= 0 for n in chosen)
+    if not good or not chosen or len(set(chosen)) < len(chosen):
+        raise GloVLMError(f"Expected draws as a number or a list of different ones: {numbers!r}.")
+    absent = sorted(set(chosen) - set(frozen))
+    if frozen and absent:
+        raise GloVLMError(
+            f"Method '{name}' asks for draw {absent[0]}, and the episodes file holds "
+            f"{len(frozen)} draws, {min(frozen)} to {max(frozen)}."
+        )
+    return StudyMethod(str(name), method, tuple(chosen), _settings(line, {"label", "draws"}))
+
+
+def _settings(values: Mapping[str, Any], also: set[str]) -> dict[str, Any]:
+    for key in values:
+        if key not in _SETTINGS:
+            raise GloVLMError(f"A study has no setting '{key}'.{nearest(key, _SETTINGS | also)}")
+    return dict(values)
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _numbers(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; a person means the number."""
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _read_frozen(path: str | None) -> tuple[int | None, dict[int, dict[str, float]]]:
+    """Shots of an episodes file, and what it records of each draw; nothing without a file."""
+    if path is None:
+        return None, {}
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        draws = {int(d["draw"]): d.get(RECORDED) or {} for d in content["draws"]}
+        return int(content["shots"]), draws
+    except OSError as error:
+        raise GloVLMError(f"Episodes file {path} cannot be read ({error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise GloVLMError(f"{path} is not a file of frozen episodes as a run writes it.") from None
