@@ -451,6 +451,24 @@ def cache_clear(
 
 
 @app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, Argument(help="metrics, cache, encode; all when not given.")
+    ] = None,
+    backbone: Annotated[str, Option(help="Encodes the drawings.")] = "mini",
+    as_json: JsonFlag = False,
+) -> None:
+    """Time the bootstrap, the feature cache and the encoding, as ratios on this machine."""
+    from .bench import run_benches
+
+    _quiet()
+    rows = run_benches(names or (), backbone=backbone)
+    if not as_json:
+        rows = [{**row, **{k: f"{row[k]:.3g}" for k in ("value", "ratio") if row[k]}} for row in rows]
+    _print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)
+
+
+@app.command()
 def env(as_json: JsonFlag = False) -> None:
     """Say what a bug report needs: versions, devices, the cache."""
     from importlib.metadata import distributions

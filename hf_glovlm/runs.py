@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 
     from .data import ClassInfo, Episode
 
-OWN_FILES = (
-    "model", "adapter", "results.json", "predictions.parquet", "config.yaml", "episodes.json",
-    "log.jsonl", "checkpoint.safetensors", "README.md",
+UNFINISHED = "unfinished"  # the folder in which a run is made; there until it is complete
+OWN_FILES = (  # in the order in which they are put in place
+    "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "log.jsonl",
+    "README.md", "results.json",
 )  # fmt: skip
 
 
@@ -113,6 +115,8 @@ class TrainConfig:
                 f"Method '{self.method}' trains, so it needs labelled images; found shots 0. "
                 "Give --shots 1 or more, or use --method zero_shot."
             )
+        if self.seed < 0 or self.draw < 0:
+            raise GloVLMError(f"seed and draw must be 0 or more; found {self.seed}, {self.draw}.")
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise GloVLMError(
@@ -134,6 +138,10 @@ class TrainConfig:
         names = ("epochs", "lr", "weight_decay", "batch_size")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
+    def to_repeat(self) -> dict[str, Any]:
+        """Plain values that make this run again: `config.yaml`, and `config` in the results."""
+        return asdict(self) | {"overwrite": False, "resume": False}
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """Make a config from YAML or flags.
@@ -154,6 +162,7 @@ class TrainConfig:
         return cls(**values)
 
 
+_INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast, not what
 _CHOICES = {
     "shots_from": ("spread", "random", "one_group"),
     "loss": ("prototypes", "infonce", "infonce_published"),
@@ -177,9 +186,7 @@ def run(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
-    import yaml
-
-    from .data import check_dataset, group_rows, load_classes, load_dataset
+    from .data import check_dataset, group_rows, load_classes, load_dataset, save_episodes
     from .data.folder import column
 
     tell = on_event or (lambda kind, what: None)
@@ -209,71 +216,78 @@ def run(
     model.to(processes.device)
     clock.lap("load")
 
-    if processes.main:
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=True))
     tell("stage", {"name": f"adapting: {config.method}"})
     cache = FeatureCache() if config.cache else None
-    adapted = adapt(
-        model,
-        method.name,
-        rows.select(episode.support),
-        processor=processor,
-        classes=classes,
-        settings=config.method_config,
-        recipe=config.recipe_overrides(),
-        loss=config.loss,
-        validation=rows.select(episode.validation) if episode.validation else None,
-        seed=config.seed,
-        augment=config.augment,
-        accumulate=config.accumulate,
-        clip_norm=config.clip_norm,
-        accelerator=processes.accelerator,
-        cache=cache,
-        output_dir=output,
-        resume=config.resume,
-        on_epoch=lambda row: tell("epoch", row),
-    )
-    clock.lap("adapt")
+    with _unfinished(output, config, processes.main) as work:
+        adapted = adapt(
+            model,
+            method.name,
+            rows.select(episode.support),
+            processor=processor,
+            classes=classes,
+            settings=config.method_config,
+            recipe=config.recipe_overrides(),
+            loss=config.loss,
+            validation=rows.select(episode.validation) if episode.validation else None,
+            seed=config.seed,
+            augment=config.augment,
+            accumulate=config.accumulate,
+            clip_norm=config.clip_norm,
+            accelerator=processes.accelerator,
+            cache=cache,
+            output_dir=work,
+            resume=config.resume,
+            on_epoch=lambda row: tell("epoch", row),
+        )
+        clock.lap("adapt")
 
-    tell("stage", {"name": "predicting the test images"})
-    test = rows.select(episode.test)
-    predictions = processes.predict(
-        adapted,
-        test,
-        [groups.ids[i] for i in episode.test],
-        cache if adapted.frozen_tower else None,
-    )
-    clock.lap("predict")
-    tell("stage", {"name": "measuring"})
-    measured = measure(predictions, n_resamples=config.n_resamples, seed=config.seed)
-    clock.lap("metrics")
+        tell("stage", {"name": "predicting the test images"})
+        test = rows.select(episode.test)
+        predictions = processes.predict(
+            adapted,
+            test,
+            [groups.ids[i] for i in episode.test],
+            cache if adapted.frozen_tower else None,
+        )
+        clock.lap("predict")
+        tell("stage", {"name": "measuring"})
+        measured = measure(predictions, n_resamples=config.n_resamples, seed=config.seed)
+        clock.lap("metrics")
 
-    results = {
-        "config": asdict(config),
-        "data": _describe_data(config, report, rows, labels, groups.ids, episode, classes, summary),
-        **measured,
-        "method": method.describe() | {"settings": asdict(adapted.settings)},
-        "backbone": {
-            "name": adapted.model.config.backbone_name,
-            "revision": adapted.model.config.backbone_revision,
-            "license": adapted.model.config.backbone_license,
-        },
-        "training": {
-            "trainable_parameters": adapted.trainable_parameters,
-            "recipe": asdict(adapted.recipe) if adapted.recipe else None,
-            "epochs_run": len(adapted.log),
-            "final_loss": adapted.log[-1]["loss"] if adapted.log else None,
-            "loss": config.loss,
-        },
-        "notes": [*episode_notes(episode), *adapted.notes],
-        "synthetic": bool(adapted.model.config.synthetic or _synthetic(config.data)),
-        "timing": clock.report(),
-        "environment": describe_environment(processes.device, processes.count),
-    }
-    adapted.model.config.synthetic = results["synthetic"]
-    if processes.main:
-        _save_run(output, adapted, predictions, rows, episode, results)
+        results = {
+            "config": config.to_repeat(),
+            "data": _describe_data(
+                config, report, rows, labels, groups.ids, episode, classes, summary
+            ),
+            **measured,
+            "method": method.describe() | {"settings": asdict(adapted.settings)},
+            "backbone": {
+                "name": adapted.model.config.backbone_name,
+                "revision": adapted.model.config.backbone_revision,
+                "license": adapted.model.config.backbone_license,
+            },
+            "training": {
+                "trainable_parameters": adapted.trainable_parameters,
+                "recipe": asdict(adapted.recipe) if adapted.recipe else None,
+                "epochs_run": len(adapted.log),
+                "final_loss": adapted.log[-1]["loss"] if adapted.log else None,
+                "loss": config.loss,
+            },
+            "notes": [*episode_notes(episode), *adapted.notes],
+            "synthetic": bool(adapted.model.config.synthetic or _synthetic(config.data)),
+            "timing": clock.report(),
+            "environment": describe_environment(processes.device, processes.count),
+        }
+        adapted.model.config.synthetic = results["synthetic"]
+        if processes.main:
+            if config.save_model:
+                adapted.save(work / "model")
+            else:
+                shutil.rmtree(work / "adapter", ignore_errors=True)
+            predictions.save(work / "predictions.parquet")
+            save_episodes(work / "episodes.json", [episode], rows, results["data"]["name"])
+            write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
+            _finish(work, output)
     processes.wait()
     return results
 
@@ -368,16 +382,19 @@ def _claim(output: Path, config: TrainConfig) -> dict[str, Any] | None:
     """Make sure that the output folder may be written; return the results of a finished run."""
     if output.exists() and not output.is_dir():
         raise GloVLMError(f"--output-dir must be a folder; '{output}' is a file.")
-    held = [name for name in OWN_FILES if (output / name).exists()] if output.is_dir() else []
-    if not held and output.is_dir() and any(output.iterdir()):
-        raise GloVLMError(
-            f"Output folder '{output}' holds files that are no run of ours: give an empty or a new "
-            "folder."
-        )
-    if held and config.resume:
-        finished = output / "results.json"
-        return json.loads(finished.read_text()) if finished.is_file() else None
-    if held and not config.overwrite:
+    begun = (output / UNFINISHED / "config.yaml").is_file()
+    finished = (output / "results.json").is_file() and (output / "config.yaml").is_file()
+    if not begun and not finished:
+        if output.is_dir() and any(output.iterdir()):
+            raise GloVLMError(
+                f"Output folder '{output}' holds files that are no run of ours: give an empty or a "
+                "new folder."
+            )
+        return None
+    if config.resume:
+        _check_same_run(output / UNFINISHED if begun else output, config)
+        return None if begun else json.loads((output / "results.json").read_text())
+    if not config.overwrite:
         raise GloVLMError(
             f"Output folder '{output}' already holds a run: give --overwrite to replace it, "
             "--resume to go on with it, or another folder."
@@ -385,27 +402,62 @@ def _claim(output: Path, config: TrainConfig) -> dict[str, Any] | None:
     return None
 
 
-def _save_run(
-    output: Path,
-    adapted: "Adapted",
-    predictions: Predictions,
-    rows: "Dataset",
-    episode: "Episode",
-    results: dict[str, Any],
-) -> None:
-    """Write a finished run; `results.json` comes last, so that its presence means complete."""
-    from .data import save_episodes
+def _check_same_run(folder: Path, config: TrainConfig) -> None:
+    """Refuse to go on with a run that was begun with other settings."""
+    import yaml
 
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    other = [
+        f"{key} was {stored.get(key)!r} and is {value!r}"
+        for key, value in config.to_repeat().items()
+        if key not in _INCIDENTAL and stored.get(key) != value
+    ]
+    if other:
+        raise GloVLMError(
+            f"The run in '{folder}' was begun with other settings ({'; '.join(other)}): repeat its "
+            "config.yaml to go on with it, give --overwrite, or another folder."
+        )
+
+
+@contextmanager
+def _unfinished(output: Path, config: TrainConfig, main: bool) -> Iterator[Path]:
+    """The folder in which a run is made, so that a former one stays until the new one is complete.
+
+    It stays when the run is interrupted, for `--resume`, and goes when the input was at fault.
+    """
+    import yaml
+
+    work = output / UNFINISHED
+    fresh, new = not (config.resume and work.is_dir()), not output.exists()
+    if main:
+        if fresh:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        write_text(work / "config.yaml", yaml.safe_dump(config.to_repeat(), sort_keys=True))
+    try:
+        yield work
+    except GloVLMError:
+        if main and fresh:
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):  # it holds something else
+                if new:
+                    output.rmdir()
+        raise
+
+
+def _finish(work: Path, output: Path) -> None:
+    """Put a complete run in its place; `results.json` goes last, so its presence means complete."""
+    (work / "checkpoint.safetensors").unlink(missing_ok=True)
     (output / "results.json").unlink(missing_ok=True)
-    fresh, final = output / ".model", output / "model"
-    shutil.rmtree(fresh, ignore_errors=True)
-    adapted.save(fresh)
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(fresh, final)
-    predictions.save(output / "predictions.parquet")
-    save_episodes(output / "episodes.json", [episode], rows, results["data"]["name"])
-    write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
-    (output / "checkpoint.safetensors").unlink(missing_ok=True)
+    for name in OWN_FILES:
+        place = output / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+        if (work / name).exists():
+            os.replace(work / name, place)
+    shutil.rmtree(work)
 
 
 def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
@@ -486,12 +538,15 @@ class _Processes:
         else:
             import accelerate
 
-            self.accelerator = accelerate.Accelerator(
-                mixed_precision=config.mixed_precision,
-                cpu=config.device == "cpu",
-                log_with=config.tracker,
-                project_dir=config.output_dir if config.tracker else None,
-            )
+            try:
+                self.accelerator = accelerate.Accelerator(
+                    mixed_precision=config.mixed_precision,
+                    cpu=config.device == "cpu",
+                    log_with=config.tracker,
+                    project_dir=config.output_dir if config.tracker else None,
+                )
+            except ValueError as error:  # fp16 on a CPU, a tracker that is none, ...
+                raise GloVLMError(f"Accelerate cannot run with these settings: {error}") from error
             self.device = self.accelerator.device
         self.count = self.accelerator.num_processes if self.accelerator else 1
         self.rank = self.accelerator.process_index if self.accelerator else 0

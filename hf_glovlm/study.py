@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -434,23 +434,23 @@ def _truth(predictions: Predictions) -> tuple[Any, list[str]]:
 
 def _label_budget(method: StudyMethod, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Labels spent per draw and the groups they came from, each as `[least, most]`."""
+    if method.method == "zero_shot":  # a support is drawn so that its splits are the others'
+        return {"labels": [0, 0], "per_class": {}}
     supports = [r["data"]["support"] for r in results]
+    labels, groups = ([s[f"{k}_per_class"] for s in supports] for k in ("labels", "groups"))
 
-    def extent(*path: str) -> list[int]:
-        found = [s[path[0]][path[1]] if len(path) > 1 else s[path[0]] for s in supports]
+    def extent(values: Iterable[int]) -> list[int]:
+        found = list(values)
         return [min(found), max(found)]
 
-    if method.method == "zero_shot":  # a support is drawn so that its splits are the others'
-        return {"labels": [0, 0], "validation": [0, 0], "per_class": {}}
     return {
-        "labels": extent("label_budget"),
-        "validation": extent("validation_labels"),
+        "labels": extent(s["label_budget"] for s in supports),  # those of the validation too
         "per_class": {
             name: {
-                "labels": extent("labels_per_class", name),
-                "groups": extent("groups_per_class", name),
+                "labels": extent(n[name] for n in labels),
+                "groups": extent(n[name] for n in groups),
             }
-            for name in supports[0]["labels_per_class"]
+            for name in labels[0]
         },
     }
 
@@ -480,77 +480,81 @@ def _against_recorded(config: StudyConfig, reference: _Runs) -> dict[str, Any] |
     """Hold the reference against the values that the episodes file records for its draws."""
     _, recorded = _read_frozen(config.settings.get("episodes"))
     both = [draw for draw in reference if recorded.get(draw)]
-    if not both:
+    gaps: dict[str, list[float]] = {}
+    for draw in both:
+        for name, value in recorded[draw].items():
+            ours = reference[draw][0]["metrics"].get(name, {}).get("value")
+            if ours is not None:
+                gaps.setdefault(name, []).append(abs(ours - value))
+    if not gaps:
         return None
-    largest = {
-        name: max(abs(reference[d][0]["metrics"][name]["value"] - recorded[d][name]) for d in both)
-        for name in ("balanced_accuracy", "macro_auc", "macro_f1")
-    }
+    largest = {name: max(values) for name, values in gaps.items()}
     return {"n_draws": len(both), "largest_difference": largest}
 
 
 def render_report(report: Mapping[str, Any]) -> str:
     """Write a report as Markdown; where it is about drawings, every heading says so."""
     drawings = " (drawings)" if report["synthetic"] else ""
-    unit, reference = report["unit"], report["reference"]
     out = [f"# Study on {report['data']['name']}{drawings}"]
     out.append("Research use only, not for diagnosis.")
     for section in report["sections"]:
-        methods, names = section["methods"], [m["name"] for m in section["methods"]]
-        out.append(f"## {section['backbone']}, {section['shots']} shots{drawings}")
-        budget: dict[str, Any] = next((m["label_budget"]["per_class"] for m in methods[::-1]), {})
-        out.append(
-            "Labels of each draw: "
-            + ", ".join(
-                f"{_extent(v['labels'])} {k} (of {_extent(v['groups'])} {unit})"
-                for k, v in budget.items()
-            )
-            + "."
-        )
-        out.append(f"### Paired difference to {reference}{drawings}")
-        header = ["method", "draws"]
-        for k in COMPARED:
-            header += [METRICS[k].title, "verdict"]
-        others = [m for m in methods if m["name"] != reference]
-        out.append(
-            _markdown(header, [[m["name"], *_paired(m["versus_reference"])] for m in others])
-        )
-        out.append(f"### Mean and spread over label draws{drawings}")
-        header = ["method", "draws", *(METRICS[k].title for k in SUMMARISED)]
-        rows = [
-            [
-                m["name"],
-                str(len(m["draws"])),
-                *(_spread(m["metrics"][k]) for k in SUMMARISED),
-                _extent(m["label_budget"]["labels"]),
-                f"{m['trainable_parameters']:,}",
-                f"{m['median_seconds']:.1f}",
-            ]
-            for m in methods
-        ]
-        out.append(_markdown([*header, "labels", "trained numbers", "seconds a draw"], rows))
-        if section["recorded"]:
-            gaps = section["recorded"]["largest_difference"].items()
-            out.append(
-                f"{reference} against the logistic regression recorded in the episodes file, "
-                f"largest absolute difference over {section['recorded']['n_draws']} draws: "
-                + ", ".join(f"{METRICS[k].title} {v:.4f}" for k, v in gaps)
-                + "."
-            )
-        out.append(f"### Recall in each of the {unit}, mean over the draws that test it{drawings}")
-        rows = []
-        for r in section["recall"]:
-            cells = [r["methods"].get(name) for name in names]
-            shown = [f"{c['mean']:.2f} ({c['n_draws']})" if c else "" for c in cells]
-            rows.append([r["group"], r["class"], str(r["n"]), *shown])
-        out.append(_markdown(["group", "class", "images", *(f"{n} (draws)" for n in names)], rows))
+        out += _render_section(section, report["reference"], report["unit"], drawings)
     if report["failures"]:
-        rows = [[f["cell"], f["error"]] for f in report["failures"]]
-        out += [f"## Failed{drawings}", _markdown(["cell", "reason"], rows)]
+        failed = [[f["cell"], f["error"]] for f in report["failures"]]
+        out += [f"## Failed{drawings}", _markdown(["cell", "reason"], failed)]
     if report["missing"]:
-        out.append(f"{len(report['missing'])} cells have not been run.")
+        out.append(f"Not run yet: {len(report['missing'])} cells.")
     out += [f"## Notes{drawings}", "\n".join(f"- {note}" for note in report["notes"])]
     return "\n\n".join(out) + "\n"
+
+
+def _render_section(
+    section: Mapping[str, Any], reference: str, unit: str, drawings: str
+) -> Iterator[str]:
+    methods, names = section["methods"], [m["name"] for m in section["methods"]]
+    yield f"## {section['backbone']}, {section['shots']} shots{drawings}"
+    budgets = [m["label_budget"]["per_class"] for m in methods]
+    spent = [
+        f"{_extent(of['labels'])} {name} (of {_extent(of['groups'])} {unit})"
+        for name, of in max(budgets, key=len).items()
+    ]
+    if spent:
+        yield f"Labels of each draw: {', '.join(spent)}."
+
+    yield f"### Paired difference to {reference}{drawings}"
+    header = ["method", "draws", *(h for k in COMPARED for h in (METRICS[k].title, "verdict"))]
+    others = [m for m in methods if m["name"] != reference]
+    yield _markdown(header, [[m["name"], *_paired(m["versus_reference"])] for m in others])
+
+    yield f"### Mean and spread over label draws{drawings}"
+    header = ["method", "draws", *(METRICS[k].title for k in SUMMARISED)]
+    rows = [
+        [
+            m["name"],
+            str(len(m["draws"])),
+            *(_spread(m["metrics"][k]) for k in SUMMARISED),
+            _extent(m["label_budget"]["labels"]),
+            f"{m['trainable_parameters']:,}",
+            f"{m['median_seconds']:.1f}",
+        ]
+        for m in methods
+    ]
+    yield _markdown([*header, "labels", "trained numbers", "seconds a draw"], rows)
+    if section["recorded"]:
+        gaps = section["recorded"]["largest_difference"].items()
+        said = ", ".join(f"{METRICS[k].title} {v:.4f}" for k, v in gaps)
+        yield (
+            f"{reference} against the logistic regression recorded in the episodes file, largest "
+            f"absolute difference over {section['recorded']['n_draws']} draws: {said}."
+        )
+
+    yield f"### Recall in each of the {unit}, mean over the draws that test it{drawings}"
+    rows = []
+    for row in section["recall"]:
+        cells = [row["methods"].get(name) for name in names]
+        shown = [f"{c['mean']:.2f} ({c['n_draws']})" if c else "" for c in cells]
+        rows.append([row["group"], row["class"], str(row["n"]), *shown])
+    yield _markdown(["group", "class", "images", *(f"{n} (draws)" for n in names)], rows)
 
 
 def _paired(versus: Mapping[str, Any] | None) -> list[str]:

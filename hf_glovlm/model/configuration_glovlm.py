@@ -35,7 +35,7 @@ class GloVLMConfig(PreTrainedConfig):
         backbone_revision: The commit of these weights, if known.
         backbone_license: Licence of these weights, if known.
         vision_pooling: How a pair turns vision tokens into one vector: the tower's own `pooler`,
-            the class token, the mean of the patch tokens, or both joined (`cls_mean`, twice as wide).
+            the class token, the mean of the patch tokens, or both joined (`cls_mean`, double width).
         text_pooling: The same for text: `pooler`, first token, masked mean, end-of-text token.
         vision_projection: What follows the vision pooling of a pair.
         text_projection: What follows the text pooling of a pair.
@@ -128,6 +128,14 @@ class GloVLMConfig(PreTrainedConfig):
         width = int(self._backbone().vision_config.hidden_size)
         return 2 * width if self.vision_pooling == "cls_mean" else width
 
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; where the backbone lay on this disk is nobody else's business."""
+        return _without_place(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, which is what a saved folder holds."""
+        return _without_place(super().to_diff_dict())
+
     def _backbone(self) -> PreTrainedConfig:
         assert isinstance(self.backbone_config, PreTrainedConfig)  # made so by __post_init__
         return self.backbone_config
@@ -138,6 +146,13 @@ def _attention(config: PreTrainedConfig) -> dict[str, Any]:
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
     below = {key: _attention(part) for key, part in parts.items() if part is not None}
     return {"": config._attn_implementation, **below}
+
+
+def _without_place(fields: dict[str, Any]) -> dict[str, Any]:
+    fields.pop("_name_or_path", None)
+    if isinstance(fields.get("backbone_config"), dict):
+        fields["backbone_config"] = _without_place(fields["backbone_config"])
+    return fields
 
 
 def _joint_dim(backbone: PreTrainedConfig, tower: PreTrainedConfig) -> int:

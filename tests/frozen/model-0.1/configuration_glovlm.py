@@ -1,0 +1,162 @@
+"""The configuration of a GloVLM model: which two towers, how they are pooled, what the task is."""
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+VISION_POOLINGS = ("pooler", "cls", "mean", "cls_mean")
+TEXT_POOLINGS = ("pooler", "cls", "mean", "eos")
+PROJECTIONS = ("none", "linear", "mlp")
+_CHOICES = {
+    "vision_pooling": VISION_POOLINGS,
+    "text_pooling": TEXT_POOLINGS,
+    "vision_projection": PROJECTIONS,
+    "text_projection": PROJECTIONS,
+}
+PAIR_TYPE = "vision-text-dual-encoder"
+
+# Every saved folder names all of its classes, whichever of them was saved.
+AUTO_MAP = {
+    "AutoConfig": "configuration_glovlm.GloVLMConfig",
+    "AutoModel": "modeling_glovlm.GloVLMModel",
+    "AutoModelForImageClassification": "modeling_glovlm.GloVLMForImageClassification",
+    "AutoModelForZeroShotImageClassification": "modeling_glovlm.GloVLMModel",
+}
+
+
+class GloVLMConfig(PreTrainedConfig):
+    """Configuration of `GloVLMModel` and `GloVLMForImageClassification`.
+
+    Args:
+        backbone_config: Configuration of a transformers dual encoder (CLIP, SigLIP, SigLIP 2), or a
+            `VisionTextDualEncoderConfig` that names any vision and any text tower.
+        backbone_name: Hub id or table name of the pretrained weights, for cards and adapters.
+        backbone_revision: The commit of these weights, if known.
+        backbone_license: Licence of these weights, if known.
+        vision_pooling: How a pair turns vision tokens into one vector: the tower's own `pooler`,
+            the class token, the mean of the patch tokens, or both joined (`cls_mean`, twice as wide).
+        text_pooling: The same for text: `pooler`, first token, masked mean, end-of-text token.
+        vision_projection: What follows the vision pooling of a pair.
+        text_projection: What follows the text pooling of a pair.
+        projection_dim: Width after a projection; `None` when neither tower is projected.
+        normalize_pooled: L2-normalise the pooled vision vector of a pair before its projection.
+        joint_space: Whether image and text features may be compared by their cosine.
+        logit_scale_init_value: Logarithm of the initial scale of a pair's cosines.
+        prompts: Per class, the texts whose normalised features are averaged into its prototype.
+        head: What adaptation left behind (see `heads.py`): `{"kind": ..., ...}`.
+        temperature: Divides the logits of the classifier; 1 means uncalibrated.
+        mpp: Micrometres per pixel of the images the model was adapted on; `None` is unknown.
+        synthetic: Whether the labels it learned from were drawings, not patients.
+    """
+
+    model_type = "glovlm"
+    sub_configs_defaults = {  # noqa: RUF012 - the name and type are transformers' own
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="clip")
+    }
+
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+    backbone_name: str | None = None
+    backbone_revision: str | None = None
+    backbone_license: str | None = None
+    vision_pooling: Literal["pooler", "cls", "mean", "cls_mean"] = "pooler"
+    text_pooling: Literal["pooler", "cls", "mean", "eos"] = "pooler"
+    vision_projection: Literal["none", "linear", "mlp"] = "none"
+    text_projection: Literal["none", "linear", "mlp"] = "none"
+    projection_dim: int | None = None
+    normalize_pooled: bool = False
+    joint_space: bool = True
+    logit_scale_init_value: float = 2.6592
+    prompts: list[list[str]] | None = None
+    head: dict[str, Any] | None = None
+    temperature: float = 1.0
+    mpp: float | None = None
+    synthetic: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        backbone = self.backbone_config
+        if isinstance(backbone, dict):
+            # Code of the backbone's own repository is never run from inside this one.
+            self.backbone_config = {
+                k: v for k, v in backbone.items() if k not in ("trust_remote_code", "auto_map")
+            }
+        elif backbone is not None:
+            # Without this, wrapping towers that are already loaded would reset them from sdpa.
+            kwargs.setdefault("attn_implementation", {"backbone_config": _attention(backbone)})
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        for field, known in _CHOICES.items():
+            if getattr(self, field) not in known:
+                found = getattr(self, field)
+                raise ValueError(f"{field} must be one of {', '.join(known)}; found '{found}'.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, found {self.temperature}.")
+        if self.head is not None and len(self.prompts or []) not in (0, self.num_labels):
+            raise ValueError(
+                f"prompts must hold one list per class: {self.num_labels} classes, "
+                f"{len(self.prompts or [])} lists."
+            )
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether two separate towers were joined, rather than a trained dual encoder loaded."""
+        return self._backbone().model_type == PAIR_TYPE
+
+    @property
+    def image_feature_dim(self) -> int:
+        """Width of `get_image_features`."""
+        backbone = self._backbone()
+        if self.is_pair:
+            if self.vision_projection != "none":
+                return int(self.projection_dim or 0)
+            return self.vision_pooled_dim
+        return _joint_dim(backbone, backbone.vision_config)
+
+    @property
+    def text_feature_dim(self) -> int:
+        """Width of `get_text_features`."""
+        backbone = self._backbone()
+        if self.is_pair:
+            if self.text_projection != "none":
+                return int(self.projection_dim or 0)
+            return int(backbone.text_config.hidden_size)
+        return _joint_dim(backbone, backbone.text_config)
+
+    @property
+    def vision_pooled_dim(self) -> int:
+        """Width of the pooled vision vector before any projection."""
+        width = int(self._backbone().vision_config.hidden_size)
+        return 2 * width if self.vision_pooling == "cls_mean" else width
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields; where the backbone lay on this disk is nobody else's business."""
+        return _without_place(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, which is what a saved folder holds."""
+        return _without_place(super().to_diff_dict())
+
+    def _backbone(self) -> PreTrainedConfig:
+        assert isinstance(self.backbone_config, PreTrainedConfig)  # made so by __post_init__
+        return self.backbone_config
+
+
+def _attention(config: PreTrainedConfig) -> dict[str, Any]:
+    """The attention back end of a configuration and of all below it, as transformers takes it."""
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    below = {key: _attention(part) for key, part in parts.items() if part is not None}
+    return {"": config._attn_implementation, **below}
+
+
+def _without_place(fields: dict[str, Any]) -> dict[str, Any]:
+    fields.pop("_name_or_path", None)
+    if isinstance(fields.get("backbone_config"), dict):
+        fields["backbone_config"] = _without_place(fields["backbone_config"])
+    return fields
+
+
+def _joint_dim(backbone: PreTrainedConfig, tower: PreTrainedConfig) -> int:
+    """CLIP names its joint width; SigLIP's text tower does, and its vision width is the same."""
+    if getattr(backbone, "projection_dim", None):
+        return int(backbone.projection_dim)
+    return int(getattr(tower, "projection_size", None) or tower.hidden_size)

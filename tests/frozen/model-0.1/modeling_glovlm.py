@@ -1,0 +1,386 @@
+"""The model: a dual encoder behind one interface, and a classifier on top of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from .configuration_glovlm import GloVLMConfig
+from .heads import ClassWeights, build_head, describe_head
+from .towers import TowerPair
+
+
+@dataclass
+class GloVLMOutput(ModelOutput):
+    """Output of `GloVLMModel`.
+
+    Args:
+        loss: Symmetric InfoNCE over the batch, when `return_loss=True`.
+        logits_per_image: Scaled cosines `[images, texts]`.
+        logits_per_text: The same `[texts, images]`.
+        image_embeds: L2-normalised image features `[images, dim]`.
+        text_embeds: L2-normalised text features `[texts, dim]`.
+        vision_model_output: What the vision tower returned, attentions included if asked for.
+        text_model_output: What the text tower returned.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+
+
+@dataclass
+class GloVLMImageClassifierOutput(ModelOutput):
+    """Output of `GloVLMForImageClassification`.
+
+    Args:
+        loss: Cross-entropy, when labels were given.
+        logits: Calibrated logits `[n, classes]` (divided by the temperature).
+        image_embeds: Image features `[n, dim]`, not normalised.
+        hidden_states: Of the vision tower, when asked for.
+        attentions: Of the vision tower, when asked for.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    image_embeds: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class GloVLMPreTrainedModel(PreTrainedModel):
+    """What both models share: configuration class, attention back ends, initialisation."""
+
+    config: GloVLMConfig
+    config_class = GloVLMConfig
+    base_model_prefix = "glovlm"
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]  # noqa: RUF012
+    supports_gradient_checkpointing = True
+    # Otherwise `Trainer` takes **kwargs to mean that the loss is already divided among the steps
+    # over which gradients accumulate.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Only what is ours: the towers are transformers models and initialise themselves.
+        if isinstance(module, TowerPair):
+            init.constant_(module.logit_scale, self.config.logit_scale_init_value)
+            for projection in (module.visual_projection, module.text_projection):
+                for linear in projection.modules():
+                    if isinstance(linear, nn.Linear):
+                        init.normal_(linear.weight, std=linear.in_features**-0.5)
+                        init.zeros_(linear.bias)
+        elif isinstance(module, ClassWeights):
+            init.normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
+            init.ones_(module.scale)
+        elif type(module).__module__ == build_head.__module__:
+            for layer in module.modules():
+                if isinstance(layer, nn.Linear | nn.BatchNorm1d):
+                    layer.reset_parameters()
+
+
+class GloVLMModel(GloVLMPreTrainedModel):
+    """An image and a text encoder that share a space: CLIP, SigLIP, SigLIP 2, or any two towers.
+
+    `get_image_features`, `get_text_features` and the output names are those of `CLIPModel`.
+
+    Args:
+        config: See `GloVLMConfig`.
+        backbone: Pretrained towers to wrap; built from the config, untrained, when not given.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012
+
+    backbone: Any  # a transformers dual encoder or a TowerPair
+
+    def __init__(self, config: GloVLMConfig, backbone: nn.Module | None = None) -> None:
+        super().__init__(config)
+        if backbone is None:
+            backbone = (
+                TowerPair(config)
+                if config.is_pair
+                else AutoModel.from_config(config.backbone_config)
+            )
+        else:
+            _keep_weights(backbone)
+        self.backbone = backbone
+        self.post_init()
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        """Logarithm of the factor between cosines and logits."""
+        scale: nn.Parameter = self.backbone.logit_scale
+        return scale
+
+    @property
+    def has_joint_space(self) -> bool:
+        """Whether an image and a text can be compared."""
+        return self.config.joint_space
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding of the text tower."""
+        embedding: nn.Module = self.backbone.text_model.get_input_embeddings()
+        return embedding
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `[n, 3, height, width]` (SigLIP 2: flattened patches), from the processor.
+            **kwargs: What the tower takes: `interpolate_pos_encoding`, `output_attentions`, ...
+
+        Returns:
+            The vision tower's output; `pooler_output` holds the features `[n, dim]`.
+        """
+        features: BaseModelOutputWithPooling = self.backbone.get_image_features(
+            pixel_values=pixel_values, **_given(kwargs)
+        )
+        return features
+
+    def pool_images(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Encode images up to, but without, the projection: what a frozen tower computes once.
+
+        `project_images(pool_images(x))` equals `get_image_features(x).pooler_output`.
+
+        Args:
+            pixel_values: `[n, 3, height, width]`, from the processor.
+            **kwargs: What the tower takes.
+
+        Returns:
+            Pooled vectors `[n, width]`.
+        """
+        if isinstance(self.backbone, TowerPair):
+            return self.backbone.pool_images(pixel_values, **_given(kwargs))[1]
+        pooled: Tensor = self.backbone.vision_model(
+            pixel_values=pixel_values, **_given(kwargs)
+        ).pooler_output
+        return pooled
+
+    def project_images(self, pooled: Tensor) -> Tensor:
+        """Map pooled vectors `[n, width]` to image features `[n, dim]`."""
+        projection = getattr(self.backbone, "visual_projection", None)
+        return pooled if projection is None else projection(pooled)
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode texts.
+
+        Args:
+            input_ids: `[n, length]`.
+            attention_mask: `[n, length]`, 1 where a token is text.
+            **kwargs: What the tower takes.
+
+        Returns:
+            The text tower's output; `pooler_output` holds the features `[n, dim]`.
+        """
+        if "siglip" in self.config._backbone().model_type:
+            # SigLIP was trained on texts padded to its full context and attends to the padding.
+            input_ids, attention_mask = self._pad_to_context(input_ids), None
+        features: BaseModelOutputWithPooling = self.backbone.get_text_features(
+            input_ids=input_ids, attention_mask=attention_mask, **_given(kwargs)
+        )
+        return features
+
+    def class_prototypes(
+        self, input_ids: Tensor, attention_mask: Tensor | None, class_index: Tensor
+    ) -> Tensor:
+        """Average the normalised features of each class's prompts, and normalise again.
+
+        Args:
+            input_ids: `[prompts, length]`, all prompts of all classes.
+            attention_mask: `[prompts, length]` or `None`.
+            class_index: `[prompts]`, the class of each prompt; classes are 0 ... K-1.
+
+        Returns:
+            Unit class prototypes `[K, dim]`.
+        """
+        features: Any = self.get_text_features(input_ids, attention_mask).pooler_output
+        features = nn.functional.normalize(features, dim=-1)
+        classes = int(class_index.max()) + 1
+        total = features.new_zeros(classes, features.shape[-1])
+        return nn.functional.normalize(total.index_add(0, class_index, features), dim=-1)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        return_loss: bool | None = None,
+        return_dict: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> GloVLMOutput | tuple[Any, ...]:
+        """Compare images with texts.
+
+        Args:
+            input_ids: `[texts, length]`.
+            pixel_values: `[images, 3, height, width]`.
+            attention_mask: `[texts, length]`.
+            return_loss: Whether to return the symmetric InfoNCE loss of as many texts as images.
+            return_dict: Whether to return a `GloVLMOutput` rather than a tuple.
+            token_type_ids: For text towers that take it.
+            position_ids: For text towers that take it.
+            pixel_attention_mask: For SigLIP 2, which patches are image `[images, patches]`.
+            spatial_shapes: For SigLIP 2, rows and columns of patches `[images, 2]`.
+            **kwargs: `interpolate_pos_encoding` goes to the vision tower; `output_attentions` and
+                `output_hidden_states` to both.
+
+        Raises:
+            ValueError: Images or texts are missing, or the two towers have no joint space.
+        """
+        if input_ids is None or pixel_values is None:
+            raise ValueError(
+                "GloVLMModel compares images with texts: give pixel_values and input_ids, or call "
+                "get_image_features or get_text_features for one of them."
+            )
+        if not self.has_joint_space:
+            raise ValueError(
+                "These two towers were never trained together, so their features cannot be "
+                "compared; adapt them first (glovlm train), which fits a projection."
+            )
+        shared = {
+            k: kwargs.pop(k) for k in ("output_attentions", "output_hidden_states") if k in kwargs
+        }
+        vision: Any = self.get_image_features(
+            pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            **kwargs,
+            **shared,
+        )
+        text: Any = self.get_text_features(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            **shared,
+        )
+        image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
+        text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
+        logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()
+        bias = getattr(self.backbone, "logit_bias", None)
+        if bias is not None:
+            logits_per_text = logits_per_text + bias
+        loss = None
+        if return_loss:
+            target = torch.arange(len(logits_per_text), device=logits_per_text.device)
+            loss = (
+                nn.functional.cross_entropy(logits_per_text, target)
+                + nn.functional.cross_entropy(logits_per_text.T, target)
+            ) / 2
+        output = GloVLMOutput(
+            loss=loss,
+            logits_per_image=logits_per_text.T,
+            logits_per_text=logits_per_text,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            vision_model_output=vision,
+            text_model_output=text,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _pad_to_context(self, input_ids: Tensor) -> Tensor:
+        text = self.config._backbone().text_config
+        missing = int(text.max_position_embeddings) - input_ids.shape[1]
+        pad = text.pad_token_id if text.pad_token_id is not None else 0
+        return nn.functional.pad(input_ids, (0, max(missing, 0)), value=pad)
+
+
+class GloVLMForImageClassification(GloVLMPreTrainedModel):
+    """A GloVLM model with the head that an adaptation method left behind.
+
+    Args:
+        config: See `GloVLMConfig`; `id2label` names the classes, `head` says which head.
+        glovlm: An existing model to put the head on; built from the config when not given.
+        head: An existing head; built from the config when not given.
+    """
+
+    def __init__(
+        self,
+        config: GloVLMConfig,
+        glovlm: GloVLMModel | None = None,
+        head: nn.Module | None = None,
+    ) -> None:
+        if head is not None:
+            config.head = describe_head(head)
+        super().__init__(config)
+        for given in (glovlm, head):
+            if given is not None:
+                _keep_weights(given)
+        self.glovlm = glovlm if glovlm is not None else GloVLMModel(config)
+        self.head = (
+            head
+            if head is not None
+            else build_head(config.head, config.image_feature_dim, int(config.num_labels or 2))
+        )
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding of the text tower."""
+        return self.glovlm.get_input_embeddings()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        pixel_attention_mask: Tensor | None = None,
+        spatial_shapes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> GloVLMImageClassifierOutput | tuple[Any, ...]:
+        """Classify images.
+
+        Args:
+            pixel_values: `[n, 3, height, width]`, from the processor.
+            labels: Class numbers `[n]`; gives a cross-entropy loss.
+            return_dict: Whether to return an output object rather than a tuple.
+            pixel_attention_mask: For SigLIP 2. (`Trainer` drops inputs that are not named here.)
+            spatial_shapes: For SigLIP 2.
+            **kwargs: What the vision tower takes.
+        """
+        vision = self.glovlm.get_image_features(
+            pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            **kwargs,
+        )
+        features = vision.pooler_output
+        logits = self.head(features) / self.config.temperature
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        output = GloVLMImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            image_embeds=features,
+            hidden_states=getattr(vision, "hidden_states", None),
+            attentions=getattr(vision, "attentions", None),
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+def _keep_weights(module: nn.Module) -> None:
+    """Tell transformers that a module is trained, or `post_init` would initialise it again."""
+    for part in module.modules():
+        part._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Drop arguments left at `None`, so that towers which never heard of them are not bothered."""
+    return {k: v for k, v in kwargs.items() if v is not None}

@@ -1,0 +1,93 @@
+"""The processor: a backbone's own image transform and tokenizer, and the learned context tokens."""
+
+from typing import Any
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+
+
+class GloVLMProcessor(ProcessorMixin):
+    """Image processor and tokenizer of a backbone, with how its texts are padded and cut.
+
+    Args:
+        image_processor: The backbone's image processor.
+        tokenizer: The backbone's tokenizer.
+        max_length: Longest text in tokens, special tokens included; longer texts are cut.
+        pad_to_max: Whether every text is padded to `max_length` (SigLIP was trained so).
+        context_token_ids: Rows of the token embedding that prompt tuning trained, in order: `[M]`
+            for a unified context, `[K, M]` for one a class. `encode_prompts` splices them in.
+        chat_template: Not used; accepted because `ProcessorMixin` passes it.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        max_length: int | None = None,
+        pad_to_max: bool = False,
+        context_token_ids: list[Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        limit = int(getattr(tokenizer, "model_max_length", 0) or 0)
+        self.max_length = max_length or (limit if 0 < limit < 10_000 else 77)
+        self.pad_to_max = pad_to_max
+        self.context_token_ids = context_token_ids
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """Prepare images, texts, or both.
+
+        Args:
+            images: One image or a list (PIL, array, tensor).
+            text: One text or a list; padded and cut as the backbone was trained.
+            **kwargs: `return_tensors`, `padding`, `truncation` and what the parts take.
+
+        Returns:
+            `pixel_values` and/or `input_ids`, `attention_mask`.
+        """
+        if text is not None:
+            kwargs.setdefault("truncation", True)
+            kwargs.setdefault("max_length", self.max_length)
+            if self.pad_to_max:
+                kwargs["padding"] = "max_length"
+            else:
+                kwargs.setdefault("padding", True)
+        prepared: BatchFeature = super().__call__(images=images, text=text, **kwargs)
+        return prepared
+
+    def encode_prompts(self, prompts: list[list[str]]) -> dict[str, torch.Tensor]:
+        """Tokenise the prompts of every class, with the learned context if there is one.
+
+        With a context the learned tokens stand right after the start token, if the tokenizer sets
+        one (CoOp: the class name and the rest follow).
+
+        Args:
+            prompts: Per class, its texts.
+
+        Returns:
+            `input_ids` and `attention_mask` `[prompts, length]`, `class_index` `[prompts]`.
+        """
+        flat = [text for texts in prompts for text in texts]
+        index = [k for k, texts in enumerate(prompts) for _ in texts]
+        context = self.context_token_ids
+        if context is None:
+            encoded = self(text=flat, return_tensors="pt")
+            mask = encoded.get("attention_mask", torch.ones_like(encoded["input_ids"]))
+            return {
+                "input_ids": encoded["input_ids"],
+                "attention_mask": mask,
+                "class_index": torch.tensor(index),
+            }
+        per_class = context if isinstance(context[0], list) else [context] * len(prompts)
+        room = self.max_length - len(per_class[0])
+        rows = self.tokenizer(flat, truncation=True, max_length=room)["input_ids"]
+        starts = {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id}
+        begin = int(rows[0][0] in starts)  # SigLIP's texts have no start token
+        ids = [[*r[:begin], *per_class[k], *r[begin:]] for r, k in zip(rows, index, strict=True)]
+        length = self.max_length if self.pad_to_max else max(map(len, ids))
+        pad = self.tokenizer.pad_token_id or 0
+        return {
+            "input_ids": torch.tensor([row + [pad] * (length - len(row)) for row in ids]),
+            "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in ids]),
+            "class_index": torch.tensor(index),
+        }
