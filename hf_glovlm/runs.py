@@ -352,7 +352,7 @@ def _describe_data(
     return {
         "name": Path(config.data).name,
         "fingerprint": report.fingerprint,
-        "classes": [asdict(c) for c in classes],
+        "classes": [asdict(c) | {"prompts": list(c.prompts)} for c in classes],
         "counts": {
             side: {c.name: sum(1 for i in index if labels[i] == k) for k, c in enumerate(classes)}
             for side, index in sides.items()

@@ -24,7 +24,7 @@ LAYERS = {
     3: {"loop"},
     4: {"training"},
     5: {"runs"},
-    6: {"study", "hub", "pretraining", "slides", "explain"},
+    6: {"study", "bench", "hub", "pretraining", "slides", "explain"},
     6.5: {"__init__"},
     7: {"cli"},
     8: {"train"},

@@ -149,10 +149,11 @@ def _attention(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _without_place(fields: dict[str, Any]) -> dict[str, Any]:
-    fields.pop("_name_or_path", None)
-    if isinstance(fields.get("backbone_config"), dict):
-        fields["backbone_config"] = _without_place(fields["backbone_config"])
-    return fields
+    return {
+        key: _without_place(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if key != "_name_or_path"
+    }
 
 
 def _joint_dim(backbone: PreTrainedConfig, tower: PreTrainedConfig) -> int:

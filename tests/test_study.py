@@ -1,0 +1,294 @@
+"""The grid on a tiny CLIP: every cell once, and a report that is what one computes by hand."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny import tiny_clip, tiny_images
+
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference import Predictions
+from hf_glovlm.metrics import PairedRun, paired_differences, recall_by_group
+from hf_glovlm.study import StudyConfig, render_report, run_study, write_report
+
+DRAWS = 3
+RESAMPLES = 50
+
+
+def grid(data: Path, **changes: Any) -> StudyConfig:
+    values = {
+        "data": str(data),
+        "backbone": str(tiny_clip()),
+        "methods": ["linear_probe", "zero_shot"],
+        "shots": 2,
+        "draws": DRAWS,
+        "n_resamples": RESAMPLES,
+    }
+    return StudyConfig.from_mapping({**values, **changes})
+
+
+def told(config: StudyConfig, output: Path, **options: Any) -> tuple[dict[str, Any], list[Any]]:
+    events: list[Any] = []
+    report = run_study(
+        config, output, on_event=lambda kind, what: events.append((kind, what)), **options
+    )
+    return report, events
+
+
+def statuses(events: list[Any]) -> list[str]:
+    return [what["status"] for _, what in events]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_images(tmp_path_factory.mktemp("data") / "discs", groups=6)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A finished study; read it, or work on a copy."""
+    output = tmp_path_factory.mktemp("study") / "O"
+    report, events = told(grid(data), output)
+    assert statuses(events) == ["done"] * 2 * DRAWS
+    assert [what["done"] for _, what in events] == list(range(1, 2 * DRAWS + 1))
+    return output, report
+
+
+def cell(output: Path, method: str, draw: int) -> Path:
+    return output / "cells" / tiny_clip().name / method / "2" / f"draw-{draw:02d}"
+
+
+def read(folder: Path) -> tuple[dict[str, Any], Predictions]:
+    results = json.loads((folder / "results.json").read_text())
+    return results, Predictions.load(folder / "predictions.parquet")
+
+
+def test_every_cell_is_a_run_of_its_own_without_weights(
+    finished: tuple[Path, dict[str, Any]],
+) -> None:
+    output, report = finished
+    found = {p.parent for p in output.rglob("results.json")}
+    assert found == {
+        cell(output, m, d) for m in ("linear_probe", "zero_shot") for d in range(DRAWS)
+    }
+    assert all((folder / "predictions.parquet").is_file() for folder in found)
+    assert not list(output.rglob("*.safetensors"))
+    assert json.loads((output / "report.json").read_text()) == report
+    assert (output / "report.md").read_text() == render_report(report)
+    assert (report["failures"], report["missing"]) == ([], [])
+
+
+def test_the_report_says_what_one_computes_by_hand(finished: tuple[Path, dict[str, Any]]) -> None:
+    output, report = finished
+    (section,) = report["sections"]
+    lines = {m["name"]: m for m in section["methods"]}
+    runs = {m: [read(cell(output, m, d)) for d in range(DRAWS)] for m in lines}
+    pairs = []
+    for draw in range(DRAWS):
+        (_, a), (_, b) = runs["linear_probe"][draw], runs["zero_shot"][draw]
+        assert a.labels is not None
+        assert a.groups is not None
+        pairs.append(PairedRun(draw, a.labels, a.groups, a.probabilities, b.probabilities))
+    expected = paired_differences(
+        pairs, ("macro_auc", "balanced_accuracy"), RESAMPLES, 0, unit="patients"
+    )
+    assert lines["zero_shot"]["versus_reference"] == {"draws": [0, 1, 2], "metrics": expected}
+    assert lines["linear_probe"]["versus_reference"] is None
+    for name, line in lines.items():
+        values = [r["metrics"]["macro_auc"]["value"] for r, _ in runs[name]]
+        shown = line["metrics"]["macro_auc"]
+        assert shown["mean"] == pytest.approx(np.mean(values))
+        assert shown["sd"] == pytest.approx(np.std(values, ddof=1))
+
+    for row in section["recall"]:
+        for name, summary in row["methods"].items():
+            recalls = [
+                r["recall"]
+                for _, p in runs[name]
+                for r in recall_by_group(
+                    p.labels, p.probabilities.argmax(1), p.groups or [], p.class_names
+                )
+                if (r["group"], r["class"]) == (row["group"], row["class"])
+            ]
+            assert summary["n_draws"] == len(recalls)
+            assert summary["mean"] == pytest.approx(np.mean(recalls))
+
+
+def test_the_report_states_what_a_number_needs(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, report = finished
+    lines = {m["name"]: m for m in report["sections"][0]["methods"]}
+    budget = lines["linear_probe"]["label_budget"]
+    assert budget["labels"] == [6, 6]
+    assert all(of == {"labels": [2, 2], "groups": [2, 2]} for of in budget["per_class"].values())
+    assert lines["zero_shot"]["label_budget"]["labels"] == [0, 0]
+    text = render_report(report)
+    assert "Research use only, not for diagnosis." in text
+    assert "Labels of each draw: 2 mesangial (of 2 patients)" in text
+    assert "over patients" in text
+    assert "drawings" not in text
+    versus = lines["zero_shot"]["versus_reference"]["metrics"]["macro_auc"]
+    low, high = versus["ci95"]
+    row = f"{versus['value']:+.3f} [{low:+.3f}, {high:+.3f}] | {versus['verdict']}"
+    assert row in text
+    assert "too few groups" in text  # of 6 patients
+
+
+def test_headings_of_drawings_say_so(data: Path, tmp_path: Path) -> None:
+    drawn = Path(shutil.copytree(data, tmp_path / "drawn"))
+    (drawn / "DRAWINGS").touch()
+    report = run_study(grid(drawn, methods=["linear_probe"], draws=1), tmp_path / "O")
+    headings = re.findall(r"^#.*$", render_report(report), re.MULTILINE)
+    assert len(headings) >= 5
+    assert all("drawings" in heading for heading in headings)
+
+
+def test_a_finished_cell_is_never_run_again(
+    data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(finished[0], tmp_path / "O"))
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("results.json")}
+    report, events = told(grid(data), output)
+    assert statuses(events) == ["skipped"] * 2 * DRAWS
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("results.json")} == before
+    assert report["sections"] == finished[1]["sections"]
+
+    lost = cell(output, "zero_shot", 1)
+    (lost / "results.json").unlink()  # as a run leaves it that was killed before its last file
+    partial = write_report(grid(data), output)
+    assert partial["missing"] == [lost.relative_to(output / "cells").as_posix()]
+    assert "Not run yet: 1 cells" in render_report(partial)
+    report, events = told(grid(data), output)
+    assert [what["name"] for _, what in events if what["status"] == "done"] == partial["missing"]
+    for section, old in zip(report["sections"], finished[1]["sections"], strict=True):
+        assert section["recall"] == old["recall"]
+        for line, was in zip(section["methods"], old["methods"], strict=True):
+            assert line["versus_reference"] == was["versus_reference"]
+
+    _, events = told(grid(data, draws=DRAWS + 1), output)  # a study may grow
+    assert statuses(events) == ["skipped"] * 2 * DRAWS + ["done"] * 2
+
+
+def test_other_settings_than_those_of_a_finished_cell_are_refused(
+    data: Path, finished: tuple[Path, dict[str, Any]]
+) -> None:
+    with pytest.raises(GloVLMError, match=r"test_fraction = 0\.5, and the study now says 0\.4"):
+        run_study(grid(data, test_fraction=0.4), finished[0])
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(data: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "classes.yaml"
+    broken = {"name": "zero_shot", "label": "with-prompts", "prompts": str(prompts)}
+    config = grid(data, methods=[broken, "linear_probe"], draws=2)
+    report, events = told(config, tmp_path / "O")
+    assert statuses(events) == ["failed", "done"] * 2
+    assert [f["cell"].split("/")[1] for f in report["failures"]] == ["with-prompts"] * 2
+    assert all(str(prompts) in f["error"] for f in report["failures"])
+    assert str(prompts) in render_report(report)
+
+    names = ("mesangial", "sclerosed", "viable")
+    of = "\n".join(f"  {n}: {{display_name: {n}, prompts: [a {n} tuft]}}" for n in names)
+    prompts.write_text(f"classes:\n{of}\n")
+    report, events = told(config, tmp_path / "O")
+    assert sorted(statuses(events)) == ["done", "done", "skipped", "skipped"]
+    assert report["failures"] == []
+    assert not list((tmp_path / "O").rglob("failure.json"))
+
+
+def test_all_cells_failing_says_why(data: Path, tmp_path: Path) -> None:
+    config = grid(data, backbone=str(tmp_path / "nothing"), methods=["linear_probe"], draws=1)
+    with pytest.raises(GloVLMError, match=r"No cell of the study .* is finished: .*nothing"):
+        run_study(config, tmp_path / "O")
+
+
+def test_other_splits_are_not_paired(data: Path, tmp_path: Path) -> None:
+    other = {"name": "linear_probe", "label": "other-split", "seed": 1}
+    report = run_study(grid(data, methods=["linear_probe", other], draws=1), tmp_path / "O")
+    assert report["sections"][0]["methods"][1]["versus_reference"] is None
+    assert "no draw in common" in render_report(report)
+
+
+def test_frozen_episodes_and_what_they_record(
+    data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    runs = [cell(finished[0], "linear_probe", draw) for draw in range(DRAWS)]
+    files = [json.loads((run / "episodes.json").read_text()) for run in runs]
+    names = ("balanced_accuracy", "macro_auc", "macro_f1")
+    for draw, file in enumerate(files):
+        metrics = read(runs[draw])[0]["metrics"]
+        file["draws"][0]["reference_logistic_regression"] = {k: metrics[k]["value"] for k in names}
+    files[1]["draws"][0]["reference_logistic_regression"]["macro_f1"] -= 0.25
+    frozen = tmp_path / "episodes.json"
+    frozen.write_text(json.dumps({**files[0], "draws": [f["draws"][0] for f in files]}))
+
+    methods = [{"name": "linear_probe", "draws": [0, 1]}]
+    values = {"data": str(data), "backbone": str(tiny_clip()), "episodes": str(frozen)}
+    every = StudyConfig.from_mapping({**values, "methods": ["linear_probe"]})
+    assert every.methods[0].draws == (0, 1, 2)
+    assert every.shots == (2,)
+    config = StudyConfig.from_mapping({**values, "methods": methods, "n_resamples": RESAMPLES})
+    report = run_study(config, tmp_path / "O")
+    recorded = report["sections"][0]["recorded"]
+    assert recorded["n_draws"] == 2
+    assert recorded["largest_difference"] == pytest.approx(
+        {"balanced_accuracy": 0.0, "macro_auc": 0.0, "macro_f1": 0.25}
+    )
+    assert "Macro-F1 0.2500" in render_report(report)
+    with pytest.raises(GloVLMError, match="asks for draw 3, and the episodes file holds 3 draws"):
+        StudyConfig.from_mapping({**values, "methods": ["linear_probe"], "draws": 4})
+    with pytest.raises(GloVLMError, match="have 2 shots, the study asks for"):
+        StudyConfig.from_mapping({**values, "methods": methods, "shots": 4})
+
+
+def test_two_workers_find_the_same(
+    data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    report, events = told(grid(data, draws=1), tmp_path / "O", workers=2)
+    assert statuses(events) == ["done", "done"]
+    assert report["failures"] == []
+    for method in ("linear_probe", "zero_shot"):
+        ours, theirs = (read(cell(o, method, 0))[1] for o in (tmp_path / "O", finished[0]))
+        assert ours.file_names == theirs.file_names
+        np.testing.assert_allclose(ours.probabilities, theirs.probabilities, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"methods": None}, "needs 'methods:'"),
+        ({"methodes": 1}, "no setting 'methodes'. Did you mean 'methods'"),
+        ({"methods": ["linear_prob"], "reference": "linear_prob"}, "Unknown method 'linear_prob'"),
+        ({"reference": "zero"}, "reference 'zero' is none of the methods"),
+        ({"methods": ["linear_probe"] * 2}, "comes twice"),
+        ({"methods": [{"name": "linear_probe", "label": "a/b"}]}, "'label:' of letters"),
+        ({"methods": [{"name": "linear_probe", "shots": 4}]}, "no setting 'shots'"),
+        ({"methods": [{"draws": 4}]}, "Expected the name of a method"),
+        ({"draws": 0}, "Expected draws"),
+        ({"draws": [1, 1]}, "Expected draws"),
+        ({"shots": "many"}, "wrong type"),
+        ({"shots": 0}, "needs labelled images"),
+        ({"lr": [1]}, "wrong type"),
+        ({"output_dir": "x"}, "no setting 'output_dir'"),
+    ],
+)
+def test_a_wrong_grid_is_told_in_a_sentence(
+    changes: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(GloVLMError, match=re.escape(sentence).replace("\\ ", " ")):
+        grid(tmp_path, **changes)
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    config = grid(tmp_path, methods=["linear_probe", {"name": "vanilla", "lr": "1e-6"}])
+    assert config.methods[1].settings == {"lr": 1e-6}
+    assert [c.method.name for c in config.cells()] == ["linear_probe", "vanilla"] * DRAWS
+
+
+def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(GloVLMError, match="is no study of ours"):
+        run_study(grid(data), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
