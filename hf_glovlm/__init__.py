@@ -4,22 +4,27 @@ Importing it registers the model with transformers' Auto classes. Research use o
 diagnosis.
 """
 
-from .adapters import METHODS
-from .backbones import BACKBONES, load_backbone
-from .data import check_dataset, draw_episode, load_classes, load_dataset, load_episode
-from .errors import GloVLMError
-from .inference import FeatureCache, Predictions, embed_images, embed_prompts, predict
-from .metrics import compute_metrics, paired_differences
-from .model import (
-    GloVLMConfig,
-    GloVLMForImageClassification,
-    GloVLMModel,
-    GloVLMProcessor,
-)
-from .runs import TrainConfig, run
-from .training import adapt
+import sys
+from pathlib import Path
 
 __version__ = "0.1.0"
+
+# The command `glovlm` brings in what a command needs when it needs it: its help is instant.
+if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
+    from .adapters import METHODS
+    from .backbones import BACKBONES, load_backbone
+    from .data import check_dataset, draw_episode, load_classes, load_dataset, load_episode
+    from .errors import GloVLMError
+    from .inference import FeatureCache, Predictions, embed_images, embed_prompts, predict
+    from .metrics import compute_metrics, paired_differences
+    from .model import (
+        GloVLMConfig,
+        GloVLMForImageClassification,
+        GloVLMModel,
+        GloVLMProcessor,
+    )
+    from .runs import TrainConfig, run
+    from .training import adapt
 
 __all__ = [
     "BACKBONES",

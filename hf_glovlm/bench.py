@@ -265,4 +265,6 @@ def _shortest(work: Callable[[], object], repeats: int) -> float:
 
 
 def _row(name: str, value: float, unit: str, ratio: float | None, what: str) -> Row:
+    """A row, with as many digits as a timing is worth."""
+    value, ratio = float(f"{value:.3g}"), ratio and float(f"{ratio:.3g}")
     return {"name": name, "value": value, "unit": unit, "ratio": ratio, "what": what}

@@ -40,6 +40,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(cache_app, name="cache")
 
 Text = str | None
+Texts = list[str] | None
 Switch = bool | None
 Whole = int | None
 Real = float | None
@@ -104,10 +105,7 @@ def train(
     validation_shots: Annotated[Whole, Option(help="More labels, for early stopping. (0)")] = None,
     test_fraction: Annotated[Real, Option(help="Fraction of groups tested. (0.5)")] = None,
     loss: Annotated[Text, Option(help="prototypes, infonce, infonce_published.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="A setting of the method; repeatable."),
-    ] = None,
+    settings: Annotated[Texts, Option("--set", metavar="KEY=VALUE", help="Of the method.")] = None,
     epochs: Annotated[Whole, Option(help="Instead of the method's own.")] = None,
     lr: Annotated[Real, Option(help="Instead of the method's own.")] = None,
     weight_decay: Annotated[Real, Option(help="Instead of the method's own.")] = None,
@@ -138,13 +136,9 @@ def train(
         results = run(checked, on_event=on_event)
     if not _is_main():
         return
-    from .hub import write_card
-
-    write_card(checked.output_dir)
     if as_json:
         _print_json(results)
     else:
-        _print_support(results)
         _print_metrics(results)
     _note(f"model, results and card are in {checked.output_dir}")
 
@@ -190,7 +184,7 @@ def evaluate(
             f"The model learned from {seen} of the {len(set(groups.ids))} groups in these data, so "
             "the numbers would flatter it: leave them out, or give --allow-seen."
         )
-    said = _classify(classifier, processor, rows, batch_size, place, groups.ids)
+    said = _classify((classifier, processor), rows, batch_size, place, groups.ids)
     results = {
         "config": {"model": model, "data": data, "split": split, "allow_seen": allow_seen},
         "data": {
@@ -233,23 +227,23 @@ def predict(
 
     _quiet()
     place = resolve_device(device)
-    classifier, processor, _ = _load_model(model)
+    loaded = _load_model(model)[:2]
     readable = places
     try:
-        said = _classify(classifier, processor, _image_rows(places), batch_size, place)
+        said = _classify(loaded, _image_rows(places), batch_size, place)
     except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone
         readable = _readable(places)
         if len(readable) == len(places):
             raise
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
-        said = _classify(classifier, processor, _image_rows(readable), batch_size, place)
+        said = _classify(loaded, _image_rows(readable), batch_size, place)
     header = ["file_name", "predicted", *(f"p_{name}" for name in said.class_names)]
     found = zip(said.file_names, said.predicted, said.probabilities.round(6), strict=True)
     rows = [[name, label, *map(float, p)] for name, label, p in found]
     if output is not None:
         _write(output, _csv([header, *rows]))
-    title = "Predictions" + (" (learned from drawings)" if classifier.config.synthetic else "")
+    title = "Predictions" + (" (learned from drawings)" if loaded[0].config.synthetic else "")
     if as_json:
         _print_json([dict(zip(header, row, strict=True)) for row in rows])
     elif output is None:
@@ -293,7 +287,7 @@ def study(
 @app.command()
 def card(run: Annotated[Path, Argument(help="A run's folder.")]) -> None:
     """Write the model card of a run again, from its results."""
-    from .hub import write_card
+    from .card import write_card
 
     _note(f"the card is in {write_card(run)}")
 
@@ -303,15 +297,13 @@ def card(run: Annotated[Path, Argument(help="A run's folder.")]) -> None:
 
 @app.command()
 def demo(
-    output_dir: Annotated[
-        Path | None, Option(help="A new or empty folder; else glovlm-demo, replaced.")
-    ] = None,
+    output_dir: Annotated[Path | None, Option(help="Empty; else glovlm-demo, replaced.")] = None,
     seed: Annotated[int, Option(min=0, help="Of drawings, split and training.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Do the whole job on drawings of glomeruli: no network, no data, under two minutes."""
+    from .card import METRIC_HEADER, metric_rows
     from .demo import remove_demo, run_demo
-    from .hub import METRIC_HEADER, metric_rows, write_card
 
     folder = output_dir or Path("glovlm-demo")
     if output_dir is None:
@@ -319,8 +311,6 @@ def demo(
     _quiet()
     with _progress() as on_event:
         found = run_demo(folder, seed=seed, on_event=on_event)
-    for method in found["runs"]:
-        write_card(folder / method)
     if as_json:
         _print_json(found)
         return
@@ -335,9 +325,9 @@ def demo(
 def pretrain(
     output_dir: Annotated[str, Option(help="Takes weights, tokenizer and card.")],
     seed: Annotated[int, Option(help="Of drawings, initialisation and order.")] = 0,
-    patients: Annotated[int, Option(min=1, help="Synthetic patients.")] = 1200,
+    patients: Annotated[int, Option(min=1, help="Synthetic patients.")] = 800,
     per_patient: Annotated[int, Option(min=1, help="Drawings of each.")] = 10,
-    epochs: Annotated[int, Option(min=1, help="Passes over the drawings.")] = 12,
+    epochs: Annotated[int, Option(min=1, help="Passes over the drawings.")] = 8,
     batch_size: Annotated[int, Option(min=2, help="Drawings a step.")] = 64,
     workers: Annotated[int, Option(min=1, help="Processes that draw.")] = 2,
     resume: Annotated[bool, Option(help="Go on from the checkpoint there.")] = False,
@@ -452,9 +442,7 @@ def cache_clear(
 
 @app.command()
 def bench(
-    names: Annotated[
-        list[str] | None, Argument(help="metrics, cache, encode; all when not given.")
-    ] = None,
+    names: Annotated[Texts, Argument(help="metrics, cache, encode; else all.")] = None,
     backbone: Annotated[str, Option(help="Encodes the drawings.")] = "mini",
     as_json: JsonFlag = False,
 ) -> None:
@@ -463,8 +451,6 @@ def bench(
 
     _quiet()
     rows = run_benches(names or (), backbone=backbone)
-    if not as_json:
-        rows = [{**row, **{k: f"{row[k]:.3g}" for k in ("value", "ratio") if row[k]}} for row in rows]
     _print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)
 
 
@@ -653,18 +639,13 @@ def _load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
 
 
 def _classify(
-    classifier: Any,
-    processor: Any,
-    rows: "Dataset",
-    batch_size: int,
-    device: Any,
-    groups: Sequence[str] | None = None,
+    loaded: tuple[Any, Any], rows: "Dataset", batch_size: int, device: Any, groups: Any = None
 ) -> "Predictions":
     from .inference import FeatureCache, predict
 
     bar, cache = sys.stderr.isatty(), FeatureCache()
     options = {"batch_size": batch_size, "device": device, "groups": groups}
-    return predict(classifier, processor, rows, cache=cache, progress=bar, **options)
+    return predict(*loaded, rows, cache=cache, progress=bar, **options)
 
 
 def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups") -> int:
@@ -709,10 +690,9 @@ def _list_images(places: Sequence[Path]) -> dict[str, Path]:
 def _image_rows(found: Mapping[str, Path]) -> "Dataset":
     from datasets import Dataset, Features, Image, Value
 
-    columns = {"image": [str(path) for path in found.values()], "file_name": list(found)}
-    return Dataset.from_dict(
-        columns, features=Features({"image": Image(), "file_name": Value("string")})
-    )
+    features = Features({"image": Image(), "file_name": Value("string")})
+    columns = {"image": list(map(str, found.values())), "file_name": list(found)}
+    return Dataset.from_dict(columns, features)
 
 
 def _readable(found: Mapping[str, Path]) -> dict[str, Path]:
@@ -748,14 +728,10 @@ def _check_output(path: Path | None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    from .loop import write_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text)
 
 
 def _csv(rows: Iterable[Sequence[Any]]) -> str:
@@ -849,21 +825,17 @@ def _event_text(kind: str, what: Mapping[str, Any]) -> str:
     return f"{what['name']} ..." if kind == "stage" else f"method {what['name']}"
 
 
-def _print_support(results: Mapping[str, Any]) -> None:
-    from .hub import group_unit
-
-    support, unit = results["data"]["support"], group_unit(results["data"]["group_column"])
-    groups = support["groups_per_class"]
-    rows = [[name, str(n), str(groups[name])] for name, n in support["labels_per_class"].items()]
-    title = "Learned from drawings" if results["synthetic"] else "Learned from"
-    _print_table(title, ["class", "labels", f"contributing {unit}"], rows)
-
-
 def _print_metrics(results: Mapping[str, Any]) -> None:
-    from .hub import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
+    """What a training learned from, where there was one, and how well the model did."""
+    from .card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 
-    drawings = "drawings, " if results["synthetic"] else ""
-    unit = group_unit(results["data"]["group_column"])
+    drawings, data = "drawings, " if results["synthetic"] else "", results["data"]
+    unit = group_unit(data["group_column"])
+    if "support" in data:
+        labels, groups = data["support"]["labels_per_class"], data["support"]["groups_per_class"]
+        rows = [[name, str(n), str(groups[name])] for name, n in labels.items()]
+        title = "Learned from drawings" if drawings else "Learned from"
+        _print_table(title, ["class", "labels", f"contributing {unit}"], rows)
     title = f"{drawings}{results['n']} test images of {results['n_groups']} {unit}"
     _print_table(f"Metrics ({title})", METRIC_HEADER, metric_rows(results["metrics"]))
     _print_table(f"Per class ({title})", CLASS_HEADER, class_rows(results["per_class"]))

@@ -80,9 +80,11 @@ def check_reload(run_folder: Path, data: Path) -> float:
 
     from .data import open_image
     from .inference import Predictions
+    from .model import GloVLMForImageClassification  # registers it with the Auto classes
 
     stored = Predictions.load(run_folder / "predictions.parquet")
     model = AutoModelForImageClassification.from_pretrained(run_folder / "model").eval()
+    assert isinstance(model, GloVLMForImageClassification)  # our class, not remote code
     processor = AutoProcessor.from_pretrained(run_folder / "model")
     images = [open_image(data / name) for name in stored.file_names[:32]]
     with torch.inference_mode():

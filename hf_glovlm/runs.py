@@ -14,6 +14,7 @@ import torch
 
 from .adapters import FeatureMethod, Method, get_method
 from .backbones import load_backbone
+from .card import render_card
 from .errors import GloVLMError, nearest
 from .inference import FeatureCache, Predictions, predict
 from .loop import write_text
@@ -286,6 +287,7 @@ def run(
                 shutil.rmtree(work / "adapter", ignore_errors=True)
             predictions.save(work / "predictions.parquet")
             save_episodes(work / "episodes.json", [episode], rows, results["data"]["name"])
+            write_text(work / "README.md", render_card(results))
             write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
             _finish(work, output)
     processes.wait()

@@ -171,8 +171,8 @@ def adapt(
         tuning = chosen.attach(model, processor, classes, config)
         step = TowerStep(model, processor, tuning, loss)
         if vectors is not None and prototypes is not None:
-            start = step.current_prototypes().cpu()
-            if not torch.allclose(start, prototypes, atol=1e-4):  # new tokens moved the targets
+            start = step.current_prototypes().detach().cpu().float()
+            if not torch.allclose(start, prototypes, atol=1e-2):  # new tokens moved the targets
                 refit_projection(model, vectors, labels, start)
         if tuning.trains_vision:
             source: BatchSource = ImageSource(support, labels, processor, augment)
@@ -229,7 +229,8 @@ def adapt(
     model.config.problem_type = "single_label_classification"
     model.config.prompts = prompts
     model.requires_grad_(True)
-    classifier = GloVLMForImageClassification(model.config, glovlm=model, head=head.to(device))
+    head = head.to(device, model.dtype)
+    classifier = GloVLMForImageClassification(model.config, glovlm=model, head=head)
     return Adapted(classifier.eval(), processor, config, used, log, trained, frozen_tower, notes)
 
 

@@ -27,7 +27,7 @@ def test_metrics_rows() -> None:
     fast, *loops = rows
     assert fast["ratio"] is None
     for row in loops:
-        assert row["ratio"] == pytest.approx(row["value"] / fast["value"])
+        assert row["ratio"] == pytest.approx(row["value"] / fast["value"], rel=0.02)
         assert "extrapolated from 2 resamples" in row["what"]
 
 
@@ -38,7 +38,7 @@ def test_encoding_rows(name: str) -> None:
     assert min(base["value"], ours["value"]) > 0
     # of two times and of two rates, each the way the row's text says
     expected = (base["value"] / ours["value"]) ** (1 if name == "cache" else -1)
-    assert ours["ratio"] == pytest.approx(expected)
+    assert ours["ratio"] == pytest.approx(expected, rel=0.02)
     assert all("6 drawings" in row["what"] for row in (base, ours))
 
 

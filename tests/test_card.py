@@ -11,8 +11,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from hf_glovlm.card import group_unit, metric_rows, render_card, write_card
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.hub import group_unit, metric_rows, render_card, write_card
 from hf_glovlm.metrics import compute_metrics
 
 CLASSES = ("ischemic", "sclerosed", "viable")

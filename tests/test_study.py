@@ -204,9 +204,14 @@ def test_all_cells_failing_says_why(data: Path, tmp_path: Path) -> None:
         run_study(config, tmp_path / "O")
 
 
-def test_other_splits_are_not_paired(data: Path, tmp_path: Path) -> None:
-    other = {"name": "linear_probe", "label": "other-split", "seed": 1}
+@pytest.mark.parametrize("setting", [{"seed": 1}, {"shots_from": "one_group"}])
+def test_other_splits_or_supports_are_not_paired(
+    setting: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
+    other = {"name": "linear_probe", "label": "other", **setting}
     report = run_study(grid(data, methods=["linear_probe", other], draws=1), tmp_path / "O")
+    runs = [read(cell(tmp_path / "O", name, 0))[1] for name in ("linear_probe", "other")]
+    assert (runs[0].file_names == runs[1].file_names) == ("seed" not in setting)
     assert report["sections"][0]["methods"][1]["versus_reference"] is None
     assert "no draw in common" in render_report(report)
 

@@ -35,7 +35,7 @@ class GloVLMConfig(PreTrainedConfig):
         backbone_revision: The commit of these weights, if known.
         backbone_license: Licence of these weights, if known.
         vision_pooling: How a pair turns vision tokens into one vector: the tower's own `pooler`,
-            the class token, the mean of the patch tokens, or both joined (`cls_mean`, double width).
+            the class token, the mean of the patch tokens, or both joined (`cls_mean`, twice wide).
         text_pooling: The same for text: `pooler`, first token, masked mean, end-of-text token.
         vision_projection: What follows the vision pooling of a pair.
         text_projection: What follows the text pooling of a pair.
