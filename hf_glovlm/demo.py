@@ -15,6 +15,8 @@ def run_demo(
     output_dir: str | Path,
     *,
     seed: int = 0,
+    patients: int = 24,
+    per_patient: int = 15,
     on_event: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Draw a cohort, adapt `mini` with 8 shots, test on unseen synthetic patients, save, reload.
@@ -22,6 +24,8 @@ def run_demo(
     Args:
         output_dir: New or empty folder; gets `drawings/`, a run per method, and `demo.png`.
         seed: Of the drawings, the split and the training.
+        patients: Synthetic patients, half of them for the support.
+        per_patient: Drawings of each.
         on_event: As for `run`, plus `("method", {"name"})`.
 
     Returns:
@@ -40,9 +44,9 @@ def run_demo(
             "--output-dir or empty it."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    tell("stage", {"name": "drawing 24 synthetic patients"})
+    tell("stage", {"name": f"drawing {patients} synthetic patients"})
     # Pretraining drew with even cohort seeds: an odd one shares no drawing with it.
-    drawings = write_cohort(folder / "drawings", 24, 15, seed=2 * seed + 1)
+    drawings = write_cohort(folder / "drawings", patients, per_patient, seed=2 * seed + 1)
     runs: dict[str, dict[str, Any]] = {}
     for method in METHODS:
         tell("method", {"name": method})

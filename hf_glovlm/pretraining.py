@@ -177,7 +177,8 @@ def _save(
     fresh.rmdir()
     write_text(folder / "README.md", CARD.format(**facts))
     write_text(folder / "pretraining.json", json.dumps(facts, indent=1) + "\n")
-    (folder / "checkpoint.safetensors").unlink(missing_ok=True)
+    for done in ("checkpoint.safetensors", "log.jsonl"):  # the log is in pretraining.json
+        (folder / done).unlink(missing_ok=True)
     return facts
 
 

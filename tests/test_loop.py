@@ -219,6 +219,34 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for(accelerator: Accel
     assert torch.equal(loose, free)
 
 
+def test_mixed_precision_reaches_the_step() -> None:
+    losses = []
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(True)
+        step = plain_step().float()
+        source = TensorSource(support().inputs.float(), support().labels)
+        mixed = Accelerator(cpu=True, mixed_precision=precision)
+        log = fit(step, groups(step), source, ADAMW, accelerator=mixed)
+        assert {p.dtype for p in step.parameters()} == {torch.float32}
+        losses.append(log[-1]["loss"])
+    AcceleratorState._reset_state(True)
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.parametrize("recipe", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_a_scaled_loss_trains_as_the_loss(accelerator: Accelerator, recipe: Recipe) -> None:
+    """With fp16 the loss is multiplied against underflow; the step has to take that back."""
+    plain, scaled = plain_step(), plain_step()
+    fit(plain, groups(plain), support(), recipe, accelerator=accelerator)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    try:
+        fit(scaled, groups(scaled), support(), recipe, accelerator=accelerator)
+    finally:
+        accelerator.scaler = None
+    assert furthest(state(plain), state(scaled)) < 1e-9
+
+
 @given(st.lists(st.integers(0, 999), min_size=1, max_size=20, unique=True), st.integers(1, 8))
 def test_processes_share_a_batch_without_loss_or_double_counting(
     batch: list[int], processes: int

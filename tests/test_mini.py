@@ -1,0 +1,110 @@
+"""The embedded default on drawings: a known-answer test of the whole chain, never a result."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, CLIPModel
+
+from hf_glovlm.backbones import MINI, load_backbone
+from hf_glovlm.data import catalog_entry
+from hf_glovlm.data.phantoms import CLASSES, render_cohort, render_phantom
+from hf_glovlm.demo import METHODS, run_demo
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.pretraining import PretrainConfig, pretrain
+
+
+@pytest.fixture(scope="module")
+def mini() -> tuple[Any, Any]:
+    return load_backbone("mini")
+
+
+def probabilities(mini: tuple[Any, Any], images: list[Image.Image]) -> np.ndarray[Any, Any]:
+    """Zero-shot class probabilities [n, 5], one published prompt a class."""
+    model, processor = mini
+    prompts = {c.name: c.prompts[0] for c in catalog_entry("phantoms").classes}
+    encoded = processor.encode_prompts([[prompts[c]] for c in CLASSES])
+    with torch.inference_mode():
+        texts = model.class_prototypes(**encoded)
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+        features = model.get_image_features(pixels).pooler_output
+        features = torch.nn.functional.normalize(features, dim=-1)
+        return (model.logit_scale.exp() * features @ texts.T).softmax(-1).numpy()
+
+
+def test_it_is_small_says_what_it_is_and_is_plain_clip() -> None:
+    assert sum(p.stat().st_size for p in MINI.iterdir()) <= 12 * 2**20
+    card = (MINI / "README.md").read_text()
+    assert "drawings" in card
+    assert "not for diagnosis" in card
+    facts = json.loads((MINI / "pretraining.json").read_text())
+    assert f"{facts['accuracy']:.3f} on drawings" in card
+    stock = AutoModel.from_pretrained(MINI)
+    assert isinstance(stock, CLIPModel)
+    assert stock.dtype == torch.float16  # as stored
+    assert load_backbone("mini")[0].dtype == torch.float32
+
+
+def test_zero_shot_knows_drawings_of_unseen_patients(mini: tuple[Any, Any]) -> None:
+    drawn = render_cohort(12, 10, seed=777)
+    guess = probabilities(mini, [p.image for p in drawn]).argmax(1)
+    truth = np.array([CLASSES.index(p.class_name) for p in drawn])
+    assert (guess == truth).mean() >= 0.6  # chance is 0.2
+    rng = np.random.default_rng(0)
+    permuted = np.mean([(guess == rng.permutation(truth)).mean() for _ in range(20)])
+    assert abs(permuted - 0.2) < 0.06
+
+
+@pytest.mark.parametrize("name", [c for c in CLASSES if c != "viable"])
+def test_a_lesions_score_rises_with_its_severity(mini: tuple[Any, Any], name: str) -> None:
+    steps = (0.0, 0.4, 0.7, 1.0)
+    images = [render_phantom(name, seed=i, severity=s).image for s in steps for i in range(24)]
+    score = probabilities(mini, images)[:, CLASSES.index(name)].reshape(len(steps), -1).mean(1)
+    assert score[-1] > score[0] + 0.2
+    assert (np.diff(score) > -0.05).all(), score
+
+
+def test_the_demo_does_the_main_job(tmp_path: Path) -> None:
+    found = run_demo(tmp_path / "demo", patients=20, per_patient=5)
+    assert found["reload_difference"] < 1e-4
+    assert Path(found["figure"]).stat().st_size > 10_000
+    for method in METHODS:
+        results = found["runs"][method]
+        assert results["synthetic"] is True
+        assert "drawings" in (tmp_path / "demo" / method / "README.md").read_text()
+        assert results["metrics"]["macro_auc"]["value"] > 0.8
+    assert found["runs"]["lora"]["data"]["support"]["label_budget"] == 40
+    with pytest.raises(GloVLMError, match="new or empty folder"):
+        run_demo(tmp_path / "demo")
+
+
+def test_pretraining_makes_a_loadable_folder_and_repeats_itself(tmp_path: Path) -> None:
+    def make(name: str) -> dict[str, Any]:
+        return pretrain(
+            PretrainConfig(
+                str(tmp_path / name), seed=3, patients=4, per_patient=5, epochs=2, batch_size=10,
+                image_size=32, patch_size=8, workers=1,
+            )
+        )  # fmt: skip
+
+    facts = make("a")
+    assert facts["images"] == 20
+    assert len(facts["log"]) == 2
+    assert facts["log"][1]["loss"] < facts["log"][0]["loss"] + 0.5
+    assert not list((tmp_path / "a").glob("*checkpoint*"))
+    make("b")
+    first, second = (AutoModel.from_pretrained(tmp_path / name) for name in "ab")
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[key]), key
+    model, processor = load_backbone(str(tmp_path / "a"))
+    assert processor.tokenizer("a glomerulus")["input_ids"][-1] == processor.tokenizer.eos_token_id
+    assert model.has_joint_space
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(GloVLMError, match="multiple of patch_size"):
+        pretrain(PretrainConfig(str(tmp_path), image_size=96, patch_size=10))
