@@ -214,7 +214,9 @@ def adapt(
             used = _with(chosen.recipe(shots, config), recipe)
             trained = sum(p.numel() for p in head.parameters())
             held_out = embed(validation, project=True) if validation is not None else None
-            log = _fit_head(head, given, used, held_out, validation, accelerator, options)
+            log = _fit_head(
+                head.to(device), given, used, held_out, validation, accelerator, options
+            )
         else:
             assert isinstance(chosen, FeatureMethod)
             head = chosen.fit(given, config)
@@ -285,8 +287,7 @@ def _fit_head(
 ) -> list[dict[str, Any]]:
     """Train a head on the main process and hand its weights to the others."""
     log: list[dict[str, Any]] = []
-    device = accelerator.device if accelerator is not None else torch.device("cpu")
-    head = head.to(device)
+    device = next(head.parameters()).device
     if accelerator is None or accelerator.is_main_process:
         step = HeadStep(head)
         log = fit(

@@ -45,12 +45,18 @@ ADAMW = Recipe(lr=1e-2, epochs=5, batch_size=5, weight_decay=0.05)
 SGD = Recipe(lr=0.1, epochs=5, batch_size=4, optimizer="sgd", schedule="cosine", warmup_epochs=1)
 
 
-@pytest.fixture(scope="module")
-def accelerator() -> Iterator[Accelerator]:
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its precision and device for the life of a process."""
     AcceleratorState._reset_state(True)
-    yield Accelerator(cpu=True)
+    yield
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
 
 
 def support(n: int = 11, dim: int = 6, classes: int = 3) -> TensorSource:
@@ -229,7 +235,6 @@ def test_mixed_precision_reaches_the_step() -> None:
         log = fit(step, groups(step), source, ADAMW, accelerator=mixed)
         assert {p.dtype for p in step.parameters()} == {torch.float32}
         losses.append(log[-1]["loss"])
-    AcceleratorState._reset_state(True)
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -240,10 +245,7 @@ def test_a_scaled_loss_trains_as_the_loss(accelerator: Accelerator, recipe: Reci
     plain, scaled = plain_step(), plain_step()
     fit(plain, groups(plain), support(), recipe, accelerator=accelerator)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    try:
-        fit(scaled, groups(scaled), support(), recipe, accelerator=accelerator)
-    finally:
-        accelerator.scaler = None
+    fit(scaled, groups(scaled), support(), recipe, accelerator=accelerator)
     assert furthest(state(plain), state(scaled)) < 1e-9
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 
 from hf_glovlm import inference
-from hf_glovlm.adapters import METHODS, HeadMethod, TowerMethod
+from hf_glovlm.adapters import METHODS, HeadMethod, TowerMethod, give_joint_space
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import ClassInfo, all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
@@ -618,6 +618,24 @@ def test_a_backbone_may_be_named(rows: Dataset) -> None:
     adapted = adapt(str(tiny_clip()), "linear_probe", rows)
     assert adapted.model.config.id2label[1] == "sclerosed"
     assert adapted.processor.tokenizer is not None
+
+
+@pytest.mark.parametrize("method", TOWER)
+def test_a_pair_starts_from_the_ridge_fit_to_the_texts_that_it_trains_with(
+    method: str, rows: Dataset
+) -> None:
+    still = {"projection_lr": 1e-12}
+    recipe = {"epochs": 1, "lr": 1e-12}
+    adapted = quick(method, "pair", rows, recipe=recipe, settings=still)
+    assert "ridge fit" in adapted.notes[0]
+    model, processor = backbone("pair")
+    pooled = torch.from_numpy(embed_images(model, processor, rows, project=False))
+    labels = torch.tensor(rows["label"][:])
+    give_joint_space(model, pooled, labels, adapted.model.head.weight.detach())
+    expected = model.backbone.visual_projection.state_dict()
+    found = adapted.model.glovlm.backbone.visual_projection.state_dict()
+    assert max(float((found[n] - expected[n]).abs().max()) for n in expected) < 1e-4
+    assert accuracy(adapted, rows) == 1
 
 
 def test_an_adapted_model_can_be_adapted_again(rows: Dataset, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError
 from .contract import Recipe, TowerMethod, Tuning, register
-from .weights import adapter_base, trained_projection
+from .weights import save_and_merge, trained_projection, wrap_with_peft
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,17 @@ class PromptTuning(TowerMethod):
         _swap(model.backbone, name, context)
 
         def finish(folder: Path | None) -> None:
-            from peft import TrainableTokensConfig, get_peft_model
+            from peft import TrainableTokensConfig
 
             _swap(model.backbone, name, embedding)
             settings = TrainableTokensConfig(
                 token_indices=ids, target_modules=[name], init_weights=True
             )
-            base = adapter_base(model)
-            peft_model = get_peft_model(model.backbone, settings)
+            peft_model = wrap_with_peft(model, settings)
             for key, parameter in peft_model.named_parameters():
                 if "trainable_tokens_delta" in key:
                     parameter.data.copy_(context.context.data)
-            if folder is not None:
-                peft_model.peft_config["default"].base_model_name_or_path = base
-                peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-            model.backbone = peft_model.merge_and_unload()
+            save_and_merge(model, peft_model, folder)
 
         groups: list[dict[str, Any]] = [{"params": [context.context]}]
         projection = trained_projection(model)

@@ -1,7 +1,10 @@
 """Methods inside the towers: vanilla fine-tuning of the last blocks, and LoRA."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +89,40 @@ def adapter_base(model: Any) -> str:
         return str(model.config.backbone_name or "")
     local = getattr(model.config.backbone_config, "_name_or_path", "")
     return str(local or model.config.backbone_name)
+
+
+def wrap_with_peft(model: Any, settings: Any) -> Any:
+    """Put a PEFT adapter into a model's backbone, which is changed in place."""
+    from peft import get_peft_model
+
+    base = adapter_base(model)
+    with _quiet_peft():
+        peft_model = get_peft_model(model.backbone, settings)
+    peft_model.peft_config["default"].base_model_name_or_path = base
+    return peft_model
+
+
+def save_and_merge(model: Any, peft_model: Any, folder: Path | None) -> None:
+    """Write the adapter alone, then add it to the backbone's weights for good.
+
+    Args:
+        model: The `GloVLMModel` whose backbone was wrapped.
+        peft_model: What `wrap_with_peft` returned.
+        folder: Takes the adapter; `None` writes none.
+    """
+    with _quiet_peft():
+        if folder is not None:
+            peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.backbone = peft_model.merge_and_unload()
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Keep from users what peft 0.21 says about transformers' names and about local bases."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
+        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        yield
 
 
 @dataclass(frozen=True)
@@ -187,9 +224,8 @@ class Lora(TowerMethod):
     def attach(
         self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: LoraSettings
     ) -> Tuning:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
-        base = adapter_base(model)
         targets = [
             name
             for tower in ("vision_model", "text_model")
@@ -202,7 +238,7 @@ class Lora(TowerMethod):
             target_modules=targets,
             modules_to_save=["visual_projection"] if model.config.is_pair else None,
         )
-        peft_model = get_peft_model(model.backbone, settings)
+        peft_model = wrap_with_peft(model, settings)
         # PEFT changes the towers in place: the model goes on holding them, adapted.
         low_rank = [p for n, p in peft_model.named_parameters() if "lora_" in n]
         groups: list[dict[str, Any]] = [{"params": low_rank}]
@@ -210,18 +246,12 @@ class Lora(TowerMethod):
             saved = [p for n, p in peft_model.named_parameters() if "modules_to_save" in n]
             groups.append({"params": saved, "lr": config.projection_lr})
 
-        def finish(folder: Path | None) -> None:
-            if folder is not None:
-                peft_model.peft_config["default"].base_model_name_or_path = base
-                peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-            model.backbone = peft_model.merge_and_unload()
-
         return Tuning(
             groups,
             self.prompts(classes, config),
             trains_vision=True,
             trains_text=True,
-            finish=finish,
+            finish=partial(save_and_merge, model, peft_model),
         )
 
 
