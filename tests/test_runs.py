@@ -87,7 +87,7 @@ def test_a_run_leaves_model_results_predictions_and_how_to_repeat_it(
     config = make(images, output, method="lora", epochs=2, backbone=tiny_pair())
     results = run(config, on_event=lambda kind, what: events.append((kind, what)))
 
-    assert held(output) == set(OWN_FILES) - {"README.md"}  # the card is the command line's
+    assert held(output) == set(OWN_FILES)
     assert not [n for n in content(output) if n.endswith((".bin", ".pt", ".pkl", ".tmp"))]
     assert json.loads((output / "results.json").read_text()) == results
     assert yaml.safe_load((output / "config.yaml").read_text()) == results["config"]
@@ -325,10 +325,8 @@ def test_overwriting_replaces_all_of_a_run_and_nothing_else(images: Path, tmp_pa
     (output / "model" / "left.bin").write_bytes(b"old")
     run(make(images, output, overwrite=True))
     # No adapter, log or card of another method stays beside the new numbers.
-    assert held(output) == {
-        *("model", "predictions.parquet", "config.yaml", "episodes.json", "results.json"),
-        "notes.txt",
-    }
+    assert held(output) == {*OWN_FILES, "notes.txt"} - {"adapter", "log.jsonl"}
+    assert "linear_probe" in (output / "README.md").read_text()
     assert (output / "notes.txt").read_text() == "a person's own"
     assert not (output / "model" / "left.bin").exists()
     assert json.loads((output / "results.json").read_text())["method"]["name"] == "linear_probe"

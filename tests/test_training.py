@@ -734,8 +734,8 @@ def test_the_head_holds_the_texts_as_the_adapted_towers_see_them(rows: Dataset) 
         texts = inference.embed_prompts(adapted.model.glovlm, adapted.processor, prompts)
         assert np.abs(adapted.model.head.weight.detach().numpy() - texts).max() < 1e-5
         assert adapted.model.head.cosine
-        scale = float(adapted.model.glovlm.logit_scale.exp())
-        assert float(adapted.model.head.scale) == pytest.approx(scale)
+        scale = adapted.model.glovlm.logit_scale.exp().item()
+        assert adapted.model.head.scale.item() == pytest.approx(scale)
 
 
 def test_one_row_alone_passes_a_head_with_batch_norm() -> None:
