@@ -63,9 +63,12 @@ def test_zero_shot_knows_drawings_of_unseen_patients(mini: tuple[Any, Any]) -> N
 def test_a_lesions_score_rises_with_its_severity(mini: tuple[Any, Any], name: str) -> None:
     steps = (0.0, 0.4, 0.7, 1.0)
     images = [render_phantom(name, seed=i, severity=s).image for s in steps for i in range(24)]
-    score = probabilities(mini, images)[:, CLASSES.index(name)].reshape(len(steps), -1).mean(1)
-    assert score[-1] > score[0] + 0.2
-    assert (np.diff(score) > -0.05).all(), score
+    found = probabilities(mini, images)
+    lesion, viable = found[:, CLASSES.index(name)], found[:, CLASSES.index("viable")]
+    # Against viable, since severity 0 is viable: the severest forms of two lesions look alike.
+    score = (lesion / (lesion + viable)).reshape(len(steps), -1).mean(1)
+    assert score[0] < 0.5 < score[-1]
+    assert (np.diff(score) > -0.02).all(), score
 
 
 def test_the_demo_does_the_main_job(tmp_path: Path) -> None:

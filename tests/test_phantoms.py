@@ -344,7 +344,10 @@ def test_a_written_cohort_reads_back(tmp_path: Path) -> None:
         with Image.open(folder / row["file_name"]) as image:
             assert image.format == "PNG"
             assert image.tobytes() == phantom.image.tobytes()
-    assert sorted(p.name for p in folder.iterdir()) == sorted([*CLASSES, "metadata.csv"])
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [*CLASSES, "metadata.csv", "DRAWINGS"]
+    )
+    assert "drawings" in (folder / "DRAWINGS").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["cohort"]
 
 

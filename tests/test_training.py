@@ -383,6 +383,28 @@ def test_an_adapter_of_a_pair_applies_to_the_pair(rows: Dataset, tmp_path: Path)
     assert (theirs - mine).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning"])
+def test_an_adapter_names_the_weights_that_it_belongs_to(
+    method: str, rows: Dataset, tmp_path: Path
+) -> None:
+    def base(folder: Path) -> tuple[str, str | None]:
+        held = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        return held["base_model_name_or_path"], held["revision"]
+
+    support = pick(rows, 1, 1, 1)
+    model, processor = backbone("clip")
+    model.config.backbone_revision = "c0ffee"
+    options: dict[str, Any] = {"processor": processor, "recipe": QUICK}
+    first = adapt(model, method, support, output_dir=tmp_path / "a", **options)
+    assert base(tmp_path / "a") == (str(tiny_clip()), "c0ffee")
+    # Adapted a second time, the base is the once adapted model and no more the pretrained one.
+    first.save(tmp_path / "model")
+    model, processor = load_backbone(str(tmp_path / "model"))
+    options["processor"] = processor
+    adapt(model, method, support, output_dir=tmp_path / "b", **options)
+    assert base(tmp_path / "b") == (str(tmp_path / "model"), None)
+
+
 def test_a_former_adapter_is_replaced_as_a_whole(rows: Dataset, tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "left.safetensors").write_bytes(b"old")

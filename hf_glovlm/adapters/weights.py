@@ -85,6 +85,8 @@ def trained_projection(model: Any) -> list[nn.Parameter]:
 
 def adapter_base(model: Any) -> str:
     """Where an adapter's base weights are: what stock `AutoModel.from_pretrained` loads first."""
+    if model.name_or_path:  # a model of ours, adapted before: no longer the weights it came from
+        return str(model.name_or_path)
     if model.config.is_pair:
         return str(model.config.backbone_name or "")
     local = getattr(model.config.backbone_config, "_name_or_path", "")
@@ -99,6 +101,8 @@ def wrap_with_peft(model: Any, settings: Any) -> Any:
     with _quiet_peft():
         peft_model = get_peft_model(model.backbone, settings)
     peft_model.peft_config["default"].base_model_name_or_path = base
+    if not model.name_or_path:
+        peft_model.peft_config["default"].revision = model.config.backbone_revision
     return peft_model
 
 
