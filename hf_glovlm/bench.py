@@ -92,7 +92,13 @@ def plain_metrics(
         `accuracy`, `balanced_accuracy`, `macro_auc`, `macro_f1`, `brier`, and `recall_k`,
         `specificity_k`, `auc_k` of every class k.
     """
-    from sklearn import metrics
+    try:
+        from sklearn import metrics
+    except ImportError:
+        raise GloVLMError(
+            "The bench compares with scikit-learn, which is not installed: pip install "
+            "'hf-glovlm[dev]'."
+        ) from None
 
     predicted = probabilities.argmax(1)
     classes = range(probabilities.shape[1])

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,23 +56,66 @@ class LinearProbe(FeatureMethod):
     family = "feature side"
     trains = "one weight vector and bias a class"
     needs_text = False
-    citation = "Radford et al. 2021, arXiv:2103.00020 (protocol); scikit-learn (solver)"
+    citation = "Radford et al. 2021, arXiv:2103.00020 (protocol)"
     Config = LinearProbeConfig
 
     def fit(self, support: Support, config: LinearProbeConfig) -> nn.Module:
-        from sklearn.linear_model import LogisticRegression
-
-        features = nn.functional.normalize(support.features.double(), dim=-1).numpy()
-        solver = LogisticRegression(C=config.C, max_iter=config.max_iter)
-        solver.fit(features, support.labels.numpy())
+        features = nn.functional.normalize(support.features.double(), dim=-1)
+        weight, bias = fit_logistic(
+            features, support.labels, support.num_classes, config.C, config.max_iter
+        )
         head = ClassWeights(features.shape[1], support.num_classes, normalize=True)
-        weight, bias = torch.from_numpy(solver.coef_), torch.from_numpy(solver.intercept_)
         with torch.no_grad():
-            if support.num_classes == 2:  # scikit-learn keeps one row: the log-odds of class 1
-                weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
             head.weight.copy_(weight)
             head.bias.copy_(bias)
         return head
+
+
+def fit_logistic(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float, max_iter: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logistic regression as scikit-learn's `LogisticRegression(C, max_iter)` fits it.
+
+    The same objective (mean negative log-likelihood plus `|W|^2 / (2 C n)`, bias unpenalised, one
+    weight vector for two classes), solver (scipy's L-BFGS-B) and stopping rule, without importing
+    scikit-learn, which would take longer than all else that a linear probe on cached features does.
+
+    Args:
+        features: `[n, dim]` float64.
+        labels: `[n]`, every class at least once.
+        num_classes: Number of classes K.
+        C: Inverse strength of the penalty.
+        max_iter: Limit of the solver.
+
+    Returns:
+        Weight `[K, dim]` and bias `[K]`.
+    """
+    from scipy.optimize import minimize
+
+    n, dim = features.shape
+    rows = 1 if num_classes == 2 else num_classes
+
+    def all_classes(values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([-values, values]) / 2 if rows == 1 else values
+
+    def objective(point: Any) -> tuple[float, Any]:
+        values = torch.from_numpy(point).reshape(rows, dim + 1).clone().requires_grad_()
+        weight, bias = values[:, :dim], values[:, dim]
+        logits = features @ all_classes(weight).T + all_classes(bias)
+        loss = nn.functional.cross_entropy(logits, labels) + weight.square().sum() / (2 * C * n)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert values.grad is not None
+        return loss.item(), values.grad.reshape(-1).numpy()
+
+    found = minimize(
+        objective,
+        np.zeros(rows * (dim + 1)),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": max_iter, "maxls": 50, "gtol": 1e-4, "ftol": 64 * 2.0**-52},
+    )
+    values = torch.from_numpy(found.x).reshape(rows, dim + 1)
+    return all_classes(values[:, :dim]), all_classes(values[:, dim])
 
 
 @dataclass(frozen=True)
