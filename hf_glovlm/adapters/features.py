@@ -103,7 +103,7 @@ def fit_logistic(
         weight, bias = values[:, :dim], values[:, dim]
         logits = features @ all_classes(weight).T + all_classes(bias)
         loss = nn.functional.cross_entropy(logits, labels) + weight.square().sum() / (2 * C * n)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         assert values.grad is not None
         return loss.item(), values.grad.reshape(-1).numpy()
 
