@@ -583,10 +583,9 @@ def noting(name, globals=None, *rest, **named):
 builtins.__import__ = noting
 from hf_glovlm.runs import TrainConfig, run
 run(TrainConfig(data=sys.argv[1], output_dir=sys.argv[2], backbone=sys.argv[3], shots=2))
-print(sorted({"peft", "gradio", "evaluate", "matplotlib"} & set(sys.modules)))
+print(sorted({"peft", "gradio", "evaluate", "matplotlib", "sklearn"} & set(sys.modules)))
 # transformers itself imports accelerate where it is installed; we do not.
 print(sorted({"peft", "accelerate", "gradio", "evaluate", "matplotlib"} & ours))
-print("sklearn" in ours)
 """
 
 
@@ -599,7 +598,7 @@ def test_linear_probe_imports_nothing_that_it_does_not_need(images: Path, tmp_pa
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-3:] == ["[]", "[]", "True"]
+    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
 
 
 def test_a_second_run_encodes_nothing_again(
