@@ -1,19 +1,35 @@
 """The table of known pretrained towers, and the one way in: a name, a Hub id, a folder, or a pair.
 
-Adding a backbone is adding a row.
+Adding a backbone is adding a row. What a row's source does not settle is written as `not verified`.
 """
 
+import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from .checkpoints import Checkpoint, cannot_load, convert_folder, read_origin, write_origin
 from .errors import GloVLMError, nearest
 
 MINI = Path(__file__).parent / "mini"
 DUAL_ENCODERS = ("clip", "siglip", "siglip2")
+NOT_VERIFIED = "not verified"
+
+Layout = Literal[
+    "transformers", "dinov2_with_registers", "open_clip", "biomedclip", "conch", "keep", "timm"
+]
+Channels = tuple[float, float, float]
+CLIP_MEAN: Channels = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Channels = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
+HALF: Channels = (0.5, 0.5, 0.5)
+
+logger = logging.getLogger("hf_glovlm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Backbone:
     """One row of the table.
 
@@ -22,148 +38,207 @@ class Backbone:
         hub_id: Where the weights are; `None` for what ships in the package.
         kind: `dual` (image and text), `vision` or `text` (to be paired with `+`).
         image_size: Input size in pixels; 0 for text.
-        text_context: Longest text in tokens; 0 for vision.
+        mean: Mean of each colour channel that the image transform subtracts; `None` for text.
+        std: What it then divides by.
+        magnification: Of the pretraining images, in words.
+        mpp: Micrometres per input pixel, where pretraining knew one scale.
+        text_context: Longest text in tokens, special tokens included; 0 for vision.
         pretrained_on: What it saw.
+        stains: Of what it saw; empty where that was no histology in particular.
+        datasets: Public sets among it, in lower case: results on their images are contaminated.
         license: As its page states it.
+        non_commercial: Whether the licence forbids commercial use.
+        no_derivatives: Whether it forbids sharing what is made from the weights.
         gated: Whether access has to be asked for.
         citation: Paper.
         revision: Commit to load; `None` is the newest.
+        layout: How its files are published: `transformers`; `dinov2_with_registers`, which is the
+            same under code of its own; or what they are converted from once.
+        weights: The weights' file, where it has a name of its own.
         vision_pooling: How a pair pools its tokens.
         text_pooling: How a pair pools its tokens.
     """
 
     name: str
     hub_id: str | None
-    kind: str
-    image_size: int
-    text_context: int
+    kind: Literal["dual", "vision", "text"]
+    image_size: int = 0
+    mean: Channels | None = None
+    std: Channels | None = None
+    magnification: str = NOT_VERIFIED
+    mpp: float | None = None
+    text_context: int = 0
     pretrained_on: str
+    stains: tuple[str, ...] | Literal["not verified"] = NOT_VERIFIED
+    datasets: tuple[str, ...] = ()
     license: str
-    citation: str
+    non_commercial: bool = False
+    no_derivatives: bool = False
     gated: bool = False
+    citation: str
     revision: str | None = None
+    layout: Layout = "transformers"
+    weights: str | None = None
     vision_pooling: str = "cls_mean"
     text_pooling: str = "mean"
 
+    @property
+    def restrictions(self) -> list[str]:
+        """What the licence forbids, as the model's config carries it."""
+        marks = {"non-commercial": self.non_commercial, "no-derivatives": self.no_derivatives}
+        return [name for name, forbidden in marks.items() if forbidden]
 
-_CLIP = "Radford et al. 2021, arXiv:2103.00020"
+    @property
+    def page(self) -> str | None:
+        """Where to read about it, and to ask for access."""
+        return None if self.hub_id is None else f"https://huggingface.co/{self.hub_id}"
+
+
+_CLIP: dict[str, Any] = {
+    "kind": "dual", "image_size": 224, "mean": CLIP_MEAN, "std": CLIP_STD, "text_context": 77,
+}  # fmt: skip
+_OPENAI: dict[str, Any] = {
+    **_CLIP, "magnification": "none", "pretrained_on": "400M web pairs", "stains": (),
+    "license": "mit", "citation": "Radford et al. 2021, arXiv:2103.00020",
+}  # fmt: skip
+_SIGLIP: dict[str, Any] = {
+    "kind": "dual", "image_size": 224, "mean": HALF, "std": HALF, "text_context": 64,
+    "license": "apache-2.0",
+}  # fmt: skip
+_VISION: dict[str, Any] = {
+    "kind": "vision", "image_size": 224, "mean": IMAGENET_MEAN, "std": IMAGENET_STD,
+}  # fmt: skip
+_DINOV2: dict[str, Any] = {
+    **_VISION, "magnification": "none", "pretrained_on": "LVD-142M, natural images", "stains": (),
+    "license": "apache-2.0", "citation": "Oquab et al. 2023, arXiv:2304.07193",
+}  # fmt: skip
+_QUILTNET: dict[str, Any] = {
+    **_CLIP, "magnification": "frames of teaching videos, mixed",
+    "pretrained_on": "Quilt-1M: 1M pairs, most from histopathology videos on YouTube",
+    "layout": "open_clip", "weights": "open_clip_pytorch_model.bin",
+    "citation": "Ikezogwo et al. 2023, arXiv:2306.11207",
+}  # fmt: skip
+_BY_NC_ND: dict[str, Any] = {
+    "license": "cc-by-nc-nd-4.0", "non_commercial": True, "no_derivatives": True, "gated": True,
+}  # fmt: skip
+_TEXT: dict[str, Any] = {"kind": "text", "magnification": "none", "stains": ()}
+
+# fmt: off
 _ROWS = (
     Backbone(
-        "mini", None, "dual", 96, 64, "drawings of glomeruli only", "apache-2.0", "this package"
+        name="mini", hub_id=None, kind="dual", image_size=96, mean=CLIP_MEAN, std=CLIP_STD,
+        text_context=64, magnification="none", pretrained_on="drawings of glomeruli only",
+        stains=(), license="apache-2.0", citation="this package",
+    ),
+    Backbone(name="clip-vit-b-32", hub_id="openai/clip-vit-base-patch32", **_OPENAI),
+    Backbone(name="clip-vit-b-16", hub_id="openai/clip-vit-base-patch16", **_OPENAI),
+    Backbone(name="clip-vit-l-14", hub_id="openai/clip-vit-large-patch14", **_OPENAI),
+    Backbone(
+        name="pubmedclip", hub_id="flaviagiammarino/pubmed-clip-vit-base-patch32", **_CLIP,
+        magnification="none", pretrained_on="ROCO: radiology figures of PubMed articles", stains=(),
+        license="mit", citation="Eslami et al. 2023, Findings of EACL",
     ),
     Backbone(
-        "clip-vit-b-32",
-        "openai/clip-vit-base-patch32",
-        "dual",
-        224,
-        77,
-        "400M web pairs",
-        "mit",
-        _CLIP,
+        name="plip", hub_id="vinid/plip", **_CLIP, license=NOT_VERIFIED,
+        pretrained_on="OpenPath: 208k pathology pairs, most from Twitter",
+        citation="Huang et al. 2023, Nature Medicine",
+    ),
+    Backbone(name="quiltnet-b-32", hub_id="wisdomik/QuiltNet-B-32", license="mit", **_QUILTNET),
+    Backbone(
+        name="quiltnet-b-16", hub_id="wisdomik/QuiltNet-B-16", license=NOT_VERIFIED, **_QUILTNET
     ),
     Backbone(
-        "clip-vit-b-16",
-        "openai/clip-vit-base-patch16",
-        "dual",
-        224,
-        77,
-        "400M web pairs",
-        "mit",
-        _CLIP,
+        name="pathgen-clip", hub_id="jamessyx/PathGen-CLIP", **_CLIP,
+        pretrained_on="PathGen-1.6M: patches of TCGA slides with written captions; other pairs too",
+        datasets=("tcga",), license=NOT_VERIFIED, gated=True, layout="open_clip",
+        weights="pathgenclip.pt", citation="Sun et al. 2024, arXiv:2407.00203",
     ),
     Backbone(
-        "clip-vit-l-14",
-        "openai/clip-vit-large-patch14",
-        "dual",
-        224,
-        77,
-        "400M web pairs",
-        "mit",
-        _CLIP,
+        name="biomedclip", hub_id="microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        **_CLIP | {"text_context": 256}, magnification="figures of articles, mixed",
+        pretrained_on="PMC-15M: figures of biomedical articles", license="mit",
+        layout="biomedclip", weights="open_clip_pytorch_model.bin",
+        citation="Zhang et al. 2023, arXiv:2303.00915",
     ),
     Backbone(
-        "pubmedclip",
-        "flaviagiammarino/pubmed-clip-vit-base-patch32",
-        "dual",
-        224,
-        77,
-        "ROCO radiology figures",
-        "mit",
-        "Eslami et al. 2023, Findings of EACL",
+        name="conch", hub_id="MahmoodLab/conch",
+        **_CLIP | {"image_size": 448, "text_context": 128},
+        pretrained_on="1.17M histopathology pairs; no TCGA, PAIP or GTEx by its page",
+        stains=("H&E", "IHC", "special stains"), **_BY_NC_ND,
+        layout="conch", weights="pytorch_model.bin",
+        citation="Lu et al. 2024, Nature Medicine 30",
     ),
     Backbone(
-        "plip",
-        "vinid/plip",
-        "dual",
-        224,
-        77,
-        "208k pathology pairs from Twitter (OpenPath)",
-        "not stated",
-        "Huang et al. 2023, Nature Medicine",
+        name="keep", hub_id="Astaxanthin/KEEP", **_VISION | {"kind": "dual"}, text_context=256,
+        pretrained_on="143k semantic groups of public pathology pairs, by a disease graph",
+        license="mit", layout="keep", citation="Zhou et al. 2024, arXiv:2412.13126",
     ),
     Backbone(
-        "siglip-b-16",
-        "google/siglip-base-patch16-224",
-        "dual",
-        224,
-        64,
-        "WebLI",
-        "apache-2.0",
-        "Zhai et al. 2023, arXiv:2303.15343",
+        name="siglip-b-16", hub_id="google/siglip-base-patch16-224", **_SIGLIP,
+        magnification="none", pretrained_on="WebLI", stains=(),
+        citation="Zhai et al. 2023, arXiv:2303.15343",
     ),
     Backbone(
-        "siglip2-b-16",
-        "google/siglip2-base-patch16-224",
-        "dual",
-        224,
-        64,
-        "WebLI",
-        "apache-2.0",
-        "Tschannen et al. 2025, arXiv:2502.14786",
+        name="siglip2-b-16", hub_id="google/siglip2-base-patch16-224", **_SIGLIP,
+        magnification="none", pretrained_on="WebLI", stains=(),
+        citation="Tschannen et al. 2025, arXiv:2502.14786",
     ),
     Backbone(
-        "dinov2-small",
-        "facebook/dinov2-small",
-        "vision",
-        224,
-        0,
-        "LVD-142M",
-        "apache-2.0",
-        "Oquab et al. 2023, arXiv:2304.07193",
+        name="medsiglip", hub_id="google/medsiglip-448", gated=True,
+        **_SIGLIP | {"image_size": 448, "license": "health-ai-developer-foundations"},
+        pretrained_on="radiology, skin, eye and histopathology images with reports; natural pairs",
+        citation="Sellergren et al. 2025, arXiv:2507.05201",
     ),
     Backbone(
-        "phikon-v2",
-        "owkin/phikon-v2",
-        "vision",
-        224,
-        0,
-        "460M pathology tiles, H&E and IHC",
-        "owkin non-commercial",
-        "Filiot et al. 2024, arXiv:2409.09173",
+        name="uni", hub_id="MahmoodLab/UNI", **_VISION, **_BY_NC_ND, magnification="20x", mpp=0.5,
+        pretrained_on="Mass-100K: 100M patches of 100k slides; GTEx among them, no TCGA",
+        stains=("H&E",), datasets=("gtex",), layout="timm", weights="pytorch_model.bin",
+        vision_pooling="cls", citation="Chen et al. 2024, Nature Medicine 30",
     ),
     Backbone(
-        "minilm",
-        "sentence-transformers/all-MiniLM-L6-v2",
-        "text",
-        0,
-        256,
-        "1B sentence pairs",
-        "apache-2.0",
-        "Reimers and Gurevych 2019, EMNLP",
+        name="phikon-v2", hub_id="owkin/phikon-v2", **_VISION, magnification="20x", mpp=0.5,
+        pretrained_on="PANCAN-XL: 460M tiles of public slides, TCGA, CPTAC and GTEx among them",
+        stains=("H&E", "IHC"), datasets=("tcga", "cptac", "gtex"),
+        license="owkin non-commercial", non_commercial=True, vision_pooling="cls",
+        citation="Filiot et al. 2024, arXiv:2409.09173",
     ),
     Backbone(
-        "pubmedbert",
-        "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext",
-        "text",
-        0,
-        512,
-        "PubMed abstracts and full texts",
-        "mit",
-        "Gu et al. 2021, ACM HEALTH",
-        text_pooling="cls",
+        name="virchow2", hub_id="paige-ai/Virchow2", **_VISION, **_BY_NC_ND,
+        magnification="5x, 10x, 20x and 40x", stains=("H&E", "IHC"),
+        pretrained_on="2B tiles of 3.1M slides of one cancer centre and its consultations",
+        layout="timm", citation="Zimmermann et al. 2024, arXiv:2408.00738",
+    ),
+    Backbone(
+        name="hibou-b", hub_id="histai/hibou-b",
+        **_VISION | {"mean": (0.7068, 0.5755, 0.722), "std": (0.195, 0.2316, 0.1816)},
+        pretrained_on="1.2B patches of 1.1M slides", license="apache-2.0", vision_pooling="cls",
+        layout="dinov2_with_registers",
+        stains=("H&E", "IHC", "special stains", "cytology"),
+        citation="Nechaev et al. 2024, arXiv:2406.05074",
+    ),
+    Backbone(name="dinov2-small", hub_id="facebook/dinov2-small", **_DINOV2),
+    Backbone(name="dinov2-base", hub_id="facebook/dinov2-base", **_DINOV2),
+    Backbone(
+        name="pubmedbert", hub_id="microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext",
+        **_TEXT, text_context=512, pretrained_on="PubMed abstracts and full texts", license="mit",
+        text_pooling="cls", citation="Gu et al. 2021, ACM HEALTH",
+    ),
+    Backbone(
+        name="bioclinicalbert", hub_id="emilyalsentzer/Bio_ClinicalBERT", **_TEXT, text_context=512,
+        pretrained_on="PubMed, then the notes of MIMIC-III", license="mit",
+        citation="Alsentzer et al. 2019, arXiv:1904.03323",
+    ),
+    Backbone(
+        name="minilm", hub_id="sentence-transformers/all-MiniLM-L6-v2", **_TEXT, text_context=256,
+        pretrained_on="1B sentence pairs", license="apache-2.0",
+        citation="Reimers and Gurevych 2019, EMNLP",
     ),
 )
+# fmt: on
 BACKBONES: dict[str, Backbone] = {row.name: row for row in _ROWS}
+
+_NATIVE = ("transformers", "dinov2_with_registers")  # layouts that need no conversion
+_told: set[str] = set()  # names whose licence was said in this process
 
 
 def load_backbone(
@@ -175,18 +250,24 @@ def load_backbone(
 ) -> tuple[Any, Any]:
     """Load pretrained towers, with image transform and tokenizer, in fp32.
 
+    Weights in a layout of others (open_clip, timm, CoCa) are converted the first time and kept
+    beside the feature cache; from then on they load like any transformers model, also offline.
+
     Args:
-        name: A name of the table, a Hub id, a local folder (also one that this package saved), or
-            two of these joined by `+`: a vision tower and a text tower.
+        name: A name of the table, a Hub id, a local folder (also one that this package saved, or
+            one with published files), or two of these joined by `+`: a vision tower and a text
+            tower.
         revision: Commit or branch on the Hub; not for pairs.
         vision_pooling: For pairs: `pooler`, `cls`, `mean` or `cls_mean` (default).
         text_pooling: For pairs: `pooler`, `cls`, `mean` (default) or `eos`.
 
     Returns:
-        A `GloVLMModel` in evaluation mode and its `GloVLMProcessor`.
+        A `GloVLMModel` in evaluation mode and its `GloVLMProcessor`. The config carries the
+        backbone's name, commit, licence and what the licence forbids.
 
     Raises:
-        GloVLMError: The name is unknown, nothing is there, or it is half of a pair.
+        GloVLMError: The name is unknown, nothing is there, access was not granted, tensors are
+            missing, or it is half of a pair.
     """
     if "+" in name and not Path(name).expanduser().exists():
         vision, _, text = name.partition("+")
@@ -194,121 +275,173 @@ def load_backbone(
             raise GloVLMError(
                 f"A pair is a vision tower, '+', and a text tower; found '{name}': name both."
             )
-        return _load_pair(vision.strip(), text.strip(), vision_pooling, text_pooling)
-    return _load_dual(name, revision)
-
-
-def _load_dual(name: str, revision: str | None) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoConfig, AutoModel
-
-    from .model import GloVLMConfig, GloVLMModel
-
-    source, row = _resolve(name)
-    revision = revision or (row.revision if row else None)
-    config = _from_hub(AutoConfig, source, name, revision=revision)
-    if config.model_type == "glovlm":
-        model: Any = _from_hub(GloVLMModel, source, name, revision=revision, dtype=torch.float32)
-        return model.eval(), _load_processor(source, name, revision, model.config)
-    if config.model_type not in DUAL_ENCODERS:
-        known = ", ".join(DUAL_ENCODERS)
-        raise GloVLMError(
-            f"Backbone '{name}' is a '{config.model_type}' model, not a dual encoder ({known}). "
-            f"Pair a vision tower with a text tower: --backbone VISION+TEXT, for example "
-            f"'{name}+minilm'."
+        model, processor = _load_pair(
+            _locate(vision.strip()), _locate(text.strip()), vision_pooling, text_pooling
         )
-    towers = _from_hub(AutoModel, source, name, revision=revision, dtype=torch.float32)
-    config = GloVLMConfig(
-        backbone_config=towers.config,
-        backbone_name=_public_name(name, row),
-        backbone_revision=revision or getattr(towers.config, "_commit_hash", None),
-        backbone_license=row.license if row else None,
-        joint_space=True,
-    )
-    processor = _load_processor(source, name, revision, config)
-    if processor.pad_to_max:
-        # SigLIP 2 files leave the id at SigLIP's default, which is another token there.
-        towers.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
-    return GloVLMModel(config, backbone=towers).eval(), processor
+    else:
+        model, processor = _load_dual(_locate(name, revision))
+    _say_restrictions(model.config)
+    return model.eval(), processor
 
 
-def _load_pair(
-    vision: str, text: str, vision_pooling: str | None, text_pooling: str | None
-) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoConfig, AutoModel, VisionTextDualEncoderConfig
-    from transformers.initialization import no_init_weights
-
-    from .model import GloVLMConfig, GloVLMModel
-    from .model.configuration_glovlm import TEXT_POOLINGS, VISION_POOLINGS
-
-    for pooling, known in ((vision_pooling, VISION_POOLINGS), (text_pooling, TEXT_POOLINGS)):
-        if pooling is not None and pooling not in known:
-            raise GloVLMError(
-                f"Unknown pooling '{pooling}': expected one of {', '.join(known)}."
-                f"{nearest(pooling, known)}"
-            )
-    (vision_source, vision_row), (text_source, text_row) = _resolve(vision), _resolve(text)
-    vision_config = _from_hub(AutoConfig, vision_source, vision)
-    text_config = _from_hub(AutoConfig, text_source, text)
-    if not hasattr(text_config, "vocab_size") or not hasattr(vision_config, "num_channels"):
-        raise GloVLMError(
-            f"A pair is a vision tower, '+', and a text tower; found '{vision}' "
-            f"({vision_config.model_type}) + '{text}' ({text_config.model_type}). "
-            "Put the vision tower first."
-        )
-    vision_tower = _from_hub(AutoModel, vision_source, vision, dtype=torch.float32)
-    text_tower = _from_hub(AutoModel, text_source, text, dtype=torch.float32)
-    licenses = [row.license for row in (vision_row, text_row) if row]
-    poolings: dict[str, Any] = {
-        "vision_pooling": vision_pooling or (vision_row.vision_pooling if vision_row else None),
-        "text_pooling": text_pooling or (text_row.text_pooling if text_row else None),
-    }
-    config = GloVLMConfig(
-        backbone_config=VisionTextDualEncoderConfig(
-            vision_config=vision_tower.config.to_dict(), text_config=text_tower.config.to_dict()
-        ),
-        backbone_name=f"{_public_name(vision, vision_row)}+{_public_name(text, text_row)}",
-        backbone_license=" + ".join(licenses) or None,
-        vision_pooling=poolings["vision_pooling"] or "cls_mean",
-        text_pooling=poolings["text_pooling"] or "mean",
-        normalize_pooled=True,
-        joint_space=False,
-    )
-    with no_init_weights():  # every weight is loaded below
-        model = GloVLMModel(config)
-    model.backbone.vision_model.load_state_dict(vision_tower.state_dict())
-    model.backbone.text_model.load_state_dict(text_tower.state_dict())
-    return model.eval(), _load_processor(vision_source, vision, None, config, text_source)
-
-
-def _load_processor(
-    source: str, name: str, revision: str | None, config: Any, text_source: str | None = None
+def convert_backbone(
+    name: str, output_dir: str | Path, *, kind: str | None = None, revision: str | None = None
 ) -> Any:
-    from transformers import AutoImageProcessor, AutoTokenizer
+    """Write published weights as a transformers folder, which loads in seconds.
 
-    from .model import GloVLMProcessor
+    Args:
+        name: A name of the table, a Hub id, or a folder that holds the published files.
+        output_dir: Where to write.
+        kind: Their layout (`open_clip`, `biomedclip`, `conch`, `keep`, `timm`), where it cannot be
+            recognised.
+        revision: Commit or branch on the Hub.
 
-    if text_source is None and (Path(source) / "processor_config.json").is_file():
-        saved = _from_hub(GloVLMProcessor, source, name, revision=revision)
-        if config.model_type == "glovlm":
-            return saved
-    backbone = config.backbone_config
-    images = _from_hub(AutoImageProcessor, source, name, revision=revision)
-    tokenizer = _from_hub(AutoTokenizer, text_source or source, name, revision=revision)
-    if set(tokenizer("glomerulus")["input_ids"]) <= set(tokenizer.all_special_ids):
-        # transformers makes up an empty one where the files are missing.
+    Returns:
+        The report of `conversion.convert_checkpoint`.
+
+    Raises:
+        GloVLMError: They are in the layout of transformers already, or cannot be converted.
+    """
+    from .conversion import convert_checkpoint
+
+    place, row = _resolve(name)
+    published, origin = Path(place), None
+    if row is not None and row.layout in _NATIVE:
         raise GloVLMError(
-            f"Backbone '{name}' has no usable tokenizer: expected tokenizer.json (or its "
-            "vocabulary files) beside the weights; save the tokenizer into that folder."
+            f"Backbone '{name}' is published in the layout of transformers: there is nothing to "
+            f"convert, give --backbone {name}."
         )
-    context = int(getattr(backbone.text_config, "max_position_embeddings", 77))
-    return GloVLMProcessor(
-        images,
-        tokenizer,
-        max_length=min(context, 256),
-        pad_to_max="siglip" in backbone.model_type,
-    )
+    if not published.is_dir():
+        checkpoint = _checkpoint(place, name, row, revision)
+        published, kind = checkpoint.download(), kind or checkpoint.kind
+        origin = {"hub_id": place, "revision": published.parent.name}
+    report = convert_checkpoint(published, Path(output_dir), kind)
+    if origin is not None:
+        write_origin(Path(output_dir), origin)
+    return report
+
+
+def known_rows(name: str | None) -> list[Backbone]:
+    """The rows of a backbone as a model's config names it, `vision+text` or one; none if unknown.
+
+    Args:
+        name: `config.backbone_name`.
+    """
+    parts = (name or "").split("+")
+    return [row for row in _ROWS if row.name in parts or row.hub_id in parts]
+
+
+def pretraining_notes(
+    row: Backbone, stain: str | None = None, data: str | None = None, mpp: float | None = None
+) -> list[str]:
+    """Say where a task lies inside or outside of what a backbone was pretrained on.
+
+    Args:
+        row: The backbone.
+        stain: Canonical name of the task's stain (`H&E`, `PAS`, ...).
+        data: Name of the task's data.
+        mpp: Micrometres per input pixel of the task.
+
+    Returns:
+        Sentences for the results; none where nothing is known.
+    """
+    notes = []
+    special = stain not in ("H&E", "IHC") and "special stains" in row.stains
+    if stain is not None and row.kind != "text" and row.stains != NOT_VERIFIED:
+        if not row.stains:
+            notes.append(
+                f"{row.name} was pretrained on no histology in particular ({row.pretrained_on}): "
+                f"{stain} lies outside of it."
+            )
+        elif stain not in row.stains and not special:
+            notes.append(
+                f"{row.name} was pretrained on {' and '.join(row.stains)}: {stain} lies outside of "
+                "it."
+            )
+    for known in row.datasets:
+        if data is not None and known in data.lower():
+            notes.append(
+                f"{row.name} saw {known.upper()} in pretraining: results on these data are "
+                "contaminated."
+            )
+    if mpp is not None and row.mpp is not None and not 2 / 3 <= mpp / row.mpp <= 1.5:
+        notes.append(
+            f"{row.name} was pretrained at {row.mpp:g} micrometres per pixel "
+            f"({row.magnification}); these images reach it at {mpp:.3g}."
+        )
+    return notes
+
+
+# ------------------------------------------------------------------------------- where weights are
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from, and what it is called where others read it.
+
+    `place` is a folder or Hub id, as `from_pretrained` takes it; every part is loaded from the same
+    commit, which is not known of a folder of one's own.
+    """
+
+    name: str
+    place: str
+    row: Backbone | None
+    public: str
+    commit: str | None = None
+    converted: bool = False
+
+    @property
+    def license(self) -> str | None:
+        return self.row.license if self.row else None
+
+    @property
+    def restrictions(self) -> list[str] | None:
+        return self.row.restrictions if self.row else None
+
+
+def _locate(name: str, revision: str | None = None) -> _Source:
+    """Find weights in the layout of transformers; convert them into the cache if they are not."""
+    place, row = _resolve(name)
+    folder = Path(place)
+    if folder.is_dir():
+        return _locate_folder(folder, name, row)
+    checkpoint = _checkpoint(place, name, row, revision)
+    config = checkpoint.fetch("config.json")
+    if row is not None:
+        native = row.layout in _NATIVE
+    elif config is not None:
+        native = _is_native(config)
+    else:
+        native = checkpoint.fetch("open_clip_config.json") is None
+    if native:
+        commit = config.parent.name if config else checkpoint.revision
+        return _Source(name, place, row, place, commit)
+    folder = checkpoint.convert()
+    return _Source(name, str(folder), row, place, folder.name, converted=True)
+
+
+def _locate_folder(folder: Path, name: str, row: Backbone | None) -> _Source:
+    public = row.name if row else folder.resolve().name
+    origin = read_origin(folder)
+    if origin is not None and origin[0] is not None:
+        hub_id, commit = origin
+        row = next((row for row in _ROWS if row.hub_id == hub_id), None)
+        return _Source(name, str(folder), row, hub_id, commit, converted=True)
+    if (folder / "config.json").is_file() and _is_native(folder / "config.json"):
+        return _Source(name, str(folder), row, public)
+    converted = convert_folder(folder)
+    if converted is None:
+        raise GloVLMError(
+            f"Folder '{name}' holds no model: expected config.json in it. "
+            "Give the folder that save_pretrained wrote (for a run of ours: RUN/model)."
+        )
+    return _Source(name, str(converted), None, public, converted=True)
+
+
+def _checkpoint(hub_id: str, name: str, row: Backbone | None, revision: str | None) -> Checkpoint:
+    if row is None:
+        return Checkpoint(hub_id, name, revision)
+    return Checkpoint(hub_id, name, revision or row.revision, row.layout, row.weights, row.gated)
 
 
 def _resolve(name: str) -> tuple[str, Backbone | None]:
@@ -320,11 +453,6 @@ def _resolve(name: str) -> tuple[str, Backbone | None]:
         return (str(MINI) if row.hub_id is None else row.hub_id), row
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise GloVLMError(
-                f"Folder '{name}' holds no model: expected config.json in it. "
-                "Give the folder that save_pretrained wrote (for a run of ours: RUN/model)."
-            )
         return str(folder), None
     by_id = next((row for row in _ROWS if row.hub_id == name), None)
     if by_id is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
@@ -335,29 +463,234 @@ def _resolve(name: str) -> tuple[str, Backbone | None]:
     return name, by_id
 
 
-def _public_name(name: str, row: Backbone | None) -> str:
-    """Name weights without betraying where they lie on this disk."""
-    if row is not None:
-        return row.hub_id or row.name
-    folder = Path(name).expanduser()
-    return folder.resolve().name if folder.is_dir() else name
+def _is_native(config: Path) -> bool:
+    """Whether a config.json is that of a transformers model; a broken one is left to say so."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return True
+    return kind == "glovlm" or kind in CONFIG_MAPPING
 
 
-def _from_hub(auto_class: Any, source: str, name: str, **kwargs: Any) -> Any:
+# ------------------------------------------------------------------------------------------ models
+
+
+def _load_dual(source: _Source) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModel
+
+    from .model import GloVLMConfig, GloVLMModel
+
+    config = _from_hub(AutoConfig, source)
+    if config.model_type == "glovlm":
+        model: Any = _load_weights(GloVLMModel, source)
+        if source.converted:
+            model.config.backbone_name = source.public
+            model.config.backbone_revision = source.commit
+            model.config.backbone_license = source.license
+            model.config.backbone_restrictions = source.restrictions
+            _forget_place(model)
+        return model, _load_processor(source, model.config)
+    if config.model_type not in DUAL_ENCODERS:
+        known = ", ".join(DUAL_ENCODERS)
+        raise GloVLMError(
+            f"Backbone '{source.name}' is a '{config.model_type}' model, not a dual encoder "
+            f"({known}). Pair a vision tower with a text tower: --backbone VISION+TEXT, for "
+            f"example '{source.name}+minilm'."
+        )
+    towers = _load_weights(AutoModel, source)
+    config = GloVLMConfig(
+        backbone_config=towers.config,
+        backbone_name=source.public,
+        backbone_revision=source.commit,
+        backbone_license=source.license,
+        backbone_restrictions=source.restrictions,
+        joint_space=True,
+    )
+    processor = _load_processor(source, config)
+    if processor.pad_to_max:
+        # SigLIP 2 files leave the id at SigLIP's default, which is another token there.
+        towers.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
+    if source.converted:
+        _forget_place(towers)
+    return GloVLMModel(config, backbone=towers), processor
+
+
+def _load_pair(
+    vision: _Source, text: _Source, vision_pooling: str | None, text_pooling: str | None
+) -> tuple[Any, Any]:
+    from transformers import AutoConfig, VisionTextDualEncoderConfig
+    from transformers.initialization import no_init_weights
+
+    from .model import GloVLMConfig, GloVLMModel
+    from .model.configuration_glovlm import TEXT_POOLINGS, VISION_POOLINGS
+
+    for pooling, known in ((vision_pooling, VISION_POOLINGS), (text_pooling, TEXT_POOLINGS)):
+        if pooling is not None and pooling not in known:
+            raise GloVLMError(
+                f"Unknown pooling '{pooling}': expected one of {', '.join(known)}."
+                f"{nearest(pooling, known)}"
+            )
+    vision_config, text_config = (_tower_config(AutoConfig, part) for part in (vision, text))
+    if not hasattr(text_config, "vocab_size") or not hasattr(vision_config, "num_channels"):
+        raise GloVLMError(
+            f"A pair is a vision tower, '+', and a text tower; found '{vision.name}' "
+            f"({vision_config.model_type}) + '{text.name}' ({text_config.model_type}). "
+            "Put the vision tower first."
+        )
+    poolings = (
+        vision_pooling or (vision.row.vision_pooling if vision.row else "cls_mean"),
+        text_pooling or (text.row.text_pooling if text.row else "mean"),
+    )
+    towers = [
+        _load_tower(part, part_config, pooling)
+        for part, part_config, pooling in zip(
+            (vision, text), (vision_config, text_config), poolings, strict=True
+        )
+    ]
+    commits = (vision.commit, text.commit)
+    config = GloVLMConfig(
+        backbone_config=VisionTextDualEncoderConfig(
+            vision_config=towers[0].config.to_dict(), text_config=towers[1].config.to_dict()
+        ),
+        backbone_name=f"{vision.public}+{text.public}",
+        backbone_revision="+".join(c or "unknown" for c in commits) if any(commits) else None,
+        backbone_license=" + ".join(filter(None, (vision.license, text.license))) or None,
+        backbone_restrictions=_joined(vision.restrictions, text.restrictions),
+        vision_pooling=poolings[0],
+        text_pooling=poolings[1],
+        normalize_pooled=True,
+        joint_space=False,
+    )
+    with no_init_weights():  # every weight is loaded below
+        model = GloVLMModel(config)
+    model.backbone.vision_model.load_state_dict(towers[0].state_dict())
+    model.backbone.text_model.load_state_dict(towers[1].state_dict())
+    return model, _load_processor(vision, config, text)
+
+
+def _tower_config(auto_class: Any, source: _Source) -> Any:
+    """A tower's configuration; Hibou's repository brings code of its own for a stock model."""
+    if source.row is None or source.row.layout != "dinov2_with_registers":
+        return _from_hub(auto_class, source)
+    from transformers import Dinov2WithRegistersConfig, PreTrainedConfig
+
+    fields = _from_hub(PreTrainedConfig, source, method="get_config_dict")[0]
+    own = ("auto_map", "model_type")
+    config = {key: value for key, value in fields.items() if key not in own}
+    return Dinov2WithRegistersConfig.from_dict(config)
+
+
+def _load_tower(source: _Source, config: Any, pooling: str) -> Any:
+    from transformers import AutoModel
+
+    # A tower published for its tokens may lack the pooler on top of them.
+    optional = () if pooling == "pooler" else ("pooler.",)
+    exact = source.row is not None and source.row.layout != "transformers"
+    tower = _load_weights(AutoModel, source, optional, exact, config=config)
+    if source.converted:
+        _forget_place(tower)
+    return tower
+
+
+def _load_weights(
+    auto_class: Any, source: _Source, optional: tuple[str, ...] = (), exact: bool = False, **kw: Any
+) -> Any:
+    """`from_pretrained` in fp32; transformers would make up missing tensors at random."""
+    import torch
+
+    model, found = _from_hub(
+        auto_class, source, dtype=torch.float32, output_loading_info=True, **kw
+    )
+    wrong = {key: "missing" for key in found["missing_keys"] if not key.startswith(optional)}
+    if exact:
+        wrong |= dict.fromkeys(found["unexpected_keys"], "unknown")
+    if wrong:
+        key, what = min(wrong.items())
+        raise GloVLMError(
+            f"Backbone '{source.name}' cannot be loaded: its weights do not fit its config.json "
+            f"({len(wrong)} tensors; '{key}' is {what}). Download the folder again, or give "
+            "another revision."
+        )
+    return model
+
+
+def _load_processor(source: _Source, config: Any, text: _Source | None = None) -> Any:
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    from .model import GloVLMProcessor
+
+    if text is None and (Path(source.place) / "processor_config.json").is_file():
+        saved = _from_hub(GloVLMProcessor, source)
+        if config.model_type == "glovlm":
+            return saved
+    backbone = config.backbone_config
+    images = _from_hub(AutoImageProcessor, source)
+    texts = text or source
+    if texts.converted and not (Path(texts.place) / "tokenizer.json").is_file():
+        raise _no_tokenizer(texts)
+    tokenizer = _from_hub(AutoTokenizer, texts)
+    if set(tokenizer("glomerulus")["input_ids"]) <= set(tokenizer.all_special_ids):
+        # transformers makes up an empty one where the files are missing.
+        raise _no_tokenizer(texts)
+    context = int(getattr(backbone.text_config, "max_position_embeddings", 77))
+    return GloVLMProcessor(
+        images,
+        tokenizer,
+        max_length=min(context, 256),
+        pad_to_max="siglip" in backbone.model_type,
+    )
+
+
+def _no_tokenizer(source: _Source) -> GloVLMError:
+    again = " and convert the folder again" if source.converted else ""
+    return GloVLMError(
+        f"Backbone '{source.name}' has no usable tokenizer: expected tokenizer.json (or its "
+        f"vocabulary files) beside the weights; save the tokenizer into that folder{again}."
+    )
+
+
+def _joined(*restrictions: list[str] | None) -> list[str] | None:
+    """What holds for two towers together; unknown if it is unknown for both."""
+    known = [part for part in restrictions if part is not None]
+    return sorted({word for part in known for word in part}) if known else None
+
+
+def _forget_place(model: Any) -> None:
+    """Where the cache lies on this disk is no name for a model."""
+    model.name_or_path = model.config.name_or_path = ""
+
+
+def _say_restrictions(config: Any) -> None:
+    """Say once a process what the licence of a backbone forbids."""
+    name, forbids = config.backbone_name, config.backbone_restrictions or []
+    if not forbids or name in _told:
+        return
+    _told.add(name)
+    words = {
+        "non-commercial": "not for commercial use",
+        "no-derivatives": "no derivatives may be shared, to which its authors may count models "
+        "trained on its outputs",
+    }
+    logger.warning(
+        "Backbone '%s' is licensed %s: %s. This holds for what is made from it, too.",
+        name,
+        config.backbone_license,
+        "; ".join(words[key] for key in forbids),
+    )
+
+
+def _from_hub(
+    auto_class: Any, source: _Source, *, method: str = "from_pretrained", **kwargs: Any
+) -> Any:
     """`from_pretrained`, with one sentence when nothing can be loaded."""
     from safetensors import SafetensorError
 
-    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if source.commit is not None and not Path(source.place).is_dir():
+        kwargs["revision"] = source.commit
     try:
-        return auto_class.from_pretrained(source, **kwargs)
+        return getattr(auto_class, method)(source.place, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        gated = "gated" in str(error) or "401" in str(error)
-        hint = (
-            f"ask for access at https://huggingface.co/{source} and run `hf auth login`"
-            if gated
-            else "check the name, the connection (or HF_HUB_OFFLINE), or give a local folder"
-        )
-        raise GloVLMError(
-            f"Backbone '{name}' cannot be loaded: {first} What to do: {hint}."
-        ) from error
+        gated = source.row is not None and source.row.gated
+        raise cannot_load(source.name, source.place, error, gated=gated) from error

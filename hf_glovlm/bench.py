@@ -7,6 +7,7 @@ other depends on it far less. The images are drawings, and no quality is measure
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from numpy.typing import NDArray
 
 from .errors import GloVLMError, nearest
 
-__all__ = ["BENCHES", "bench_cache", "bench_encode", "bench_metrics", "run_benches"]
+__all__ = [
+    "BENCHES",
+    "Shape",
+    "bench_cache",
+    "bench_encode",
+    "bench_methods",
+    "bench_metrics",
+    "run_benches",
+]
 
 Row = dict[str, Any]  # name, value, unit, ratio, what
 
@@ -222,10 +231,309 @@ def bench_encode(
     ]
 
 
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a random CLIP; the default is ViT-B/16."""
+
+    image_size: int = 224
+    patch: int = 16
+    vision: tuple[int, int] = (768, 12)  # width, blocks
+    text: tuple[int, int] = (512, 12)
+    context: int = 77
+
+
+def bench_methods(
+    *,
+    shape: Shape | None = None,
+    n_classes: int = 9,
+    shots: int = 16,
+    dim: int = 512,
+    rows: int = 7180,
+    loop_pairs: int = 40,
+    images_per_class: int = 3,
+    repeats: int = 3,
+) -> list[Row]:
+    """Time what the methods save, each as a ratio to the plain way inside this run.
+
+    Args:
+        shape: Of the random CLIP whose towers are timed.
+        n_classes: Classes of the features and prompts.
+        shots: Labelled features of each.
+        dim: Width of the features.
+        rows: Validation rows of Tip-Adapter's search.
+        loop_pairs: Pairs of alpha and beta that the plain double loop does; extrapolated to all.
+        images_per_class: Drawings of each class that `vanilla` trains on.
+        repeats: Timings of each kind, of which the shortest counts.
+
+    Raises:
+        GloVLMError: A shortcut gives another result than the plain way.
+    """
+    shape = shape or Shape()
+    return [
+        *_bench_text_cut(shape, n_classes, repeats),
+        *_bench_frozen_text(shape, n_classes, repeats),
+        *_bench_replay(shape, images_per_class),
+        *_bench_search(n_classes, shots, dim, rows, loop_pairs),
+        *_bench_training_free(n_classes, shots, dim, repeats),
+    ]
+
+
+def _random_clip(shape: Shape) -> tuple[Any, Any]:
+    """A CLIP of random weights with the tokenizer of `mini`, and its processor."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    from .backbones import load_backbone
+    from .model import GloVLMConfig, GloVLMModel
+
+    mini, processor = load_backbone("mini")
+    known = mini.config.backbone_config.text_config
+    torch.manual_seed(0)
+
+    def tower(width: int, blocks: int) -> dict[str, int]:
+        heads = max(1, width // 64)
+        sizes = {"hidden_size": width, "intermediate_size": 4 * width}
+        return {**sizes, "num_hidden_layers": blocks, "num_attention_heads": heads}
+
+    clip = CLIPModel(
+        CLIPConfig(
+            vision_config={
+                **tower(*shape.vision),
+                "image_size": shape.image_size,
+                "patch_size": shape.patch,
+            },
+            text_config={
+                **tower(*shape.text),
+                "max_position_embeddings": shape.context,
+                "vocab_size": known.vocab_size,
+                "eos_token_id": known.eos_token_id,
+                "bos_token_id": known.bos_token_id,
+                "pad_token_id": known.pad_token_id,
+            },
+            projection_dim=shape.text[0],
+        )
+    ).eval()
+    images = processor.image_processor
+    images.size = {"shortest_edge": shape.image_size}
+    images.crop_size = {"height": shape.image_size, "width": shape.image_size}
+    processor.max_length = shape.context
+    config = GloVLMConfig(backbone_config=clip.config, backbone_name="random weights")
+    return GloVLMModel(config, backbone=clip).eval(), processor
+
+
+def _class_words(n_classes: int) -> list[Any]:
+    from .data import load_classes
+
+    words = ["viable", "ischemic", "sclerotic", "segmental", "atubular", "crescent", "nodular"]
+    return load_classes(
+        [words[k % len(words)] + f" {k}" * (k >= len(words)) for k in range(n_classes)]
+    )
+
+
+def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
+    """A step of prompt tuning at the length of the longest prompt, and at the full context."""
+    import torch
+
+    from .adapters import TowerMethod, get_method
+    from .objective import TowerStep
+
+    found = []
+    for tokens in (16, 4):
+        model, processor = _random_clip(shape)
+        model.requires_grad_(False)
+        method, classes = get_method("prompt_tuning"), _class_words(n_classes)
+        assert isinstance(method, TowerMethod)
+        tuning = method.attach(
+            model, processor, classes, method.configure({"context_tokens": tokens})
+        )
+        step = TowerStep(model, processor, tuning, "prototypes")
+        labels = torch.arange(n_classes)
+        vectors = torch.randn(n_classes, model.config.vision_pooled_dim)
+        weight = torch.ones(n_classes)
+
+        def once(step: Any = step, vectors: Any = vectors, weight: Any = weight) -> Any:
+            step.zero_grad()
+            loss = step(vectors, labels, weight, len(labels))  # noqa: B023 - called at once
+            loss.backward()
+            return loss.item()
+
+        short, cut = once(), _shortest(once, repeats)
+        missing = shape.context - step.text["input_ids"].shape[1]
+        length = step.text["input_ids"].shape[1]
+        pad = {"input_ids": processor.tokenizer.pad_token_id or 0, "attention_mask": 0}
+        for name, value in pad.items():
+            step.text[name] = torch.nn.functional.pad(step.text[name], (0, missing), value=value)
+        long, full = once(), _shortest(once, repeats)
+        _same(short, long, 1e-5, "prompt tuning with cut text")
+        what = f"a step of prompt_tuning, {tokens} context tokens, {n_classes} classes"
+        found += [
+            _row(f"methods.text_full_{tokens}", full, "s", None, f"{what}: {shape.context} long"),
+            _row(
+                f"methods.text_cut_{tokens}",
+                cut,
+                "s",
+                full / cut,
+                f"{what}: {length} long; ratio: times faster",
+            ),
+        ]
+    return found
+
+
+def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
+    """Class texts of a text tower that does not change, encoded once or at every step."""
+    import torch
+
+    from .adapters import Tuning
+    from .objective import TowerStep
+
+    model, processor = _random_clip(shape)
+    for parameter in model.requires_grad_(False).backbone.visual_projection.parameters():
+        parameter.requires_grad_(True)
+    prompts = [list(c.prompts) for c in _class_words(n_classes)]
+    groups = [{"params": list(model.backbone.visual_projection.parameters())}]
+    seconds, losses = [], []
+    for trains_text in (True, False):
+        tuning = Tuning(groups, prompts, False, trains_text, finish=lambda folder: None)
+        step = TowerStep(model, processor, tuning, "prototypes")
+        vectors = torch.linspace(-1, 1, n_classes * model.config.vision_pooled_dim)
+        vectors = vectors.reshape(n_classes, -1)
+
+        def once(step: Any = step, vectors: Any = vectors) -> float:
+            loss = step(vectors, torch.arange(n_classes), torch.ones(n_classes), n_classes)
+            loss.backward()
+            return float(loss.detach())
+
+        losses.append(once())
+        seconds.append(_shortest(once, repeats))
+    _same(*losses, 1e-5, "text that is encoded once")
+    what = f"a step on frozen towers, {n_classes} classes"
+    return [
+        _row("methods.text_each_step", seconds[0], "s", None, f"{what}: texts at every step"),
+        _row(
+            "methods.text_once",
+            seconds[1],
+            "s",
+            seconds[0] / seconds[1],
+            f"{what}: texts once before; ratio: times faster",
+        ),
+    ]
+
+
+def _bench_replay(shape: Shape, images_per_class: int) -> list[Row]:
+    """An epoch of `vanilla` whose frozen blocks run once, and of the plain loop."""
+    from .training import adapt
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        support = _drawings(Path(folder), images_per_class, 5)
+        for vision, text in ((4, 2), (2, 0)):
+            settings = {"vision_layers": vision, "text_layers": text}
+            seconds, losses = [], []
+            for replay in (False, True):
+                model, processor = _random_clip(shape)
+                adapted = adapt(
+                    model,
+                    "vanilla",
+                    support,
+                    processor=processor,
+                    settings=settings,
+                    recipe={"epochs": 3, "lr": 1e-5},
+                    replay=replay,
+                )
+                seconds.append(min(row["seconds"] for row in adapted.log))
+                losses.append([row["loss"] for row in adapted.log])
+            for plain, played in zip(*losses, strict=True):
+                _same(plain, played, 1e-5, "vanilla with frozen blocks run once")
+            what = f"an epoch of vanilla, last {vision} vision and {text} text blocks train"
+            what += f", {len(support)} drawings"
+            name = f"methods.epoch_{vision}_{text}"
+            played_as = f"{what}: frozen blocks run once; ratio: times faster"
+            found += [
+                _row(f"{name}_plain", seconds[0], "s", None, f"{what}: plain loop"),
+                _row(f"{name}_once", seconds[1], "s", seconds[0] / seconds[1], played_as),
+            ]
+    return found
+
+
+def _bench_search(n_classes: int, shots: int, dim: int, rows: int, loop_pairs: int) -> list[Row]:
+    """Tip-Adapter's search over 200 betas and 20 alphas, and the double loop that it replaces."""
+    import torch
+
+    from .adapters.free import TIP_ALPHAS, TIP_BETAS, search_tip_adapter
+
+    features, labels, keys, owners, texts = _clusters(n_classes, shots, dim, rows)
+    values = torch.nn.functional.one_hot(owners, n_classes).float()
+    zero_shot, affinity = 100 * features @ texts.T, features @ keys.T
+
+    def score(beta: float, alpha: float) -> float:
+        cache = torch.exp(-beta * (1 - affinity)) @ values
+        right = (zero_shot + alpha * cache).argmax(1) == labels
+        return float(
+            torch.stack([right[labels == k].float().mean() for k in range(n_classes)]).mean()
+        )
+
+    start = time.perf_counter()
+    beta, alpha, best = search_tip_adapter(zero_shot, affinity, values, labels)
+    ours = time.perf_counter() - start
+    _same(score(beta, alpha), best, 2.0 / rows * n_classes, "the search of tip_adapter")
+    pairs = [(b, a) for b in TIP_BETAS for a in TIP_ALPHAS]
+    start = time.perf_counter()
+    for pair in pairs[:: max(1, len(pairs) // loop_pairs)][:loop_pairs]:
+        score(*pair)
+    loop = (time.perf_counter() - start) / loop_pairs * len(pairs)
+    what = f"{len(pairs)} pairs of beta and alpha, {rows} rows, {len(keys)} keys"
+    return [
+        _row("methods.search_loop", loop, "s", None, f"{what}: double loop, extrapolated"),
+        _row("methods.search", ours, "s", loop / ours, f"{what}: at once; ratio: times faster"),
+    ]
+
+
+def _bench_training_free(n_classes: int, shots: int, dim: int, repeats: int) -> list[Row]:
+    """Every training-free method on bare features."""
+    from .adapters import METHODS
+    from .training import adapt_features
+
+    query, _, features, labels, texts = _clusters(n_classes, shots, dim, 500)
+    found = []
+    for name, method in METHODS.items():
+        if method.family != "training-free":
+            continue
+        given = {"query_features": query} if method.transductive else {}
+        fit = partial(adapt_features, name, features, labels, texts, **given)
+        what = f"{n_classes} classes x {shots} shots x {dim} dimensions"
+        what += ", 500 queries" if method.transductive else ""
+        found.append(_row(f"methods.{name}", _shortest(fit, repeats), "s", None, what))
+    return found
+
+
+def _clusters(n_classes: int, shots: int, dim: int, rows: int) -> tuple[Any, ...]:
+    """Random features around class texts: rows, their labels, support, its labels, texts."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+    unit = torch.nn.functional.normalize
+    texts = unit(torch.randn(n_classes, dim, generator=draw), dim=-1)
+
+    def around(labels: Any) -> Any:
+        noise = torch.randn(len(labels), dim, generator=draw) * 1.5 / dim**0.5
+        return unit(texts[labels] + noise, dim=-1)
+
+    labels = torch.arange(rows) % n_classes
+    owners = torch.arange(n_classes).repeat_interleave(shots)
+    return around(labels), labels, around(owners), owners, texts
+
+
+def _same(one: float, other: float, tolerance: float, what: str) -> None:
+    """Refuse to time a shortcut that computes something else."""
+    if abs(one - other) > tolerance:
+        raise GloVLMError(f"{what} gives {other}, the plain way {one}: report this as a bug.")
+
+
 BENCHES: dict[str, Callable[..., list[Row]]] = {
     "metrics": bench_metrics,
     "cache": bench_cache,
     "encode": bench_encode,
+    "methods": bench_methods,
 }
 
 
@@ -247,8 +555,8 @@ def run_benches(names: Sequence[str] = (), *, backbone: str = "mini") -> list[Ro
             raise GloVLMError(
                 f"Expected a bench of {', '.join(BENCHES)}, found '{name}'.{nearest(name, BENCHES)}"
             )
-    options = {"metrics": {}, "cache": {"backbone": backbone}, "encode": {"backbone": backbone}}
-    return [row for name in names or BENCHES for row in BENCHES[name](**options[name])]
+    options = {"cache": {"backbone": backbone}, "encode": {"backbone": backbone}}
+    return [row for name in names or BENCHES for row in BENCHES[name](**options.get(name, {}))]
 
 
 def _drawings(folder: Path, n_patients: int, per_patient: int) -> Any:

@@ -9,8 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
@@ -21,6 +20,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin,
 import typer
 from typer import Argument, Option
 
+from .console import (
+    Notes,
+    cell,
+    check_output,
+    drawings_mark,
+    fail,
+    is_main,
+    note,
+    print_json,
+    print_metrics,
+    print_rows,
+    print_table,
+    quiet_libraries,
+    show_progress,
+    to_csv,
+    write_file,
+)
 from .errors import GloVLMError, nearest
 
 if TYPE_CHECKING:
@@ -36,7 +52,9 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at labelled images.")
 cache_app = typer.Typer(help="Stored features of images; they come from patients' images.")
+backbones_app = typer.Typer(help="The known backbones; any CLIP, SigLIP or pair serves as well.")
 app.add_typer(data_app, name="data")
+app.add_typer(backbones_app, name="backbones")
 app.add_typer(cache_app, name="cache")
 
 Text = str | None
@@ -47,6 +65,7 @@ Real = float | None
 JsonFlag = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 DeviceFlag = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 BatchFlag = Annotated[int, Option(min=1, help="Images encoded at a time.")]
+ScaleFlag = Annotated[bool, Option(help="Accept images at a very different scale.")]
 ModelArgument = Annotated[str, Argument(help="A run's folder, its model/, or a Hub id.")]
 
 logger = logging.getLogger("hf_glovlm")
@@ -62,24 +81,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code. Bad input is told in one line that begins with `error:`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
-        logger.addHandler(_Notes())
+    if not any(isinstance(handler, Notes) for handler in logger.handlers):
+        logger.addHandler(Notes())
     try:
         command = typer.main.get_command(app)
         code = command.main(given, prog_name="glovlm", standalone_mode=False)
     except GloVLMError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        return _fail(f"{error.filename} cannot be used ({error.strerror}): give another place.")
+        return fail(f"{error.filename} cannot be used ({error.strerror}): give another place.")
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:
         if not hasattr(error, "format_message"):  # all that Typer raises for a wrong command line
             raise
         path = getattr(getattr(error, "ctx", None), "command_path", "glovlm")
-        return _fail(f"{error.format_message()} (see {path} --help)")
+        return fail(f"{error.format_message()} (see {path} --help)")
     if code == 130:
-        _note("interrupted: the last complete result is kept")
+        note("interrupted: the last complete result is kept")
     return code if isinstance(code, int) else 0
 
 
@@ -110,6 +129,15 @@ def train(
     lr: Annotated[Real, Option(help="Instead of the method's own.")] = None,
     weight_decay: Annotated[Real, Option(help="Instead of the method's own.")] = None,
     batch_size: Annotated[Whole, Option(help="Over all processes, instead of its own.")] = None,
+    max_steps: Annotated[Whole, Option(help="Cut a longer recipe to so many steps.")] = None,
+    cross_validate: Annotated[Switch, Option(help="Choose settings, leaving groups out.")] = None,
+    calibration_groups: Annotated[Whole, Option(help="More groups, to calibrate on. (0)")] = None,
+    temperature: Annotated[Switch, Option(help="Fit one on these groups. (on)")] = None,
+    conformal: Annotated[Text, Option(help="Prediction sets: lac, aps or raps.")] = None,
+    alpha: Annotated[Real, Option(help="Share of sets that may miss. (0.1)")] = None,
+    per_class: Annotated[Switch, Option(help="Keep alpha within each class.")] = None,
+    max_risk: Annotated[Real, Option(help="Abstain above this error rate.")] = None,
+    prior: Annotated[Text, Option(help="Prevalence: CLASS=P,CLASS=P, or em.")] = None,
     augment: Annotated[Switch, Option(help="Random flips, quarter turns and crops.")] = None,
     mixed_precision: Annotated[Text, Option(help="no, fp16 or bf16. (no)")] = None,
     accumulate: Annotated[Whole, Option(help="Parts of a batch, to save memory. (1)")] = None,
@@ -131,16 +159,16 @@ def train(
     from .runs import TrainConfig, run
 
     checked = TrainConfig.from_mapping(_typed(values, get_type_hints(TrainConfig)))
-    _quiet()
-    with _progress() as on_event:
+    quiet_libraries()
+    with show_progress() as on_event:
         results = run(checked, on_event=on_event)
-    if not _is_main():
+    if not is_main():
         return
     if as_json:
-        _print_json(results)
+        print_json(results)
     else:
-        _print_metrics(results)
-    _note(f"model, results and card are in {checked.output_dir}")
+        print_metrics(results)
+    note(f"model, results and card are in {checked.output_dir}")
 
 
 @app.command()
@@ -151,23 +179,25 @@ def evaluate(
     predictions: Annotated[Path | None, Option(help="Parquet file to write, too.")] = None,
     split: Annotated[Text, Option(help="Of the data; by default test, or all.")] = None,
     allow_seen: Annotated[bool, Option(help="Accept patients it learned from.")] = False,
+    allow_scale: ScaleFlag = False,
     batch_size: BatchFlag = 32,
     device: DeviceFlag = "auto",
     n_resamples: Annotated[int, Option(min=1, help="Bootstrap resamples.")] = 2000,
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a trained model on labelled images, with intervals over patients."""
-    _check_output(output)
-    _check_output(predictions)
+    check_output(output)
+    check_output(predictions)
 
     from .data import check_dataset, group_rows, load_dataset
-    from .inference import resolve_device
+    from .inference import load_classifier, resolve_device
     from .runs import describe_environment, measure
+    from .scale import check_scale
 
-    _quiet()
+    quiet_libraries()
     place = resolve_device(device)
     rows = _choose_split(load_dataset(data), split)
-    classifier, processor, run = _load_model(model)
+    classifier, processor, run = load_classifier(model)
     known = [str(name) for name in classifier.config.id2label.values()]
     unknown = next((name for name in rows.features["label"].names if name not in known), None)
     if unknown:
@@ -184,9 +214,16 @@ def evaluate(
             f"The model learned from {seen} of the {len(set(groups.ids))} groups in these data, so "
             "the numbers would flatter it: leave them out, or give --allow-seen."
         )
+    scale = check_scale(classifier, processor, rows, allow=allow_scale)
     said = _classify((classifier, processor), rows, batch_size, place, groups.ids)
     results = {
-        "config": {"model": model, "data": data, "split": split, "allow_seen": allow_seen},
+        "config": {
+            "model": model,
+            "data": data,
+            "split": split,
+            "allow_seen": allow_seen,
+            "allow_scale": allow_scale,
+        },
         "data": {
             "name": Path(data).name,
             "fingerprint": report.fingerprint,
@@ -194,20 +231,21 @@ def evaluate(
             "counts": report.counts["all"],
             "group_column": groups.column,
             "groups_seen_in_training": seen,
+            "mpp": scale,
         },
         **measure(said, n_resamples=n_resamples),
         "notes": [groups.note],
-        "synthetic": classifier.config.synthetic or bool(_drawings(data)),
+        "synthetic": classifier.config.synthetic or bool(drawings_mark(data)),
         "environment": describe_environment(place),
     }
     if predictions is not None:
         said.save(predictions)
-    _write(output, json.dumps(results, indent=1) + "\n")
+    write_file(output, json.dumps(results, indent=1) + "\n")
     if as_json:
-        _print_json(results)
+        print_json(results)
     else:
-        _print_metrics(results)
-    _note(f"results are in {output}")
+        print_metrics(results)
+    note(f"results are in {output}")
 
 
 @app.command()
@@ -215,45 +253,56 @@ def predict(
     model: ModelArgument,
     images: Annotated[list[Path], Argument(help="Images, or folders of images.")],
     output: Annotated[Path | None, Option(help="CSV: file_name, predicted, p_CLASS.")] = None,
+    mpp: Annotated[Real, Option(help="Micrometres per pixel, else from metadata.csv.")] = None,
+    allow_scale: ScaleFlag = False,
     batch_size: BatchFlag = 32,
     device: DeviceFlag = "auto",
     as_json: JsonFlag = False,
 ) -> None:
     """Classify images. Unreadable ones are named and left out; the exit code is then 1."""
-    _check_output(output)
+    check_output(output)
+    if mpp is not None and not mpp > 0:
+        raise GloVLMError(f"--mpp must be above 0; found {mpp:g}.")
     places = _list_images(images)
 
-    from .inference import resolve_device
+    from .inference import load_classifier, resolve_device
+    from .scale import check_scale, describe_scale
 
-    _quiet()
+    quiet_libraries()
     place = resolve_device(device)
-    loaded = _load_model(model)[:2]
-    readable = places
+    loaded = load_classifier(model)[:2]
+    readable, found = places, _image_rows(places, mpp)
+    scale, adapted = check_scale(*loaded, found, allow=allow_scale), loaded[0].config.mpp
+    if (scale == "unknown") != (adapted is None):
+        taught = describe_scale(adapted)
+        note(f"micrometres per input pixel: {scale}; the model was adapted at {taught}")
     try:
-        said = _classify(loaded, _image_rows(places), batch_size, place)
+        said = _classify(loaded, found, batch_size, place)
     except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone
         readable = _readable(places)
         if len(readable) == len(places):
             raise
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
-        said = _classify(loaded, _image_rows(readable), batch_size, place)
-    header = ["file_name", "predicted", *(f"p_{name}" for name in said.class_names)]
-    found = zip(said.file_names, said.predicted, said.probabilities.round(6), strict=True)
-    rows = [[name, label, *map(float, p)] for name, label, p in found]
+        said = _classify(loaded, _image_rows(readable, mpp), batch_size, place)
+    answers = _answers(said, loaded[0].config.calibration or {})
+    header = ["file_name", "predicted", *(f"p_{name}" for name in said.class_names), *answers]
+    each = zip(said.file_names, said.predicted, said.probabilities.round(6), strict=True)
+    rows = [[name, label, *map(float, p)] for name, label, p in each]
+    rows = [[*row, *more] for row, *more in zip(rows, *answers.values(), strict=True)]
     if output is not None:
-        _write(output, _csv([header, *rows]))
+        write_file(output, to_csv([header, *rows]))
     title = "Predictions" + (" (learned from drawings)" if loaded[0].config.synthetic else "")
     if as_json:
-        _print_json([dict(zip(header, row, strict=True)) for row in rows])
+        print_json([dict(zip(header, row, strict=True)) for row in rows])
     elif output is None:
-        _print_table(title, header, [[*map(str, row)] for row in rows])
+        print_table(title, header, [[*map(str, row)] for row in rows])
     else:
         counts = [[name, str(said.predicted.count(name))] for name in said.class_names]
-        _print_table(title, ["predicted", "images"], counts)
-        _note(f"the predictions are in {output}")
+        print_table(title, ["predicted", "images"], counts)
+        note(f"the predictions are in {output}")
     if len(readable) < len(places):
-        _note(f"{len(places) - len(readable)} of {len(places)} images are left out: unreadable")
+        note(f"{len(places) - len(readable)} of {len(places)} images are left out: unreadable")
         raise typer.Exit(1)
 
 
@@ -270,16 +319,16 @@ def study(
 
     def tell(kind: str, what: Mapping[str, Any]) -> None:
         error = f" ({what['error']})" if what.get("error") else ""
-        _note(f"{what['name']}: {what['status']}{error}")
+        note(f"{what['name']}: {what['status']}{error}")
 
     grid = StudyConfig.from_mapping(read_yaml(config))
-    _quiet()
+    quiet_libraries()
     report = run_study(grid, output_dir, workers=workers, on_event=tell)
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         typer.echo(render_report(report))
-    _note(f"the report and its cells are in {output_dir}")
+    note(f"the report and its cells are in {output_dir}")
     if report["failures"]:
         raise typer.Exit(1)
 
@@ -289,7 +338,7 @@ def card(run: Annotated[Path, Argument(help="A run's folder.")]) -> None:
     """Write the model card of a run again, from its results."""
     from .card import write_card
 
-    _note(f"the card is in {write_card(run)}")
+    note(f"the card is in {write_card(run)}")
 
 
 # ---------------------------------------------------------------------------- the embedded default
@@ -308,17 +357,17 @@ def demo(
     folder = output_dir or Path("glovlm-demo")
     if output_dir is None:
         remove_demo(folder)
-    _quiet()
-    with _progress() as on_event:
+    quiet_libraries()
+    with show_progress() as on_event:
         found = run_demo(folder, seed=seed, on_event=on_event)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return
     for method, results in found["runs"].items():
         title = f"{method} on {results['n']} drawings of {results['n_groups']} synthetic patients"
-        _print_table(title, METRIC_HEADER, metric_rows(results["metrics"]))
-    _note(f"saved, reloaded: logits of drawings differ by {found['reload_difference']:.1e} at most")
-    _note(f"models, results, cards and {Path(found['figure']).name} are in {folder}")
+        print_table(title, METRIC_HEADER, metric_rows(results["metrics"]))
+    note(f"saved, reloaded: logits of drawings differ by {found['reload_difference']:.1e} at most")
+    note(f"models, results, cards and {Path(found['figure']).name} are in {folder}")
 
 
 @app.command()
@@ -337,19 +386,19 @@ def pretrain(
     from .pretraining import PretrainConfig
     from .pretraining import pretrain as train_mini
 
-    _quiet()
+    quiet_libraries()
     config = PretrainConfig(
         output_dir, seed, patients, per_patient, epochs, batch_size, workers=workers, resume=resume
     )
-    with _progress() as on_event:
+    with show_progress() as on_event:
         facts = train_mini(
             config,
             on_epoch=partial(on_event, "epoch"),
             on_stage=lambda name: on_event("stage", {"name": name}),
         )
-    if as_json and _is_main():
-        _print_json(facts)
-    _note(f"the model, trained on drawings only, is in {output_dir}")
+    if as_json and is_main():
+        print_json(facts)
+    note(f"the model, trained on drawings only, is in {output_dir}")
 
 
 # ------------------------------------------------------------------------------------- the tables
@@ -361,17 +410,47 @@ def methods(as_json: JsonFlag = False) -> None:
     from .adapters import METHODS
 
     rows = [method.describe() for method in METHODS.values()]
-    _print_rows("Methods", rows, ("name", "family", "trains", "citation"), as_json)
+    print_rows(
+        "Methods",
+        rows,
+        ("name", "family", "trains", "needs_text", "validation", "transductive", "citation"),
+        as_json,
+    )
 
 
-@app.command()
-def backbones(as_json: JsonFlag = False) -> None:
+@backbones_app.callback(invoke_without_command=True)
+def backbones(context: typer.Context, as_json: JsonFlag = False) -> None:
     """List the known backbones; any other CLIP, SigLIP or pair of towers serves as well."""
+    if context.invoked_subcommand is not None:
+        return
     from .backbones import BACKBONES
 
-    rows = [asdict(row) for row in BACKBONES.values()]
-    shown = ("name", "hub_id", "kind", "image_size", "pretrained_on", "license", "gated")
-    _print_rows("Backbones", rows, shown, as_json)
+    rows = [
+        asdict(row) | {"page": row.page, "restrictions": row.restrictions}
+        for row in BACKBONES.values()
+    ]
+    shown = ("name", "hub_id", "kind", "image_size", "magnification", "stains", "license", "gated")
+    print_rows("Backbones", rows, shown, as_json)
+
+
+@backbones_app.command("convert")
+def backbones_convert(
+    checkpoint: Annotated[str, Argument(help="Name, Hub id, or folder with published files.")],
+    output_dir: Annotated[Path, Option(help="Where the transformers folder is written.")],
+    kind: Annotated[Text, Option(help="open_clip, biomedclip, conch, keep or timm.")] = None,
+    revision: Annotated[Text, Option(help="Commit or branch on the Hub.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write published weights (open_clip, CoCa, timm) as a folder that loads in seconds."""
+    from .backbones import convert_backbone
+
+    quiet_libraries()
+    report = convert_backbone(checkpoint, output_dir, kind=kind, revision=revision)
+    for sentence in report.notes:
+        note(sentence)
+    if as_json:
+        print_json(asdict(report))
+    note(f"the converted weights are in {output_dir}: use it as --backbone")
 
 
 @app.command()
@@ -382,7 +461,7 @@ def datasets(as_json: JsonFlag = False) -> None:
     rows = [asdict(entry) for entry in catalog_entries()]
     for row in rows:
         row["labels"] = len(row["classes"])
-    _print_rows("Data sets", rows, ("name", "title", "kind", "labels", "licence"), as_json)
+    print_rows("Data sets", rows, ("name", "title", "kind", "labels", "licence"), as_json)
 
 
 @data_app.command("check")
@@ -395,17 +474,17 @@ def check(
 
     report = check_dataset(load_dataset(data))
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
         groups = {split: str(report.groups.get(split, "")) for split in report.counts}
         rows = [[x, *map(str, of.values()), groups[x]] for x, of in report.counts.items()]
         header = ["split", *report.classes, "groups"]
-        _print_table(f"Images{_drawings(data)}", header, rows)
+        print_table(f"Images{drawings_mark(data)}", header, rows)
         for sentence in [*report.notes, *(f"problem: {problem}" for problem in report.problems)]:
-            _note(sentence)
+            note(sentence)
     if report.problems:
         raise typer.Exit(1)
-    _note("no problem was found")
+    note("no problem was found")
 
 
 @cache_app.callback(invoke_without_command=True)
@@ -424,9 +503,7 @@ def cache_list(as_json: JsonFlag = False) -> None:
     rows = [asdict(entry) for entry in cache.entries()]
     for row in rows:
         row["megabytes"] = f"{row['size'] / 1e6:.1f}"
-    _print_rows(
-        f"Features in {cache.folder}", rows, ("key", "name", "images", "megabytes"), as_json
-    )
+    print_rows(f"Features in {cache.folder}", rows, ("key", "name", "images", "megabytes"), as_json)
 
 
 @cache_app.command("clear")
@@ -437,21 +514,21 @@ def cache_clear(
     from .inference import FeatureCache
 
     cache = FeatureCache()
-    _note(f"{cache.clear(key) / 1e6:.1f} MB were freed in {cache.folder}")
+    note(f"{cache.clear(key) / 1e6:.1f} MB were freed in {cache.folder}")
 
 
 @app.command()
 def bench(
-    names: Annotated[Texts, Argument(help="metrics, cache, encode; else all.")] = None,
+    names: Annotated[Texts, Argument(help="metrics, cache, encode, methods; else all.")] = None,
     backbone: Annotated[str, Option(help="Encodes the drawings.")] = "mini",
     as_json: JsonFlag = False,
 ) -> None:
-    """Time the bootstrap, the feature cache and the encoding, as ratios on this machine."""
+    """Time bootstrap, feature cache, encoding and methods, as ratios on this machine."""
     from .bench import run_benches
 
-    _quiet()
+    quiet_libraries()
     rows = run_benches(names or (), backbone=backbone)
-    _print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)
+    print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)
 
 
 @app.command()
@@ -479,9 +556,9 @@ def env(as_json: JsonFlag = False) -> None:
     }
     del facts["num_processes"]
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
-        _print_table("Environment", ["", ""], [[name, _cell(v)] for name, v in facts.items()])
+        print_table("Environment", ["", ""], [[name, cell(v)] for name, v in facts.items()])
 
 
 def _commit() -> str | None:
@@ -510,6 +587,8 @@ def _read_settings(
     values = {**(read_yaml(config) if config else {}), **given}
     if isinstance(values.get("shots"), str):
         values["shots"] = _shots(values["shots"])
+    if isinstance(values.get("prior"), str) and "=" in values["prior"]:
+        values["prior"] = _fractions(values["prior"])
     own = values.get("method_config") or {}
     if isinstance(own, Mapping):  # if not, its type is refused below
         own = {**own, **dict(map(_setting, settings))}
@@ -544,6 +623,17 @@ def _shots(text: str) -> int | dict[str, int]:
             )
         found[name.strip()] = int(number)
     return found
+
+
+def _fractions(text: str) -> dict[str, float]:
+    """Read `viable=0.8,sclerosed=0.2`."""
+    try:
+        parts = [part.rpartition("=") for part in text.split(",")]
+        return {name.strip(): float(number) for name, _, number in parts}
+    except ValueError:
+        raise GloVLMError(
+            f"Expected --prior CLASS=FRACTION,CLASS=FRACTION or em, found '{text}'."
+        ) from None
 
 
 def _number(value: Any) -> Any:
@@ -596,48 +686,6 @@ def _choose_split(dataset: "DatasetDict", split: str | None) -> "Dataset":
     return dataset[split or "test"]
 
 
-def _load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
-    """A saved classifier, its processor, and the results of its run where they lie beside it."""
-    from safetensors import SafetensorError
-    from transformers import PreTrainedConfig
-
-    from .model import GloVLMForImageClassification, GloVLMProcessor
-
-    folder, run = Path(name).expanduser(), None
-    if folder.is_dir():
-        if (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
-        if not (folder / "config.json").is_file():
-            raise GloVLMError(
-                f"{name} holds no model: expected the --output-dir of `glovlm train`."
-            )
-        results = (folder.parent if folder.name == "model" else folder) / "results.json"
-        if results.is_file():
-            run = json.loads(results.read_text(encoding="utf-8"))
-    elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        found = "a file" if folder.exists() else "nothing"
-        raise GloVLMError(
-            f"Expected a run's folder, its model folder or a Hub id (owner/name), found {found} at "
-            f"{name}."
-        )
-    source = str(folder) if folder.is_dir() else name
-    try:
-        about, _ = PreTrainedConfig.get_config_dict(source)
-        if about.get("architectures") != ["GloVLMForImageClassification"]:
-            kind = ", ".join(about.get("architectures") or []) or "no known kind"
-            raise GloVLMError(
-                f"{name} is no classifier of ours, but of {kind}: give what `glovlm train` wrote. "
-                "A backbone goes into `glovlm train --backbone`."
-            )
-        classifier = GloVLMForImageClassification.from_pretrained(source).float().eval()
-        return classifier, GloVLMProcessor.from_pretrained(source), run
-    except GloVLMError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise GloVLMError(f"The model {name} cannot be loaded: {first}") from error
-
-
 def _classify(
     loaded: tuple[Any, Any], rows: "Dataset", batch_size: int, device: Any, groups: Any = None
 ) -> "Predictions":
@@ -648,6 +696,22 @@ def _classify(
     return predict(*loaded, rows, cache=cache, progress=bar, **options)
 
 
+def _answers(said: "Predictions", calibration: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Columns of a model that was calibrated: its prediction sets, and whether it answers."""
+    from .calibration import ConformalThresholds, conformal_sets, describe_sets
+
+    columns: dict[str, list[str]] = {}
+    if calibration.get("conformal"):
+        thresholds = ConformalThresholds.from_dict(calibration["conformal"])
+        sets = conformal_sets(said.probabilities, thresholds)
+        columns["set"] = describe_sets(sets, said.class_names)
+    if calibration.get("abstention"):
+        least = calibration["abstention"]["threshold"]
+        answered = [least is not None and p >= least for p in said.probabilities.max(1)]
+        columns["answers"] = ["yes" if given else "no" for given in answered]
+    return columns
+
+
 def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups") -> int:
     """How many groups of the rows a model has learned from, as far as its run's results tell."""
     from .data import group_rows
@@ -655,7 +719,7 @@ def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups"
     learned = (run or {}).get("data", {})
     column, hashes = learned.get("group_column"), set(learned.get("support_groups_sha256", ()))
     if not hashes or column not in (groups.column, "near_duplicate", *rows.column_names):
-        _note("whether the model learned from some of these groups cannot be known")
+        note("whether the model learned from some of these groups cannot be known")
         return 0
     ids = groups.ids if column == groups.column else group_rows(rows, group_column=column).ids
     return sum(sha256(name.encode()).hexdigest() in hashes for name in set(ids))
@@ -687,12 +751,15 @@ def _list_images(places: Sequence[Path]) -> dict[str, Path]:
     return found
 
 
-def _image_rows(found: Mapping[str, Path]) -> "Dataset":
+def _image_rows(found: Mapping[str, Path], mpp: float | None) -> "Dataset":
     from datasets import Dataset, Features, Image, Value
 
-    features = Features({"image": Image(), "file_name": Value("string")})
-    columns = {"image": list(map(str, found.values())), "file_name": list(found)}
-    return Dataset.from_dict(columns, features)
+    from .scale import listed_mpp
+
+    types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
+    scales = listed_mpp(found.values()) if mpp is None else [mpp] * len(found)
+    columns = {"image": [*map(str, found.values())], "file_name": [*found], "mpp": scales}
+    return Dataset.from_dict(columns, Features(types))
 
 
 def _readable(found: Mapping[str, Path]) -> dict[str, Path]:
@@ -705,184 +772,8 @@ def _readable(found: Mapping[str, Path]) -> dict[str, Path]:
             open_image(path)
             readable[name] = path
         except GloVLMError as error:
-            _note(str(error))
+            note(str(error))
     return readable
-
-
-# --------------------------------------------------------------------------------- what goes out
-
-
-def _drawings(data: str) -> str:
-    """What a title needs behind it, if a folder says of itself that it holds drawings."""
-    return " (drawings)" if (Path(data).expanduser() / "DRAWINGS").is_file() else ""
-
-
-def _check_output(path: Path | None) -> None:
-    """Refuse, before any work, what is no file or a file of a run."""
-    if path is None:
-        return
-    if path.is_dir():
-        raise GloVLMError(f"Expected a file to write, found the folder {path}: name a file in it.")
-    if path.name in ("results.json", "predictions.parquet") and (path.parent / "model").is_dir():
-        raise GloVLMError(f"{path} belongs to a run: give another --output.")
-
-
-def _write(path: Path, text: str) -> None:
-    from .loop import write_text
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-
-
-def _csv(rows: Iterable[Sequence[Any]]) -> str:
-    import csv
-    import io
-
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue()
-
-
-def _quiet() -> None:
-    """Keep the libraries' own progress bars from covering ours."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
-
-
-def _is_main() -> bool:
-    """Whether this is the process that speaks, under `accelerate launch`."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _note(text: str) -> None:
-    """Say something on the error stream, in one line."""
-    if _is_main():
-        typer.echo(" ".join(text.splitlines()), err=True)
-
-
-def _fail(sentence: str) -> int:
-    if _is_main():
-        word = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
-        typer.echo(f"{word} {' '.join(sentence.split())}", err=True)
-    return 2
-
-
-class _Notes(logging.Handler):
-    """Warnings of the package, as a person reads them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _note(f"note: {record.getMessage()}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """Tell what is being done: a bar on a terminal, else lines, about ten for a training."""
-    if not sys.stderr.isatty() or not _is_main():
-
-        def tell(kind: str, what: dict[str, Any]) -> None:
-            due = kind != "epoch" or what["epoch"] == what["epochs"]
-            if due or what["epoch"] % max(what["epochs"] // 10, 1) == 0:
-                _note(_event_text(kind, what))
-
-        yield tell
-        return
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-
-        def show(kind: str, what: dict[str, Any]) -> None:
-            text = _event_text(kind, what)
-            if kind == "epoch":
-                count = {"completed": what["epoch"], "total": what["epochs"]}
-                bar.update(bar.task_ids[-1], description=text, **count)
-            elif kind == "stage":
-                for task in bar.task_ids:
-                    bar.remove_task(task)
-                bar.add_task(text, total=None)
-            else:
-                bar.console.print(text, highlight=False, markup=False)
-
-        yield show
-
-
-def _event_text(kind: str, what: Mapping[str, Any]) -> str:
-    if kind == "epoch":
-        return f"epoch {what['epoch']}/{what['epochs']}, loss {what['loss']:.4f}"
-    if kind == "episode":
-        groups, counts = what["groups_per_class"], what["labels_per_class"].items()
-        return "labels: " + ", ".join(
-            f"{n} {name} (of {groups[name]} groups)" for name, n in counts
-        )
-    return f"{what['name']} ..." if kind == "stage" else f"method {what['name']}"
-
-
-def _print_metrics(results: Mapping[str, Any]) -> None:
-    """What a training learned from, where there was one, and how well the model did."""
-    from .card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
-
-    drawings, data = "drawings, " if results["synthetic"] else "", results["data"]
-    unit = group_unit(data["group_column"])
-    if "support" in data:
-        labels, groups = data["support"]["labels_per_class"], data["support"]["groups_per_class"]
-        rows = [[name, str(n), str(groups[name])] for name, n in labels.items()]
-        title = "Learned from drawings" if drawings else "Learned from"
-        _print_table(title, ["class", "labels", f"contributing {unit}"], rows)
-    title = f"{drawings}{results['n']} test images of {results['n_groups']} {unit}"
-    _print_table(f"Metrics ({title})", METRIC_HEADER, metric_rows(results["metrics"]))
-    _print_table(f"Per class ({title})", CLASS_HEADER, class_rows(results["per_class"]))
-    for sentence in results["notes"]:
-        _note(sentence)
-
-
-def _print_rows(
-    title: str, rows: Sequence[Mapping[str, Any]], shown: Sequence[str], as_json: bool
-) -> None:
-    if as_json:
-        _print_json(rows)
-    else:
-        cells = [[_cell(row[name]) for name in shown] for row in rows]
-        _print_table(title, [name.replace("_", " ") for name in shown], cells)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "" if value is None else str(value)
-
-
-def _print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for a terminal, or aligned text that other programs can read."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
-
-        table = Table(*map(escape, header), title=escape(title), title_justify="left")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, *rows)
-    ]
-    typer.echo("\n".join([title, *lines, ""]))
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, default=str))
 
 
 if __name__ == "__main__":

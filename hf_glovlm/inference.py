@@ -6,6 +6,7 @@ Nothing here trains. The cache holds features of patients' images: `FeatureCache
 import json
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
@@ -42,7 +43,7 @@ __all__ = [
 ]
 
 # Part of every key: raise it when decoding or pooling changes what comes out for the same input.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SHARD_ROWS = 2048  # new features are stored at least this often, so an interruption loses little
 
 logger = logging.getLogger("hf_glovlm")
@@ -657,7 +658,7 @@ class Predictions:
 
     Args:
         probabilities: `[n, K]` float64, rows sum to 1.
-        logits: `[n, K]` float32, divided by the model's temperature.
+        logits: `[n, K]` float32, calibrated as the model's config says.
         class_names: The `K` classes, in the order of the columns.
         file_names: The `n` images.
         similarities: `[n, K]` cosines between image and class text, for heads that compare these.
@@ -749,6 +750,59 @@ class Predictions:
 _METADATA = b"hf_glovlm"
 
 
+def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
+    """Load what `glovlm train` wrote.
+
+    Args:
+        name: A run's folder, its `model/`, or a Hub id.
+
+    Returns:
+        The classifier in fp32 and evaluation mode, its processor, and the results of its run where
+        they lie beside it.
+
+    Raises:
+        GloVLMError: There is nothing, or something else.
+    """
+    from safetensors import SafetensorError
+    from transformers import PreTrainedConfig
+
+    from .model import GloVLMForImageClassification, GloVLMProcessor
+
+    folder, run = Path(name).expanduser(), None
+    if folder.is_dir():
+        if (folder / "model" / "config.json").is_file():
+            folder = folder / "model"
+        if not (folder / "config.json").is_file():
+            raise GloVLMError(
+                f"{name} holds no model: expected the --output-dir of `glovlm train`."
+            )
+        results = (folder.parent if folder.name == "model" else folder) / "results.json"
+        if results.is_file():
+            run = json.loads(results.read_text(encoding="utf-8"))
+    elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        found = "a file" if folder.exists() else "nothing"
+        raise GloVLMError(
+            f"Expected a run's folder, its model folder or a Hub id (owner/name), found {found} at "
+            f"{name}."
+        )
+    source = str(folder) if folder.is_dir() else name
+    try:
+        about, _ = PreTrainedConfig.get_config_dict(source)
+        if about.get("architectures") != ["GloVLMForImageClassification"]:
+            kind = ", ".join(about.get("architectures") or []) or "no known kind"
+            raise GloVLMError(
+                f"{name} is no classifier of ours, but of {kind}: give what `glovlm train` wrote. "
+                "A backbone goes into `glovlm train --backbone`."
+            )
+        classifier = GloVLMForImageClassification.from_pretrained(source).float().eval()
+        return classifier, GloVLMProcessor.from_pretrained(source), run
+    except GloVLMError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise GloVLMError(f"The model {name} cannot be loaded: {first}") from error
+
+
 def predict(
     model: "GloVLMForImageClassification",
     processor: "GloVLMProcessor",
@@ -787,7 +841,7 @@ def predict(
     with _evaluating(model):
         tensor = torch.from_numpy(features).to(_device(model), model.dtype)
         head: Any = model.head
-        logits = _array(head(tensor) / model.config.temperature)
+        logits = _array(model.classify_features(tensor))
         similarities = None
         if getattr(head, "cosine", False):
             unit = torch.nn.functional.normalize(tensor, dim=-1)

@@ -133,13 +133,32 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.cat(all_gather(tensor))
 
 
-def learning_rate(recipe: Recipe, base: float, epoch: int) -> float:
-    """The rate of an epoch, counted from 0: warm-up, then constant or cosine, stepped by epoch."""
+def plan(recipe: Recipe, n: int) -> tuple[int, int]:
+    """Count the epochs and the optimiser steps that a recipe makes of `n` images."""
+    batches = math.ceil(n / recipe.batch_size)
+    if recipe.steps is None:
+        return recipe.epochs, recipe.epochs * batches
+    return math.ceil(recipe.steps / batches), recipe.steps
+
+
+def learning_rate(
+    recipe: Recipe, base: float, epoch: int, epochs: int, step: int = 0, steps: int = 1
+) -> float:
+    """The rate of a step: warm-up, then constant or cosine.
+
+    Args:
+        recipe: How to train.
+        base: Rate of the optimiser group.
+        epoch: Counted from 0.
+        epochs: In all.
+        step: Counted from 0 over all epochs; matters if the recipe moves by step.
+        steps: In all.
+    """
     if epoch < recipe.warmup_epochs:
         return recipe.warmup_lr
     if recipe.schedule == "constant":
         return base
-    done = (epoch - recipe.warmup_epochs) / recipe.epochs
+    done = step / steps if recipe.by_step else (epoch - recipe.warmup_epochs) / epochs
     return base * (recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
 
@@ -158,6 +177,8 @@ def fit(
     output_dir: Path | None = None,
     resume: bool = False,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    begin: Callable[[int], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """The loop, for every method that trains and for pretraining.
 
@@ -175,9 +196,12 @@ def fit(
         clip_norm: Largest gradient norm.
         distributed: Whether the processes train together.
         validate: Gives macro-AUC on validation; then the best epoch is kept, not the last.
-        output_dir: Takes `log.jsonl` and, after every epoch, `checkpoint.safetensors`.
+        output_dir: Takes `log.jsonl` and, after every epoch (of more than 100, about a hundred
+            times), `checkpoint.safetensors`.
         resume: Go on from that checkpoint.
         on_epoch: Told of every epoch's log row.
+        begin: Told the number of steps in all before the first.
+        after_step: Told of every optimiser step that was made, counted from 1.
 
     Returns:
         The log, one row an epoch.
@@ -194,18 +218,24 @@ def fit(
     if accelerator.scaler is not None:  # fp16: the scaled gradient is taken back by its step
         optimizer = accelerator.prepare(optimizer)
     n = len(source.labels)
-    for epoch in range(len(log), recipe.epochs):
+    epochs, steps = plan(recipe, n)
+    done = len(log) * math.ceil(n / recipe.batch_size)
+    if begin is not None:
+        begin(steps)
+    for epoch in range(len(log), epochs):
         if state.stale >= recipe.patience:
             break
-        started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, group["base_lr"], epoch)
+        started, seen = time.perf_counter(), 0
         order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
         seed_everything(seed, epoch, rank)
         step.train()
         total_loss = 0.0
-        for begin in range(0, n, recipe.batch_size):
-            batch = order[begin : begin + recipe.batch_size].tolist()
+        for first in range(0, n, recipe.batch_size):
+            if done == steps:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, group["base_lr"], epoch, epochs, done, steps)
+            batch = order[first : first + recipe.batch_size].tolist()
             parts = [batch[i::accumulate] for i in range(accumulate) if batch[i::accumulate]]
             batch_loss = 0.0
             for i, part in enumerate(parts):
@@ -237,26 +267,36 @@ def fit(
             if clip_norm is not None:
                 accelerator.clip_grad_norm_([p for g in groups for p in g["params"]], clip_norm)
             optimizer.step()
+            done, seen = done + 1, seen + len(batch)
+            if after_step is not None:  # before the gradients go: AdaLoRA reads them
+                after_step(done)
             optimizer.zero_grad(set_to_none=True)
             total_loss += batch_loss * len(batch)
         row: dict[str, Any] = {
             "epoch": epoch + 1,
-            "epochs": recipe.epochs,
-            "loss": total_loss / n,
+            "epochs": epochs,
+            "loss": total_loss / seen,
             "lr": optimizer.param_groups[0]["lr"],
             "seconds": round(time.perf_counter() - started, 3),
         }
         if validate is not None:
             row["validation_macro_auc"] = validate()
         log.append(row)
-        state.after_epoch(row, log, recipe, seed)
+        state.after_epoch(row, log, recipe, seed, write=_writes(epoch, epochs))
         if accelerator.trackers:
             accelerator.log({k: v for k, v in row.items() if k != "epochs"}, step=epoch + 1)
         if on_epoch is not None and rank == 0:
             on_epoch(row)
+    if state.write_to is not None and log:
+        write_text(state.write_to / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
     state.restore_best()
     step.eval()
     return log
+
+
+def _writes(epoch: int, epochs: int) -> bool:
+    """Whether an epoch's state goes to disk: short epochs by the hundred need not all."""
+    return epoch + 1 == epochs or (epoch + 1) % max(1, epochs // 100) == 0
 
 
 def _share(batch: list[int], rank: int, processes: int) -> tuple[list[int], Tensor]:
@@ -274,7 +314,9 @@ def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Opti
     ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(listed, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(listed, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        listed, lr=recipe.lr, weight_decay=recipe.weight_decay, eps=recipe.eps, fused=True
+    )
 
 
 class _State:
@@ -301,7 +343,12 @@ class _State:
         self.stale = 0
 
     def after_epoch(
-        self, row: dict[str, Any], log: list[dict[str, Any]], recipe: Recipe, seed: int
+        self,
+        row: dict[str, Any],
+        log: list[dict[str, Any]],
+        recipe: Recipe,
+        seed: int,
+        write: bool = True,
     ) -> None:
         value = row.get("validation_macro_auc")
         if value is not None:
@@ -310,7 +357,7 @@ class _State:
                 self.best_value, self.stale = value, 0
             else:
                 self.stale += 1
-        if self.write_to is not None:
+        if self.write_to is not None and write:
             self._save(log, recipe, seed)
 
     def restore_best(self) -> None:

@@ -1,30 +1,37 @@
 """One whole run, from a folder to a measured model: `TrainConfig` says what, `run` does it."""
 
+import copy
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .adapters import FeatureMethod, Method, get_method
-from .backbones import load_backbone
+from .backbones import known_rows, load_backbone, pretraining_notes
 from .card import render_card
-from .errors import GloVLMError, nearest
+from .errors import GloVLMError
 from .inference import FeatureCache, Predictions, predict
 from .loop import write_text
-from .training import Adapted, Loss, adapt
+from .scale import describe_scale, known_scale
+from .train_config import TrainConfig
+from .training import Adapted, adapt
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
+    from numpy.typing import NDArray
 
+    from .calibration import Calibration
     from .data import ClassInfo, Episode
+    from .data.check import DataReport
 
 UNFINISHED = "unfinished"  # the folder in which a run is made; there until it is complete
 OWN_FILES = (  # in the order in which they are put in place
@@ -33,152 +40,63 @@ OWN_FILES = (  # in the order in which they are put in place
 )  # fmt: skip
 
 
-@dataclass
-class TrainConfig:
-    """One adaptation, complete: the flags of `glovlm train` and the content of `config.yaml`.
+_INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast, not what
+
+
+class Loader:
+    """Reads and checks data, and loads backbones.
 
     Args:
-        data: Folder, parquet file, or Hub id.
-        output_dir: Where the run is written.
-        backbone: Name, Hub id, folder, or `vision+text`.
-        method: A name of `glovlm methods`.
-        shots: Labelled images per class, or `{class: number}`.
-        seed: Of split, draw, initialisation and order.
-        episodes: A frozen episode file to take the split and the support from.
-        draw: Which of its draws; without a file, which draw of this seed.
-        shots_from: How a class's images are spread over groups.
-        allow_fewer: Take what there is where a class has fewer images than shots.
-        prompts: `auto`, `catalog`, `terminology`, or a `classes.yaml`.
-        stain: For `prompts: terminology`.
-        validation_shots: Images per class from further groups, for early stopping; they count as
-            labels.
-        test_fraction: Fraction of the groups on the test side.
-        loss: `prototypes` (cross-entropy over class texts), `infonce` (in-batch, same-class pairs
-            masked) or `infonce_published` (unmasked).
-        method_config: Settings of the method.
-        epochs: Overrides the method's recipe, as do the next three.
-        lr: Learning rate.
-        weight_decay: Weight decay.
-        batch_size: Images per step over all processes.
-        augment: Random flips, quarter turns and crops of at least half the area while training.
-        mixed_precision: `no`, `fp16` or `bf16`, by Accelerate.
-        accumulate: Parts that each batch is split into, to save memory; same result.
-        clip_norm: Largest gradient norm.
-        tracker: An Accelerate tracker (`tensorboard`, `wandb`, ...).
-        device: `auto`, `cpu`, `cuda`, ...
-        overwrite: Replace a run in `output_dir`.
-        resume: Go on from its checkpoint; return its results if it is finished.
-        cache: Keep features of frozen towers for the next run.
-        n_resamples: Bootstrap resamples of the intervals.
-        save_model: Whether `model/` and `adapter/` are written; a study keeps results only.
+        keep: Whether each is read once and handed out as a copy: for a study, whose cells share
+            them.
     """
 
-    data: str
-    output_dir: str
-    backbone: str = "mini"
-    method: str = "linear_probe"
-    shots: int | dict[str, int] = 8
-    seed: int = 0
-    episodes: str | None = None
-    draw: int = 0
-    shots_from: Literal["spread", "random", "one_group"] = "spread"
-    allow_fewer: bool = False
-    prompts: str = "auto"
-    stain: str | None = None
-    validation_shots: int = 0
-    test_fraction: float = 0.5
-    loss: Loss = "prototypes"
-    method_config: dict[str, Any] = field(default_factory=dict)
-    epochs: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    batch_size: int | None = None
-    augment: bool = False
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    accumulate: int = 1
-    clip_norm: float | None = None
-    tracker: str | None = None
-    device: str = "auto"
-    overwrite: bool = False
-    resume: bool = False
-    cache: bool = True
-    n_resamples: int = 2000
-    save_model: bool = True
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self._kept: dict[str, Any] = {}
 
-    def __post_init__(self) -> None:
-        method = get_method(self.method)
-        method.configure(self.method_config)
-        shots = self.shots.values() if isinstance(self.shots, dict) else [self.shots]
-        if any(k < 0 for k in shots):
-            raise GloVLMError(f"shots must be 0 or more; found {self.shots}.")
-        if not any(shots) and method.name != "zero_shot":
-            raise GloVLMError(
-                f"Method '{self.method}' trains, so it needs labelled images; found shots 0. "
-                "Give --shots 1 or more, or use --method zero_shot."
-            )
-        if self.seed < 0 or self.draw < 0:
-            raise GloVLMError(f"seed and draw must be 0 or more; found {self.seed}, {self.draw}.")
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise GloVLMError(
-                    f"{name} must be one of {', '.join(known)}; found '{getattr(self, name)}'."
-                    f"{nearest(str(getattr(self, name)), known)}"
-                )
-        if self.accumulate < 1 or (self.accumulate > 1 and self.loss != "prototypes"):
-            raise GloVLMError(
-                f"accumulate must be 1 or more, and 1 with loss '{self.loss}', whose negatives are "
-                f"the whole batch; found {self.accumulate}."
-            )
-        for name in ("epochs", "lr", "batch_size", "clip_norm", "n_resamples"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise GloVLMError(f"{name} must be above 0; found {value}.")
-
-    def recipe_overrides(self) -> dict[str, Any]:
-        """What replaces the method's own recipe."""
-        names = ("epochs", "lr", "weight_decay", "batch_size")
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
-
-    def to_repeat(self) -> dict[str, Any]:
-        """Plain values that make this run again: `config.yaml`, and `config` in the results."""
-        return asdict(self) | {"overwrite": False, "resume": False}
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """Make a config from YAML or flags.
+    def data(self, source: str) -> tuple["DatasetDict", "DataReport"]:
+        """A data set without problems, and what is known of it.
 
         Raises:
-            GloVLMError: A key is unknown (names the nearest) or a required one is missing.
+            GloVLMError: It has problems.
         """
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise GloVLMError(
-                    f"Unknown setting '{key}' in the configuration.{nearest(key, known)}"
-                )
-        for key in ("data", "output_dir"):
-            if not values.get(key):
-                flag = key.replace("_", "-")
-                raise GloVLMError(f"A run needs {key}: give --{flag} or '{key}:' in the YAML file.")
-        return cls(**values)
+        from .data import check_dataset, load_dataset
 
+        def read() -> tuple["DatasetDict", "DataReport"]:
+            dataset = load_dataset(source)
+            report = check_dataset(dataset)
+            report.raise_problems()
+            return dataset, report
 
-_INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast, not what
-_CHOICES = {
-    "shots_from": ("spread", "random", "one_group"),
-    "loss": ("prototypes", "infonce", "infonce_published"),
-    "mixed_precision": ("no", "fp16", "bf16"),
-}
+        found: tuple[DatasetDict, DataReport] = self._get(f"data {source}", read)
+        return found
+
+    def backbone(self, name: str) -> tuple[Any, Any]:
+        """A model and its processor, which the caller may change."""
+        found: tuple[Any, Any] = self._get(f"backbone {name}", lambda: load_backbone(name))
+        return copy.deepcopy(found) if self.keep else found
+
+    def _get(self, key: str, read: Callable[[], Any]) -> Any:
+        if not self.keep:
+            return read()
+        if key not in self._kept:
+            self._kept[key] = read()
+        return self._kept[key]
 
 
 def run(
-    config: TrainConfig, *, on_event: Callable[[str, dict[str, Any]], None] | None = None
+    config: TrainConfig,
+    *,
+    on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    loader: Loader | None = None,
 ) -> dict[str, Any]:
     """Do the main job: load, split, draw, adapt, predict, measure, save.
 
     Args:
         config: What to do.
         on_event: Told of progress: `("stage", {"name"})`, `("episode", summary)`, `("epoch", row)`.
+        loader: Where data and backbone come from; a study passes one that keeps them.
 
     Returns:
         The content of `results.json`. Under `accelerate launch` every process returns it; only the
@@ -187,7 +105,7 @@ def run(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
-    from .data import check_dataset, group_rows, load_classes, load_dataset, save_episodes
+    from .data import group_rows, load_classes, save_episodes
     from .data.folder import column
 
     tell = on_event or (lambda kind, what: None)
@@ -198,26 +116,29 @@ def run(
         return finished
 
     tell("stage", {"name": "checking the data"})
-    dataset = load_dataset(config.data)
-    report = check_dataset(dataset)
-    report.raise_problems()
+    loader = loader or Loader()
+    dataset, report = loader.data(config.data)
     rows, episode = _choose_episode(dataset, config)
     names: list[str] = rows.features["label"].names
     classes = load_classes(names, source=config.data, prompts=config.prompts, stain=config.stain)
     groups = group_rows(rows, group_column=episode.group_column)
     labels = column(rows, "label")
     summary = episode.summary(labels, groups.ids, names)
+    shift = _declared_shift(config, names)
+    if episode.calibration and config.conformal:
+        _check_calibration(episode, labels, names, config)
     tell("episode", summary)
     clock.lap("data")
 
     tell("stage", {"name": "loading the backbone"})
     method = get_method(config.method)
     processes = _Processes(config, method)
-    model, processor = load_backbone(config.backbone)
+    model, processor = loader.backbone(config.backbone)
     model.to(processes.device)
     clock.lap("load")
 
     tell("stage", {"name": f"adapting: {config.method}"})
+    test = rows.select(episode.test)
     cache = FeatureCache() if config.cache else None
     with _unfinished(output, config, processes.main) as work:
         adapted = adapt(
@@ -230,6 +151,10 @@ def run(
             recipe=config.recipe_overrides(),
             loss=config.loss,
             validation=rows.select(episode.validation) if episode.validation else None,
+            query=test.select_columns(["image"]) if method.transductive else None,
+            groups=[groups.ids[i] for i in episode.support],
+            cross_validate=config.cross_validate,
+            max_steps=config.max_steps,
             seed=config.seed,
             augment=config.augment,
             accumulate=config.accumulate,
@@ -240,16 +165,23 @@ def run(
             resume=config.resume,
             on_epoch=lambda row: tell("epoch", row),
         )
+        images = adapted.processor.image_processor
+        adapted.model.config.mpp = known_scale(images, rows.select(episode.support))
         clock.lap("adapt")
 
         tell("stage", {"name": "predicting the test images"})
-        test = rows.select(episode.test)
+        frozen = cache if adapted.frozen_tower else None
+        calibrated = None
+        if episode.calibration:
+            calibrated = _calibrate(
+                adapted, rows, episode, groups.ids, config, processes, frozen, shift
+            )
+        if shift is not None:
+            adapted.model.config.prior_shift = shift
         predictions = processes.predict(
-            adapted,
-            test,
-            [groups.ids[i] for i in episode.test],
-            cache if adapted.frozen_tower else None,
+            adapted, test, [groups.ids[i] for i in episode.test], frozen
         )
+        further = _further_results(adapted, predictions, test, frozen, config)
         clock.lap("predict")
         tell("stage", {"name": "measuring"})
         measured = measure(predictions, n_resamples=config.n_resamples, seed=config.seed)
@@ -259,13 +191,15 @@ def run(
             "config": config.to_repeat(),
             "data": _describe_data(
                 config, report, rows, labels, groups.ids, episode, classes, summary
-            ),
+            )
+            | {"mpp": describe_scale(adapted.model.config.mpp)},
             **measured,
             "method": method.describe() | {"settings": asdict(adapted.settings)},
             "backbone": {
                 "name": adapted.model.config.backbone_name,
                 "revision": adapted.model.config.backbone_revision,
                 "license": adapted.model.config.backbone_license,
+                "restrictions": adapted.model.config.backbone_restrictions,
             },
             "training": {
                 "trainable_parameters": adapted.trainable_parameters,
@@ -273,8 +207,16 @@ def run(
                 "epochs_run": len(adapted.log),
                 "final_loss": adapted.log[-1]["loss"] if adapted.log else None,
                 "loss": config.loss,
+                "facts": adapted.facts,
             },
-            "notes": [*episode_notes(episode), *adapted.notes],
+            **further,
+            **({} if calibrated is None else {"calibration": calibrated.facts}),
+            "notes": [
+                *episode_notes(episode),
+                *adapted.notes,
+                *(calibrated.notes if calibrated is not None else ()),
+                *_pretraining_notes(adapted, config, rows),
+            ],
             "synthetic": bool(adapted.model.config.synthetic or _synthetic(config.data)),
             "timing": clock.report(),
             "environment": describe_environment(processes.device, processes.count),
@@ -310,12 +252,178 @@ def measure(predictions: Predictions, *, n_resamples: int = 2000, seed: int = 0)
     )
 
 
+def _declared_shift(config: TrainConfig, names: Sequence[str]) -> list[float] | None:
+    """What a declared prevalence adds to the logits."""
+    if config.prior is None or isinstance(config.prior, str):
+        return None
+    from .calibration import declared_prior, prior_shift
+
+    return [float(value) for value in prior_shift(declared_prior(config.prior, names))]
+
+
+def _check_calibration(
+    episode: "Episode", labels: Sequence[int], names: Sequence[str], config: TrainConfig
+) -> None:
+    """Refuse, before anything is trained, sets for which there are too few images."""
+    from .calibration import check_items
+
+    check_items(
+        [labels[i] for i in episode.calibration],
+        names,
+        method=str(config.conformal),
+        alpha=config.alpha,
+        per_class=config.per_class,
+    )
+
+
+def _calibrate(
+    adapted: Adapted,
+    rows: "Dataset",
+    episode: "Episode",
+    groups: Sequence[str],
+    config: TrainConfig,
+    processes: "_Processes",
+    cache: FeatureCache | None,
+    shift: list[float] | None,
+) -> "Calibration":
+    """Fit temperature, sets and abstention on groups that the method never saw; they are kept."""
+    from .calibration import calibrate
+
+    held_out = [groups[i] for i in episode.calibration]
+    said = processes.predict(adapted, rows.select(episode.calibration), held_out, cache)
+    assert said.labels is not None  # rows of a labelled set
+    found = calibrate(
+        said.logits,
+        said.labels,
+        held_out,
+        said.class_names,
+        temperature=config.temperature,
+        conformal=config.conformal,
+        alpha=config.alpha,
+        per_class=config.per_class,
+        max_risk=config.max_risk,
+        shift=shift,
+    )
+    adapted.model.config.temperature = found.temperature
+    adapted.model.config.calibration = found.to_dict()
+    return found
+
+
+def _further_results(
+    adapted: Adapted,
+    predictions: Predictions,
+    test: "Dataset",
+    cache: FeatureCache | None,
+    config: TrainConfig,
+) -> dict[str, Any]:
+    """What stands beside the metrics: the spread over prompts, sets, what a model does alone.
+
+    Where a method or a prior looked at the unlabelled test images, the predictions are replaced by
+    what it says about these.
+    """
+    import numpy as np
+
+    from .inference import embed_images
+    from .metrics import compute_metrics
+
+    found: dict[str, Any] = {}
+
+    def point_values(logits: "NDArray[np.floating[Any]]") -> dict[str, Any]:
+        measured = compute_metrics(predictions.labels, softmax(logits), n_resamples=0)
+        return {name: m["value"] for name, m in measured["metrics"].items()}
+
+    if adapted.query_logits is not None:
+        found["transductive"] = {
+            "query_images": len(predictions.logits),
+            "saved_model_alone": point_values(predictions.logits),
+        }
+        predictions.logits = adapted.query_logits.float().numpy()
+        predictions.probabilities = softmax(predictions.logits)
+        predictions.similarities = None
+    if adapted.variants:
+        features = torch.from_numpy(
+            embed_images(adapted.model.glovlm, adapted.processor, test, cache=cache)
+        )
+        with torch.inference_mode():
+            values = [point_values(head(features).numpy()) for head in adapted.variants]
+        found["prompt_sets"] = {"sets": len(values)} | {
+            name: {
+                "median": float(np.median([v[name] for v in values])),
+                "quartiles": np.quantile([v[name] for v in values], (0.25, 0.75)).tolist(),
+                "range": [min(v[name] for v in values), max(v[name] for v in values)],
+            }
+            for name in ("accuracy", "balanced_accuracy", "macro_auc", "macro_f1")
+        }
+    if config.prior is not None:
+        prior = config.prior
+        found["prior_correction"] = {"assumes": "a uniform prior of the model, as k shots imply"}
+        if isinstance(prior, str):
+            from .calibration import estimate_prior, prior_shift
+
+            estimated = estimate_prior(predictions.probabilities)
+            shift = prior_shift(estimated.prior)
+            adapted.model.config.prior_shift = [float(value) for value in shift]
+            predictions.logits = predictions.logits + shift.astype(np.float32)
+            predictions.probabilities = softmax(predictions.logits)
+            prior = dict(zip(predictions.class_names, map(float, estimated.prior), strict=True))
+            found["prior_correction"] |= {
+                "how": "em",
+                "transductive": True,
+                "query_images": len(predictions.logits),
+                "iterations": estimated.iterations,
+                "converged": estimated.converged,
+            }
+        else:
+            found["prior_correction"]["how"] = "declared"
+        found["prior_correction"]["prevalence"] = prior
+    found |= _measure_answers(predictions, adapted.model.config.calibration or {})
+    return found
+
+
+def _measure_answers(predictions: Predictions, calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """How sets and abstention do on the test images; the risk-coverage area of any model."""
+    from .calibration import (
+        ConformalThresholds,
+        conformal_sets,
+        measure_abstention,
+        measure_sets,
+    )
+
+    assert predictions.labels is not None  # callers predict labelled rows
+    found: dict[str, Any] = {}
+    abstention = calibration.get("abstention")
+    threshold = abstention["threshold"] if abstention else None
+    measured = measure_abstention(predictions.probabilities, predictions.labels, threshold)
+    found["abstention"] = measured if abstention else {"aurc": measured["aurc"]}
+    if calibration.get("conformal"):
+        thresholds = ConformalThresholds.from_dict(calibration["conformal"])
+        sets = conformal_sets(predictions.probabilities, thresholds)
+        found["sets"] = measure_sets(
+            sets, predictions.labels, predictions.class_names, predictions.groups
+        )
+    return found
+
+
+def softmax(logits: "NDArray[np.floating[Any]]") -> "NDArray[np.float64]":
+    """Probabilities `[n, K]` in float64."""
+    import numpy as np
+
+    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf))
+    probabilities: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
+    return probabilities
+
+
 def _choose_episode(dataset: Any, config: TrainConfig) -> tuple["Dataset", "Episode"]:
-    from .data import all_rows, draw_episode, load_episode
+    from .data import all_rows, draw_episode, load_episode, reserve_calibration
 
     rows = all_rows(dataset)
     if config.episodes is not None:
-        return rows, load_episode(config.episodes, config.draw, rows)
+        episode = load_episode(config.episodes, config.draw, rows)
+        if config.calibration_groups and not episode.calibration:
+            episode = reserve_calibration(
+                rows, episode, config.calibration_groups, seed=config.seed
+            )
+        return rows, episode
     return rows, draw_episode(
         rows,
         shots=config.shots,
@@ -325,6 +433,7 @@ def _choose_episode(dataset: Any, config: TrainConfig) -> tuple["Dataset", "Epis
         allow_fewer=config.allow_fewer,
         test_fraction=config.test_fraction,
         validation_shots=config.validation_shots,
+        calibration_groups=config.calibration_groups,
     )
 
 
@@ -334,6 +443,26 @@ def episode_notes(episode: "Episode") -> list[str]:
     if episode.group_column != "patient_id":
         notes.append("Patients are unknown: the same patient may stand on both sides.")
     return notes
+
+
+def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -> list[str]:
+    """Sentences about where the task lies inside or outside of what the backbone saw before."""
+    from .data.folder import column
+    from .data.terminology import find_stain
+
+    told = column(rows, "stain") if "stain" in rows.column_names else [config.stain]
+    stains: set[str | None] = {None}
+    for name in filter(None, told):
+        with suppress(GloVLMError):  # a stain that the terminology does not know
+            stains.add(find_stain(name))
+    model, data = adapted.model.config, Path(config.data).name
+    notes = [
+        note
+        for row in known_rows(model.backbone_name)
+        for stain in sorted(stains, key=str)
+        for note in pretraining_notes(row, stain, data, model.mpp)
+    ]
+    return list(dict.fromkeys(notes))
 
 
 def _describe_data(
@@ -350,7 +479,13 @@ def _describe_data(
 
     from .data import split_hash
 
-    sides = {"support": episode.support, "validation": episode.validation, "test": episode.test}
+    learned = (*episode.support, *episode.validation, *episode.calibration)
+    sides = {
+        "support": episode.support,
+        "validation": episode.validation,
+        "calibration": episode.calibration,
+        "test": episode.test,
+    }
     return {
         "name": Path(config.data).name,
         "fingerprint": report.fingerprint,
@@ -365,12 +500,7 @@ def _describe_data(
         "shots": episode.shots,
         "sampler": episode.sampler,
         "support": summary,
-        "support_groups_sha256": sorted(
-            {
-                sha256(groups[i].encode()).hexdigest()
-                for i in (*episode.support, *episode.validation)
-            }
-        ),
+        "support_groups_sha256": sorted({sha256(groups[i].encode()).hexdigest() for i in learned}),
         "notes": list(report.notes),
     }
 

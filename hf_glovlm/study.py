@@ -21,7 +21,7 @@ from .errors import GloVLMError, nearest
 from .inference import Predictions
 from .loop import write_text
 from .metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
-from .runs import TrainConfig, run
+from .runs import Loader, TrainConfig, run
 
 __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
 
@@ -241,8 +241,9 @@ def _run_cells(
 ) -> Iterator[tuple[Cell, str | None, float]]:
     """Run cells here, or in processes that each import anew and share nothing."""
     if workers == 1 or len(todo) < 2:
+        loader = Loader(keep=True)
         for cell, config in todo:
-            yield (cell, *_run_cell(config))
+            yield (cell, *_run_cell(config, loader))
         return
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -264,12 +265,16 @@ def _run_cells(
         pool.shutdown(cancel_futures=True)
 
 
-def _run_cell(config: TrainConfig) -> tuple[str | None, float]:
+_WORKERS_LOADER = Loader(keep=True)  # each worker process has its own
+
+
+def _run_cell(config: TrainConfig, loader: Loader | None = None) -> tuple[str | None, float]:
     """Run one cell; return why it failed, if it did, and its seconds."""
+    loader = loader or _WORKERS_LOADER
     start, folder, error = time.perf_counter(), Path(config.output_dir), None
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
     try:
-        run(config)
+        run(config, loader=loader)
     except Exception as reason:  # whatever it is, it must not take the other cells with it
         known = isinstance(reason, GloVLMError)
         error = str(reason) if known else f"{type(reason).__name__}: {reason}"
@@ -394,6 +399,8 @@ def _section(
                 if method.name == config.reference
                 else _compare(config, reference, runs, unit),
                 "label_budget": _label_budget(method, results),
+                # Towers that were never trained together: class texts told this method nothing.
+                "text_means_nothing": results[0]["training"]["facts"].get("joint_space") is False,
                 "trainable_parameters": results[0]["training"]["trainable_parameters"],
                 "median_seconds": median(r["timing"]["total"] for r in results),
                 "peak_memory_mib": max(r["timing"]["peak_memory_mib"] for r in results),
@@ -512,6 +519,7 @@ def _render_section(
     section: Mapping[str, Any], reference: str, unit: str, drawings: str
 ) -> Iterator[str]:
     methods, names = section["methods"], [m["name"] for m in section["methods"]]
+    shown_as = {m["name"]: m["name"] + "*" * m["text_means_nothing"] for m in methods}
     yield f"## {section['backbone']}, {section['shots']} shots{drawings}"
     budgets = [m["label_budget"]["per_class"] for m in methods]
     spent = [
@@ -524,13 +532,15 @@ def _render_section(
     yield f"### Paired difference to {reference}{drawings}"
     header = ["method", "draws", *(h for k in COMPARED for h in (METRICS[k].title, "verdict"))]
     others = [m for m in methods if m["name"] != reference]
-    yield _markdown(header, [[m["name"], *_paired(m["versus_reference"])] for m in others])
+    yield _markdown(
+        header, [[shown_as[m["name"]], *_paired(m["versus_reference"])] for m in others]
+    )
 
     yield f"### Mean and spread over label draws{drawings}"
     header = ["method", "draws", *(METRICS[k].title for k in SUMMARISED)]
     rows = [
         [
-            m["name"],
+            shown_as[m["name"]],
             str(len(m["draws"])),
             *(_spread(m["metrics"][k]) for k in SUMMARISED),
             _extent(m["label_budget"]["labels"]),
@@ -540,6 +550,11 @@ def _render_section(
         for m in methods
     ]
     yield _markdown([*header, "labels", "trained numbers", "seconds a draw"], rows)
+    if any(m["text_means_nothing"] for m in methods):
+        yield (
+            "*: these towers were never trained together, so the class texts told this method "
+            "nothing: class means of the support, or a projection fitted to it, stood in."
+        )
     if section["recorded"]:
         gaps = section["recorded"]["largest_difference"].items()
         said = ", ".join(f"{METRICS[k].title} {v:.4f}" for k, v in gaps)

@@ -2,21 +2,23 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import (
     FeatureMethod,
+    Fitted,
+    Fold,
     HeadMethod,
     Method,
     Recipe,
     Support,
     TowerMethod,
-    Tuning,
+    class_means,
     get_method,
     give_joint_space,
     prototype_head,
@@ -24,7 +26,8 @@ from .adapters import (
 from .backbones import load_backbone
 from .errors import GloVLMError
 from .inference import FeatureCache, embed_images, embed_prompts
-from .loop import BatchSource, ImageSource, TensorSource, fit, gather, seed_everything, world_size
+from .loop import BatchSource, ImageSource, TensorSource, fit, plan, seed_everything
+from .objective import HeadStep, Loss, TowerStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
     from .data import ClassInfo
 
-Loss = Literal["prototypes", "infonce", "infonce_published"]
+MIN_GROUPS_TO_CHOOSE = 4  # a class; leave-one-out on fewer was measured to tell nothing
 
 
 @dataclass
@@ -42,12 +45,15 @@ class Adapted:
     Args:
         model: A `GloVLMForImageClassification`; save it, put it into a pipeline, predict with it.
         processor: Its `GloVLMProcessor`.
-        settings: The method's config.
+        settings: The method's config, as it was used.
         recipe: How it was trained; `None` for closed forms.
         log: One row an epoch.
         trainable_parameters: How many numbers trained.
         frozen_tower: Whether the vision tower is as it came, so that cached features serve.
         notes: Sentences for the results.
+        facts: Numbers that the method found or chose.
+        query_logits: What a transductive method says about the query images `[m, classes]`.
+        variants: Further heads whose spread is reported.
     """
 
     model: Any
@@ -58,11 +64,79 @@ class Adapted:
     trainable_parameters: int
     frozen_tower: bool
     notes: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
+    query_logits: Tensor | None = None
+    variants: list[nn.Module] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> None:
         """Write weights in fp32, the model's code, processor and prompts."""
         self.model.float().save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+@dataclass
+class AdaptedFeatures:
+    """What `adapt_features` returns.
+
+    Args:
+        head: Features in, logits out.
+        dim: Width of the features.
+        settings: The method's config, as it was used.
+        recipe: How it was trained; `None` for closed forms.
+        log: One row an epoch.
+        notes: Sentences that belong beside its numbers.
+        facts: Numbers that the method found or chose.
+        query_logits: What a transductive method says about the query features `[m, classes]`.
+    """
+
+    head: nn.Module
+    dim: int
+    settings: Any
+    recipe: Recipe | None
+    log: list[dict[str, Any]]
+    notes: list[str]
+    facts: dict[str, Any]
+    query_logits: Any = None
+
+    def predict_logits(self, features: Any) -> Any:
+        """Logits `[n, classes]` of features `[n, dim]`, as an array of numpy in float32."""
+        rows = _matrix(features, "features")
+        if rows.shape[1] != self.dim:
+            raise GloVLMError(f"Expected features of width {self.dim}, found {rows.shape[1]}.")
+        with torch.inference_mode():
+            return self.head.eval()(rows).numpy()
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How to train, apart from the method's own recipe."""
+
+    overrides: Mapping[str, Any]
+    max_steps: int | None
+    accelerator: "Accelerator | None"
+    device: torch.device
+    options: dict[str, Any]
+    replay: bool = True
+
+    def recipe(self, own: Recipe, n: int) -> tuple[Recipe, list[str]]:
+        """The method's recipe with what the user overrides, cut if it is too long."""
+        recipe = Recipe(**{**asdict(own), **self.overrides})
+        recipe = replace(recipe, batch_size=min(recipe.batch_size, max(n, 1)))
+        if "epochs" in self.overrides:
+            recipe = replace(recipe, steps=None)
+        _, steps = plan(recipe, n)
+        if self.max_steps is None or steps <= self.max_steps:
+            return recipe, []
+        note = f"Cut to {self.max_steps} of the recipe's {steps} steps; its schedule is shortened."
+        return replace(recipe, steps=self.max_steps), [note]
+
+    def accelerate(self) -> "Accelerator":
+        """The accelerator that was given, or a plain one."""
+        if self.accelerator is not None:
+            return self.accelerator
+        from accelerate import Accelerator
+
+        return Accelerator(cpu=self.device.type == "cpu")
 
 
 def adapt(
@@ -76,6 +150,10 @@ def adapt(
     recipe: Mapping[str, Any] | None = None,
     loss: Loss = "prototypes",
     validation: "Dataset | None" = None,
+    query: "Dataset | None" = None,
+    groups: Sequence[str] | None = None,
+    cross_validate: bool = False,
+    max_steps: int | None = None,
     seed: int = 0,
     augment: bool = False,
     accumulate: int = 1,
@@ -84,9 +162,10 @@ def adapt(
     cache: FeatureCache | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
+    replay: bool = True,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Adapted:
-    """Adapt a backbone to a task from a few labelled images. No test image can be passed in.
+    """Adapt a backbone to a task from a few labelled images. No test label can be passed in.
 
     Args:
         model: A `GloVLMModel`, which is changed and taken over, or a backbone's name.
@@ -97,7 +176,12 @@ def adapt(
         settings: Settings of the method.
         recipe: Overrides of its recipe (`epochs`, `lr`, `weight_decay`, `batch_size`).
         loss: See `TrainConfig`.
-        validation: Further labelled rows for early stopping; they count as labels.
+        validation: Further labelled rows, to stop early or to choose settings; they count as
+            labels.
+        query: The images that a transductive method may look at; a label column is not read.
+        groups: Patient, case or slide of each support row, for `cross_validate`.
+        cross_validate: Choose settings by leaving out one group at a time.
+        max_steps: Most optimiser steps; a longer recipe is cut, and the results say so.
         seed: Of initialisation, order, dropout and augmentation.
         augment: See `TrainConfig`.
         accumulate: See `TrainConfig`.
@@ -106,17 +190,19 @@ def adapt(
         cache: Keeps features of the frozen tower.
         output_dir: Takes the log, the checkpoint and the adapter.
         resume: Go on from the checkpoint there.
+        replay: Run blocks that no step changes once rather than at every step; the same result.
         on_epoch: Told of every epoch.
 
     Returns:
         The adapted model with its head, and how it came about.
 
     Raises:
-        GloVLMError: A class has no image, the method needs a joint space that is not there, or the
-            loss became NaN.
+        GloVLMError: A class has no image, the method needs what is not there, or the loss became
+            NaN.
     """
     from .data import load_classes
     from .data.folder import column
+    from .model import GloVLMForImageClassification
 
     if isinstance(model, str):
         model, processor = load_backbone(model)
@@ -125,29 +211,17 @@ def adapt(
     if classes is None:
         classes = load_classes(support.features["label"].names)
     labels = torch.tensor(column(support, "label"), dtype=torch.long)
-    _check_support(chosen, model, labels, classes)
-    folder = Path(output_dir) if output_dir is not None else None
+    _check_support(chosen, labels, [c.name for c in classes])
+    if chosen.name == "zero_shot" and not model.has_joint_space:
+        raise GloVLMError(
+            f"'{model.config.backbone_name}' joins two encoders that were never trained together: "
+            "zero-shot would be chance. Use a method that learns from the labelled images "
+            "(linear_probe, lora), or a backbone with a joint space (mini, plip)."
+        )
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
     model.to(device).requires_grad_(False)
     seed_everything(seed)
-
-    prompts = [list(c.prompts) for c in classes]
-    if isinstance(chosen, TowerMethod):
-        prompts = chosen.prompts(classes, config)
-    prototypes = None
-    if chosen.needs_text:
-        prototypes = torch.from_numpy(embed_prompts(model, processor, prompts))
-
-    def embed(images: "Dataset", project: bool) -> Tensor:
-        return torch.from_numpy(
-            embed_images(model, processor, images, device=device, cache=cache, project=project)
-        )
-
-    shots = int(labels.bincount().max()) if len(labels) else 0
-    used: Recipe | None = None
-    log: list[dict[str, Any]] = []
-    notes: list[str] = []
-    trained, frozen_tower = 0, True
+    folder = Path(output_dir) if output_dir is not None else None
     options: dict[str, Any] = {
         "seed": seed,
         "clip_norm": clip_norm,
@@ -156,102 +230,485 @@ def adapt(
         "resume": resume,
         "on_epoch": on_epoch,
     }
+    training = _Training(recipe or {}, max_steps, accelerator, device, options, replay)
+
+    def embed(images: "Dataset", project: bool) -> Tensor:
+        return torch.from_numpy(
+            embed_images(model, processor, images, device=device, cache=cache, project=project)
+        )
 
     if isinstance(chosen, TowerMethod):
-        vectors = None
-        if model.config.is_pair:
-            vectors = embed(support, project=False)
-            assert prototypes is not None  # tower methods need text
-            if not model.has_joint_space:
-                give_joint_space(model, vectors, labels, prototypes)
-                notes.append(
-                    "The towers had no joint space: the projection started from a ridge fit on the "
-                    "support and trained."
-                )
-        tuning = chosen.attach(model, processor, classes, config)
-        step = TowerStep(model, processor, tuning, loss)
-        if vectors is not None and prototypes is not None:
-            start = step.current_prototypes().detach().cpu().float()
-            if not torch.allclose(start, prototypes, atol=1e-2):  # new tokens moved the targets
-                refit_projection(model, vectors, labels, start)
-        if tuning.trains_vision:
-            source: BatchSource = ImageSource(support, labels, processor, augment)
-            held_out = validation
-        else:
-            if vectors is None:
-                vectors = embed(support, project=False)
-            source = TensorSource(vectors, labels)
-            held_out = embed(validation, project=False) if validation is not None else None
-        used = _with(chosen.recipe(shots, config), recipe)
-        trained = sum(p.numel() for group in tuning.groups for p in group["params"])
-        log = fit(
-            step,
-            tuning.groups,
-            source,
-            used,
-            accelerator=accelerator or _new_accelerator(device),
-            validate=_validator(step, processor, held_out, validation, device),
-            **options,
-        )
-        main = accelerator is None or accelerator.is_main_process
-        adapter = folder / "adapter" if folder and chosen.saves_adapter and main else None
-        if adapter is not None:
-            shutil.rmtree(adapter, ignore_errors=True)
-        tuning.finish(adapter)
-        head: nn.Module = prototype_head(
-            step.current_prototypes().detach().cpu().float(), model.logit_scale.exp().item()
-        )
-        prompts, frozen_tower = tuning.prompts, not tuning.trains_vision
-        notes += tuning.notes
-    else:
-        features = torch.zeros(0, model.config.image_feature_dim)
-        if len(support):
-            features = embed(support, project=True)
-        scale = model.logit_scale.exp().item()
-        given = Support(features, labels, len(classes), prototypes, scale, seed)
-        if isinstance(chosen, HeadMethod):
-            head = chosen.build(given, config)
-            used = _with(chosen.recipe(shots, config), recipe)
-            trained = sum(p.numel() for p in head.parameters())
-            held_out = embed(validation, project=True) if validation is not None else None
-            log = _fit_head(
-                head.to(device), given, used, held_out, validation, accelerator, options
+        if cross_validate:
+            raise GloVLMError(
+                f"Method '{method}' has no setting to choose by leaving groups out: use "
+                "--validation-shots to stop early, or leave --cross-validate out."
             )
-        else:
-            assert isinstance(chosen, FeatureMethod)
-            head = chosen.fit(given, config)
-            fitted = [p for n, p in head.named_parameters() if n != "scale"]
-            trained = sum(p.numel() for p in fitted) if chosen.name != "zero_shot" else 0
-
-    from .model import GloVLMForImageClassification
+        images = _Images(support, validation, labels, classes, augment, embed)
+        adapted = _adapt_towers(model, processor, chosen, config, images, loss, training)
+    else:
+        if augment:
+            raise GloVLMError(
+                f"Method '{method}' works on features that are computed once, so --augment would "
+                "change nothing: leave it out, or use a method inside the towers (lora)."
+            )
+        held_out = None
+        if validation is not None:
+            held_out = (
+                embed(validation, not chosen.on_pooled or _linear_projection(model) is None),
+                torch.tensor(column(validation, "label"), dtype=torch.long),
+            )
+        given = _describe_support(
+            model, processor, chosen, config, classes, support, query, held_out, embed, seed
+        )
+        found = _fit_features(
+            chosen, config, given, training, model, groups if cross_validate else None,
+            stands_in=chosen.needs_text and not model.has_joint_space,
+        )  # fmt: skip
+        prompts = chosen.prompts(classes, config)
+        adapted = _Outcome(**vars(found), prompts=prompts, frozen_tower=True)
 
     names = [c.name for c in classes]
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: k for k, name in enumerate(names)}
     model.config.problem_type = "single_label_classification"
-    model.config.prompts = prompts
+    model.config.prompts = adapted.prompts
     model.requires_grad_(True)
-    head = head.to(device, model.dtype)
+    head = adapted.fitted.head.requires_grad_(True).to(device, model.dtype)
     classifier = GloVLMForImageClassification(model.config, glovlm=model, head=head)
-    return Adapted(classifier.eval(), processor, config, used, log, trained, frozen_tower, notes)
+    return Adapted(
+        model=classifier.eval(),
+        processor=processor,
+        settings=adapted.config,
+        recipe=adapted.recipe,
+        log=adapted.log,
+        trainable_parameters=adapted.trained,
+        frozen_tower=adapted.frozen_tower,
+        notes=adapted.fitted.notes,
+        facts=adapted.fitted.facts,
+        query_logits=adapted.fitted.query_logits,
+        variants=adapted.fitted.variants,
+    )
 
 
-def _check_support(
-    method: Method, model: Any, labels: Tensor, classes: Sequence["ClassInfo"]
-) -> None:
-    counts = torch.bincount(labels, minlength=len(classes)).tolist()
-    empty = [c.name for c, n in zip(classes, counts, strict=True) if n == 0]
-    if method.name != "zero_shot" and empty:
+def adapt_features(
+    method: str,
+    support_features: Any,
+    support_labels: Any,
+    text_features: Any = None,
+    *,
+    logit_scale: float = 100.0,
+    query_features: Any = None,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+) -> AdaptedFeatures:
+    """Run a method on bare features, so that embeddings from any tool serve without a backbone.
+
+    Args:
+        method: A name of `METHODS` that works on features.
+        support_features: `[n, dim]`.
+        support_labels: Class numbers `[n]`, 0 ... K-1, each at least once.
+        text_features: `[K, dim]`, one a class; where there are none, the class means of the support
+            stand in for them in methods that need them.
+        logit_scale: Factor between cosines and logits (CLIP: 100).
+        query_features: `[m, dim]`, for transductive methods.
+        seed: Of everything random.
+        config: Settings of the method.
+
+    Returns:
+        An object with `predict_logits(features) -> [n, classes]`.
+
+    Raises:
+        GloVLMError: The method works inside a tower; shapes do not fit; a class has no row.
+    """
+    chosen = get_method(method)
+    settings = chosen.configure(config or {})
+    if not isinstance(chosen, FeatureMethod | HeadMethod):
+        fitting = ", ".join(n for n, m in _methods() if isinstance(m, FeatureMethod | HeadMethod))
         raise GloVLMError(
-            f"Method '{method.name}' needs at least one labelled image of every class; none of: "
-            f"{', '.join(empty)}. Label some, or leave the class out."
+            f"Method '{method}' trains inside a tower, so features alone do not do: use `adapt`, "
+            f"or a method on features ({fitting})."
         )
-    if method.name == "zero_shot" and not model.has_joint_space:
+    features = _matrix(support_features, "support_features")
+    labels = torch.as_tensor(support_labels)
+    if labels.is_floating_point() or labels.shape != features.shape[:1]:
         raise GloVLMError(
-            f"'{model.config.backbone_name}' joins two encoders that were never trained together: "
-            "zero-shot would be chance. Use a method that learns from the labelled images "
-            "(linear_probe, lora), or a backbone with a joint space (mini, plip)."
+            f"Expected {len(features)} whole class numbers as support_labels, found "
+            f"{tuple(labels.shape)} of {labels.dtype}."
         )
+    labels = labels.long()
+    prototypes = None if text_features is None else _matrix(text_features, "text_features")
+    if prototypes is not None and prototypes.shape[1] != features.shape[1]:
+        raise GloVLMError(
+            f"Image and text features must have one width; found {features.shape[1]} and "
+            f"{prototypes.shape[1]}."
+        )
+    lowest, highest = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
+    num_classes = highest + 1 if prototypes is None else len(prototypes)
+    if lowest < 0 or highest >= num_classes:
+        raise GloVLMError(
+            f"Class numbers go from 0 to {num_classes - 1} (one row of text_features a class); "
+            f"found {lowest} to {highest}."
+        )
+    _check_support(chosen, labels, [f"class {k}" for k in range(num_classes)])
+    if chosen.name == "zero_shot" and prototypes is None:
+        raise GloVLMError("Method 'zero_shot' compares with class texts: give text_features.")
+    stands_in = prototypes is None and chosen.needs_text
+    if stands_in:
+        prototypes = class_means(features, labels, num_classes)
+    elif prototypes is not None:
+        prototypes = nn.functional.normalize(prototypes, dim=-1)
+    query = None if query_features is None else _matrix(query_features, "query_features")
+    single = None if prototypes is None else list(prototypes.unsqueeze(1))
+    given = Support(features, labels, num_classes, prototypes, logit_scale, seed, query, single)
+    seed_everything(seed)
+    training = _Training({}, None, None, torch.device("cpu"), {"seed": seed})
+    found = _fit_features(chosen, settings, given, training, None, None, stands_in=stands_in)
+    logits = found.fitted.query_logits
+    return AdaptedFeatures(
+        head=found.fitted.head.eval(),
+        dim=features.shape[1],
+        settings=found.config,
+        recipe=found.recipe,
+        log=found.log,
+        notes=found.fitted.notes,
+        facts=found.fitted.facts,
+        query_logits=None if logits is None else logits.numpy(),
+    )
+
+
+# ------------------------------------------------------------------------- methods on features
+
+
+@dataclass
+class _Found:
+    """What a method on features came to."""
+
+    fitted: Fitted
+    config: Any
+    recipe: Recipe | None
+    log: list[dict[str, Any]]
+    trained: int
+
+
+@dataclass
+class _Outcome(_Found):
+    """What any method came to, before the model is put together."""
+
+    prompts: list[list[str]]
+    frozen_tower: bool
+
+
+def _describe_support(
+    model: Any,
+    processor: Any,
+    method: Method,
+    config: Any,
+    classes: Sequence["ClassInfo"],
+    support: "Dataset",
+    query: "Dataset | None",
+    validation: tuple[Tensor, Tensor] | None,
+    embed: Callable[["Dataset", bool], Tensor],
+    seed: int,
+) -> Support:
+    """The support as a method on features sees it."""
+    from .data.folder import column
+
+    projection = _linear_projection(model)
+    pooled = method.on_pooled and projection is not None
+    labels = torch.tensor(column(support, "label"), dtype=torch.long)
+    features = torch.zeros(0, model.config.image_feature_dim)
+    if len(support):
+        features = embed(support, not pooled)
+    prototypes, single, scale = None, None, model.logit_scale.exp().item()
+    if method.needs_text and model.has_joint_space:
+        prompts = method.prompts(classes, config)
+        prototypes = torch.from_numpy(embed_prompts(model, processor, prompts))
+        if method.needs_prompt_features:
+            each = torch.from_numpy(
+                embed_prompts(model, processor, [[text] for texts in prompts for text in texts])
+            )
+            single = list(each.split([len(texts) for texts in prompts]))
+    elif method.needs_text:
+        projected = embed(support, True) if pooled else features
+        prototypes, scale = class_means(projected, labels, len(classes)), 100.0
+        single = list(prototypes.unsqueeze(1))
+    return Support(
+        features=features,
+        labels=labels,
+        num_classes=len(classes),
+        prototypes=prototypes,
+        logit_scale=scale,
+        seed=seed,
+        query=embed(query, not pooled) if query is not None else None,
+        prompt_features=single,
+        projection=_float(projection.weight) if pooled and projection is not None else None,
+        projection_bias=_float(projection.bias) if pooled and projection is not None else None,
+        validation=validation,
+    )
+
+
+def _fit_features(
+    method: Method,
+    config: Any,
+    given: Support,
+    training: _Training,
+    model: Any | None,
+    groups: Sequence[str] | None,
+    *,
+    stands_in: bool,
+) -> _Found:
+    """Run a method on features: choose settings where there is something to choose on, then fit."""
+    notes: list[str] = []
+    facts: dict[str, Any] = {}
+    if stands_in:
+        facts["joint_space"] = False
+        notes.append(
+            "No joint space of images and texts: the class means of the support stood in for the "
+            "class texts, so no text had a part in this."
+        )
+    recipe, log = None, []
+    if isinstance(method, HeadMethod):
+        if groups is not None:
+            raise _nothing_to_choose(method)
+        head = method.build(given, config).to(training.device)
+        recipe, cut = training.recipe(
+            method.recipe(_shots(given.labels), config), len(given.labels)
+        )
+        notes += cut
+        trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+        log = _fit_head(method, head, given, config, recipe, training)
+        fitted = method.finish(head.cpu().eval(), given, config, model)
+    else:
+        assert isinstance(method, FeatureMethod)
+        folds = []
+        if groups is not None:
+            if method.validation != "search":
+                raise _nothing_to_choose(method)
+            folds, said = _leave_groups_out(given, groups, stands_in)
+            notes.append(said)
+        elif given.validation is not None and method.validation == "search":
+            folds = [Fold(replace(given, validation=None), *given.validation)]
+            notes.append("Settings were chosen on the validation labels, which count as labels.")
+        elif given.validation is not None and method.validation == "none":
+            notes.append(
+                "This method has nothing to choose: the validation labels were not used, but count."
+            )
+        if folds:
+            config = method.choose(folds, config)
+            facts["chosen_settings"] = asdict(config)
+        fitted = method.fit(given, config)
+        weights = fitted.head.named_parameters()
+        fixed = ("scale", "text.scale", "alpha", "beta")
+        trained = 0
+        if method.name != "zero_shot":
+            trained = sum(p.numel() for n, p in weights if n not in fixed)
+    if stands_in and getattr(fitted.head, "cosine", False):
+        fitted.head.cosine = False  # type: ignore[assignment] - its rows are no texts
+    fitted.notes = [*notes, *fitted.notes]
+    fitted.facts = {**facts, **fitted.facts}
+    return _Found(fitted, config, recipe, log, trained)
+
+
+def _leave_groups_out(
+    given: Support, groups: Sequence[str], stands_in: bool
+) -> tuple[list[Fold], str]:
+    """One fold for each group, if every class has enough of them; a sentence for the results."""
+    held = [
+        len({g for g, k in zip(groups, given.labels.tolist(), strict=True) if k == c})
+        for c in range(given.num_classes)
+    ]
+    if min(held) < MIN_GROUPS_TO_CHOOSE:
+        return [], (
+            f"Settings were kept at their defaults: choosing by leaving groups out needs "
+            f"{MIN_GROUPS_TO_CHOOSE} groups of every class, and one has {min(held)}."
+        )
+    folds = []
+    for name in sorted(set(groups)):
+        out = torch.tensor([g == name for g in groups])
+        features, labels = given.features[~out], given.labels[~out]
+        prototypes = given.prototypes
+        if stands_in:
+            prototypes = class_means(features, labels, given.num_classes)
+        inner = replace(
+            given, features=features, labels=labels, prototypes=prototypes, validation=None
+        )
+        folds.append(Fold(inner, given.features[out], given.labels[out]))
+    return folds, f"Settings were chosen by leaving out each of {len(folds)} groups in turn."
+
+
+def _nothing_to_choose(method: Method) -> GloVLMError:
+    able = ", ".join(name for name, m in _methods() if m.validation == "search")
+    return GloVLMError(
+        f"Method '{method.name}' has no setting to choose by leaving groups out (these have: "
+        f"{able}): leave --cross-validate out."
+    )
+
+
+def _fit_head(
+    method: HeadMethod,
+    head: nn.Module,
+    given: Support,
+    config: Any,
+    recipe: Recipe,
+    training: _Training,
+) -> list[dict[str, Any]]:
+    """Train a head on the main process and hand its weights to the others."""
+    log: list[dict[str, Any]] = []
+    accelerator = training.accelerator
+    if accelerator is None or accelerator.is_main_process:
+        step = HeadStep(head, lambda: method.penalty(head, given, config))
+        held_out = None
+        if given.validation is not None and method.validation == "early stopping":
+            held_out = TensorSource(*given.validation)
+        log = fit(
+            step,
+            [{"params": [p for p in head.parameters() if p.requires_grad]}],
+            TensorSource(given.features, given.labels),
+            recipe,
+            accelerator=training.accelerate(),
+            distributed=False,
+            validate=_validator(step, held_out, training.device),
+            # Features are small, and batch norm sees the whole batch or gives another result.
+            **{**training.options, "accumulate": 1},
+        )
+    if accelerator is not None and accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        payload: list[Any] = [head.state_dict(), log]
+        broadcast_object_list(payload)
+        head.load_state_dict(payload[0])
+        log = payload[1]
+    return log
+
+
+# ------------------------------------------------------------------- methods inside the towers
+
+
+@dataclass
+class _Images:
+    """The labelled images of a method inside the towers."""
+
+    support: "Dataset"
+    validation: "Dataset | None"
+    labels: Tensor
+    classes: Sequence["ClassInfo"]
+    augment: bool
+    embed: Callable[["Dataset", bool], Tensor]
+
+
+def _adapt_towers(
+    model: Any,
+    processor: Any,
+    method: TowerMethod,
+    config: Any,
+    images: _Images,
+    loss: Loss,
+    training: _Training,
+) -> _Outcome:
+    """Attach a method to the towers, train it, and take the class prototypes it ends with."""
+    notes: list[str] = []
+    facts: dict[str, Any] = {}
+    prompts = method.prompts(images.classes, config)
+    vectors = prototypes = None
+    if model.config.is_pair:
+        vectors = images.embed(images.support, False)
+        prototypes = torch.from_numpy(embed_prompts(model, processor, prompts))
+        if not model.has_joint_space:
+            give_joint_space(model, vectors, images.labels, prototypes)
+            facts["joint_space"] = False
+            notes.append(
+                "The towers had no joint space: the projection started from a ridge fit on the "
+                "support and trained."
+            )
+    tuning = method.attach(model, processor, images.classes, config)
+    accumulate = training.options["accumulate"]
+    if tuning.whole_batch and (accumulate > 1 or loss != "prototypes"):
+        raise GloVLMError(
+            f"Method '{method.name}' needs whole batches and loss 'prototypes': found accumulate "
+            f"{accumulate}, loss '{loss}'. Leave both as they are by default."
+        )
+    if tuning.image_prototypes is not None and loss != "prototypes":
+        raise GloVLMError(f"Method '{method.name}' knows loss 'prototypes' only; found '{loss}'.")
+    step = TowerStep(model, processor, tuning, loss)
+    if vectors is not None and prototypes is not None and tuning.image_prototypes is None:
+        start = step.current_prototypes().detach().cpu().float()
+        if not torch.allclose(start, prototypes, atol=1e-2):  # new tokens moved the targets
+            refit_projection(model, vectors, images.labels, start)
+    source, held_out = _sources(images, processor, tuning.trains_vision, vectors)
+    if training.replay:
+        if isinstance(source, ImageSource) and not images.augment:
+            source, held_out = _replayed(step, source, held_out)
+        if tuning.image_prototypes is None:
+            step.replay_texts()
+    recipe, cut = training.recipe(method.recipe(_shots(images.labels), config), len(images.labels))
+    log = fit(
+        step,
+        tuning.groups,
+        source,
+        recipe,
+        accelerator=training.accelerate(),
+        validate=_validator(step, held_out, training.device),
+        begin=tuning.begin,
+        after_step=tuning.after_step,
+        **training.options,
+    )
+    trained = sum(p.numel() for group in tuning.groups for p in group["params"])
+    folder = training.options["output_dir"]
+    main = training.accelerator is None or training.accelerator.is_main_process
+    adapter = folder / "adapter" if folder and method.saves_adapter and main else None
+    if adapter is not None:
+        shutil.rmtree(adapter, ignore_errors=True)
+    step.stop_replay()
+    tuning.finish(adapter)
+    if tuning.head is not None:
+        head = tuning.head()
+    else:
+        with torch.no_grad():
+            final = step.current_prototypes().cpu().float()
+        head = prototype_head(final, model.logit_scale.exp().item())
+    fitted = Fitted(head, [*notes, *cut, *tuning.notes], facts)
+    return _Outcome(fitted, config, recipe, log, trained, tuning.prompts, not tuning.trains_vision)
+
+
+def _replayed(
+    step: TowerStep, source: ImageSource, held_out: BatchSource | None
+) -> tuple[BatchSource, BatchSource | None]:
+    """The same batches as states behind the frozen blocks, where there are some and they fit."""
+    wanted = [source] if held_out is None else [source, held_out]
+    found: list[BatchSource] = []
+    for images in wanted:
+        states = step.replay_images(images.fetch, len(images.labels))
+        if states is None:
+            step.stop_replay()
+            return source, held_out
+        found.append(TensorSource(states, images.labels))
+    return found[0], found[1] if held_out is not None else None
+
+
+def _sources(
+    images: _Images, processor: Any, trains_vision: bool, vectors: Tensor | None
+) -> tuple[BatchSource, BatchSource | None]:
+    """Where training and validation batches come from: pixels, or vectors of a frozen tower."""
+    from .data.folder import column
+
+    held_out: BatchSource | None = None
+    truth = None
+    if images.validation is not None:
+        truth = torch.tensor(column(images.validation, "label"), dtype=torch.long)
+    if trains_vision:
+        if truth is not None:
+            held_out = ImageSource(images.validation, truth, processor)
+        return ImageSource(images.support, images.labels, processor, images.augment), held_out
+    if images.augment:
+        raise GloVLMError(
+            "This method leaves the vision tower as it is, so each image is encoded once and "
+            "--augment would change nothing: leave it out."
+        )
+    if vectors is None:
+        vectors = images.embed(images.support, False)
+    if truth is not None:
+        held_out = TensorSource(images.embed(images.validation, False), truth)
+    return TensorSource(vectors, images.labels), held_out
 
 
 def refit_projection(model: Any, pooled: Tensor, labels: Tensor, prototypes: Tensor) -> None:
@@ -266,72 +723,65 @@ def refit_projection(model: Any, pooled: Tensor, labels: Tensor, prototypes: Ten
     model.backbone.visual_projection = projection
 
 
-def _with(recipe: Recipe, overrides: Mapping[str, Any] | None) -> Recipe:
-    return Recipe(**{**asdict(recipe), **(overrides or {})})
+# ------------------------------------------------------------------------------------- shared
 
 
-def _new_accelerator(device: torch.device) -> "Accelerator":
-    from accelerate import Accelerator
+def _linear_projection(model: Any) -> nn.Linear | None:
+    """What stands between pooled vectors and image features, if it is one matrix."""
+    projection = getattr(model.backbone, "visual_projection", None)
+    return projection if isinstance(projection, nn.Linear) else None
 
-    return Accelerator(cpu=device.type == "cpu")
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().cpu().float()
 
 
-def _fit_head(
-    head: nn.Module,
-    given: Support,
-    recipe: Recipe,
-    held_out: Tensor | None,
-    validation: "Dataset | None",
-    accelerator: "Accelerator | None",
-    options: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """Train a head on the main process and hand its weights to the others."""
-    log: list[dict[str, Any]] = []
-    device = next(head.parameters()).device
-    if accelerator is None or accelerator.is_main_process:
-        step = HeadStep(head)
-        log = fit(
-            step,
-            [{"params": list(head.parameters())}],
-            TensorSource(given.features, given.labels),
-            recipe,
-            accelerator=accelerator or _new_accelerator(device),
-            distributed=False,
-            validate=_validator(step, None, held_out, validation, device),
-            # Features are small, and batch norm sees the whole batch or gives another result.
-            **{**options, "accumulate": 1},
+def _check_support(method: Method, labels: Tensor, names: Sequence[str]) -> None:
+    counts = torch.bincount(labels, minlength=len(names)).tolist()
+    empty = [name for name, n in zip(names, counts, strict=True) if n == 0]
+    if method.name != "zero_shot" and empty:
+        raise GloVLMError(
+            f"Method '{method.name}' needs at least one labelled image of every class; none of: "
+            f"{', '.join(empty)}. Label some, or leave the class out."
         )
-    if accelerator is not None and accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
 
-        payload: list[Any] = [head.state_dict(), log]
-        broadcast_object_list(payload)
-        head.load_state_dict(payload[0])
-        log = payload[1]
-    return log
+
+def _shots(labels: Tensor) -> int:
+    return int(labels.bincount().max()) if len(labels) else 0
+
+
+def _methods() -> list[tuple[str, Method]]:
+    from .adapters import METHODS
+
+    return list(METHODS.items())
+
+
+def _matrix(values: Any, name: str) -> Tensor:
+    """A finite matrix of fp32, whatever it came as."""
+    import numpy as np
+
+    try:
+        tensor = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values))
+        tensor = tensor.detach().cpu().float()
+    except (TypeError, ValueError, RuntimeError):
+        raise GloVLMError(f"Expected {name} to be a matrix of numbers.") from None
+    if tensor.dim() != 2 or not torch.isfinite(tensor).all():
+        raise GloVLMError(
+            f"Expected {name} to be a matrix of finite numbers, found shape {tuple(tensor.shape)}"
+            f"{'' if torch.isfinite(tensor).all() else ' with NaN or infinity'}."
+        )
+    return tensor
 
 
 def _validator(
-    step: nn.Module,
-    processor: Any,
-    inputs: "Dataset | Tensor | None",
-    validation: "Dataset | None",
-    device: torch.device,
+    step: nn.Module, source: BatchSource | None, device: torch.device
 ) -> Callable[[], float] | None:
     """Macro-AUC on the validation images, for early stopping; `None` without validation."""
-    if validation is None or inputs is None:
+    if source is None:
         return None
-    import numpy as np
-
-    from .data.folder import column
     from .metrics import compute_metrics
 
-    labels = np.asarray(column(validation, "label"))
-    source: BatchSource
-    if isinstance(inputs, Tensor):
-        source = TensorSource(inputs, torch.from_numpy(labels))
-    else:
-        source = ImageSource(inputs, torch.from_numpy(labels), processor, augment=False)
+    labels = source.labels.numpy()
 
     def validate() -> float:
         logits = []
@@ -344,126 +794,3 @@ def _validator(
         return float(measured["metrics"]["macro_auc"]["value"] or 0.0)
 
     return validate
-
-
-class HeadStep(nn.Module):
-    """Cross-entropy of a head on features."""
-
-    def __init__(self, head: nn.Module) -> None:
-        super().__init__()
-        self.head = head
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Logits `[n, classes]` in evaluation mode."""
-        self.head.eval()
-        logits: Tensor = self.head(features)
-        return logits
-
-    def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
-        """Sum of the weighted losses over `total`, so that parts of a batch add up to its mean."""
-        self.head.train(len(inputs) > 1)  # one row has no variance for batch norm to take
-        losses = nn.functional.cross_entropy(self.head(inputs), labels, reduction="none")
-        return (weight * losses).sum() / total
-
-
-class TowerStep(nn.Module):
-    """Loss of images against class texts, with whatever trains inside the towers.
-
-    Args:
-        model: A `GloVLMModel` to which a method has attached itself.
-        processor: Its processor.
-        tuning: What the method attached.
-        loss: `prototypes`, `infonce` or `infonce_published`.
-    """
-
-    def __init__(self, model: Any, processor: Any, tuning: Tuning, loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-        self.trains_vision = tuning.trains_vision
-        encoded = processor.encode_prompts(tuning.prompts)
-        self.text = {k: v.to(model.logit_scale.device) for k, v in encoded.items()}
-        self.fixed: Tensor | None = None
-        if not tuning.trains_text:  # text of an unchanged tower is encoded once
-            with torch.no_grad():
-                self.fixed = self.current_prototypes()
-
-    def train(self, mode: bool = True) -> "TowerStep":
-        """Only what a method added drops out: a few images against a noisy tower teach nothing."""
-        super().train(False)
-        for name, module in self.named_modules():
-            if "lora_dropout" in name:
-                module.train(mode)
-        return self
-
-    def current_prototypes(self) -> Tensor:
-        """Unit class prototypes `[K, dim]` as the towers stand now."""
-        if self.fixed is not None:
-            return self.fixed
-        prototypes: Tensor = self.model.class_prototypes(**self.text)
-        return prototypes
-
-    def image_features(self, inputs: Tensor) -> Tensor:
-        """Unit features `[n, dim]` of images, or of pooled vectors where the tower is frozen."""
-        inputs = inputs.to(self.model.dtype)
-        if self.trains_vision:
-            features = self.model.get_image_features(inputs).pooler_output
-        else:
-            features = self.model.project_images(inputs)
-        return nn.functional.normalize(features, dim=-1)
-
-    def classify(self, inputs: Tensor) -> Tensor:
-        """Logits `[n, classes]` in evaluation mode."""
-        self.eval()
-        scale = self.model.logit_scale.exp()
-        logits: Tensor = scale * self.image_features(inputs) @ self.current_prototypes().T
-        return logits
-
-    def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
-        """Loss of this process's part of a batch; the mean over processes is the batch's loss."""
-        features, prototypes = self.image_features(inputs), self.current_prototypes()
-        scale = self.model.logit_scale.exp()
-        if self.loss != "prototypes":
-            features, labels, weight = gather(features), gather(labels), gather(weight)
-            masked = self.loss == "infonce"
-            return infonce(features, prototypes[labels], labels, weight, scale, masked)
-        losses = nn.functional.cross_entropy(
-            scale * features @ prototypes.T, labels, reduction="none"
-        )
-        return (weight * losses).sum() * world_size() / total
-
-
-def infonce(
-    images: Tensor,
-    texts: Tensor,
-    labels: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    mask_same_class: bool,
-) -> Tensor:
-    """Symmetric in-batch contrastive loss, each image against the class text of every other.
-
-    Two images of one class share their text; taken as negatives of each other they are false.
-
-    Args:
-        images: Unit features `[n, dim]`.
-        texts: Unit features of each image's own class text `[n, dim]`.
-        labels: Class numbers `[n]`.
-        weight: `[n]`, 0 for rows that only pad.
-        scale: Factor between cosines and logits.
-        mask_same_class: Whether pairs of the same class are left out of the denominator.
-    """
-    logits = scale * images @ texts.T
-    other = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    out = (weight == 0).unsqueeze(0) & other
-    if mask_same_class:
-        out = out | ((labels.unsqueeze(0) == labels.unsqueeze(1)) & other)
-    target = torch.arange(len(labels), device=labels.device)
-    # Both masks hold for rows and columns alike, so the transpose takes the same one.
-    by_image = nn.functional.cross_entropy(
-        logits.masked_fill(out, -torch.inf), target, reduction="none"
-    )
-    by_text = nn.functional.cross_entropy(
-        logits.T.masked_fill(out, -torch.inf), target, reduction="none"
-    )
-    return (weight * (by_image + by_text) / 2).sum() / weight.sum()

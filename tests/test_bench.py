@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from tiny import tiny_clip
 
-from hf_glovlm.bench import BENCHES, bench_metrics, plain_metrics, run_benches
+from hf_glovlm.adapters import METHODS
+from hf_glovlm.bench import (
+    BENCHES,
+    Shape,
+    bench_methods,
+    bench_metrics,
+    plain_metrics,
+    run_benches,
+)
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.metrics import compute_metrics
 
@@ -40,6 +48,26 @@ def test_encoding_rows(name: str) -> None:
     expected = (base["value"] / ours["value"]) ** (1 if name == "cache" else -1)
     assert ours["ratio"] == pytest.approx(expected, rel=0.02)
     assert all("6 drawings" in row["what"] for row in (base, ours))
+
+
+def test_methods_rows_compare_what_gives_the_same() -> None:
+    shape = Shape(image_size=32, patch=8, vision=(64, 4), text=(64, 3), context=40)
+    rows = bench_methods(
+        shape=shape, n_classes=3, shots=4, dim=32, rows=60, loop_pairs=5, repeats=1
+    )
+    by_name = {row["name"]: row for row in rows}
+    assert len(by_name) == len(rows)
+    pairs = {
+        "methods.text_cut_4": "methods.text_full_4",
+        "methods.text_once": "methods.text_each_step",
+        "methods.epoch_2_0_once": "methods.epoch_2_0_plain",
+        "methods.search": "methods.search_loop",
+    }
+    for ours, plain in pairs.items():
+        expected = by_name[plain]["value"] / by_name[ours]["value"]
+        assert by_name[ours]["ratio"] == pytest.approx(expected, rel=0.02)
+    free = {name for name, m in METHODS.items() if m.family == "training-free"}
+    assert free <= {name.removeprefix("methods.") for name in by_name}
 
 
 def test_an_unknown_bench_is_named() -> None:

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from tiny import CLASSES, tiny_clip, tiny_images
 
-from hf_glovlm import cli
+from hf_glovlm import cli, console
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -622,7 +622,7 @@ def test_a_terminal_gets_a_drawn_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    cli._print_table("Title [x]", ["class"], [["[bold]odd[/bold]"]])
+    console.print_table("Title [x]", ["class"], [["[bold]odd[/bold]"]])
     drawn = capsys.readouterr().out
     assert "[bold]odd[/bold]" in drawn
     assert "─" in drawn or "━" in drawn

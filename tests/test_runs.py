@@ -19,7 +19,7 @@ from tiny import CLASSES, tiny_bert, tiny_clip, tiny_dinov2, tiny_images, tiny_p
 from transformers import AutoModelForImageClassification
 
 from hf_glovlm import inference, runs
-from hf_glovlm.adapters import METHODS
+from hf_glovlm.adapters import METHODS, FeatureMethod
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import (
     all_rows,
@@ -119,8 +119,10 @@ def test_results_say_what_the_contract_says(method: str, images: Path, tmp_path:
     if method not in ("zero_shot", "linear_probe"):
         config.epochs = 1
     results = run(config)
-    text = METHODS[method].needs_text
-    assert set(results["metrics"]) == METRICS | (COSINES if text else set())
+    head = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["head"]
+    assert set(results["metrics"]) == METRICS | (COSINES if head.get("cosine") else set())
+    if METHODS[method].transductive:
+        assert results["transductive"]["query_images"] == results["n"]
     for metric in results["metrics"].values():
         assert {"value", "ci95", "note", "undefined_resamples"} <= set(metric)
     assert set(results["per_class"]) == set(CLASSES)
@@ -148,7 +150,7 @@ def test_results_say_what_the_contract_says(method: str, images: Path, tmp_path:
     assert results["backbone"]["name"] == "tiny_clip"
     trains = results["training"]
     assert (trains["trainable_parameters"] == 0) == (method == "zero_shot")
-    assert trains["epochs_run"] == (0 if method in ("zero_shot", "linear_probe") else 1)
+    assert trains["epochs_run"] == (0 if isinstance(METHODS[method], FeatureMethod) else 1)
     assert str(tmp_path) not in json.dumps({k: v for k, v in results.items() if k != "config"})
     adapter = (tmp_path / "run" / "adapter").is_dir()
     assert adapter == METHODS[method].saves_adapter

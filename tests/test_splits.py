@@ -1,5 +1,6 @@
 """Groups, splits by group, few-shot episodes: the invariants that keep a result honest."""
 
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -22,6 +23,7 @@ from hf_glovlm.data import (
     group_rows,
     load_dataset,
     load_episode,
+    reserve_calibration,
     save_episodes,
     split_groups,
     split_hash,
@@ -325,6 +327,7 @@ def test_shots_are_balanced_and_draws_differ() -> None:
             "labels_per_class": dict.fromkeys(CLASSES, 4),
             "groups_per_class": dict.fromkeys(CLASSES, 4),
             "validation_labels": 0,
+            "calibration_labels": 0,
             "label_budget": 12,
         }
     assert len({episode.support for episode in drawn}) == 10
@@ -411,6 +414,207 @@ def test_validation_comes_from_groups_of_its_own() -> None:
     assert len(episode.validation) == 9
     assert _apart(support, validation, test)
     assert episode.summary(rows["label"][:], rows["slide_id"][:], CLASSES)["label_budget"] == 21
+
+
+# ---------------------------------------------------------------------------------- calibration
+
+
+def _calibration_sides(rows: datasets.Dataset, episode: Episode) -> list[set[str]]:
+    slides = rows["slide_id"][:]
+    return [*_sides(rows, episode), {slides[row] for row in episode.calibration}]
+
+
+# SHA-256 of support, validation and test as they were drawn before there was a calibration side.
+DRAWS_BEFORE = "3978c2b9ae35ab8cc9491f55ca3576f50bf41939b996d23de02c4361c870e29c"
+
+
+def test_without_calibration_groups_every_draw_is_as_it_was() -> None:
+    rows = cohort(n_groups=14)
+    digest = hashlib.sha256()
+    for seed in range(3):
+        for sampler in SAMPLERS:
+            for shots in (2, 3):
+                episode = draw_episode(
+                    rows, shots=shots, seed=seed, shots_from=sampler, validation_shots=seed
+                )
+                assert episode.calibration == ()
+                sides = [episode.support, episode.validation, episode.test]
+                digest.update(json.dumps(sides).encode())
+    assert digest.hexdigest() == DRAWS_BEFORE
+
+
+@given(
+    rows=cohorts(),
+    seed=st.integers(0, 99),
+    shots=st.integers(0, 4),
+    sampler=st.sampled_from(SAMPLERS),
+    validation_shots=st.integers(0, 1),
+    n=st.integers(1, 4),
+    allow_fewer=st.booleans(),
+)
+def test_calibration_invariants(
+    rows: datasets.Dataset,
+    seed: int,
+    shots: int,
+    sampler: Any,
+    validation_shots: int,
+    n: int,
+    allow_fewer: bool,
+) -> None:
+    setting = {
+        "shots": shots,
+        "seed": seed,
+        "shots_from": sampler,
+        "allow_fewer": allow_fewer,
+        "validation_shots": validation_shots,
+    }
+    try:
+        episode = draw_episode(rows, calibration_groups=n, **setting)
+    except GloVLMError:
+        assume(False)
+    sides = _calibration_sides(rows, episode)
+    assert _apart(*sides)
+    slides, labels = rows["slide_id"][:], rows["label"][:]
+    held = sides[-1]
+    assert len(held) == n
+    # whole groups: their own prevalence
+    assert list(episode.calibration) == [i for i, slide in enumerate(slides) if slide in held]
+    assert episode == draw_episode(rows, calibration_groups=n, **setting)
+    # the other sides that are drawn by group are as without it
+    plain = draw_episode(rows, **setting | {"allow_fewer": True})
+    assert (episode.test, episode.validation) == (plain.test, plain.validation)
+    budget = episode.summary(labels, slides, rows.features["label"].names)
+    assert budget["calibration_labels"] == len(episode.calibration)
+    assert budget["label_budget"] == sum(
+        len(side) for side in (episode.support, episode.validation, episode.calibration)
+    )
+    fewer = draw_episode(rows, calibration_groups=n, **setting | {"shots": max(shots - 1, 0)})
+    if fewer.calibration == episode.calibration:
+        assert set(fewer.support) <= set(episode.support)
+    assert split_hash(rows, replace(episode, calibration=())) == split_hash(rows, episode)
+
+
+def test_calibration_groups_are_drawn() -> None:
+    rows = cohort(n_groups=12)
+    drawn = {draw_episode(rows, shots=2, seed=0, draw=d, calibration_groups=2) for d in range(8)}
+    assert len({episode.calibration for episode in drawn}) > 4
+    for seed in range(5):
+        few, many = (draw_episode(rows, shots=k, seed=seed, calibration_groups=2) for k in (1, 8))
+        assert few.calibration == many.calibration
+        assert set(few.support) <= set(many.support)
+
+
+def _one_large_slide() -> datasets.Dataset:
+    """The first class lies in one slide of 8 images and five of 1; the second one everywhere."""
+    held = [8, 1, 1, 1, 1, 1]
+    labels = [k for n in held for k in [0] * n + [1] * 4]
+    slides = [f"s{g}" for g, n in enumerate(held) for _ in range(n + 4)]
+    parts = ["train"] * len(labels) + ["test"] * 2
+    return make_rows([*labels, 0, 1], slide_id=[*slides, "t", "t"], split=parts)
+
+
+@pytest.mark.parametrize(
+    ("shots", "sampler", "taken"),
+    [
+        (10, "spread", False),  # of 13 images: the slide of 8 must stay
+        (4, "one_group", False),  # the other slides hold 4 too, but not one of them
+        (1, "one_group", True),
+        (1, "spread", True),
+    ],
+)
+def test_what_the_support_needs_stays(shots: int, sampler: Any, taken: bool) -> None:
+    rows = _one_large_slide()
+    slides = rows["slide_id"][:]
+    wanted = {"ischemic": shots, "sclerotic": 4 if sampler == "one_group" else 6}
+    found = set()
+    for draw in range(20):
+        episode = draw_episode(
+            rows, shots=wanted, seed=0, draw=draw, shots_from=sampler, calibration_groups=2
+        )
+        found |= {slides[row] for row in episode.calibration}
+    assert ("s0" in found) == taken
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_a_class_of_one_group_is_not_set_aside(shots: int) -> None:
+    # the third class lies in g
+    rows = make_rows([0, 1] * 6 + [2, 0, 1], slide_id=[*"aabbccddeeff", *"ggg"])
+    for seed in range(20):
+        episode = draw_episode(rows, shots=shots, seed=seed, allow_fewer=True, calibration_groups=2)
+        assert 12 in episode.support
+
+
+def test_calibration_differs_between_draws_of_a_given_split() -> None:
+    rows = cohort(n_groups=12)
+    given_split = rows.add_column("split", ["train"] * 90 + ["test"] * 18)
+    drawn = [
+        draw_episode(given_split, shots=1, seed=s, draw=d, calibration_groups=3).calibration
+        for s, d in [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]
+    ]
+    assert len(set(drawn)) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"calibration_groups": -1}, "0 or more calibration groups, found -1"),
+        ({"calibration_groups": 4}, "has 4 groups, so 4 cannot be set aside.*ask for 3 at most"),
+        (
+            {"calibration_groups": 2, "shots": 9},
+            "pool without its 2 calibration groups holds 6 images, 9 were asked for",
+        ),
+    ],
+)
+def test_too_few_groups_for_calibration(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(GloVLMError, match=sentence):
+        draw_episode(cohort(), **{"shots": 1, "seed": 0, **options})
+
+
+def test_groups_that_an_episode_does_not_use_are_reserved() -> None:
+    rows = cohort(n_groups=24)
+    slides = rows["slide_id"][:]
+    episode = draw_episode(rows, shots=2, seed=0, validation_shots=1)
+    for n in (1, 3):
+        reserved = reserve_calibration(rows, episode, n, seed=1)
+        assert reserved == reserve_calibration(rows, episode, n, 1, group_rows(rows))
+        assert replace(reserved, calibration=()) == episode
+        sides = _calibration_sides(rows, reserved)
+        assert _apart(*sides)
+        assert len(sides[-1]) == n
+        assert list(reserved.calibration) == [
+            i for i, slide in enumerate(slides) if slide in sides[-1]
+        ]
+    assert len({reserve_calibration(rows, episode, 2, seed=s).calibration for s in range(9)}) > 2
+    unused = 24 - len(set().union(*_sides(rows, episode)))
+    assert (
+        len(_calibration_sides(rows, reserve_calibration(rows, episode, unused, 0))[-1]) == unused
+    )
+    with pytest.raises(
+        GloVLMError, match=rf"leaves {unused} of 24 groups outside .*, {unused + 1} were asked for"
+    ):
+        reserve_calibration(rows, episode, unused + 1, seed=0)
+    with pytest.raises(GloVLMError, match="found 0 calibration images and 0 groups"):
+        reserve_calibration(rows, episode, 0, seed=0)
+    with pytest.raises(GloVLMError, match="without calibration groups"):
+        reserve_calibration(rows, reserved, 1, seed=0)
+
+
+def test_a_frozen_episode_keeps_its_calibration(tmp_path: Path) -> None:
+    rows = cohort(n_groups=10)
+    drawn = [draw_episode(rows, shots=1, seed=0, draw=d, calibration_groups=2) for d in range(2)]
+    path = tmp_path / "e.json"
+    save_episodes(path, drawn, rows, "set")
+    assert [load_episode(path, d, rows) for d in range(2)] == drawn
+    frozen = json.loads(path.read_text())
+    names = rows["file_name"][:]
+    assert frozen["draws"][0]["calibration"] == [names[row] for row in drawn[0].calibration]
+    frozen["draws"][0]["calibration"] = [names[drawn[0].support[0]]]
+    path.write_text(json.dumps(frozen))
+    with pytest.raises(GloVLMError, match="on both the support and the calibration side"):
+        load_episode(path, 0, rows)
+    plain = draw_episode(rows, shots=1, seed=0)
+    save_episodes(path, [plain], rows, "set")
+    assert "calibration" not in json.loads(path.read_text())["draws"][0]
 
 
 # ------------------------------------------------------------------------------- given splits

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_glovlm.data import terminology
-from hf_glovlm.data.terminology import find_stain, find_term, match_key, prompts_for, terms
+from hf_glovlm.data.terminology import (
+    described_prompts,
+    find_stain,
+    find_term,
+    match_key,
+    prompts_for,
+    terms,
+    terms_of,
+)
 from hf_glovlm.errors import GloVLMError
 
 TERMS = terms()
@@ -159,6 +167,42 @@ def test_prompts_are_templates_times_synonyms_with_the_stain():
     ]
     assert len(prompts_for("global sclerosis")) == 4 * 3
     assert "A pathology image of a glomerulus with karyorrhexis" in prompts_for("karyorrhexis")
+
+
+@pytest.mark.parametrize("term", PROMPTABLE, ids=term_id)
+def test_described_prompts_add_what_the_lesion_looks_like(term):
+    plain, found = prompts_for(term), described_prompts(term)
+    assert found[: len(plain)] == plain
+    assert len(set(found)) == len(found) == 2 * len(plain)
+    for short, long in zip(plain, found[len(plain) :], strict=True):
+        look = long.removeprefix(f"{short}: ")
+        assert term.definition.lower().startswith(look.lower())
+        assert not re.search(r"stated|stain|electron|biops|[;{}]|\.$", look)
+        assert look[0].islower()
+
+
+def test_a_definition_is_told_up_to_its_first_semicolon():
+    assert described_prompts("crescent")[-1] == (
+        "A kidney section showing a glomerulus with extracapillary proliferation: growth outside "
+        "the capillaries, more than two cell layers deep"
+    )
+    with pytest.raises(GloVLMError, match="no term 'crescnt'"):
+        described_prompts("crescnt")
+    with pytest.raises(GloVLMError, match="label of a whole biopsy"):
+        described_prompts("lupus nephritis class IV")
+
+
+def test_the_terms_of_classes_are_those_that_tell_them_apart():
+    viable, globally = find_term("viable glomerulus"), find_term("global sclerosis")
+    assert terms_of([("Viable_Glomeruli",), ("x", "global sclerosis")]) == [viable, globally]
+    # The first known name counts, and an unknown class leaves the others theirs.
+    assert terms_of([("viable", "global sclerosis"), ("a dog", "a cat")]) == [viable, None]
+    assert terms_of([("viable",), ("normal glomerulus",), ("crescent",)]) == [
+        None,
+        None,
+        find_term("crescent"),
+    ]
+    assert terms_of([("lupus nephritis class IV",), ("foot process effacement",)])[0] is None
 
 
 def test_a_stain_that_does_not_show_the_lesion_is_left_out_and_that_is_said(caplog):

@@ -26,7 +26,8 @@ from hf_glovlm.data import ClassInfo, all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import FeatureCache, embed_images, predict
 from hf_glovlm.model import GloVLMModel, GloVLMProcessor
-from hf_glovlm.training import Adapted, HeadStep, TowerStep, adapt, infonce
+from hf_glovlm.objective import HeadStep, TowerStep, infonce
+from hf_glovlm.training import Adapted, adapt
 
 BACKBONES: dict[str, Callable[[], Any]] = {"clip": tiny_clip, "pair": tiny_pair}
 TOWER = [name for name, m in METHODS.items() if isinstance(m, TowerMethod)]
@@ -38,6 +39,8 @@ EVERY = [
     if (method, backbone) != ("zero_shot", "pair")
 ]
 QUICK = {"epochs": 2}
+# They start from the class texts and see the whole support at every step: nothing is drawn.
+WITHOUT_CHANCE = {"zs_lp", "clap", "taskres", "tip_adapter_f", "prolip"}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +74,10 @@ def backbone(name: str) -> tuple[GloVLMModel, GloVLMProcessor]:
 
 def quick(method: str, name: str, support: Dataset, **options: Any) -> Adapted:
     model, processor = backbone(name)
-    recipe = QUICK if method in TRAINED else None
-    return adapt(model, method, support, **{"processor": processor, "recipe": recipe, **options})
+    given: dict[str, Any] = {"processor": processor, "recipe": QUICK if method in TRAINED else None}
+    if METHODS[method].transductive:
+        given["query"] = support
+    return adapt(model, method, support, **{**given, **options})
 
 
 def weights(adapted: Adapted) -> dict[str, Tensor]:
@@ -160,7 +165,11 @@ def test_a_seed_gives_the_same_weights_and_another_gives_others(
     first = weights(quick(method, name, support, seed=4))
     torch.rand(100)  # what ran before must not matter
     assert same(weights(quick(method, name, support, seed=4)), first)
-    assert not same(weights(quick(method, name, support, seed=5)), first)
+    other = weights(quick(method, name, support, seed=5))
+    if method in WITHOUT_CHANCE:
+        assert all(torch.allclose(other[n], first[n], atol=1e-5) for n in first)
+    else:
+        assert not same(other, first)
 
 
 def test_closed_forms_do_not_depend_on_the_seed(rows: Dataset) -> None:
@@ -642,7 +651,7 @@ def test_a_backbone_may_be_named(rows: Dataset) -> None:
     assert adapted.processor.tokenizer is not None
 
 
-@pytest.mark.parametrize("method", TOWER)
+@pytest.mark.parametrize("method", [m for m in TOWER if m != "cocoop"])  # its texts differ by image
 def test_a_pair_starts_from_the_ridge_fit_to_the_texts_that_it_trains_with(
     method: str, rows: Dataset
 ) -> None:

@@ -1,30 +1,41 @@
 """Adaptation methods, grouped by what they touch: one table, one contract, one result class."""
 
-from . import features, text, weights  # noqa: F401 - importing lists the methods
+# Importing lists the methods, in the order of the table.
+from . import free, features, text, inserts, weights  # noqa: F401, I001
 from .contract import (
     METHODS,
     FeatureMethod,
+    Fitted,
+    Fold,
     HeadMethod,
     Method,
     Recipe,
+    StepState,
     Support,
     TowerMethod,
     Tuning,
+    class_means,
     get_method,
     give_joint_space,
+    prototype_head,
 )
-from .features import prototype_head
+from .weights import tower_layers
 
 __all__ = [
     "METHODS",
     "FeatureMethod",
+    "Fitted",
+    "Fold",
     "HeadMethod",
     "Method",
     "Recipe",
+    "StepState",
     "Support",
     "TowerMethod",
     "Tuning",
+    "class_means",
     "get_method",
     "give_joint_space",
     "prototype_head",
+    "tower_layers",
 ]

@@ -4,6 +4,7 @@ A method only declares. Features are computed in `inference.py`, the loop is in 
 """
 
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError, nearest
+from ..model.heads import ClassWeights
 
 Family = Literal["training-free", "feature side", "text side", "image side", "both sides"]
+
+Validation = Literal["none", "search", "early stopping"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,9 @@ class Recipe:
         patience: Epochs without a better validation macro-AUC before stopping, if there is
             validation; without it every epoch is run and the last state kept.
         min_delta: The least gain in macro-AUC that counts as better.
+        steps: Optimiser steps in all, where a paper counts these; `epochs` is then not used.
+        by_step: Whether the cosine moves at every step rather than every epoch.
+        eps: Of AdamW.
     """
 
     lr: float
@@ -49,19 +56,31 @@ class Recipe:
     warmup_lr: float = 1e-5
     patience: int = 7
     min_delta: float = 0.001
+    steps: int | None = None
+    by_step: bool = False
+    eps: float = 1e-8
 
 
 @dataclass(frozen=True)
 class Support:
-    """The labelled images, as a method on features sees them. No test image is ever in it.
+    """The labelled images, as a method on features sees them. No test label is ever in it.
 
     Args:
-        features: Image features `[n, dim]`, not normalised.
+        features: Image features `[n, dim]`, not normalised; pooled vectors `[n, width]` for a
+            method with `on_pooled`.
         labels: Class numbers `[n]`; classes may be unbalanced, one image is enough.
         num_classes: Number of classes K.
-        prototypes: Unit class text features `[K, dim]`, where the backbone has a joint space.
+        prototypes: Unit class text features `[K, dim]`. On towers without a joint space the unit
+            class means of the support stand in for them (`class_means`), and the results say so.
         logit_scale: Factor between cosines and logits of the backbone.
         seed: Of everything random.
+        query: Features of the unlabelled query batch `[m, dim]`, for transductive methods alone.
+        prompt_features: Per class, unit features of each of its prompts `[P_k, dim]`, for methods
+            with `needs_prompt_features`.
+        projection: The backbone's last projection `[dim, width]`, for methods with `on_pooled`;
+            `None` where there is none that is linear, and width is dim.
+        projection_bias: Its bias `[dim]`, where it has one.
+        validation: Features and labels of further labelled images, which count as labels.
     """
 
     features: Tensor
@@ -70,6 +89,65 @@ class Support:
     prototypes: Tensor | None = None
     logit_scale: float = 100.0
     seed: int = 0
+    query: Tensor | None = None
+    prompt_features: list[Tensor] | None = None
+    projection: Tensor | None = None
+    projection_bias: Tensor | None = None
+    validation: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def texts(self) -> Tensor:
+        """The prototypes of a method that needs them, which was checked before."""
+        assert self.prototypes is not None
+        return self.prototypes
+
+
+@dataclass
+class Fitted:
+    """What a method on features leaves behind.
+
+    Args:
+        head: A `Head` of `model/heads.py`: features in, logits out.
+        notes: Sentences for the results.
+        facts: Numbers that were found or chosen, for the results.
+        query_logits: `[m, K]` of a transductive method for `Support.query`; its results are
+            measured on these, while the head is what remains for other images.
+        variants: Further heads whose spread is reported (sampled prompt sets).
+    """
+
+    head: nn.Module
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    query_logits: Tensor | None = None
+    variants: list[nn.Module] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One part of a search: fit on the support, score on labelled features of other groups."""
+
+    support: Support
+    features: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class StepState:
+    """What a further loss of a tower method sees of one step.
+
+    Args:
+        features: Unit image features `[n, dim]`.
+        prototypes: Unit class prototypes `[K, dim]`, or one set an image `[n, K, dim]`.
+        logits: Scaled cosines `[n, K]`.
+        labels: Class numbers `[n]`.
+        weight: `[n]`, 0 for rows that only pad.
+    """
+
+    features: Tensor
+    prototypes: Tensor
+    logits: Tensor
+    labels: Tensor
+    weight: Tensor
 
 
 @dataclass
@@ -84,6 +162,15 @@ class Tuning:
         finish: Called once after the last step: writes the adapter alone into a folder (`None`: do
             not write), then merges it into the towers.
         notes: Sentences for the results.
+        penalty: Added to the cross-entropy: a mean over the images of the step.
+        guide: A loss whose gradient that of the cross-entropy is kept from opposing (ProGrad).
+        whole_batch: Whether penalty or guide must see the batch whole; it is then neither split
+            among processes nor accumulated.
+        image_prototypes: Unit image features `[n, dim]` to unit class prototypes of each image
+            `[n, K, dim]`, where these depend on the image (CoCoOp).
+        head: Makes the final head, where it is not the final prototypes.
+        begin: Told the total number of steps before the first.
+        after_step: Called after each optimiser step, counted from 1.
     """
 
     groups: list[dict[str, Any]]
@@ -92,6 +179,13 @@ class Tuning:
     trains_text: bool
     finish: Callable[[Path | None], None]
     notes: list[str] = field(default_factory=list)
+    penalty: Callable[[StepState], Tensor] | None = None
+    guide: Callable[[StepState], Tensor] | None = None
+    whole_batch: bool = False
+    image_prototypes: Callable[[Tensor], Tensor] | None = None
+    head: Callable[[], nn.Module] | None = None
+    begin: Callable[[int], None] | None = None
+    after_step: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,9 +200,12 @@ class Method(ABC):
         name: On the command line.
         family: What it touches.
         trains: What changes, in words.
-        needs_text: Whether it uses class texts (and so a joint space).
+        needs_text: Whether it uses class texts.
         saves_adapter: Whether it leaves a PEFT adapter beside the merged model.
         transductive: Whether it looks at the unlabelled query batch.
+        validation: What further labels would be used for, if they are given.
+        needs_prompt_features: Whether it takes the features of every single prompt.
+        on_pooled: Whether it takes image vectors before the backbone's last projection.
         citation: Where it comes from.
         Config: Its settings, defaults from its paper.
     """
@@ -119,6 +216,9 @@ class Method(ABC):
     needs_text: ClassVar[bool]
     saves_adapter: ClassVar[bool] = False
     transductive: ClassVar[bool] = False
+    validation: ClassVar[Validation] = "none"
+    needs_prompt_features: ClassVar[bool] = False
+    on_pooled: ClassVar[bool] = False
     citation: ClassVar[str]
     Config: ClassVar[type] = NoConfig
 
@@ -136,7 +236,7 @@ class Method(ABC):
                     f"Method '{self.name}' has no setting '{key}' (it has: {known})."
                     f"{nearest(key, fields)}"
                 )
-            default = fields[key].default
+            default = _default(fields[key])
             if isinstance(default, float) and type(value) is int:
                 continue
             known_type = default is not dataclasses.MISSING and default is not None
@@ -147,6 +247,10 @@ class Method(ABC):
                 )
         return self.Config(**settings)
 
+    def prompts(self, classes: Sequence[ClassInfo], config: Any) -> list[list[str]]:
+        """The texts that stand for each class."""
+        return [list(c.prompts) for c in classes]
+
     def describe(self) -> dict[str, Any]:
         """One row of `glovlm methods`."""
         return {
@@ -154,23 +258,59 @@ class Method(ABC):
             "family": self.family,
             "trains": self.trains,
             "needs_text": self.needs_text,
-            "saves_adapter": self.saves_adapter,
+            "validation": self.validation,
             "transductive": self.transductive,
+            "saves_adapter": self.saves_adapter,
             "settings": dataclasses.asdict(self.Config()),
             "citation": self.citation,
         }
 
 
 class FeatureMethod(Method):
-    """Frozen towers, closed form or a solver: features in, head out."""
+    """Frozen towers, closed form or a solver of its own: features in, head out.
+
+    Attributes:
+        grid: Values of settings among which `choose` searches, if it is given labelled folds.
+    """
+
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     @abstractmethod
-    def fit(self, support: Support, config: Any) -> nn.Module:
+    def fit(self, support: Support, config: Any) -> Fitted:
         """Make the head from the support."""
+
+    def choose(self, folds: Sequence[Fold], config: Any) -> Any:
+        """Choose settings on labelled images of groups that the method was not fitted on.
+
+        Every combination of `grid` is fitted on each fold's support. The highest balanced accuracy
+        over all folds wins, ties by the mean log-likelihood, then the setting that was given.
+
+        Args:
+            folds: One (validation) or many (leave one group out).
+            config: The settings to depart from.
+        """
+        best, best_score = config, self._score(folds, config)
+        for values in itertools.product(*self.grid.values()):
+            candidate = dataclasses.replace(config, **dict(zip(self.grid, values, strict=True)))
+            score = self._score(folds, candidate)
+            if score > best_score:
+                best, best_score = candidate, score
+        return best
+
+    def _score(self, folds: Sequence[Fold], config: Any) -> tuple[float, float]:
+        logits, labels = [], []
+        for fold in folds:
+            head = self.fit(fold.support, config).head.eval()
+            with torch.no_grad():
+                logits.append(head(fold.features.float()).double())
+            labels.append(fold.labels)
+        return score_logits(torch.cat(logits), torch.cat(labels))
 
 
 class HeadMethod(Method):
-    """Frozen towers, a head trained by the loop on features."""
+    """Frozen towers, a module on features trained by the loop with cross-entropy."""
+
+    validation: ClassVar[Validation] = "early stopping"
 
     @abstractmethod
     def recipe(self, shots: int, config: Any) -> Recipe:
@@ -178,19 +318,32 @@ class HeadMethod(Method):
 
     @abstractmethod
     def build(self, support: Support, config: Any) -> nn.Module:
-        """Make the untrained head."""
+        """Make the untrained module; its parameters that require a gradient train."""
+
+    def penalty(self, head: nn.Module, support: Support, config: Any) -> Tensor | None:
+        """What is added to the mean loss of every step, if anything."""
+        return None
+
+    def finish(self, head: nn.Module, support: Support, config: Any, model: Any | None) -> Fitted:
+        """Turn the trained module into a `Head`.
+
+        Args:
+            head: What `build` made, trained.
+            support: What it was trained on, with `validation` where there is some.
+            config: An instance of `Config`.
+            model: The `GloVLMModel`, whose projection may be changed; `None` for bare features.
+        """
+        return Fitted(head)
 
 
 class TowerMethod(Method):
     """Something inside the towers trains."""
 
+    validation: ClassVar[Validation] = "early stopping"
+
     @abstractmethod
     def recipe(self, shots: int, config: Any) -> Recipe:
         """How the loop trains it, given the largest number of shots of any class."""
-
-    def prompts(self, classes: Sequence[ClassInfo], config: Any) -> list[list[str]]:
-        """The texts that stand for each class."""
-        return [list(c.prompts) for c in classes]
 
     @abstractmethod
     def attach(
@@ -232,6 +385,59 @@ def get_method(name: str) -> Method:
             f"{nearest(name, METHODS)}"
         )
     return METHODS[name]
+
+
+def prototype_head(prototypes: Tensor, scale: float) -> ClassWeights:
+    """Put class prototypes `[K, dim]` into a head: scaled cosines, no bias."""
+    head = ClassWeights(prototypes.shape[1], len(prototypes), normalize=True, cosine=True)
+    with torch.no_grad():
+        head.weight.copy_(nn.functional.normalize(prototypes, dim=-1))
+        head.scale.fill_(scale)
+    return head
+
+
+def linear_head(weight: Tensor, bias: Tensor) -> ClassWeights:
+    """Put weights `[K, dim]` and bias `[K]` into a head on L2-normalised features."""
+    head = ClassWeights(weight.shape[1], len(weight), normalize=True)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return head
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Unit means of the L2-normalised features of each class.
+
+    Args:
+        features: `[n, dim]`.
+        labels: `[n]`, every class at least once.
+        num_classes: Number of classes K.
+
+    Returns:
+        `[K, dim]`.
+    """
+    unit = nn.functional.normalize(features, dim=-1)
+    total = unit.new_zeros(num_classes, unit.shape[1]).index_add(0, labels, unit)
+    return nn.functional.normalize(total, dim=-1)
+
+
+def score_logits(logits: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Balanced accuracy over the classes present, and the mean log-likelihood.
+
+    Args:
+        logits: `[n, K]`.
+        labels: `[n]`.
+    """
+    weight = 1.0 / torch.bincount(labels, minlength=logits.shape[1]).double()[labels]
+    right = (logits.argmax(1) == labels).double()
+    likelihood = -nn.functional.cross_entropy(logits.double(), labels, reduction="none")
+    return tuple(float((weight * value).sum() / weight.sum()) for value in (right, likelihood))  # type: ignore[return-value]
+
+
+def _default(setting: dataclasses.Field[Any]) -> Any:
+    if setting.default_factory is not dataclasses.MISSING:
+        return setting.default_factory()
+    return setting.default
 
 
 def give_joint_space(

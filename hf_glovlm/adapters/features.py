@@ -1,38 +1,39 @@
-"""Methods on frozen image features: zero-shot, linear probe, and the classifier of Glo-VLMs."""
+"""Methods on the feature side: a head on frozen image features, solved or trained by gradients."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..model.heads import ClassWeights, MLPHead
-from .contract import FeatureMethod, HeadMethod, Recipe, Support, register
+from ..errors import GloVLMError
+from ..model.heads import ClassWeights, MLPHead, ProjectedHead, ResidualHead
+from .contract import (
+    FeatureMethod,
+    Fitted,
+    HeadMethod,
+    Recipe,
+    Support,
+    linear_head,
+    prototype_head,
+    register,
+    score_logits,
+)
+from .free import TipAdapterConfig, cache_head, search_tip_adapter
+
+WARM_COSINE: dict[str, Any] = {"schedule": "cosine", "warmup_epochs": 1, "warmup_lr": 1e-5}
+COSINE_BY_STEP: dict[str, Any] = {"schedule": "cosine", "by_step": True, "eps": 1e-4}
+WHOLE_SUPPORT = 2**31 - 1  # a batch size: one step an epoch, however many images there are
 
 
-def prototype_head(prototypes: torch.Tensor, scale: float) -> ClassWeights:
-    """Put class prototypes `[K, dim]` into a head: scaled cosines, no bias."""
-    head = ClassWeights(prototypes.shape[1], len(prototypes), normalize=True, cosine=True)
+def place_texts(text: ClassWeights, support: Support) -> None:
+    """Put the class texts into a head, where they stay as they are while the rest trains."""
     with torch.no_grad():
-        head.weight.copy_(nn.functional.normalize(prototypes, dim=-1))
-        head.scale.fill_(scale)
-    return head
-
-
-@register
-class ZeroShot(FeatureMethod):
-    """Cosine between image and class texts, prompts averaged after normalising; no labels."""
-
-    name = "zero_shot"
-    family = "training-free"
-    trains = "nothing"
-    needs_text = True
-    citation = "Radford et al. 2021, arXiv:2103.00020"
-
-    def fit(self, support: Support, config: Any) -> nn.Module:
-        assert support.prototypes is not None  # needs_text was checked
-        return prototype_head(support.prototypes, support.logit_scale)
+        text.weight.copy_(support.texts)
+        text.scale.fill_(support.logit_scale)
+    text.requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,16 @@ class LinearProbe(FeatureMethod):
     trains = "one weight vector and bias a class"
     needs_text = False
     citation = "Radford et al. 2021, arXiv:2103.00020 (protocol)"
+    validation = "search"
     Config = LinearProbeConfig
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"C": (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)}
 
-    def fit(self, support: Support, config: LinearProbeConfig) -> nn.Module:
+    def fit(self, support: Support, config: LinearProbeConfig) -> Fitted:
         features = nn.functional.normalize(support.features.double(), dim=-1)
         weight, bias = fit_logistic(
             features, support.labels, support.num_classes, config.C, config.max_iter
         )
-        head = ClassWeights(features.shape[1], support.num_classes, normalize=True)
-        with torch.no_grad():
-            head.weight.copy_(weight)
-            head.bias.copy_(bias)
-        return head
+        return Fitted(linear_head(weight, bias))
 
 
 def fit_logistic(
@@ -116,6 +115,440 @@ def fit_logistic(
     )
     values = torch.from_numpy(found.x).reshape(rows, dim + 1)
     return all_classes(values[:, :dim]), all_classes(values[:, dim])
+
+
+# ------------------------------------------------------------------------------------------- LP++
+
+
+@dataclass(frozen=True)
+class LpPlusPlusConfig:
+    """Settings of `lp_plus_plus`.
+
+    Args:
+        epochs: Full-batch steps; 0 is the start alone, which needs no training.
+        alpha_start: Every alpha starts at this times the mean cosine of a class's images and text.
+        alpha_every: Epochs from one step of alpha to the next.
+        momentum: Of the steps of weight and bias.
+    """
+
+    epochs: int = 300
+    alpha_start: float = 250.0
+    alpha_every: int = 10
+    momentum: float = 0.9
+
+
+@register
+class LpPlusPlus(FeatureMethod):
+    """LP++: `logits = f . (w_k + alpha_k t_k) + b_k`, no temperature, step sizes from the data.
+
+    Sums and means are of each class's own images, so that classes may be unbalanced. The published
+    code never clears the gradient of alpha, so each of its steps sums all earlier ones; here a step
+    takes the gradient where it stands, as in the paper.
+    """
+
+    name = "lp_plus_plus"
+    family = "feature side"
+    trains = "one weight vector and bias a class, and the share of its text"
+    needs_text = True
+    validation = "early stopping"
+    citation = "LP++: Huang et al. 2024, arXiv:2404.02285"
+    Config = LpPlusPlusConfig
+
+    def fit(self, support: Support, config: LpPlusPlusConfig) -> Fitted:
+        features = nn.functional.normalize(support.features.double(), dim=-1)
+        texts = support.texts.double()
+        path = lp_plus_plus_path(features, support.labels, texts, config)
+        best, best_score, kept = None, -1.0, config.epochs
+        for epoch, (weight, alpha, bias) in enumerate(path):
+            if epoch < config.epochs and (support.validation is None or epoch == 0):
+                continue
+            head, score = linear_head(weight + alpha.unsqueeze(1) * texts, bias), 0.0
+            if support.validation is not None:
+                with torch.no_grad():
+                    logits = head(support.validation[0].float())
+                score, _ = score_logits(logits, support.validation[1])
+            if score >= best_score:
+                best, best_score, kept = head, score, epoch
+        assert best is not None  # the last epoch at least was looked at
+        weight_rate, alpha_rate = lp_plus_plus_rates(features, features @ texts.T)
+        facts = {"epoch": kept, "weight_rate": weight_rate, "alpha_rate": alpha_rate}
+        return Fitted(best, facts=facts)
+
+
+def lp_plus_plus_path(
+    features: Tensor, labels: Tensor, texts: Tensor, config: LpPlusPlusConfig
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Where LP++ stands at the start and after each epoch, in the precision of its features.
+
+    Args:
+        features: Unit features `[n, dim]`.
+        labels: `[n]`, every class at least once.
+        texts: Unit class prototypes `[K, dim]`.
+        config: See `LpPlusPlusConfig`.
+
+    Yields:
+        Weight `[K, dim]`, alpha `[K]` and bias `[K]`.
+    """
+    truth = nn.functional.one_hot(labels, len(texts)).to(features.dtype)
+    cosines = features @ texts.T
+    weight_rate, alpha_rate = lp_plus_plus_rates(features, cosines)
+    own = (truth * cosines).sum(0) / truth.sum(0)
+    weight = truth.T @ features
+    alpha = (config.alpha_start * own.mean()).expand(len(texts))
+    bias, bias_speed, weight_speed = alpha * 0, alpha * 0, weight * 0
+    yield weight, alpha, bias
+    for epoch in range(1, config.epochs + 1):
+        logits = features @ weight.T + alpha * cosines + bias
+        slope = (logits.softmax(-1) - truth) / len(features)
+        weight_speed = config.momentum * weight_speed + slope.T @ features
+        bias_speed = config.momentum * bias_speed + slope.sum(0)
+        weight, bias = weight - weight_rate * weight_speed, bias - weight_rate * bias_speed
+        if epoch % config.alpha_every == 0:
+            alpha = alpha - alpha_rate * (slope * cosines).sum(0)
+        yield weight, alpha, bias
+
+
+def lp_plus_plus_rates(features: Tensor, cosines: Tensor) -> tuple[float, float]:
+    """Step sizes of LP++, from bounds on the curvature of the mean cross-entropy.
+
+    `4 n / lambda_max(F^T F)` for weight and bias, `n / (4 max_k sum_i (f_i . t_k)^2)` for alpha.
+
+    Args:
+        features: Unit features F `[n, dim]`.
+        cosines: Between images and class texts `[n, K]`.
+    """
+    n, dim = features.shape
+    gram = features @ features.T if n < dim else features.T @ features  # the same largest value
+    largest = float(torch.linalg.eigvalsh(gram)[-1])
+    most = float(cosines.square().sum(0).max())
+    return 4 * n / max(largest, 1e-12), n / (4 * max(most, 1e-12))
+
+
+# -------------------------------------------------------------------- class prototypes that train
+
+
+class ShiftedPrototypes(nn.Module):
+    """Scaled cosines between features and shifted class texts: `s cos(f, t_k + share x_k)`.
+
+    Args:
+        texts: Class prototypes t `[K, dim]`, of the length that the steps are made for.
+        scale: Factor s between cosines and logits.
+        share: What a shift is multiplied by.
+        hold: How strongly each class is held at its text `[K]`.
+    """
+
+    texts: Tensor
+    hold: Tensor
+
+    def __init__(
+        self, texts: Tensor, scale: float, share: float = 1.0, hold: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.scale, self.share = scale, share
+        self.register_buffer("texts", texts.clone())
+        self.register_buffer("hold", torch.zeros(len(texts)) if hold is None else hold)
+        self.shift = nn.Parameter(torch.zeros_like(texts))
+
+    def prototypes(self) -> Tensor:
+        """The class prototypes as they stand `[K, dim]`, not normalised."""
+        return self.texts + self.share * self.shift
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features `[n, dim]` to logits `[n, classes]`."""
+        unit = nn.functional.normalize(features, dim=-1)
+        return self.scale * unit @ nn.functional.normalize(self.prototypes(), dim=-1).T
+
+
+@dataclass(frozen=True)
+class ZsLpConfig:
+    """Settings of `zs_lp` and `clap`.
+
+    Args:
+        length: Of each class text while it trains. A cosine does not see it, but the published
+            rates are for what CLIP's text tower gives, about ten long; from unit vectors the same
+            rate makes steps a hundred times larger, and a class forgets its text in the first.
+    """
+
+    length: float = 10.0
+
+
+class PrototypeMethod(HeadMethod):
+    """What the methods below share: in the end, class prototypes are all that is left."""
+
+    family = "feature side"
+    needs_text = True
+
+    def finish(self, head: Any, support: Support, config: Any, model: Any | None) -> Fitted:
+        return Fitted(prototype_head(head.prototypes(), support.logit_scale))
+
+
+@register
+class ZsLp(PrototypeMethod):
+    """ZS-LP: a linear probe on cosines that starts from the class texts."""
+
+    name = "zs_lp"
+    trains = "one class prototype a class, from its text"
+    citation = "ZS-LP: Silva-Rodríguez et al. 2024, arXiv:2312.12730"
+    Config = ZsLpConfig
+
+    def recipe(self, shots: int, config: ZsLpConfig) -> Recipe:
+        return Recipe(
+            lr=0.1, weight_decay=0.0, epochs=300, batch_size=256, optimizer="sgd", **WARM_COSINE
+        )
+
+    def build(self, support: Support, config: ZsLpConfig) -> nn.Module:
+        return ShiftedPrototypes(config.length * support.texts, support.logit_scale)
+
+
+@register
+class Clap(ZsLp):
+    """CLAP: ZS-LP, each class held at its text as strongly as zero-shot was right about it.
+
+    Adds `mean_k lambda_k |w_k - t_k|^2` with lambda_k the mean zero-shot probability of class k on
+    its own images.
+    """
+
+    name = "clap"
+    trains = "one class prototype a class, held at its text"
+    citation = "CLAP: Silva-Rodríguez et al. 2024, arXiv:2312.12730"
+
+    def build(self, support: Support, config: ZsLpConfig) -> nn.Module:
+        texts = support.texts
+        hold = zero_shot_confidence(support.features, support.labels, texts, support.logit_scale)
+        return ShiftedPrototypes(config.length * texts, support.logit_scale, hold=hold)
+
+    def penalty(self, head: Any, support: Support, config: ZsLpConfig) -> Tensor:
+        held: Tensor = (head.hold * head.shift.square().sum(-1)).mean()
+        return held
+
+
+def zero_shot_confidence(features: Tensor, labels: Tensor, texts: Tensor, scale: float) -> Tensor:
+    """Mean zero-shot probability of each class on its own images.
+
+    Args:
+        features: `[n, dim]`.
+        labels: `[n]`, every class at least once.
+        texts: Unit class prototypes `[K, dim]`.
+        scale: Factor between cosines and logits.
+
+    Returns:
+        `[K]`, from 0 to 1.
+    """
+    logits = scale * nn.functional.normalize(features, dim=-1) @ texts.T
+    own = logits.softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    count = torch.bincount(labels, minlength=len(texts))
+    return own.new_zeros(len(texts)).index_add(0, labels, own) / count
+
+
+@dataclass(frozen=True)
+class TaskResConfig:
+    """Settings of `taskres`.
+
+    Args:
+        alpha: What the learned residual is multiplied by.
+        length: See `ZsLpConfig`.
+    """
+
+    alpha: float = 0.5
+    length: float = 10.0
+
+
+@register
+class TaskRes(PrototypeMethod):
+    """A residual beside each class text: `t_k + alpha x_k`, x from zero."""
+
+    name = "taskres"
+    trains = "a residual to each class text"
+    citation = "TaskRes: Yu et al. 2023, arXiv:2211.10277"
+    Config = TaskResConfig
+
+    def recipe(self, shots: int, config: TaskResConfig) -> Recipe:
+        epochs = 100 if shots <= 4 else 200
+        return Recipe(lr=2e-3, weight_decay=0.0, epochs=epochs, batch_size=256, **WARM_COSINE)
+
+    def build(self, support: Support, config: TaskResConfig) -> nn.Module:
+        texts = config.length * support.texts
+        return ShiftedPrototypes(texts, support.logit_scale, config.alpha)
+
+
+# -------------------------------------------------------------- adapters of the feature itself
+
+
+@dataclass(frozen=True)
+class ClipAdapterConfig:
+    """Settings of `clip_adapter`.
+
+    Args:
+        reduction: The bottleneck is this many times narrower than the feature.
+        ratio: Share of the adapted feature.
+    """
+
+    reduction: int = 4
+    ratio: float = 0.2
+
+
+@register
+class ClipAdapter(HeadMethod):
+    """A bottleneck beside the image feature; class texts stay as they are."""
+
+    name = "clip_adapter"
+    family = "feature side"
+    trains = "a bottleneck on the image feature"
+    needs_text = True
+    citation = "CLIP-Adapter: Gao et al. 2021, arXiv:2110.04544"
+    Config = ClipAdapterConfig
+
+    def recipe(self, shots: int, config: ClipAdapterConfig) -> Recipe:
+        epochs = 50 if shots <= 1 else 100 if shots <= 4 else 200
+        return Recipe(
+            lr=2e-3, weight_decay=5e-4, epochs=epochs, batch_size=32, optimizer="sgd", **WARM_COSINE
+        )
+
+    def build(self, support: Support, config: ClipAdapterConfig) -> nn.Module:
+        dim = support.features.shape[1]
+        hidden = max(1, dim // config.reduction)
+        head = ResidualHead(dim, support.num_classes, hidden, config.ratio)
+        place_texts(head.text, support)
+        return head
+
+
+@register
+class TipAdapterF(HeadMethod):
+    """Tip-Adapter whose keys train while alpha and beta stay; these are searched on validation.
+
+    The published code keeps the epoch that is best on the test set; here it is the last.
+    """
+
+    name = "tip_adapter_f"
+    family = "feature side"
+    trains = "the keys of a cache of the support"
+    needs_text = True
+    validation = "search"
+    citation = "Tip-Adapter: Zhang et al. 2022, arXiv:2207.09519"
+    Config = TipAdapterConfig
+
+    def recipe(self, shots: int, config: TipAdapterConfig) -> Recipe:
+        return Recipe(lr=1e-3, epochs=20, batch_size=256, schedule="cosine", by_step=True, eps=1e-4)
+
+    def build(self, support: Support, config: TipAdapterConfig) -> nn.Module:
+        head = cache_head(support, config.alpha, config.beta, config.balance)
+        head.requires_grad_(False).keys.requires_grad_(True)
+        return head
+
+    def finish(
+        self, head: Any, support: Support, config: TipAdapterConfig, model: Any | None
+    ) -> Fitted:
+        if support.validation is None:
+            return Fitted(head)
+        features, labels = support.validation
+        with torch.no_grad():
+            unit = nn.functional.normalize(features.float(), dim=-1)
+            beta, alpha, _ = search_tip_adapter(
+                head.text(unit), unit @ head.keys.T, head.values, labels
+            )
+            head.alpha.fill_(alpha)
+            head.beta.fill_(beta)
+        notes = ["Alpha and beta were chosen on the validation labels, which count as labels."]
+        return Fitted(head, notes, {"alpha": alpha, "beta": beta})
+
+
+# ----------------------------------------------------------------------------- the last projection
+
+
+@dataclass(frozen=True)
+class ProLipConfig:
+    """Settings of `prolip`.
+
+    Args:
+        strength: Of the pull towards the pretrained projection; one over the mean number of shots
+            of a class when `None`, which needs no validation.
+    """
+
+    strength: float | None = None
+
+
+class Projection(nn.Module):
+    """Scaled cosines between projected image vectors and class texts: `s cos(W x + b, t_k)`.
+
+    Args:
+        weight: Where W starts `[dim, width]`.
+        bias: b `[dim]`, which stays; `None` where there is none.
+        texts: Unit class prototypes `[K, dim]`.
+        scale: Factor s between cosines and logits.
+    """
+
+    start: Tensor
+    bias: Tensor | None
+    texts: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, texts: Tensor, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("start", weight.clone())
+        self.register_buffer("bias", bias)
+        self.register_buffer("texts", texts.clone())
+        self.weight = nn.Parameter(weight.clone())
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Map pooled vectors `[n, width]` to logits `[n, classes]`."""
+        features = nn.functional.linear(pooled, self.weight, self.bias)
+        return self.scale * nn.functional.normalize(features, dim=-1) @ self.texts.T
+
+
+@register
+class ProLip(HeadMethod):
+    """Fine-tune the last visual projection, held at its pretrained values.
+
+    Adds `lambda |W - W0|^2` (squared Frobenius norm) with lambda = 1 / shots. The published
+    runs see 300 random views of every image, one an epoch; here the vectors are computed once.
+    """
+
+    name = "prolip"
+    family = "feature side"
+    trains = "the last visual projection"
+    needs_text = True
+    on_pooled = True
+    citation = "ProLIP: Fahes et al. 2024, arXiv:2410.05270"
+    Config = ProLipConfig
+
+    def recipe(self, shots: int, config: ProLipConfig) -> Recipe:
+        return Recipe(
+            lr=1e-5, weight_decay=0.0, epochs=300, batch_size=WHOLE_SUPPORT, **COSINE_BY_STEP
+        )
+
+    def build(self, support: Support, config: ProLipConfig) -> nn.Module:
+        texts, weight = support.texts, support.projection
+        if weight is None:
+            weight = torch.eye(support.features.shape[1])
+        if weight.shape != (texts.shape[1], support.features.shape[1]):
+            raise GloVLMError(
+                "prolip trains a linear map from image vectors to class texts: expected one of "
+                f"shape {(texts.shape[1], support.features.shape[1])}, found {tuple(weight.shape)}."
+                " Use a backbone that ends in a linear projection, or another method (taskres)."
+            )
+        bias = support.projection_bias
+        return Projection(weight, bias, texts, support.logit_scale)
+
+    def penalty(self, head: Any, support: Support, config: ProLipConfig) -> Tensor:
+        strength = config.strength
+        if strength is None:
+            strength = support.num_classes / len(support.labels)
+        moved: Tensor = strength * (head.weight - head.start).square().sum()
+        return moved
+
+    def finish(
+        self, head: Any, support: Support, config: ProLipConfig, model: Any | None
+    ) -> Fitted:
+        projection = getattr(getattr(model, "backbone", None), "visual_projection", None)
+        if isinstance(projection, nn.Linear) and projection.weight.shape == head.weight.shape:
+            with torch.no_grad():
+                projection.weight.copy_(head.weight)
+            return Fitted(prototype_head(support.texts, support.logit_scale))
+        final = ProjectedHead(head.weight.shape[1], support.num_classes)
+        with torch.no_grad():
+            final.projection.weight.copy_(head.weight)
+        place_texts(final.text, support)
+        return Fitted(final.requires_grad_(True))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Methods on the text side: learned context tokens in front of the class name."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,71 +9,88 @@ import torch
 from torch import Tensor, nn
 
 from ..data.catalog import ClassInfo
-from ..errors import GloVLMError
-from .contract import Recipe, TowerMethod, Tuning, register
+from ..data.terminology import described_prompts, terms_of
+from ..errors import GloVLMError, nearest
+from .contract import Recipe, StepState, TowerMethod, Tuning, register
 from .weights import save_and_merge, trained_projection, wrap_with_peft
+
+PROMPT_SOURCES = ("terminology", "classes")
+
+
+# --------------------------------------------------------------------------- what the methods share
 
 
 @dataclass(frozen=True)
-class PromptTuningConfig:
-    """Settings of `prompt_tuning` (CoOp's).
+class ContextConfig:
+    """Settings of a learned context; by default CoOp's 16 random tokens, shared by all classes.
 
     Args:
-        context_tokens: Number of learned tokens M.
+        context_tokens: Number of learned tokens M; 0 takes as many as `init` has.
+        init: Words from whose token embeddings the last of these start ("a photo of a").
         class_specific: Whether every class has its own context.
-        init_std: Standard deviation of the normal draw they start from.
+        init_std: Standard deviation of the normal draw that the other tokens start from.
         projection_lr: Learning rate of the projection of a pair of towers.
     """
 
     context_tokens: int = 16
+    init: str = ""
     class_specific: bool = False
     init_std: float = 0.02
     projection_lr: float = 1e-3
 
 
-@register
-class PromptTuning(TowerMethod):
-    """CoOp: `[start][v1 ... vM][class name].[end]`, only the context vectors train.
+@dataclass
+class Losses:
+    """What a context method minimises beside the cross-entropy; see `Tuning`."""
+
+    penalty: Callable[[StepState], Tensor] | None = None
+    guide: Callable[[StepState], Tensor] | None = None
+    whole_batch: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+class ContextMethod(TowerMethod):
+    """`[start][v1 ... vM][class name].[end]`, of which only the context vectors train.
 
     Saved as PEFT trainable tokens, on rows of the vocabulary that no prompt uses.
     """
 
-    name = "prompt_tuning"
     family = "text side"
     trains = "M context token embeddings"
     needs_text = True
     saves_adapter = True
-    citation = "CoOp: Zhou et al. 2022, arXiv:2109.01134"
-    Config = PromptTuningConfig
-
-    def recipe(self, shots: int, config: PromptTuningConfig) -> Recipe:
-        epochs = 50 if shots <= 1 else 100 if shots <= 4 else 200
-        return Recipe(
-            lr=2e-3,
-            weight_decay=5e-4,
-            epochs=epochs,
-            batch_size=32,
-            optimizer="sgd",
-            schedule="cosine",
-            warmup_epochs=1,
-            warmup_lr=1e-5,
-        )
 
     def prompts(self, classes: Sequence[ClassInfo], config: Any) -> list[list[str]]:
         return [[f"{c.display_name}."] for c in classes]
 
+    def losses(
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any
+    ) -> Losses:
+        """Make further losses from the towers as they come, before the context is attached."""
+        return Losses()
+
     def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: PromptTuningConfig
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any
     ) -> Tuning:
+        processor.context_token_ids = None  # hand-made prompts have no learned context
+        losses = self.losses(model, processor, classes, config)
+        if model.config.is_pair and (losses.penalty or losses.guide):
+            losses.notes.append(
+                "The towers of a pair met on the support alone, so the hand-made prompts that "
+                f"'{self.name}' stays near carry no knowledge of images."
+            )
         prompts = self.prompts(classes, config)
         name, embedding = find_embedding(model.backbone)
+        words = processor.tokenizer(config.init, add_special_tokens=False)["input_ids"]
+        length = context_length(config, len(words), processor.max_length)
         sets = len(classes) if config.class_specific else 1
-        ids = free_token_ids(
-            processor, embedding.num_embeddings, prompts, sets * config.context_tokens
-        )
-        rows = [ids[i * config.context_tokens :][: config.context_tokens] for i in range(sets)]
+        ids = free_token_ids(processor, embedding.num_embeddings, prompts, sets * length)
+        rows = [ids[i * length :][:length] for i in range(sets)]
         processor.context_token_ids = rows if config.class_specific else rows[0]
         context = ContextEmbedding(embedding, ids, config.init_std)
+        if words:
+            start = context.context.data.view(sets, length, -1)
+            start[:, length - len(words) :] = embedding.weight.data[words]
         _swap(model.backbone, name, context)
 
         def finish(folder: Path | None) -> None:
@@ -93,7 +110,336 @@ class PromptTuning(TowerMethod):
         projection = trained_projection(model)
         if projection:
             groups.append({"params": projection, "lr": config.projection_lr})
-        return Tuning(groups, prompts, trains_vision=False, trains_text=True, finish=finish)
+        return Tuning(
+            groups,
+            prompts,
+            trains_vision=False,
+            trains_text=True,
+            finish=finish,
+            notes=losses.notes,
+            penalty=losses.penalty,
+            guide=losses.guide,
+            whole_batch=losses.whole_batch,
+        )
+
+
+def coop_recipe(epochs: int, lr: float = 2e-3, batch_size: int = 32) -> Recipe:
+    """CoOp's optimiser: SGD, one epoch at 1e-5, then a cosine that moves by epoch."""
+    return Recipe(
+        lr=lr,
+        weight_decay=5e-4,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer="sgd",
+        schedule="cosine",
+        warmup_epochs=1,
+        warmup_lr=1e-5,
+    )
+
+
+def coop_epochs(shots: int) -> int:
+    """CoOp's epochs: 50 for one shot, 100 up to four, then 200."""
+    return 50 if shots <= 1 else 100 if shots <= 4 else 200
+
+
+# -------------------------------------------------------------------------------------- the methods
+
+
+@register
+class PromptTuning(ContextMethod):
+    """CoOp: cross-entropy over class texts with a learned context, unified or class-specific."""
+
+    name = "prompt_tuning"
+    citation = "CoOp: Zhou et al. 2022, arXiv:2109.01134"
+    Config = ContextConfig
+
+    def recipe(self, shots: int, config: ContextConfig) -> Recipe:
+        return coop_recipe(coop_epochs(shots))
+
+
+@dataclass(frozen=True)
+class KgCoOpConfig(ContextConfig):
+    """Settings of `kgcoop`: as many tokens as "a photo of a" has (4 for CLIP), started from it.
+
+    Args:
+        weight: Of the distance to the hand-made prompts, lambda.
+    """
+
+    context_tokens: int = 0
+    init: str = "a photo of a"
+    weight: float = 8.0
+
+
+@register
+class KgCoOp(ContextMethod):
+    """CoOp whose class texts stay near the hand-made ones.
+
+    Adds `lambda * (1 - mean_k cos(t_k, h_k))`: `t_k` is the class text with the learned context,
+    `h_k` the mean of the class's own prompts, which in pathology are the hand-made ones.
+    """
+
+    name = "kgcoop"
+    citation = "KgCoOp: Yao et al. 2023, arXiv:2303.13283"
+    Config = KgCoOpConfig
+
+    def recipe(self, shots: int, config: KgCoOpConfig) -> Recipe:
+        return coop_recipe(100, batch_size=128)
+
+    def losses(
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: KgCoOpConfig
+    ) -> Losses:
+        hand_made = unit_means(prompt_features(model, processor, [c.prompts for c in classes]))
+
+        def penalty(state: StepState) -> Tensor:
+            cosines = (state.prototypes * hand_made.to(state.prototypes)).sum(-1)
+            return config.weight * (1 - cosines.mean())
+
+        return Losses(penalty=penalty)
+
+
+@dataclass(frozen=True)
+class ProGradConfig(ContextConfig):
+    """Settings of `prograd`: 16 tokens, as published: the last start from words, the others from 0.
+
+    Args:
+        temperature: Of both softmaxes in the guide, T.
+    """
+
+    init: str = "a photo of a"
+    init_std: float = 0.0
+    temperature: float = 1.0
+
+
+@register
+class ProGrad(ContextMethod):
+    """CoOp whose gradient never opposes the pretrained model's predictions.
+
+    The guide is `KL(p || q)`, averaged over the images: `p` is the softmax of the zero-shot logits
+    over the mean of each class's own prompts, `q` that of the learned context, both at temperature
+    T. Of the guide only the direction counts: where the gradients conflict, that of the
+    cross-entropy loses its part along the guide's (lambda = 1).
+    """
+
+    name = "prograd"
+    citation = "ProGrad: Zhu et al. 2023, arXiv:2205.14865"
+    Config = ProGradConfig
+
+    def recipe(self, shots: int, config: ProGradConfig) -> Recipe:
+        return coop_recipe(coop_epochs(shots))
+
+    def losses(
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: ProGradConfig
+    ) -> Losses:
+        hand_made = unit_means(prompt_features(model, processor, [c.prompts for c in classes]))
+
+        def guide(state: StepState) -> Tensor:
+            zero_shot = zero_shot_logits(model, state, hand_made)
+            return divergence(
+                zero_shot / config.temperature, state.logits / config.temperature, state.weight
+            )
+
+        return Losses(guide=guide, whole_batch=True)
+
+
+@dataclass(frozen=True)
+class BiomedCoOpConfig(ContextConfig):
+    """Settings of `biomedcoop`: as many tokens as "a photo of a" has, started from it.
+
+    The paper tunes both weights for each data set (0.25 to 1); here they are fixed at 0.5, its
+    values for LC25000, so that no validation is needed.
+
+    Args:
+        consistency: Weight of the distance to the mean prompt, lambda 1.
+        distillation: Weight of the divergence from the zero-shot logits, lambda 2.
+        tau: Largest standardised score of a prompt that is kept.
+        prompts: Where the prompt sets come from: `terminology` or `classes`.
+    """
+
+    context_tokens: int = 0
+    init: str = "a photo of a"
+    consistency: float = 0.5
+    distillation: float = 0.5
+    tau: float = 1.5
+    prompts: str = "terminology"
+
+
+@register
+class BiomedCoOp(ContextMethod):
+    """CoOp with many prompts of each class as teachers, outlying prompts left out.
+
+    Adds `l1 * mean((t - h)^2) + l2 * sum_i KL(p_i || q_i) / (n K)` over the n images of a batch
+    and the K classes. `t` holds the class texts with the learned context, `h` the unit means of all
+    prompts of each class, `q` is the softmax of `scale * f @ t.T`, and `p` that of
+    `scale * f @ g.T`, where `g` are the unit means of the prompts that the batch keeps.
+
+    The i-th prompts of all classes are one set (a class with fewer begins again, i modulo their
+    number). Its score is `s_i = mean over images of max_k(scale * f . e_ki)`, and a set is kept if
+    `|s_i - mean(s)| <= tau * std(s)` (with n - 1). The paper first takes `(s - median) / MAD`,
+    which this standardisation cancels. All are kept where scores do not differ.
+
+    The paper's prompts are GPT-4's; ours are names and synonyms x templates, without and with the
+    definition, of the terminology. A class that it does not know goes by its own prompts.
+    """
+
+    name = "biomedcoop"
+    citation = "BiomedCoOp: Koleilat et al. 2025, arXiv:2411.15232"
+    Config = BiomedCoOpConfig
+
+    def recipe(self, shots: int, config: BiomedCoOpConfig) -> Recipe:
+        return coop_recipe(100, lr=2.5e-3, batch_size=4)
+
+    def losses(
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: BiomedCoOpConfig
+    ) -> Losses:
+        texts, notes = prompt_sets(classes, config.prompts)
+        features = prompt_features(model, processor, texts)
+        mean_prompts = unit_means(features)
+        number = max(map(len, features))
+        turns = torch.arange(number, device=mean_prompts.device)
+        sets = torch.stack([f[turns % len(f)] for f in features], dim=1)  # [number, K, dim]
+
+        def penalty(state: StepState) -> Tensor:
+            teachers = sets.to(state.prototypes)
+            with torch.no_grad():
+                scale = model.logit_scale.exp()
+                best = scale * torch.stack([(state.features @ t.T).amax(1) for t in teachers])
+                kept = within(mean_over_images(best, state.weight), config.tau)
+                selected = nn.functional.normalize(teachers[kept].mean(0), dim=-1)
+            consistency = nn.functional.mse_loss(
+                state.prototypes, mean_prompts.to(state.prototypes)
+            )
+            teacher = zero_shot_logits(model, state, selected)
+            distillation = divergence(teacher, state.logits, state.weight) / len(selected)
+            return config.consistency * consistency + config.distillation * distillation
+
+        return Losses(penalty=penalty, whole_batch=True, notes=notes)  # the filter sees it
+
+
+# -------------------------------------------------------------------------------- hand-made prompts
+
+
+def prompt_sets(classes: Sequence[ClassInfo], source: str) -> tuple[list[list[str]], list[str]]:
+    """The prompts of each class that `biomedcoop` learns from.
+
+    Args:
+        classes: The classes.
+        source: `terminology`, for classes that it knows and a crop can show, or `classes`: their
+            own prompts.
+
+    Returns:
+        At least one text a class, and sentences for the results.
+
+    Raises:
+        GloVLMError: The source is neither.
+    """
+    if source not in PROMPT_SOURCES:
+        raise GloVLMError(
+            f"Setting 'prompts' of method 'biomedcoop' is one of {', '.join(PROMPT_SOURCES)}; "
+            f"found '{source}'.{nearest(source, PROMPT_SOURCES)}"
+        )
+    if source == "classes":
+        return [list(c.prompts) for c in classes], []
+    known = terms_of([(c.name, c.display_name) for c in classes])
+    texts = [
+        list(c.prompts) if term is None else described_prompts(term)
+        for c, term in zip(classes, known, strict=True)
+    ]
+    notes = []
+    unknown = [c.display_name for c, term in zip(classes, known, strict=True) if term is None]
+    if unknown:
+        notes.append(
+            f"The terminology gives no prompts of their own for {', '.join(unknown)}: the classes' "
+            "own prompts stood in."
+        )
+    unsure = [term.name for term in known if term is not None and not term.verified]
+    if unsure:
+        notes.append(f"Definitions used as prompts and not verified: {', '.join(unsure)}.")
+    return texts, notes
+
+
+@torch.no_grad()
+def prompt_features(model: Any, processor: Any, prompts: Sequence[Sequence[str]]) -> list[Tensor]:
+    """Encode every prompt of every class by itself, a chunk of them at a time.
+
+    Args:
+        model: A `GloVLMModel`.
+        processor: Its processor, without a learned context.
+        prompts: At least one text a class.
+
+    Returns:
+        Per class, unit features `[P_k, dim]`.
+    """
+    encoded = processor.encode_prompts([[text] for of_class in prompts for text in of_class])
+    encoded = {key: value.to(model.logit_scale.device) for key, value in encoded.items()}
+    features: Tensor = model.class_prototypes(**encoded)
+    return list(features.split([len(of_class) for of_class in prompts]))
+
+
+def unit_means(features: Sequence[Tensor]) -> Tensor:
+    """The normalised mean of each class's unit features `[P_k, dim]`: `[K, dim]`."""
+    return nn.functional.normalize(torch.stack([f.mean(0) for f in features]), dim=-1)
+
+
+def zero_shot_logits(model: Any, state: StepState, prototypes: Tensor) -> Tensor:
+    """Logits `[n, K]` of a step's images for fixed class texts `[K, dim]`; nothing trains here."""
+    features = state.features.detach()
+    scale: Tensor = model.logit_scale.detach().exp()
+    return scale * features @ prototypes.to(features).T
+
+
+def divergence(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
+    """`KL(softmax(teacher) || softmax(student))`, the weighted mean over images.
+
+    Args:
+        teacher: Logits `[n, K]`.
+        student: Logits `[n, K]`.
+        weight: `[n]`, 0 for rows that only pad.
+    """
+    p, q = teacher.log_softmax(-1), student.log_softmax(-1)
+    return mean_over_images((p.exp() * (p - q)).sum(-1), weight)
+
+
+def mean_over_images(values: Tensor, weight: Tensor) -> Tensor:
+    """Mean of the last axis `[..., n]` over the rows of weight 1; zero where there is none."""
+    return (values * weight.to(values)).sum(-1) / weight.sum().clamp(min=1)
+
+
+def within(scores: Tensor, tau: float) -> Tensor:
+    """Which scores `[n]` lie at most `tau` standard deviations from their mean; all if none does.
+
+    Returns:
+        Booleans `[n]`, at least one of them true.
+    """
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    if len(scores) > 1:
+        near = (scores - scores.mean()).abs() <= tau * scores.std()
+        kept = near if near.any() else kept
+    return kept
+
+
+# ----------------------------------------------------------------------------- the context's tokens
+
+
+def context_length(config: ContextConfig, words: int, max_length: int) -> int:
+    """The number of learned tokens M.
+
+    Args:
+        config: Settings of the context.
+        words: Number of tokens of `config.init`.
+        max_length: Longest text in tokens.
+
+    Raises:
+        GloVLMError: M is not positive, smaller than `words`, or leaves no room for a class name.
+    """
+    length = config.context_tokens or words
+    most = max_length - 3  # start, end, and one token of the class name
+    if not max(words, 1) <= length <= most:
+        least = f"{words}, those of '{config.init}'" if words else "1"
+        raise GloVLMError(
+            f"Expected from {least}, to {most} context tokens, found {length}; set context_tokens "
+            "or init."
+        )
+    return length
 
 
 class ContextEmbedding(nn.Module):

@@ -1,19 +1,34 @@
-"""Methods inside the towers: vanilla fine-tuning of the last blocks, and LoRA."""
+"""Methods inside the towers: fine-tuning of blocks or of everything, and LoRA with all of PEFT."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError
 from .contract import Recipe, TowerMethod, Tuning, register
+from .tuners import (
+    AdaLoraBudget,
+    build_config,
+    describe_tuner,
+    find_tuner,
+    in_attention,
+    tuner_arguments,
+)
 
+TOWERS = {
+    "both": ("vision_model", "text_model"),
+    "vision": ("vision_model",),
+    "text": ("text_model",),
+}
 # How the families of transformers name the same four projections.
 ATTENTION_NAMES = {
     "q": ("q_proj", "query"),
@@ -41,35 +56,47 @@ def tower_layers(tower: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: len(pair[1]))
 
 
-def attention_modules(backbone: Any, tower: str, last: int, kinds: Sequence[str]) -> list[str]:
-    """Name the attention projections of a tower's last blocks, relative to the backbone.
+def target_modules(
+    backbone: Any,
+    towers: str = "both",
+    *,
+    last: int = 0,
+    layers: Sequence[int] = (),
+    projections: str = "qkvo",
+    mlp: bool = False,
+) -> list[str]:
+    """Name the linear maps of a backbone's blocks, as PEFT's `target_modules` takes them.
 
     Args:
         backbone: A dual encoder with `vision_model` and `text_model`.
-        tower: `vision_model` or `text_model`.
+        towers: `both`, `vision` or `text`.
         last: How many blocks, counted from the end; 0 is all of them.
-        kinds: Of `q`, `k`, `v`, `o`.
+        layers: Or which blocks, counted from 0, negative ones from the end; empty goes by `last`.
+        projections: Of the attention, letters of `qkvo`.
+        mlp: Whether the linear maps outside the attention are named too.
+
+    Returns:
+        Full names relative to the backbone, block by block.
 
     Raises:
-        GloVLMError: A kind is unknown, or the tower names its projections otherwise.
+        GloVLMError: A tower, a block or a projection does not exist.
     """
-    path, layers = tower_layers(getattr(backbone, tower))
+    unknown = set(projections) - set(ATTENTION_NAMES)
+    if unknown:
+        raise GloVLMError(f"Attention projections are q, k, v and o; found '{min(unknown)}'.")
     names = []
-    for index in range(len(layers))[-last:] if last else range(len(layers)):
-        for kind in kinds:
-            if kind not in ATTENTION_NAMES:
-                raise GloVLMError(f"Attention projections are q, k, v and o; found '{kind}'.")
-            found = [
-                f"{tower}.{path}.{index}.{n}"
-                for n, module in layers[index].named_modules()
-                if isinstance(module, nn.Linear) and _ends(n, ATTENTION_NAMES[kind])
-            ]
+    for prefix, block in _blocks(backbone, towers, last, layers):
+        linear = [n for n, module in block.named_modules() if isinstance(module, nn.Linear)]
+        for kind in projections:
+            found = [n for n in linear if _ends(n, ATTENTION_NAMES[kind])]
             if not found:
                 raise GloVLMError(
-                    f"No '{kind}' projection was found in {tower} ({type(layers[index]).__name__});"
-                    f" known names: {', '.join(ATTENTION_NAMES[kind])}."
+                    f"No '{kind}' projection was found in {prefix} ({type(block).__name__}); known "
+                    f"names: {', '.join(ATTENTION_NAMES[kind])}."
                 )
-            names += found
+            names += [f"{prefix}.{n}" for n in found]
+        if mlp:
+            names += [f"{prefix}.{n}" for n in linear if not in_attention(n)]
     return names
 
 
@@ -122,10 +149,16 @@ def save_and_merge(model: Any, peft_model: Any, folder: Path | None) -> None:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Keep from users what peft 0.21 says about transformers' names and about local bases."""
+    """Keep from users what peft 0.21 says about its own workings and about local bases."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*")
-        warnings.filterwarnings("ignore", message="Could not find a config file in")
+        for told in (
+            ".*gradient_checkpointing",
+            "Could not find a config file in",
+            "Failed to load the CUDA extension",  # BOFT's; it has another way
+            "Setting boft_n_butterfly_factor",
+            "Unsupported layer type",  # LN_TUNING's; it takes layer norms all the same
+        ):
+            warnings.filterwarnings("ignore", message=told)
         yield
 
 
@@ -162,13 +195,10 @@ class Vanilla(TowerMethod):
         self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: VanillaConfig
     ) -> Tuning:
         params: list[nn.Parameter] = []
-        for tower, last in (
-            (model.backbone.vision_model, config.vision_layers),
-            (model.backbone.text_model, config.text_layers),
-        ):
-            _, layers = tower_layers(tower)
-            for layer in list(layers)[len(layers) - min(last, len(layers)) :]:
-                params += layer.parameters()
+        for tower, last in (("vision", config.vision_layers), ("text", config.text_layers)):
+            if last > 0:
+                for _, block in _blocks(model.backbone, tower, last):
+                    params += block.parameters()
         params.append(model.logit_scale)
         for parameter in params:
             parameter.requires_grad_(True)
@@ -186,29 +216,89 @@ class Vanilla(TowerMethod):
 
 
 @dataclass(frozen=True)
+class FullConfig:
+    """Settings of `full`.
+
+    Args:
+        projection_lr: Learning rate of the projection of a pair of towers.
+    """
+
+    projection_lr: float = 1e-3
+
+
+@register
+class Full(TowerMethod):
+    """Fine-tune everything: both towers, their projections and the logit scale.
+
+    Its recipe is ours, from no paper: `vanilla`'s epochs and batches at a tenth of its rate.
+    """
+
+    name = "full"
+    family = "both sides"
+    trains = "both towers, projections, logit scale"
+    needs_text = True
+    citation = "no paper; the recipe is this package's own"
+    Config = FullConfig
+
+    def recipe(self, shots: int, config: FullConfig) -> Recipe:
+        return Recipe(lr=1e-5, epochs=20, batch_size=5)
+
+    def attach(
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: FullConfig
+    ) -> Tuning:
+        prompts = self.prompts(classes, config)
+        model.requires_grad_(True)
+        # What no feature depends on stays as it is: a pooler that is not read, a mask token.
+        unused = _without_gradient(model, processor, prompts[0][:1])
+        for parameter in unused:
+            parameter.requires_grad_(False)
+        projection = trained_projection(model)
+        apart = {id(p) for p in projection}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
+        groups: list[dict[str, Any]] = [{"params": rest}]
+        if projection:
+            groups.append({"params": projection, "lr": config.projection_lr})
+        return Tuning(
+            groups, prompts, trains_vision=True, trains_text=True, finish=lambda folder: None
+        )
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """Settings of `lora` (Glo-VLMs, CLIP and PLIP).
 
     Args:
-        r: Rank.
-        alpha: Scaling numerator: updates are multiplied by alpha / r.
+        tuner: Any tuner of PEFT by name, in capitals or not: `LORA` (also `RSLORA`, `DORA`),
+            `VERA`, `ADALORA`, `IA3`, `OFT`, `BOFT`, `HRA`, `LOHA`, `LOKR`, `FOURIERFT`, ...
+        tuner_config: Further arguments of the tuner's config in PEFT; they win over the next three.
+        r: Rank, where the tuner adds something of a rank; of AdaLoRA the rank that remains, from
+            one and a half times as much.
+        alpha: Scaling numerator: LoRA's updates are multiplied by alpha / r.
         dropout: On the input of the low-rank path.
+        towers: `both`, `vision` or `text`.
         last: Blocks of each tower, counted from the end; 0 is all.
+        layers: Or their numbers, counted from 0, negative ones from the end; empty goes by `last`.
         projections: Attention projections, letters of `qkvo`.
+        mlp: Whether the blocks' linear maps outside the attention are adapted too.
         projection_lr: Learning rate of the projection of a pair of towers.
     """
 
+    tuner: str = "LORA"
+    tuner_config: dict[str, Any] = field(default_factory=dict)
     r: int = 4
     alpha: int = 16
     dropout: float = 0.1
+    towers: str = "both"
     last: int = 1
+    layers: list[int] = field(default_factory=list)
     projections: str = "qv"
+    mlp: bool = False
     projection_lr: float = 1e-3
 
 
 @register
 class Lora(TowerMethod):
-    """Low-rank updates of q and v in the last block of both towers, by PEFT.
+    """Low-rank updates of q and v in the last block of both towers, or any other tuner of PEFT.
 
     The logit scale stays as pretrained (the published code trains it at 2e-5, which moves it by
     less than 0.01 in 20 epochs), so that the adapter alone holds all that changed.
@@ -220,43 +310,160 @@ class Lora(TowerMethod):
     needs_text = True
     saves_adapter = True
     citation = "Hu et al. 2021, arXiv:2106.09685; settings of Glo-VLMs, arXiv:2511.11984"
-    Config = LoraSettings
+    Config: type = LoraSettings
 
-    def recipe(self, shots: int, config: LoraSettings) -> Recipe:
+    def recipe(self, shots: int, config: Any) -> Recipe:
         return Recipe(lr=2e-5, epochs=20, batch_size=5)
 
     def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: LoraSettings
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any
     ) -> Tuning:
-        from peft import LoraConfig
-
-        targets = [
-            name
-            for tower in ("vision_model", "text_model")
-            for name in attention_modules(model.backbone, tower, config.last, config.projections)
-        ]
-        settings = LoraConfig(
+        tuner, switches = find_tuner(config.tuner)
+        name_targets = _norms if tuner == "LN_TUNING" else _maps
+        targets = {n: model.backbone.get_submodule(n) for n in name_targets(model.backbone, config)}
+        arguments = tuner_arguments(
+            tuner,
+            targets,
             r=config.r,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            modules_to_save=["visual_projection"] if model.config.is_pair else None,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            given={**switches, **config.tuner_config},
         )
-        peft_model = wrap_with_peft(model, settings)
+        joins = model.config.is_pair
+        arguments["modules_to_save"] = ["visual_projection"] if joins else None
+        try:
+            peft_model = wrap_with_peft(model, build_config(tuner, arguments))
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+            raise GloVLMError(
+                f"{describe_tuner(tuner, arguments)[0]} It cannot be built so: "
+                f"{str(error).rstrip('.')}. Change it in tuner_config."
+            ) from error
         # PEFT changes the towers in place: the model goes on holding them, adapted.
-        low_rank = [p for n, p in peft_model.named_parameters() if "lora_" in n]
-        groups: list[dict[str, Any]] = [{"params": low_rank}]
-        if model.config.is_pair:
-            saved = [p for n, p in peft_model.named_parameters() if "modules_to_save" in n]
+        trained = [(n, p) for n, p in peft_model.named_parameters() if p.requires_grad]
+        adapter = [p for n, p in trained if "modules_to_save" not in n]
+        groups: list[dict[str, Any]] = [{"params": adapter}]
+        if joins:
+            saved = [p for n, p in trained if "modules_to_save" in n]
             groups.append({"params": saved, "lr": config.projection_lr})
-
-        return Tuning(
+        plain = tuner == "LORA" and not (switches or config.tuner_config)
+        tuning = Tuning(
             groups,
             self.prompts(classes, config),
-            trains_vision=True,
-            trains_text=True,
+            trains_vision=config.towers != "text",
+            trains_text=config.towers != "vision",
             finish=partial(save_and_merge, model, peft_model),
+            notes=[] if plain else describe_tuner(tuner, arguments),
         )
+        if tuner == "ADALORA":
+            budget = AdaLoraBudget(peft_model, tuning.finish)
+            tuning.begin, tuning.after_step = budget.begin, budget.after_step
+            tuning.penalty, tuning.finish = budget.penalty, budget.finish
+        return tuning
+
+
+@dataclass(frozen=True)
+class ClipLoraSettings:
+    """Settings of `clip_lora`, as published.
+
+    Args:
+        r: Rank.
+        alpha: Scaling numerator: updates are multiplied by alpha / sqrt(r).
+        dropout: On the input of the low-rank path.
+        projection_lr: Learning rate of the projection of a pair of towers.
+    """
+
+    r: int = 2
+    alpha: int = 1
+    dropout: float = 0.25
+    projection_lr: float = 1e-3
+
+
+@register
+class ClipLora(Lora):
+    """CLIP-LoRA: rank-stabilised updates of q, k and v in every block of both towers.
+
+    The published texts are "a photo of a {class}."; here they are the prompts of the classes, as
+    everywhere in this package. Random crops and flips are published too: `augment` turns ours on.
+    """
+
+    name = "clip_lora"
+    trains = "rank-2 updates of q, k and v in every block of both towers"
+    citation = "CLIP-LoRA: Zanella and Ben Ayed 2024, arXiv:2405.18541"
+    Config = ClipLoraSettings
+
+    def recipe(self, shots: int, config: ClipLoraSettings) -> Recipe:
+        return Recipe(
+            lr=2e-4,
+            weight_decay=1e-2,
+            epochs=0,
+            steps=500 * max(shots, 1),
+            batch_size=32,
+            schedule="cosine",
+            final_lr=5e-3,  # down to 1e-6
+            by_step=True,
+        )
+
+    def attach(
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: ClipLoraSettings
+    ) -> Tuning:
+        settings = LoraSettings(
+            tuner="RSLORA", last=0, projections="qkv", **dataclasses.asdict(config)
+        )
+        return super().attach(model, processor, classes, settings)
+
+
+def _blocks(
+    backbone: Any, towers: str, last: int = 0, layers: Sequence[int] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """The chosen blocks of the chosen towers, with their names in the backbone."""
+    if towers not in TOWERS:
+        raise GloVLMError(f"Towers are {', '.join(TOWERS)}; found '{towers}'.")
+    for tower in TOWERS[towers]:
+        path, blocks = tower_layers(getattr(backbone, tower))
+        count = len(blocks)
+        wrong = [i for i in layers if not -count <= i < count]
+        if wrong:
+            raise GloVLMError(
+                f"The {tower} has blocks 0 to {count - 1}; found {wrong[0]} in `layers`."
+            )
+        chosen = range(count)[-last:] if last else range(count)
+        for i in sorted({i % count for i in layers}) or chosen:
+            yield f"{tower}.{path}.{i}", blocks[i]
+
+
+def _maps(backbone: Any, config: LoraSettings) -> list[str]:
+    return target_modules(
+        backbone,
+        config.towers,
+        last=config.last,
+        layers=config.layers,
+        projections=config.projections,
+        mlp=config.mlp,
+    )
+
+
+def _norms(backbone: Any, config: LoraSettings) -> list[str]:
+    return [
+        f"{prefix}.{name}"
+        for prefix, block in _blocks(backbone, config.towers, config.last, config.layers)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.LayerNorm | nn.RMSNorm)
+    ]
+
+
+def _without_gradient(model: Any, processor: Any, texts: list[str]) -> list[nn.Parameter]:
+    """Parameters that neither an image's nor a text's features depend on."""
+    from PIL import Image
+
+    encoded = processor.encode_prompts([texts])
+    pixels = processor(images=Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"]
+    device = model.logit_scale.device
+    image = model.get_image_features(pixels.to(device, model.dtype)).pooler_output
+    text = model.class_prototypes(**{k: v.to(device) for k, v in encoded.items()})
+    value = (image.sum() + text.sum()) * model.logit_scale
+    named = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(value, named, allow_unused=True)
+    return [p for p, g in zip(named, gradients, strict=True) if g is None]
 
 
 def _ends(name: str, endings: Sequence[str]) -> bool:

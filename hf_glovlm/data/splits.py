@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -36,6 +36,7 @@ __all__ = [
     "draw_episode",
     "group_rows",
     "load_episode",
+    "reserve_calibration",
     "save_episodes",
     "split_groups",
     "split_hash",
@@ -52,7 +53,7 @@ GROUP_COLUMNS = {
     "group_id": "groups are as given in group_id; patients are unknown",
 }
 # Streams of random numbers, so that no draw depends on how many numbers another one used.
-_SPLIT, _SUPPORT, _RESERVE, _VALIDATION = range(4)
+_SPLIT, _SUPPORT, _RESERVE, _VALIDATION, _CALIBRATION = range(5)
 _TRIES = 256
 
 
@@ -408,6 +409,8 @@ class Episode:
         support: Row indices into `all_rows`, class by class, in the order drawn.
         validation: Row indices, whose labels count in the label budget.
         test: Row indices, sorted.
+        calibration: Row indices, sorted: all images of groups on no other side, at the prevalence
+            that these groups have. Their labels count in the label budget.
     """
 
     name: str
@@ -419,6 +422,7 @@ class Episode:
     support: tuple[int, ...]
     validation: tuple[int, ...]
     test: tuple[int, ...]
+    calibration: tuple[int, ...] = ()
 
     def summary(
         self, labels: Sequence[int], groups: Sequence[str], class_names: Sequence[str]
@@ -438,7 +442,8 @@ class Episode:
             "labels_per_class": {name: counts[name] for name in class_names},
             "groups_per_class": {name: len(held[name]) for name in class_names},
             "validation_labels": len(self.validation),
-            "label_budget": len(self.support) + len(self.validation),
+            "calibration_labels": len(self.calibration),
+            "label_budget": len(self.support) + len(self.validation) + len(self.calibration),
         }
 
 
@@ -452,13 +457,15 @@ def draw_episode(
     allow_fewer: bool = False,
     test_fraction: float = 0.5,
     validation_shots: int = 0,
+    calibration_groups: int = 0,
     groups: Groups | None = None,
 ) -> Episode:
-    """Draw the support, the validation and the test of one episode, disjoint by group.
+    """Draw the support, the validation, the calibration and the test of one episode.
 
-    The split depends on `(seed, draw)` only; the support of k shots is a part of that of more. A
-    given split (column `split`) is respected: support from train, validation from validation or,
-    where there is none, from groups of train that are set aside.
+    No group stands on two of these sides. The split depends on `(seed, draw)` only; the support of
+    k shots is a part of that of more. A given split (column `split`) is respected: support from
+    train, validation from validation or, where there is none, from groups of train that are set
+    aside.
 
     Args:
         rows: `all_rows(ds)`.
@@ -472,6 +479,12 @@ def draw_episode(
         test_fraction: Share of the groups that is tested, where no split is given.
         validation_shots: Labelled images per class for methods that choose something on a
             validation set. A third of the pool's groups is set aside for them.
+        calibration_groups: Whole groups of the support pool to set aside, with all their images,
+            for what is fitted after the adaptation (see `calibration`). Of 256 random choices
+            the first is taken that leaves enough images for the support and puts at least half of
+            its fair share of every class on both sides. So it depends on the shots only where
+            there are hardly enough images, and only there can the support of fewer shots fail to
+            be a part of that of more.
         groups: `group_rows(rows)`, if at hand.
 
     Raises:
@@ -514,12 +527,30 @@ def draw_episode(
             ) from None
         pool, reserve = pool[kept], pool[aside]
     ids = np.asarray(groups.ids, dtype=object)
+    if calibration_groups < 0:
+        raise GloVLMError(f"expected 0 or more calibration groups, found {calibration_groups}.")
+    calibration = np.empty(0, dtype=np.int64)
+    pool_name = "the support pool"
+    if calibration_groups:
+        found = len(set(ids[pool]))
+        if calibration_groups >= found:
+            raise GloVLMError(
+                f"the support pool has {found} groups, so {calibration_groups} cannot be set aside "
+                f"for calibration; ask for {found - 1} at most, or add patients or slides."
+            )
+        # A class that the support does not take must not leave the pool altogether either.
+        needed = np.array([max(wanted[name], 1) for name in names])
+        rng = _rng((seed, draw, _CALIBRATION))
+        one_group = shots_from == "one_group"
+        taken = _set_aside(labels[pool], ids[pool], calibration_groups, needed, one_group, rng)
+        pool, calibration = pool[~taken], pool[taken]
+        pool_name += f" without its {calibration_groups} calibration groups"
     support: list[int] = []
     validation: list[int] = []
     for k, name in enumerate(names):
         here = pool[labels[pool] == k]
         order = _ordering(here, ids[here], shots_from, _rng((seed, draw, _SUPPORT, k)))
-        where = "the support pool"
+        where = pool_name
         if shots_from == "one_group":
             where = f"the largest group of {where}"
         support += _take(order, wanted[name], f"class {name}: {where}", allow_fewer)
@@ -528,7 +559,9 @@ def draw_episode(
             order = _ordering(here, ids[here], "spread", _rng((seed, draw, _VALIDATION, k)))
             where = f"class {name}: the validation pool"
             validation += _take(order, validation_shots, where, allow_fewer)
-    assert_disjoint(groups.ids, support=support, validation=validation, test=test)
+    assert_disjoint(
+        groups.ids, support=support, validation=validation, calibration=calibration, test=test
+    )
     most = max(wanted.values())
     return Episode(
         name=f"{shots_from}-{most}",
@@ -540,7 +573,93 @@ def draw_episode(
         support=tuple(support),
         validation=tuple(validation),
         test=tuple(test.tolist()),
+        calibration=tuple(calibration.tolist()),
     )
+
+
+def reserve_calibration(
+    rows: "Dataset", episode: Episode, n_groups: int, seed: int, groups: Groups | None = None
+) -> Episode:
+    """Give an episode without calibration groups some of the groups that it does not use.
+
+    Args:
+        rows: `all_rows(ds)`.
+        episode: An episode, for instance a frozen one.
+        n_groups: How many groups, with all their images; of 256 random choices the first with at
+            least half of its fair share of every class, where there is one.
+        seed: Seed, 0 or more; the choice depends on it and on the number of the draw.
+        groups: `group_rows(rows, group_column=episode.group_column)`, if at hand.
+
+    Returns:
+        The episode with `calibration` filled; support, validation and test are as they were.
+
+    Raises:
+        GloVLMError: It has calibration groups already, or uses all groups but too few.
+    """
+    if episode.calibration or n_groups < 1:
+        raise GloVLMError(
+            "expected an episode without calibration groups and 1 or more groups to reserve, found "
+            f"{len(episode.calibration)} calibration images and {n_groups} groups."
+        )
+    groups = groups or group_rows(rows, group_column=episode.group_column)
+    ids = np.asarray(groups.ids, dtype=object)
+    sides = {"support": episode.support, "validation": episode.validation, "test": episode.test}
+    used = {groups.ids[row] for side in sides.values() for row in side}
+    free = np.array([row for row, group in enumerate(groups.ids) if group not in used], dtype=int)
+    unused = len(set(ids[free]))
+    if unused < n_groups:
+        raise GloVLMError(
+            f"draw {episode.draw} of {episode.name} leaves {unused} of {len(set(ids))} groups "
+            f"outside its support, validation and test, {n_groups} were asked for; ask for fewer, "
+            "or draw an episode that sets calibration groups aside."
+        )
+    labels = np.asarray(column(rows, "label"), dtype=np.int64)[free]
+    rng = _rng((seed, episode.draw, _CALIBRATION))
+    none_needed = np.zeros(len(rows.features["label"].names), dtype=np.int64)
+    aside = _set_aside(labels, ids[free], n_groups, none_needed, False, rng)
+    calibration = tuple(free[aside].tolist())
+    assert_disjoint(groups.ids, calibration=calibration, **sides)
+    return replace(episode, calibration=calibration)
+
+
+def _set_aside(
+    labels: Indices,
+    ids: NDArray[np.object_],
+    n: int,
+    needed: Indices,
+    one_group: bool,
+    rng: np.random.Generator,
+) -> NDArray[np.bool_]:
+    """Which rows of a pool belong to the n groups that are set aside: the first best of 256 tries.
+
+    Best leaves an image of every class, then `needed` images of each class `[K]` (in one group
+    where all must come from one), then puts half its fair share of each class on both sides. A
+    class that lies in one group cannot be on both, and is not asked for there.
+    """
+    drawn, group_of = np.unique(ids.astype(str), return_inverse=True)
+    counts = np.zeros((len(drawn), len(needed)), dtype=np.int64)
+    np.add.at(counts, (group_of, labels), 1)
+    total = counts.sum(axis=0)
+    shared = (counts > 0).sum(axis=0) > 1
+    fraction = n / len(drawn)
+    ideal = (int((total > 0).sum()), int((total > 0).sum()), True)
+    best, best_score = np.zeros(len(drawn), dtype=bool), (-1, -1, False)
+    for _ in range(_TRIES):
+        taken = np.zeros(len(drawn), dtype=bool)
+        taken[rng.permutation(len(drawn))[:n]] = True
+        aside, left = counts[taken].sum(axis=0), counts[~taken].sum(axis=0)
+        most = counts[~taken].max(axis=0, initial=0) if one_group else left
+        fair = (aside >= total * fraction / 2) & (left >= total * (1 - fraction) / 2)
+        score = (
+            int((left >= needed.clip(max=1))[total > 0].sum()),
+            int((most >= needed)[total > 0].sum()),
+            bool(fair[shared].all()),
+        )
+        if score > best_score:
+            best, best_score = taken, score
+        if score == ideal:
+            break
+    return best[group_of]
 
 
 def _per_class(
@@ -615,7 +734,8 @@ def save_episodes(
     """Freeze episodes as JSON: support by file name, test by group, so that others can repeat them.
 
     `{"set", "shots", "sampler", "group_column", "draws": [{"draw", "support", "test_groups",
-    "validation", "name", "seed"}]}`; the file is written whole or not at all.
+    "validation", "name", "seed"}]}`, and "calibration" where there is one; the file is written
+    whole or not at all.
 
     Args:
         path: File to write.
@@ -645,16 +765,17 @@ def save_episodes(
                 f"draw {episode.draw} tests only a part of its groups, which the file format cannot"
                 " say; test all images of each group."
             )
-        draws.append(
-            {
-                "draw": episode.draw,
-                "support": [names[row] for row in episode.support],
-                "test_groups": sorted(tested),
-                "validation": [names[row] for row in episode.validation],
-                "name": episode.name,
-                "seed": episode.seed,
-            }
-        )
+        entry = {
+            "draw": episode.draw,
+            "support": [names[row] for row in episode.support],
+            "test_groups": sorted(tested),
+            "validation": [names[row] for row in episode.validation],
+            "name": episode.name,
+            "seed": episode.seed,
+        }
+        if episode.calibration:
+            entry["calibration"] = [names[row] for row in episode.calibration]
+        draws.append(entry)
     content = {"set": set_name, "shots": shots, "sampler": sampler, "group_column": group_column}
     _write_json(Path(path), {**content, "draws": draws})
 
@@ -695,7 +816,10 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
                 f"{max(draws)}."
             )
         entry = draws[draw]
-        listed = {side: [str(n) for n in entry.get(side, [])] for side in ("support", "validation")}
+        listed = {
+            side: [str(name) for name in entry.get(side, [])]
+            for side in ("support", "validation", "calibration")
+        }
         test_groups = {str(group) for group in entry["test_groups"]}
     except OSError as error:
         raise GloVLMError(f"episodes file {path} cannot be read ({error.strerror}).") from None
@@ -714,9 +838,9 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
             f"draw {draw} of {path} names {len(absent)} support files that are not in the data "
             f"({', '.join(absent[:3])}); use the data set it was drawn from."
         )
-    support, validation = (tuple(position[n] for n in listed[s]) for s in listed)
-    test = _rows_of(test_groups, rows, groups, f"draw {draw} of {path}")
-    assert_disjoint(groups.ids, support=support, validation=validation, test=test)
+    sides = {side: tuple(position[name] for name in names) for side, names in listed.items()}
+    sides["test"] = _rows_of(test_groups, rows, groups, f"draw {draw} of {path}")
+    assert_disjoint(groups.ids, **sides)
     return Episode(
         name=str(entry.get("name", path.stem)),
         draw=draw,
@@ -724,9 +848,7 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
         seed=int(entry.get("seed", 0)),
         sampler=sampler,
         group_column=group_column,
-        support=support,
-        validation=validation,
-        test=test,
+        **sides,
     )
 
 

@@ -7,6 +7,7 @@ ever asked of a crop, and no prompt names a stain that does not show the lesion.
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
@@ -20,6 +21,7 @@ from ..errors import GloVLMError, nearest
 __all__ = [
     "Term",
     "Terminology",
+    "described_prompts",
     "find_stain",
     "find_term",
     "from_mapping",
@@ -28,6 +30,7 @@ __all__ = [
     "read_terminology",
     "read_yaml",
     "terms",
+    "terms_of",
 ]
 
 logger = logging.getLogger("hf_glovlm")
@@ -322,6 +325,48 @@ def prompts_for(term: str | Term, stain: str | None = None) -> list[str]:
             )
     return [
         template.format(phrase) + ending for phrase in found.spoken for template in table.templates
+    ]
+
+
+def described_prompts(term: str | Term) -> list[str]:
+    """Prompts for one lesion, first as they are, then with what it looks like.
+
+    Templates x names, without and with the definition up to its first semicolon: what follows one
+    says what the word leaves open, not what an image shows. They name no stain.
+
+    Args:
+        term: A `Term`, or a name as `find_term` takes it.
+
+    Returns:
+        An even number of prompts, without duplicates.
+
+    Raises:
+        GloVLMError: As `prompts_for`.
+    """
+    found = find_term(term) if isinstance(term, str) else term
+    plain = prompts_for(found)
+    look = found.definition.split(";")[0].rstrip(".")
+    return [*plain, *(f"{prompt}: {look[0].lower()}{look[1:]}" for prompt in plain)]
+
+
+def terms_of(classes: Iterable[Iterable[str]]) -> list[Term | None]:
+    """Find a term for each class of a task.
+
+    Args:
+        classes: For each class its names; the first that the terminology knows counts.
+
+    Returns:
+        For each class its term; `None` where none is known, a crop cannot show it, or another
+        class has the same one, whose prompts would not tell the two apart.
+    """
+    known = _terminology().by_key
+    found = [
+        next((known[match_key(name)] for name in names if match_key(name) in known), None)
+        for names in classes
+    ]
+    alone = {term for term, times in Counter(found).items() if times == 1}
+    return [
+        term if term in alone and term is not None and term.promptable else None for term in found
     ]
 
 

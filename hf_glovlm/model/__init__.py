@@ -17,16 +17,19 @@ from .modeling_glovlm import (
     GloVLMOutput,
 )
 from .processing_glovlm import GloVLMProcessor
+from .prompts import ConditionalPromptHead, Inserts
 from .towers import TowerPair
 
 __all__ = [
     "ClassWeights",
+    "ConditionalPromptHead",
     "GloVLMConfig",
     "GloVLMForImageClassification",
     "GloVLMImageClassifierOutput",
     "GloVLMModel",
     "GloVLMOutput",
     "GloVLMProcessor",
+    "Inserts",
     "MLPHead",
     "TowerPair",
     "build_head",

@@ -5,8 +5,8 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-VISION_POOLINGS = ("pooler", "cls", "mean", "cls_mean")
-TEXT_POOLINGS = ("pooler", "cls", "mean", "eos")
+VISION_POOLINGS = ("pooler", "cls", "mean", "cls_mean", "attentional")
+TEXT_POOLINGS = ("pooler", "cls", "mean", "eos", "appended_cls")
 PROJECTIONS = ("none", "linear", "mlp")
 _CHOICES = {
     "vision_pooling": VISION_POOLINGS,
@@ -34,19 +34,35 @@ class GloVLMConfig(PreTrainedConfig):
         backbone_name: Hub id or table name of the pretrained weights, for cards and adapters.
         backbone_revision: The commit of these weights, if known.
         backbone_license: Licence of these weights, if known.
+        backbone_restrictions: What it forbids: `non-commercial`, `no-derivatives`; `None` is
+            unknown.
         vision_pooling: How a pair turns vision tokens into one vector: the tower's own `pooler`,
-            the class token, the mean of the patch tokens, or both joined (`cls_mean`, twice wide).
-        text_pooling: The same for text: `pooler`, first token, masked mean, end-of-text token.
+            the class token, the mean of the patch tokens, both joined (`cls_mean`, twice wide), or
+            a learned query that attends to all tokens (`attentional`).
+        text_pooling: The same for text: `pooler`, first token, masked mean, end-of-text token, or a
+            class token behind the text, the last row of the vocabulary (`appended_cls`).
         vision_projection: What follows the vision pooling of a pair.
         text_projection: What follows the text pooling of a pair.
         projection_dim: Width after a projection; `None` when neither tower is projected.
+        vision_projection_hidden: Hidden width of an `mlp`; that of its input when not given.
+        text_projection_hidden: The same for text.
+        projection_bias: Whether the projections have biases.
+        pooler_dim: Width of attentional pooling.
+        pooler_heads: Its heads.
         normalize_pooled: L2-normalise the pooled vision vector of a pair before its projection.
         joint_space: Whether image and text features may be compared by their cosine.
         logit_scale_init_value: Logarithm of the initial scale of a pair's cosines.
         prompts: Per class, the texts whose normalised features are averaged into its prototype.
         head: What adaptation left behind (see `heads.py`): `{"kind": ..., ...}`.
+        inserts: Tokens and bottlenecks between the towers' blocks (see `prompts.py`); `None` where
+            the towers are plain.
         temperature: Divides the logits of the classifier; 1 means uncalibrated.
-        mpp: Micrometres per pixel of the images the model was adapted on; `None` is unknown.
+        prior_shift: Per class, what is added to the classifier's logits after the temperature, to
+            correct for a prevalence other than that of the labels it learned from.
+        calibration: Conformal sets and abstention, as `calibration` fitted them on held-out
+            groups; `None` where that was not done.
+        mpp: Micrometres per input pixel (after the image transform's resizing) that the model was
+            adapted at; `None` is unknown.
         synthetic: Whether the labels it learned from were drawings, not patients.
     """
 
@@ -59,17 +75,26 @@ class GloVLMConfig(PreTrainedConfig):
     backbone_name: str | None = None
     backbone_revision: str | None = None
     backbone_license: str | None = None
-    vision_pooling: Literal["pooler", "cls", "mean", "cls_mean"] = "pooler"
-    text_pooling: Literal["pooler", "cls", "mean", "eos"] = "pooler"
+    backbone_restrictions: list[str] | None = None
+    vision_pooling: Literal["pooler", "cls", "mean", "cls_mean", "attentional"] = "pooler"
+    text_pooling: Literal["pooler", "cls", "mean", "eos", "appended_cls"] = "pooler"
     vision_projection: Literal["none", "linear", "mlp"] = "none"
     text_projection: Literal["none", "linear", "mlp"] = "none"
     projection_dim: int | None = None
+    vision_projection_hidden: int | None = None
+    text_projection_hidden: int | None = None
+    projection_bias: bool = True
+    pooler_dim: int | None = None
+    pooler_heads: int = 8
     normalize_pooled: bool = False
     joint_space: bool = True
     logit_scale_init_value: float = 2.6592
     prompts: list[list[str]] | None = None
     head: dict[str, Any] | None = None
+    inserts: dict[str, Any] | None = None
     temperature: float = 1.0
+    prior_shift: list[float] | None = None
+    calibration: dict[str, Any] | None = None
     mpp: float | None = None
     synthetic: bool = False
 
@@ -89,6 +114,11 @@ class GloVLMConfig(PreTrainedConfig):
             if getattr(self, field) not in known:
                 found = getattr(self, field)
                 raise ValueError(f"{field} must be one of {', '.join(known)}; found '{found}'.")
+        if (self.vision_pooling == "attentional") != (self.pooler_dim is not None):
+            raise ValueError(
+                "Attentional pooling, and only that, needs pooler_dim; found vision_pooling "
+                f"'{self.vision_pooling}' and pooler_dim {self.pooler_dim}."
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}.")
         if self.head is not None and len(self.prompts or []) not in (0, self.num_labels):
@@ -125,6 +155,8 @@ class GloVLMConfig(PreTrainedConfig):
     @property
     def vision_pooled_dim(self) -> int:
         """Width of the pooled vision vector before any projection."""
+        if self.pooler_dim is not None:
+            return self.pooler_dim
         width = int(self._backbone().vision_config.hidden_size)
         return 2 * width if self.vision_pooling == "cls_mean" else width
 

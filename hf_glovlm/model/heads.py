@@ -1,12 +1,29 @@
 """What adaptation leaves behind: image features in, class logits out."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 
-class ClassWeights(nn.Module):
+class Head(nn.Module):
+    """Maps image features `[n, dim]`, not normalised, to logits `[n, classes]`.
+
+    A subclass is built as `Head(dim, num_classes, **describe())` and names itself by `kind`.
+    """
+
+    kind: ClassVar[str]
+
+    def describe(self) -> dict[str, Any]:
+        """The further arguments that build this head again, without its weights."""
+        return {}
+
+    def reset(self) -> None:
+        """Initialise what is this head's own; the parts of it do so themselves."""
+
+
+class ClassWeights(Head):
     """One weight vector a class: text prototypes, a linear probe, a prototype classifier.
 
     `logits = scale * f @ weight.T + bias`, with `f` L2-normalised first when `normalize` is set.
@@ -18,6 +35,8 @@ class ClassWeights(nn.Module):
         cosine: Whether the rows of `weight` are unit class prototypes in the joint space, so that
             `f @ weight.T` are cosines between image and class text.
     """
+
+    kind = "class_weights"
 
     def __init__(
         self, dim: int, num_classes: int, normalize: bool = True, cosine: bool = False
@@ -35,8 +54,18 @@ class ClassWeights(nn.Module):
             features = nn.functional.normalize(features, dim=-1)
         return self.scale * features @ self.weight.T + self.bias
 
+    def describe(self) -> dict[str, Any]:
+        """Both switches."""
+        return {"normalize": self.normalize, "cosine": self.cosine}
 
-class MLPHead(nn.Module):
+    def reset(self) -> None:
+        """Small normal weights, no bias."""
+        init.normal_(self.weight, std=0.02)
+        init.zeros_(self.bias)
+        init.ones_(self.scale)
+
+
+class MLPHead(Head):
     """The classifier of Glo-VLMs: Linear, batch norm, ReLU, dropout, Linear (arXiv 2511.11984).
 
     Args:
@@ -45,6 +74,8 @@ class MLPHead(nn.Module):
         hidden: Width of the hidden layer (512 as published).
         dropout: Probability of dropping a hidden unit while training (0.5 as published).
     """
+
+    kind = "mlp"
 
     def __init__(self, dim: int, num_classes: int, hidden: int = 512, dropout: float = 0.5) -> None:
         super().__init__()
@@ -61,16 +92,119 @@ class MLPHead(nn.Module):
         logits: Tensor = self.layers(features)
         return logits
 
+    def describe(self) -> dict[str, Any]:
+        """Width and dropout."""
+        return {"hidden": self.layers[0].out_features, "dropout": self.layers[3].p}
 
-HEADS: dict[str, type[nn.Module]] = {"class_weights": ClassWeights, "mlp": MLPHead}
+
+class CacheHead(Head):
+    """Tip-Adapter's key-value cache beside the class texts (arXiv 2207.09519, eq. 5 and 6).
+
+    `logits = scale * f @ text.T + alpha * exp(-beta * (1 - f @ keys.T)) @ values`, `f` unit.
+
+    Args:
+        dim: Width of the image features.
+        num_classes: Number of classes.
+        entries: Number of keys.
+    """
+
+    kind = "cache"
+
+    def __init__(self, dim: int, num_classes: int, entries: int) -> None:
+        super().__init__()
+        self.text = ClassWeights(dim, num_classes, cosine=True)
+        self.keys = nn.Parameter(torch.zeros(entries, dim))
+        self.values = nn.Parameter(torch.zeros(entries, num_classes))
+        self.alpha = nn.Parameter(torch.ones(()))
+        self.beta = nn.Parameter(torch.ones(()))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features `[n, dim]` to logits `[n, classes]`."""
+        unit = nn.functional.normalize(features, dim=-1)
+        affinity = torch.exp(-self.beta * (1 - unit @ self.keys.T))
+        logits: Tensor = self.text(unit) + self.alpha * affinity @ self.values
+        return logits
+
+    def describe(self) -> dict[str, Any]:
+        """The number of keys."""
+        return {"entries": len(self.keys)}
+
+    def reset(self) -> None:
+        """Small normal keys; no entry stands for a class yet."""
+        init.normal_(self.keys, std=0.02)
+        init.zeros_(self.values)
+        init.ones_(self.alpha)
+        init.ones_(self.beta)
 
 
-def build_head(spec: dict[str, Any] | None, dim: int, num_classes: int) -> nn.Module:
+class ResidualHead(Head):
+    """CLIP-Adapter: a bottleneck beside the feature, then the class texts (arXiv 2110.04544).
+
+    `f' = ratio * relu(W2 relu(W1 f)) + (1 - ratio) * f`, `f` unit, then scaled cosines of `f'`.
+
+    Args:
+        dim: Width of the image features.
+        num_classes: Number of classes.
+        hidden: Width of the bottleneck.
+        ratio: Share of the bottleneck's output.
+    """
+
+    kind = "residual"
+
+    def __init__(self, dim: int, num_classes: int, hidden: int, ratio: float = 0.2) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.adapter = nn.Sequential(
+            nn.Linear(dim, hidden, bias=False),
+            nn.ReLU(),
+            nn.Linear(hidden, dim, bias=False),
+            nn.ReLU(),
+        )
+        self.text = ClassWeights(dim, num_classes, cosine=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features `[n, dim]` to logits `[n, classes]`."""
+        unit = nn.functional.normalize(features, dim=-1)
+        logits: Tensor = self.text(self.ratio * self.adapter(unit) + (1 - self.ratio) * unit)
+        return logits
+
+    def describe(self) -> dict[str, Any]:
+        """Width and ratio."""
+        return {"hidden": self.adapter[0].out_features, "ratio": self.ratio}
+
+
+class ProjectedHead(Head):
+    """A linear map of the feature, then the class texts: `scale * cos(W f, text)`.
+
+    Args:
+        dim: Width of the image features.
+        num_classes: Number of classes.
+    """
+
+    kind = "projected"
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(dim, dim, bias=False)
+        self.text = ClassWeights(dim, num_classes, cosine=True)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features `[n, dim]` to logits `[n, classes]`."""
+        logits: Tensor = self.text(self.projection(features))
+        return logits
+
+
+HEADS: dict[str, type[Head]] = {
+    head.kind: head for head in (ClassWeights, MLPHead, CacheHead, ResidualHead, ProjectedHead)
+}
+
+
+def build_head(spec: dict[str, Any] | None, dim: int, num_classes: int) -> Head:
     """Build an untrained head from its description in the config.
 
     Args:
-        spec: `{"kind": "class_weights" | "mlp", ...keyword arguments of that class}`; `None` is a
-            linear head on normalised features.
+        spec: `{"kind": a name of HEADS, ...keyword arguments of that class}`; `None` is a linear
+            head on normalised features.
         dim: Width of the image features.
         num_classes: Number of classes.
     """
@@ -83,9 +217,7 @@ def build_head(spec: dict[str, Any] | None, dim: int, num_classes: int) -> nn.Mo
 
 def describe_head(head: nn.Module) -> dict[str, Any]:
     """Say how to build a head again: the inverse of `build_head`."""
-    if isinstance(head, ClassWeights):
-        return {"kind": "class_weights", "normalize": head.normalize, "cosine": head.cosine}
-    if isinstance(head, MLPHead):
-        hidden, dropout = head.layers[0], head.layers[3]
-        return {"kind": "mlp", "hidden": hidden.out_features, "dropout": dropout.p}
-    raise ValueError(f"A head is one of {', '.join(sorted(HEADS))}; found {type(head).__name__}.")
+    if not isinstance(head, Head):
+        known = ", ".join(sorted(HEADS))
+        raise ValueError(f"A head is one of {known}; found {type(head).__name__}.")
+    return {"kind": head.kind, **head.describe()}

@@ -5,14 +5,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_glovlm import GloVLMConfig
-from .heads import ClassWeights, build_head, describe_head
-from .towers import TowerPair
+from .heads import Head, build_head, describe_head
+from .prompts import TEXT_CHUNK, Bottleneck, Inserts, LayerTokens
+from .towers import AttentionalPooler, TowerPair
 
 
 @dataclass
@@ -44,10 +46,11 @@ class GloVLMImageClassifierOutput(ModelOutput):
 
     Args:
         loss: Cross-entropy, when labels were given.
-        logits: Calibrated logits `[n, classes]` (divided by the temperature).
+        logits: Calibrated logits `[n, classes]` (temperature, prior correction).
         image_embeds: Image features `[n, dim]`, not normalised.
         hidden_states: Of the vision tower, when asked for.
-        attentions: Of the vision tower, when asked for.
+        attentions: Of the vision tower, when asked for. Inserted tokens stand behind the class
+            token (see `Inserts`), patches last.
     """
 
     loss: Tensor | None = None
@@ -82,12 +85,12 @@ class GloVLMPreTrainedModel(PreTrainedModel):
                 for linear in projection.modules():
                     if isinstance(linear, nn.Linear):
                         init.normal_(linear.weight, std=linear.in_features**-0.5)
-                        init.zeros_(linear.bias)
-        elif isinstance(module, ClassWeights):
-            init.normal_(module.weight, std=0.02)
-            init.zeros_(module.bias)
-            init.ones_(module.scale)
-        elif type(module).__module__ == build_head.__module__:
+                        if linear.bias is not None:
+                            init.zeros_(linear.bias)
+        elif isinstance(module, AttentionalPooler | LayerTokens | Bottleneck):
+            module.reset()
+        elif isinstance(module, Head):
+            module.reset()
             for layer in module.modules():
                 if isinstance(layer, nn.Linear | nn.BatchNorm1d):
                     layer.reset_parameters()
@@ -118,7 +121,27 @@ class GloVLMModel(GloVLMPreTrainedModel):
         else:
             _keep_weights(backbone)
         self.backbone = backbone
+        self.inserts = Inserts(config.inserts, backbone) if config.inserts else None
         self.post_init()
+
+    def insert(self, spec: dict[str, Any]) -> Inserts:
+        """Put tokens or bottlenecks between the towers' blocks, and into the config.
+
+        Args:
+            spec: See `Inserts`.
+
+        Raises:
+            ValueError: There are some already, or a tower cannot take them.
+        """
+        if self.inserts is not None:
+            raise ValueError(
+                "This model has tokens or bottlenecks between its blocks already "
+                f"({', '.join(self.config.inserts or {})}): start from the backbone without them."
+            )
+        inserts = Inserts(spec, self.backbone)
+        self.inserts = inserts.to(self.logit_scale.device, self.logit_scale.dtype)
+        self.config.inserts = spec
+        return inserts
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -197,22 +220,42 @@ class GloVLMModel(GloVLMPreTrainedModel):
         return features
 
     def class_prototypes(
-        self, input_ids: Tensor, attention_mask: Tensor | None, class_index: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        class_index: Tensor,
+        chunk_size: int = TEXT_CHUNK,
     ) -> Tensor:
         """Average the normalised features of each class's prompts, and normalise again.
+
+        Texts are encoded in chunks; where gradients are needed, a chunk's activations are computed
+        again on the way back, so that memory does not grow with the number of classes.
 
         Args:
             input_ids: `[prompts, length]`, all prompts of all classes.
             attention_mask: `[prompts, length]` or `None`.
             class_index: `[prompts]`, the class of each prompt; classes are 0 ... K-1.
+            chunk_size: Most texts that are encoded at a time.
 
         Returns:
             Unit class prototypes `[K, dim]`.
         """
-        features: Any = self.get_text_features(input_ids, attention_mask).pooler_output
-        features = nn.functional.normalize(features, dim=-1)
-        classes = int(class_index.max()) + 1
-        total = features.new_zeros(classes, features.shape[-1])
+
+        def encode(ids: Tensor, mask: Tensor | None) -> Tensor:
+            features: Any = self.get_text_features(ids, mask).pooler_output
+            return nn.functional.normalize(features, dim=-1)
+
+        n = len(input_ids)
+        parts = []
+        for start in range(0, n, chunk_size):
+            rows = slice(start, start + chunk_size)
+            mask = None if attention_mask is None else attention_mask[rows]
+            if n > chunk_size and torch.is_grad_enabled():
+                parts.append(checkpoint(encode, input_ids[rows], mask, use_reentrant=False))
+            else:
+                parts.append(encode(input_ids[rows], mask))
+        features = torch.cat(parts)
+        total = features.new_zeros(int(class_index.max()) + 1, features.shape[-1])
         return nn.functional.normalize(total.index_add(0, class_index, features), dim=-1)
 
     def forward(
@@ -337,6 +380,17 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
         """The token embedding of the text tower."""
         return self.glovlm.get_input_embeddings()
 
+    def classify_features(self, features: Tensor) -> Tensor:
+        """Map image features `[n, dim]`, not normalised, to calibrated logits `[n, classes]`.
+
+        The head's logits divided by the temperature, plus the prior correction where there is one.
+        """
+        # CoCoOp's class texts depend on the image, so its head reads them anew.
+        more = (self.glovlm,) if getattr(self.head, "needs_model", False) else ()
+        logits: Tensor = self.head(features, *more) / self.config.temperature
+        shift = self.config.prior_shift
+        return logits if shift is None else logits + logits.new_tensor(shift)
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -362,8 +416,8 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
             spatial_shapes=spatial_shapes,
             **kwargs,
         )
-        features = vision.pooler_output
-        logits = self.head(features) / self.config.temperature
+        features: Any = vision.pooler_output
+        logits = self.classify_features(features)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         output = GloVLMImageClassifierOutput(
             loss=loss,

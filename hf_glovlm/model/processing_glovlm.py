@@ -52,8 +52,25 @@ class GloVLMProcessor(ProcessorMixin):
                 kwargs["padding"] = "max_length"
             else:
                 kwargs.setdefault("padding", True)
-        prepared: BatchFeature = super().__call__(images=images, text=text, **kwargs)
-        return prepared
+        crop = None if images is None else self._crop_size(kwargs)
+        if crop is None:
+            prepared: BatchFeature = super().__call__(images=images, text=text, **kwargs)
+            return prepared
+        kind = kwargs.pop("return_tensors", None)
+        prepared = super().__call__(images=images, text=text, **kwargs | {"do_center_crop": False})
+        cropped = [center_crop(torch.as_tensor(image), *crop) for image in prepared["pixel_values"]]
+        prepared["pixel_values"] = torch.stack(cropped)
+        return prepared.convert_to_tensors(kind)
+
+    def _crop_size(self, kwargs: dict[str, Any]) -> tuple[int, int] | None:
+        """Height and width, where this transform first makes the shorter side long enough."""
+        images = self.image_processor
+        if not kwargs.get("do_center_crop", getattr(images, "do_center_crop", False)):
+            return None
+        size, crop = kwargs.get("size", images.size), kwargs.get("crop_size", images.crop_size)
+        height, width = int(crop["height"]), int(crop["width"])
+        resizes = kwargs.get("do_resize", images.do_resize) and size.get("shortest_edge")
+        return (height, width) if resizes and resizes >= max(height, width) else None
 
     def encode_prompts(self, prompts: list[list[str]]) -> dict[str, torch.Tensor]:
         """Tokenise the prompts of every class, with the learned context if there is one.
@@ -91,3 +108,18 @@ class GloVLMProcessor(ProcessorMixin):
             "attention_mask": torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in ids]),
             "class_index": torch.tensor(index),
         }
+
+
+def center_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Cut the middle out of an image as torchvision does, and so every published pipeline.
+
+    Where the margin is odd, torchvision rounds half of it to an even number and transformers rounds
+    it down, so that the crops of transformers may lie one pixel off.
+
+    Args:
+        image: `[channels, rows, columns]`, at least as large as the crop.
+        height: Rows of the crop.
+        width: Columns of the crop.
+    """
+    top, left = round((image.shape[-2] - height) / 2), round((image.shape[-1] - width) / 2)
+    return image[..., top : top + height, left : left + width]

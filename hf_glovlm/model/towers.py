@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_glovlm import GloVLMConfig
@@ -29,11 +30,26 @@ class TowerPair(nn.Module):
         self.config = config
         self.vision_model = AutoModel.from_config(towers.vision_config)
         self.text_model = AutoModel.from_config(towers.text_config)
+        self.vision_pooler = (
+            AttentionalPooler(
+                int(towers.vision_config.hidden_size), config.pooler_dim, config.pooler_heads
+            )
+            if config.pooler_dim is not None
+            else None
+        )
         self.visual_projection = build_projection(
-            config.vision_projection, config.vision_pooled_dim, config.projection_dim
+            config.vision_projection,
+            config.vision_pooled_dim,
+            config.projection_dim,
+            hidden=config.vision_projection_hidden,
+            bias=config.projection_bias,
         )
         self.text_projection = build_projection(
-            config.text_projection, int(towers.text_config.hidden_size), config.projection_dim
+            config.text_projection,
+            int(towers.text_config.hidden_size),
+            config.projection_dim,
+            hidden=config.text_projection_hidden,
+            bias=config.projection_bias,
         )
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
 
@@ -60,8 +76,11 @@ class TowerPair(nn.Module):
             The tower's output and the pooled vectors `[n, vision_pooled_dim]`.
         """
         outputs = self.vision_model(pixel_values, **_known(self.vision_model, kwargs))
-        patches = count_patches(self.vision_model.config, pixel_values)
-        pooled = pool_vision(outputs, self.config.vision_pooling, patches)
+        if self.vision_pooler is not None:
+            pooled = self.vision_pooler(outputs.last_hidden_state)
+        else:
+            patches = count_patches(self.vision_model.config, pixel_values)
+            pooled = pool_vision(outputs, self.config.vision_pooling, patches)
         if self.config.normalize_pooled:
             pooled = nn.functional.normalize(pooled, dim=-1)
         return outputs, pooled
@@ -73,12 +92,17 @@ class TowerPair(nn.Module):
 
         Args:
             input_ids: `[n, length]`.
-            attention_mask: `[n, length]`, 1 where a token is text; all ones when not given.
+            attention_mask: `[n, length]`, 1 where a token is text; all ones when not given
+            (`appended_cls`: one where a token is not padding).
             **kwargs: Passed on to the text tower where it knows them.
 
         Returns:
             The tower's output with `pooler_output` replaced by the features `[n, dim]`.
         """
+        if self.config.text_pooling == "appended_cls":
+            input_ids, attention_mask, kwargs["position_ids"] = append_class_token(
+                input_ids, attention_mask, self.text_model.config, self.text_model.dtype
+            )
         outputs: BaseModelOutputWithPooling = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -106,21 +130,126 @@ class TowerPair(nn.Module):
         self.config.joint_space = True
 
 
-def build_projection(kind: str, dim_in: int, dim_out: int | None) -> nn.Module:
+class AttentionalPooler(nn.Module):
+    """One learned query that attends to all tokens of an image (CoCa, arXiv 2205.01917).
+
+    Args:
+        width: Of the tokens.
+        dim: Of the query and of what comes out.
+        heads: Attention heads.
+    """
+
+    def __init__(self, width: int, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(1, dim))
+        self.norm_query = nn.LayerNorm(dim)
+        self.norm_tokens = nn.LayerNorm(width)
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(width, dim)
+        self.v_proj = nn.Linear(width, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def reset(self) -> None:
+        """Normal query and weights, plain norms."""
+        init.normal_(self.query)
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                init.normal_(module.weight, std=module.in_features**-0.5)
+                init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens `[n, length, width]` to `[n, dim]`."""
+
+        def split(x: Tensor) -> Tensor:
+            return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+
+        tokens = self.norm_tokens(tokens)
+        query = split(self.q_proj(self.norm_query(self.query)).unsqueeze(0))
+        pooled = nn.functional.scaled_dot_product_attention(
+            query.expand(len(tokens), -1, -1, -1),
+            split(self.k_proj(tokens)),
+            split(self.v_proj(tokens)),
+        )
+        result: Tensor = self.norm(self.out_proj(pooled.transpose(1, 2).flatten(1)))
+        return result
+
+
+def append_class_token(
+    input_ids: Tensor, attention_mask: Tensor | None, config: Any, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the class token behind texts, with the mask that CoCa's text towers were trained with.
+
+    Tokens see what stands before them. The class token sees the first token, and the one behind
+    every token that is no padding: so the first padding too, and itself only where the text fills
+    the whole context (the padding mask is shifted by one; weights depend on it). It stands at the
+    last position of the context; the padding between the first one and it is seen by nobody that
+    counts, so that it is left out: as many tokens go in as came, and one of padding.
+
+    Args:
+        input_ids: `[n, length]`, padded on the right; at most as long as the context, whose last
+            position must then be padding.
+        attention_mask: `[n, length]`, 1 where a token is text; where a token is not padding when
+            not given.
+        config: Of the text tower: its last vocabulary row is the class token.
+        dtype: Of the tower.
+
+    Returns:
+        Ids `[n, length + 2]` (fewer where the text fills the context), the mask that is added to
+        attention scores `[n, 1, length + 2, length + 2]`, and positions `[1, length + 2]`.
+
+    Raises:
+        ValueError: A text is too long.
+    """
+    room = int(config.max_position_embeddings) - 1
+    is_text = input_ids != config.pad_token_id if attention_mask is None else attention_mask.bool()
+    if input_ids.shape[1] > room and bool(is_text[:, room:].any()):
+        raise ValueError(
+            f"A text is longer than {room} tokens, which is all that this tower reads beside its "
+            "class token: cut it (truncation=True)."
+        )
+    one_more = min(input_ids.shape[1] + 1, room) - input_ids.shape[1]
+    is_text = nn.functional.pad(is_text, (0, one_more))
+    input_ids = nn.functional.pad(input_ids, (0, one_more)).masked_fill(
+        ~is_text, config.pad_token_id
+    )
+    n, length = input_ids.shape
+    input_ids = nn.functional.pad(input_ids, (0, 1), value=config.vocab_size - 1)
+    sees = is_text.new_ones(n, length + 1, length + 1).tril()
+    sees[:, -1, 1:] = is_text
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    mask = mask.masked_fill(~sees, torch.finfo(dtype).min).unsqueeze(1)
+    positions = torch.arange(length + 1, device=sees.device).unsqueeze(0)
+    positions[:, -1] = room
+    return input_ids, mask, positions
+
+
+def build_projection(
+    kind: str, dim_in: int, dim_out: int | None, hidden: int | None = None, bias: bool = True
+) -> nn.Module:
     """Build what stands between a pooled vector and the joint space.
 
     Args:
-        kind: `none`, `linear` (with bias), or `mlp` (one hidden layer as wide as its input, GELU).
+        kind: `none`, `linear`, or `mlp` (one hidden layer, GELU).
         dim_in: Width of the pooled vector.
         dim_out: Width of the joint space; not needed for `none`.
+        hidden: Width of the hidden layer; that of its input when not given.
+        bias: Whether the layers have biases.
     """
     if kind == "none":
         return nn.Identity()
     if dim_out is None:
         raise ValueError(f"A {kind} projection needs projection_dim in the config; found None.")
     if kind == "linear":
-        return nn.Linear(dim_in, dim_out)
-    return nn.Sequential(nn.Linear(dim_in, dim_in), nn.GELU(), nn.Linear(dim_in, dim_out))
+        return nn.Linear(dim_in, dim_out, bias=bias)
+    hidden = hidden or dim_in
+    return nn.Sequential(
+        nn.Linear(dim_in, hidden, bias=bias), nn.GELU(), nn.Linear(hidden, dim_out, bias=bias)
+    )
 
 
 def count_patches(vision_config: Any, pixel_values: Tensor) -> int:
@@ -176,6 +305,8 @@ def pool_text(
     tokens: Tensor = outputs.last_hidden_state
     if pooling == "cls":
         return tokens[:, 0]
+    if pooling == "appended_cls":
+        return tokens[:, -1]
     if pooling == "eos":
         if eos_token_id is None:
             raise ValueError(

@@ -1,0 +1,231 @@
+"""Published files: fetched from the Hub or its cache, converted once, and kept.
+
+Converted weights lie below `GLOVLM_CACHE` (else `~/.cache/glovlm`), in a folder per checkpoint and
+commit, so that a second load neither downloads nor converts anything, also without a connection.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from uuid import uuid4
+
+from .errors import GloVLMError
+
+ORIGIN = "backbone.json"  # beside converted weights: which checkpoint and commit they come from
+_CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
+SMALL_FILES = (
+    "open_clip_config.json", "config.json", "preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt",
+)  # fmt: skip
+WEIGHTS_FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
+
+logger = logging.getLogger("hf_glovlm")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on the Hub, as far as its files go.
+
+    Args:
+        hub_id: `owner/name`.
+        name: What the user called it, for messages.
+        revision: Commit or branch; `None` is the newest.
+        kind: Layout, for `conversion.convert_checkpoint`; `None` is recognised there.
+        weights: The weights' file, where it has a name of its own.
+        gated: Whether access has to be asked for, as far as known.
+    """
+
+    hub_id: str
+    name: str
+    revision: str | None = None
+    kind: str | None = None
+    weights: str | None = None
+    gated: bool = False
+
+    def fetch(self, file: str, revision: str | None = None) -> Path | None:
+        """Download one file, or take it from the Hub cache; `None` where neither has it.
+
+        Raises:
+            GloVLMError: Access is denied, or there is no such checkpoint or revision.
+        """
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.hub_id, file, revision=revision or self.revision))
+        except EntryNotFoundError:  # also when there is no connection
+            return None
+        except (OSError, ValueError) as error:
+            raise cannot_load(self.name, self.hub_id, error, gated=self.gated) from error
+
+    def download(self) -> Path:
+        """Fetch the published files into the Hub cache.
+
+        Returns:
+            The weights there, in a folder that bears the name of the commit.
+
+        Raises:
+            GloVLMError: There are no weights, or `fetch` fails.
+        """
+        small = [path for file in SMALL_FILES if (path := self.fetch(file))]
+        commit = small[0].parent.name if small else None
+        files = list(dict.fromkeys([*filter(None, [self.weights]), *WEIGHTS_FILES]))
+        weights = self._first(files, commit)
+        if weights is None:
+            raise GloVLMError(
+                f"Backbone '{self.name}' cannot be loaded: neither {self.hub_id} on the Hub nor "
+                f"the Hub cache here has any of {', '.join(files)}. {_WHAT_TO_DO}"
+            )
+        if not {"tokenizer.json", "vocab.json", "vocab.txt"} & {path.name for path in small}:
+            with suppress(GloVLMError):  # CLIP's is often left out; the conversion looks for it
+                Checkpoint(_CLIP_TOKENIZER, self.name).fetch("tokenizer.json")
+        return weights
+
+    def convert(self) -> Path:
+        """Download and convert, where that was not done before.
+
+        Returns:
+            The folder with the converted weights, which bears the name of the commit.
+
+        Raises:
+            GloVLMError: Nothing can be fetched, or it cannot be converted.
+        """
+        kept = _conversions() / self.hub_id.replace("/", "--")
+        found = self._first(SMALL_FILES)
+        # Without a connection and with an empty Hub cache, what was converted before still serves.
+        commit = found.parent.name if found else self.revision or _newest(kept)
+        if commit is not None and (kept / commit / ORIGIN).is_file():
+            return kept / commit
+        weights = self.download()
+        commit = weights.parent.name
+        origin = {"hub_id": self.hub_id, "revision": commit}
+        return _convert_once(weights, kept / commit, self.kind, origin)
+
+    def _first(self, files: Sequence[str], revision: str | None = None) -> Path | None:
+        paths = (self.fetch(file, revision) for file in files)
+        return next((path for path in paths if path), None)
+
+
+def convert_folder(folder: Path) -> Path | None:
+    """Convert the published files of a local folder, where that was not done before.
+
+    Returns:
+        The folder with the converted weights; `None` if the given one holds no weights at all.
+
+    Raises:
+        GloVLMError: They cannot be converted.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if not any(path.suffix in (".bin", ".pt", ".safetensors") for path in files):
+        return None
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = sha256(repr((str(folder.resolve()), stats)).encode()).hexdigest()[:32]
+    return _convert_once(folder, _conversions() / "local" / key, None, {"hub_id": None})
+
+
+def write_origin(folder: Path, origin: dict[str, str | None]) -> None:
+    """Write beside converted weights where they come from."""
+    (folder / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
+
+
+def read_origin(folder: Path) -> tuple[str | None, str | None] | None:
+    """Hub id and commit that converted weights come from; `None` if a folder holds no such."""
+    if not (folder / ORIGIN).is_file():
+        return None
+    origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    return origin.get("hub_id"), origin.get("revision")
+
+
+def cannot_load(name: str, place: str, error: Exception, *, gated: bool = False) -> GloVLMError:
+    """One sentence for whatever kept a backbone from being loaded.
+
+    Args:
+        name: What the user called it.
+        place: Hub id or folder.
+        error: What was raised.
+        gated: Whether access has to be asked for, as far as known.
+    """
+    if _is_denied(error, gated):
+        return GloVLMError(
+            f"Backbone '{name}' is gated, and you have no access to it: ask for access at "
+            f"https://huggingface.co/{place} and run `hf auth login`."
+        )
+    first = str(error).strip().splitlines()[0]
+    return GloVLMError(f"Backbone '{name}' cannot be loaded: {first} {_WHAT_TO_DO}")
+
+
+_WHAT_TO_DO = (
+    "What to do: check the name, the connection (or HF_HUB_OFFLINE), or give a local folder."
+)
+
+
+def _is_denied(error: Exception, gated: bool) -> bool:
+    """Whether the Hub refused access; to whom it does not know, it says that nothing is there."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    for cause in _causes(error):
+        if isinstance(cause, GatedRepoError):
+            return True
+        if isinstance(cause, RepositoryNotFoundError):
+            return gated
+        if isinstance(cause, HfHubHTTPError):
+            return getattr(cause.response, "status_code", None) in (401, 403)
+    return False
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _conversions() -> Path:
+    return Path(os.environ.get("GLOVLM_CACHE") or "~/.cache/glovlm").expanduser() / "backbones"
+
+
+def _newest(folder: Path) -> str | None:
+    made = [path.parent for path in folder.glob(f"[!.]*/{ORIGIN}")]
+    return max(made, key=lambda path: path.stat().st_mtime).name if made else None
+
+
+def _convert_once(
+    source: Path, target: Path, kind: str | None, origin: dict[str, str | None]
+) -> Path:
+    """Convert into a folder that is there completely or not at all."""
+    if (target / ORIGIN).is_file():
+        return target
+    from .conversion import convert_checkpoint
+
+    name = origin["hub_id"] or source.name
+    logger.warning("Converting %s once; the result is kept.", name)
+    scratch = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        report = convert_checkpoint(source, scratch, kind)
+        write_origin(scratch, origin)
+        try:
+            os.replace(scratch, target)
+        except OSError:
+            if not (target / ORIGIN).is_file():  # else another process was faster
+                raise
+        for sentence in report.notes:
+            logger.warning("%s: %s", name, sentence)
+        return target
+    except OSError as error:
+        raise GloVLMError(
+            f"Converted weights cannot be written to {target.parent} ({error.strerror}): set "
+            "GLOVLM_CACHE to a folder with room."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

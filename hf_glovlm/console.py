@@ -1,0 +1,196 @@
+"""What the command `glovlm` says: tables on the standard output, all else on the error stream."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .errors import GloVLMError
+
+logger = logging.getLogger("hf_glovlm")
+
+
+def drawings_mark(data: str) -> str:
+    """What a title needs behind it, if a folder says of itself that it holds drawings."""
+    return " (drawings)" if (Path(data).expanduser() / "DRAWINGS").is_file() else ""
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse, before any work, what is no file or a file of a run."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise GloVLMError(f"Expected a file to write, found the folder {path}: name a file in it.")
+    if path.name in ("results.json", "predictions.parquet") and (path.parent / "model").is_dir():
+        raise GloVLMError(f"{path} belongs to a run: give another --output.")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a file whole or not at all, in a folder that is made if need be."""
+    from .loop import write_text
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+
+
+def to_csv(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV text."""
+    import csv
+    import io
+
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars from covering ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+
+
+def is_main() -> bool:
+    """Whether this is the process that speaks, under `accelerate launch`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def note(text: str) -> None:
+    """Say something on the error stream, in one line."""
+    if is_main():
+        typer.echo(" ".join(text.splitlines()), err=True)
+
+
+def fail(sentence: str) -> int:
+    """Tell in one line why the command could not do it; return its exit code."""
+    if is_main():
+        word = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
+        typer.echo(f"{word} {' '.join(sentence.split())}", err=True)
+    return 2
+
+
+class Notes(logging.Handler):
+    """Warnings of the package, as a person reads them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        note(f"note: {record.getMessage()}")
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Tell what is being done: a bar on a terminal, else lines, about ten for a training."""
+    if not sys.stderr.isatty() or not is_main():
+
+        def tell(kind: str, what: dict[str, Any]) -> None:
+            due = kind != "epoch" or what["epoch"] == what["epochs"]
+            if due or what["epoch"] % max(what["epochs"] // 10, 1) == 0:
+                note(event_text(kind, what))
+
+        yield tell
+        return
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+
+        def show(kind: str, what: dict[str, Any]) -> None:
+            text = event_text(kind, what)
+            if kind == "epoch":
+                count = {"completed": what["epoch"], "total": what["epochs"]}
+                bar.update(bar.task_ids[-1], description=text, **count)
+            elif kind == "stage":
+                for task in bar.task_ids:
+                    bar.remove_task(task)
+                bar.add_task(text, total=None)
+            else:
+                bar.console.print(text, highlight=False, markup=False)
+
+        yield show
+
+
+def event_text(kind: str, what: Mapping[str, Any]) -> str:
+    """One line for an event of `runs.run`."""
+    if kind == "epoch":
+        return f"epoch {what['epoch']}/{what['epochs']}, loss {what['loss']:.4f}"
+    if kind == "episode":
+        groups, counts = what["groups_per_class"], what["labels_per_class"].items()
+        return "labels: " + ", ".join(
+            f"{n} {name} (of {groups[name]} groups)" for name, n in counts
+        )
+    return f"{what['name']} ..." if kind == "stage" else f"method {what['name']}"
+
+
+def print_metrics(results: Mapping[str, Any]) -> None:
+    """What a training learned from, where there was one, and how well the model did."""
+    from .card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
+
+    drawings, data = "drawings, " if results["synthetic"] else "", results["data"]
+    unit = group_unit(data["group_column"])
+    if "support" in data:
+        labels, groups = data["support"]["labels_per_class"], data["support"]["groups_per_class"]
+        rows = [[name, str(n), str(groups[name])] for name, n in labels.items()]
+        title = "Learned from drawings" if drawings else "Learned from"
+        print_table(title, ["class", "labels", f"contributing {unit}"], rows)
+    title = f"{drawings}{results['n']} test images of {results['n_groups']} {unit}"
+    print_table(f"Metrics ({title})", METRIC_HEADER, metric_rows(results["metrics"]))
+    print_table(f"Per class ({title})", CLASS_HEADER, class_rows(results["per_class"]))
+    for sentence in results["notes"]:
+        note(sentence)
+
+
+def print_rows(
+    title: str, rows: Sequence[Mapping[str, Any]], shown: Sequence[str], as_json: bool
+) -> None:
+    """Some columns of rows as a table, or all of them as JSON."""
+    if as_json:
+        print_json(rows)
+    else:
+        cells = [[cell(row[name]) for name in shown] for row in rows]
+        print_table(title, [name.replace("_", " ") for name in shown], cells)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table for a terminal, or aligned text that other programs can read."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(*map(escape, header), title=escape(title), title_justify="left")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *rows)
+    ]
+    typer.echo("\n".join([title, *lines, ""]))
+
+
+def print_json(value: Any) -> None:
+    """Indented JSON."""
+    typer.echo(json.dumps(value, indent=1, default=str))

@@ -1,0 +1,254 @@
+"""What a training step minimises: a head on features, or images against class texts."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import StepState, Tuning
+from .loop import gather, world_size
+from .model.modeling_glovlm import TEXT_CHUNK
+from .replay import Replay, frozen_blocks
+
+Loss = Literal["prototypes", "infonce", "infonce_published"]
+
+
+class HeadStep(nn.Module):
+    """Cross-entropy of a module on features.
+
+    Args:
+        head: Features `[n, dim]` in, logits `[n, classes]` out.
+        penalty: Added to the mean loss of every step.
+    """
+
+    def __init__(self, head: nn.Module, penalty: Callable[[], Tensor | None] | None = None) -> None:
+        super().__init__()
+        self.head = head
+        self.penalty = penalty
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits `[n, classes]` in evaluation mode."""
+        self.head.eval()
+        logits: Tensor = self.head(features)
+        return logits
+
+    def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
+        """Sum of the weighted losses over `total`, so that parts of a batch add up to its mean."""
+        self.head.train(len(inputs) > 1)  # one row has no variance for batch norm to take
+        losses = nn.functional.cross_entropy(self.head(inputs), labels, reduction="none")
+        loss = (weight * losses).sum() / total
+        penalty = self.penalty() if self.penalty is not None else None
+        return loss if penalty is None else loss + penalty * weight.sum() / total
+
+
+class TowerStep(nn.Module):
+    """Loss of images against class texts, with whatever trains inside the towers.
+
+    Args:
+        model: A `GloVLMModel` to which a method has attached itself.
+        processor: Its processor.
+        tuning: What the method attached.
+        loss: `prototypes`, `infonce` or `infonce_published`.
+    """
+
+    def __init__(self, model: Any, processor: Any, tuning: Tuning, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self.tuning = tuning
+        self.loss = loss
+        encoded = processor.encode_prompts(tuning.prompts)
+        self.text = {k: v.to(model.logit_scale.device) for k, v in encoded.items()}
+        self.images_replay: Replay | None = None
+        self.blank: Tensor | None = None
+        self.texts_replay: tuple[Replay, Tensor] | None = None
+        self.fixed: Tensor | None = None
+        if not tuning.trains_text:  # text of an unchanged tower is encoded once
+            with torch.no_grad():
+                self.fixed = self.current_prototypes()
+
+    def train(self, mode: bool = True) -> "TowerStep":
+        """Only what a method added drops out: a few images against a noisy tower teach nothing."""
+        super().train(False)
+        for name, module in self.named_modules():
+            if "dropout" in name.rpartition(".")[0]:  # PEFT's: a module `lora_dropout.default`
+                module.train(mode)
+        return self
+
+    def current_prototypes(self) -> Tensor:
+        """Unit class prototypes `[K, dim]` as the towers stand now."""
+        if self.fixed is not None:
+            return self.fixed
+        if self.texts_replay is not None:
+            replay, states = self.texts_replay
+            with replay.play(states):
+                return self.model.class_prototypes(**self.text)  # type: ignore[no-any-return]
+        prototypes: Tensor = self.model.class_prototypes(**self.text)
+        return prototypes
+
+    def replay_images(self, fetch: Callable[[Sequence[int]], Tensor], rows: int) -> Tensor | None:
+        """Run the vision blocks that no step changes once, and start behind them from now on.
+
+        Args:
+            fetch: Preprocessed images by index.
+            rows: Number of images.
+
+        Returns:
+            States `[rows, tokens, width]`, which `image_features` takes from now on in place of
+            images; `None` if the first block changes or the states would not fit into memory.
+        """
+        tower, device, dtype = self.model.backbone.vision_model, self._device, self.model.dtype
+        if self.images_replay is None:
+            self.train()
+            one = fetch([0]).to(device, dtype)
+            frozen = frozen_blocks(tower, lambda: self.model.get_image_features(one))
+            if frozen == 0:
+                return None
+            replay, self.blank = Replay(tower, frozen), torch.zeros_like(one)
+        else:
+            replay = self.images_replay
+
+        def run(part: slice) -> None:
+            images = fetch(range(part.start, part.stop)).to(device, dtype)
+            self.model.get_image_features(images)
+
+        states = replay.record(run, rows)
+        if states is not None:
+            self.images_replay = replay
+        return states
+
+    def replay_texts(self) -> None:
+        """Run the text blocks that no step changes once; the class prompts are always the same."""
+        ids, mask = self.text["input_ids"], self.text["attention_mask"]
+        if self.fixed is not None or len(ids) > TEXT_CHUNK:  # chunks are recomputed, out of order
+            return
+        self.train()
+        tower, encode = self.model.backbone.text_model, self.model.get_text_features
+        frozen = frozen_blocks(tower, lambda: encode(ids[:1], mask[:1]))
+        if frozen == 0:
+            return
+        replay = Replay(tower, frozen)
+        states = replay.record(lambda rows: encode(ids[rows], mask[rows]), len(ids))
+        if states is not None:
+            self.texts_replay = replay, states.to(self._device)
+
+    def stop_replay(self) -> None:
+        """Run whole towers again."""
+        self.images_replay = self.texts_replay = None
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = self.model.logit_scale.device
+        return device
+
+    def image_features(self, inputs: Tensor) -> Tensor:
+        """Unit features `[n, dim]` of images, or of pooled vectors where the tower is frozen."""
+        inputs = inputs.to(self.model.dtype)
+        if self.images_replay is not None and self.blank is not None:
+            with self.images_replay.play(inputs):
+                blank = self.blank.expand(len(inputs), *self.blank.shape[1:])
+                features = self.model.get_image_features(blank).pooler_output
+        elif self.tuning.trains_vision:
+            features = self.model.get_image_features(inputs).pooler_output
+        else:
+            features = self.model.project_images(inputs)
+        return nn.functional.normalize(features, dim=-1)
+
+    def compare(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Prototypes `[K, dim]`, or `[n, K, dim]` one set an image, and logits `[n, K]`."""
+        scale = self.model.logit_scale.exp()
+        if self.tuning.image_prototypes is not None:
+            prototypes = self.tuning.image_prototypes(features)
+            return prototypes, scale * torch.einsum("nd,nkd->nk", features, prototypes)
+        prototypes = self.current_prototypes()
+        return prototypes, scale * features @ prototypes.T
+
+    def classify(self, inputs: Tensor) -> Tensor:
+        """Logits `[n, classes]` in evaluation mode."""
+        self.eval()
+        return self.compare(self.image_features(inputs))[1]
+
+    def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
+        """Loss of this process's part of a batch; the mean over processes is the batch's loss."""
+        features = self.image_features(inputs)
+        if self.loss != "prototypes" or self.tuning.whole_batch:
+            # These need the whole batch in one place: every process computes all of it.
+            features, labels, weight = gather(features), gather(labels), gather(weight)
+            share = torch.ones_like(weight[0])
+        else:
+            share = weight.sum() * world_size() / total
+        prototypes, logits = self.compare(features)
+        state = StepState(features, prototypes, logits, labels, weight)
+        if self.loss == "prototypes":
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+            loss = share * (weight * losses).sum() / weight.sum().clamp(min=1)
+        else:
+            scale = self.model.logit_scale.exp()
+            masked = self.loss == "infonce"
+            loss = infonce(features, prototypes[labels], labels, weight, scale, masked)
+        if self.tuning.guide is not None:
+            trained = [p for group in self.tuning.groups for p in group["params"]]
+            loss = steer(loss, self.tuning.guide(state), trained)
+        if self.tuning.penalty is not None:
+            loss = loss + share * self.tuning.penalty(state)
+        return loss
+
+
+def steer(loss: Tensor, guide: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """A loss of the same value whose gradient does not oppose that of a guide (ProGrad).
+
+    Where the gradient `g` of the loss and `h` of the guide point apart (`g.h < 0`), `g` is replaced
+    by `g - (g.h / h.h) h`, for each parameter by itself (Zhu et al. 2023, arXiv:2205.14865, eq. 4).
+
+    Args:
+        loss: Scalar.
+        guide: Scalar; a parameter that it does not depend on keeps its gradient.
+        parameters: All that train.
+    """
+    options = {"retain_graph": True, "allow_unused": True}
+    wanted = torch.autograd.grad(loss, parameters, **options)
+    guided = torch.autograd.grad(guide, parameters, **options)
+    surrogate = loss.new_zeros(())
+    for parameter, g, h in zip(parameters, wanted, guided, strict=True):
+        if g is None:
+            continue
+        if h is not None and (dot := (g * h).sum()) < 0:
+            g = g - dot / h.square().sum().clamp(min=1e-30) * h
+        surrogate = surrogate + (parameter * g.detach()).sum()
+    return loss.detach() + surrogate - surrogate.detach()
+
+
+def infonce(
+    images: Tensor,
+    texts: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    mask_same_class: bool,
+) -> Tensor:
+    """Symmetric in-batch contrastive loss, each image against the class text of every other.
+
+    Two images of one class share their text; taken as negatives of each other they are false.
+
+    Args:
+        images: Unit features `[n, dim]`.
+        texts: Unit features of each image's own class text `[n, dim]`.
+        labels: Class numbers `[n]`.
+        weight: `[n]`, 0 for rows that only pad.
+        scale: Factor between cosines and logits.
+        mask_same_class: Whether pairs of the same class are left out of the denominator.
+    """
+    logits = scale * images @ texts.T
+    other = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    out = (weight == 0).unsqueeze(0) & other
+    if mask_same_class:
+        out = out | ((labels.unsqueeze(0) == labels.unsqueeze(1)) & other)
+    target = torch.arange(len(labels), device=labels.device)
+    # Both masks hold for rows and columns alike, so the transpose takes the same one.
+    by_image = nn.functional.cross_entropy(
+        logits.masked_fill(out, -torch.inf), target, reduction="none"
+    )
+    by_text = nn.functional.cross_entropy(
+        logits.T.masked_fill(out, -torch.inf), target, reduction="none"
+    )
+    return (weight * (by_image + by_text) / 2).sum() / weight.sum()

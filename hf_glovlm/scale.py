@@ -1,0 +1,150 @@
+"""How many micrometres one input pixel of a model spans, and whether two scales go together.
+
+The image transform resizes, so the scale that a model sees is the image's own times the factor by
+which it shrinks. A scale that is not known stays `None` and is written as `unknown`; it is never
+guessed.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image, UnidentifiedImageError
+
+from .data.folder import column
+from .errors import GloVLMError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MAX_RATIO = 1.5  # between the scale that a model was adapted at and that of the images
+
+
+def input_mpp(image_processor: Any, mpp: float, width: int, height: int) -> float:
+    """Micrometres per input pixel of one image, after the resizing of an image transform.
+
+    Where the transform squashes an image to a fixed size, the two axes are averaged geometrically.
+    Cropping changes nothing.
+
+    Args:
+        image_processor: The transform.
+        mpp: Micrometres per pixel of the image.
+        width: Of the image, in pixels.
+        height: Of the image, in pixels.
+    """
+    if not image_processor.do_resize:
+        return mpp
+    patches = getattr(image_processor, "max_num_patches", None)
+    if patches:  # SigLIP 2 keeps the aspect ratio and fills up a number of patches
+        area = patches * image_processor.patch_size**2
+    elif image_processor.size["shortest_edge"]:
+        return mpp * min(width, height) / float(image_processor.size["shortest_edge"])
+    else:
+        area = image_processor.size["width"] * image_processor.size["height"]
+    return mpp * math.sqrt(width * height / area)
+
+
+def known_scale(image_processor: Any, rows: "Dataset") -> float | None:
+    """The scale at which images reach a model.
+
+    Args:
+        image_processor: The model's image transform.
+        rows: Images; a column `mpp` holds the micrometres per pixel of each, where known.
+
+    Returns:
+        Median micrometres per input pixel over the images whose scale is known; `None` if none is.
+    """
+    given = column(rows, "mpp") if "mpp" in rows.column_names else []
+    known = [row for row, mpp in enumerate(given) if mpp is not None]
+    images = column(rows.select(known), "image") if known else []
+    scales = [
+        input_mpp(image_processor, given[row], *size)
+        for row, size in zip(known, map(_size, images), strict=True)
+        if size is not None
+    ]
+    return median(scales) if scales else None
+
+
+def check_scale(
+    model: Any, processor: Any, rows: "Dataset", *, allow: bool = False
+) -> float | Literal["unknown"]:
+    """Refuse images at a scale that is known to be very different from a model's.
+
+    Args:
+        model: The classifier; `config.mpp` is the scale that it was adapted at, if known.
+        processor: Its processor.
+        rows: Images, see `known_scale`.
+        allow: Accept any scale.
+
+    Returns:
+        The images' median micrometres per input pixel, as results hold it.
+
+    Raises:
+        GloVLMError: Both scales are known and lie more than `MAX_RATIO` times apart.
+    """
+    adapted, found = model.config.mpp, known_scale(processor.image_processor, rows)
+    if adapted is not None and found is not None and not allow:
+        ratio = max(adapted / found, found / adapted)
+        if ratio > MAX_RATIO:
+            raise GloVLMError(
+                f"The model was adapted at {adapted:.3g} micrometres per input pixel, and these "
+                f"images reach it at {found:.3g}: {ratio:.1f} times apart, at most {MAX_RATIO:g}. "
+                "Cut or rescale them as it was taught, or give --allow-scale."
+            )
+    return describe_scale(found)
+
+
+def describe_scale(mpp: float | None) -> float | Literal["unknown"]:
+    """A scale as results hold it, to four digits."""
+    return "unknown" if mpp is None else float(f"{mpp:.4g}")
+
+
+def listed_mpp(images: Iterable[Path]) -> list[float | None]:
+    """The scale of image files, from a `metadata.csv` in their folder or in the one above.
+
+    Args:
+        images: The files.
+
+    Returns:
+        Micrometres per pixel of each; `None` where that file does not say.
+    """
+    read = cache(_read_metadata)
+    found: list[float | None] = []
+    for image in images:
+        folders = (image.parent, image.parent.parent)
+        tables = [(read(folder), image.relative_to(folder).as_posix()) for folder in folders]
+        found.append(next((table[name] for table, name in tables if name in table), None))
+    return found
+
+
+def _read_metadata(folder: Path) -> dict[str, float | None]:
+    """`mpp` by file name, as far as a folder's metadata.csv tells."""
+    path = folder / "metadata.csv"
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {str(row.get("file_name")): _micrometres(row.get("mpp")) for row in rows}
+
+
+def _micrometres(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if 0 < number < math.inf else None
+
+
+def _size(value: dict[str, Any]) -> tuple[int, int] | None:
+    """Width and height from a file's head; what cannot be read is told when it is decoded."""
+    try:
+        source = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
+        with Image.open(source) as image:
+            return image.size
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        return None

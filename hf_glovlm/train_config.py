@@ -1,0 +1,200 @@
+"""`TrainConfig`: one adaptation, complete, checked before anything is loaded."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from .adapters import get_method
+from .errors import GloVLMError, nearest
+from .objective import Loss
+
+_CHOICES = {
+    "shots_from": ("spread", "random", "one_group"),
+    "loss": ("prototypes", "infonce", "infonce_published"),
+    "mixed_precision": ("no", "fp16", "bf16"),
+    "conformal": (None, "lac", "aps", "raps"),
+}
+
+
+@dataclass
+class TrainConfig:
+    """One adaptation, complete: the flags of `glovlm train` and the content of `config.yaml`.
+
+    Args:
+        data: Folder, parquet file, or Hub id.
+        output_dir: Where the run is written.
+        backbone: Name, Hub id, folder, or `vision+text`.
+        method: A name of `glovlm methods`.
+        shots: Labelled images per class, or `{class: number}`.
+        seed: Of split, draw, initialisation and order.
+        episodes: A frozen episode file to take the split and the support from.
+        draw: Which of its draws; without a file, which draw of this seed.
+        shots_from: How a class's images are spread over groups.
+        allow_fewer: Take what there is where a class has fewer images than shots.
+        prompts: `auto`, `catalog`, `terminology`, or a `classes.yaml`.
+        stain: For `prompts: terminology`.
+        validation_shots: Images per class from further groups, for early stopping; they count as
+            labels.
+        test_fraction: Fraction of the groups on the test side.
+        loss: `prototypes` (cross-entropy over class texts), `infonce` (in-batch, same-class pairs
+            masked) or `infonce_published` (unmasked).
+        method_config: Settings of the method.
+        epochs: Overrides the method's recipe, as do the next three.
+        lr: Learning rate.
+        weight_decay: Weight decay.
+        batch_size: Images per step over all processes.
+        max_steps: Most optimiser steps; a longer recipe is cut, and the results say so.
+        cross_validate: Choose the method's settings by leaving out one group of the support at a
+            time, where every class has at least 4.
+        calibration_groups: Groups set aside, with all their images, to calibrate the probabilities
+            after adaptation; their labels count.
+        temperature: Whether these fit a temperature.
+        conformal: Prediction sets calibrated on them: `lac`, `aps` or `raps`.
+        alpha: Share of images whose set may miss the true class.
+        per_class: Whether that holds within each class rather than over all images.
+        max_risk: Abstain where the error rate among the answered images would be higher.
+        prior: Prevalence of each class where the model will be used, `{class: fraction}`; `em`
+            estimates it from the unlabelled test images, and the results are then transductive.
+        augment: Random flips, quarter turns and crops of at least half the area while training.
+        mixed_precision: `no`, `fp16` or `bf16`, by Accelerate.
+        accumulate: Parts that each batch is split into, to save memory; same result.
+        clip_norm: Largest gradient norm.
+        tracker: An Accelerate tracker (`tensorboard`, `wandb`, ...).
+        device: `auto`, `cpu`, `cuda`, ...
+        overwrite: Replace a run in `output_dir`.
+        resume: Go on from its checkpoint; return its results if it is finished.
+        cache: Keep features of frozen towers for the next run.
+        n_resamples: Bootstrap resamples of the intervals.
+        save_model: Whether `model/` and `adapter/` are written; a study keeps results only.
+    """
+
+    data: str
+    output_dir: str
+    backbone: str = "mini"
+    method: str = "linear_probe"
+    shots: int | dict[str, int] = 8
+    seed: int = 0
+    episodes: str | None = None
+    draw: int = 0
+    shots_from: Literal["spread", "random", "one_group"] = "spread"
+    allow_fewer: bool = False
+    prompts: str = "auto"
+    stain: str | None = None
+    validation_shots: int = 0
+    test_fraction: float = 0.5
+    loss: Loss = "prototypes"
+    method_config: dict[str, Any] = field(default_factory=dict)
+    epochs: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    batch_size: int | None = None
+    max_steps: int | None = None
+    cross_validate: bool = False
+    calibration_groups: int = 0
+    temperature: bool = True
+    conformal: Literal["lac", "aps", "raps"] | None = None
+    alpha: float = 0.1
+    per_class: bool = False
+    max_risk: float | None = None
+    prior: dict[str, float] | str | None = None
+    augment: bool = False
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    accumulate: int = 1
+    clip_norm: float | None = None
+    tracker: str | None = None
+    device: str = "auto"
+    overwrite: bool = False
+    resume: bool = False
+    cache: bool = True
+    n_resamples: int = 2000
+    save_model: bool = True
+
+    def __post_init__(self) -> None:
+        method = get_method(self.method)
+        method.configure(self.method_config)
+        shots = self.shots.values() if isinstance(self.shots, dict) else [self.shots]
+        if any(k < 0 for k in shots):
+            raise GloVLMError(f"shots must be 0 or more; found {self.shots}.")
+        if not any(shots) and method.name != "zero_shot":
+            raise GloVLMError(
+                f"Method '{self.method}' trains, so it needs labelled images; found shots 0. "
+                "Give --shots 1 or more, or use --method zero_shot."
+            )
+        if self.seed < 0 or self.draw < 0:
+            raise GloVLMError(f"seed and draw must be 0 or more; found {self.seed}, {self.draw}.")
+        for name, known in _CHOICES.items():
+            given = getattr(self, name)
+            if given not in known:
+                names = [n for n in known if n is not None]
+                raise GloVLMError(
+                    f"{name} must be one of {', '.join(names)}; found '{given}'."
+                    f"{nearest(str(given), names)}"
+                )
+        if self.accumulate < 1 or (self.accumulate > 1 and self.loss != "prototypes"):
+            raise GloVLMError(
+                f"accumulate must be 1 or more, and 1 with loss '{self.loss}', whose negatives are "
+                f"the whole batch; found {self.accumulate}."
+            )
+        if self.cross_validate and self.validation_shots:
+            raise GloVLMError(
+                "Settings are chosen on validation groups or by leaving groups out, not both: "
+                f"found cross_validate and validation_shots {self.validation_shots}."
+            )
+        wants = [n for n in ("conformal", "max_risk") if getattr(self, n) is not None]
+        if wants and self.calibration_groups < 1:
+            raise GloVLMError(
+                f"{wants[0]} is calibrated on groups that the method does not learn from: give "
+                "--calibration-groups 1 or more."
+            )
+        if self.calibration_groups < 0 or not 0 < self.alpha < 1:
+            raise GloVLMError(
+                "calibration_groups must be 0 or more and alpha between 0 and 1; found "
+                f"{self.calibration_groups} and {self.alpha:g}."
+            )
+        if self.prior == "em" and wants:
+            raise GloVLMError(
+                f"{wants[0]} is calibrated before the test images are seen, and prior 'em' is "
+                "found on them: declare the prevalence, or leave one of the two out."
+            )
+        if method.transductive and self.calibration_groups:
+            raise GloVLMError(
+                f"Method '{self.method}' judges the test images together, so what is calibrated on "
+                "others would not hold for them: leave --calibration-groups out."
+            )
+        if isinstance(self.prior, str) and self.prior != "em":
+            raise GloVLMError(
+                "prior must be 'em' or a fraction for every class (viable=0.8,sclerosed=0.2); "
+                f"found '{self.prior}'."
+            )
+        for name in ("epochs", "lr", "batch_size", "clip_norm", "n_resamples", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise GloVLMError(f"{name} must be above 0; found {value}.")
+
+    def recipe_overrides(self) -> dict[str, Any]:
+        """What replaces the method's own recipe."""
+        names = ("epochs", "lr", "weight_decay", "batch_size")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+    def to_repeat(self) -> dict[str, Any]:
+        """Plain values that make this run again: `config.yaml`, and `config` in the results."""
+        return asdict(self) | {"overwrite": False, "resume": False}
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """Make a config from YAML or flags.
+
+        Raises:
+            GloVLMError: A key is unknown (names the nearest) or a required one is missing.
+        """
+        known = {f.name for f in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise GloVLMError(
+                    f"Unknown setting '{key}' in the configuration.{nearest(key, known)}"
+                )
+        for key in ("data", "output_dir"):
+            if not values.get(key):
+                flag = key.replace("_", "-")
+                raise GloVLMError(f"A run needs {key}: give --{flag} or '{key}:' in the YAML file.")
+        return cls(**values)

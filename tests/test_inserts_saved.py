@@ -1,0 +1,187 @@
+"""What the methods between the blocks leave behind loads and predicts as any other model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from by_hand import CLASSES, IMAGES, NAMES, pixels
+from datasets import Dataset
+from tiny import tiny_clip, tiny_images, tiny_pair
+
+from hf_glovlm.backbones import load_backbone
+from hf_glovlm.data import all_rows, load_dataset
+from hf_glovlm.inference import predict
+from hf_glovlm.model import GloVLMForImageClassification
+from hf_glovlm.training import adapt
+
+IMAGE = IMAGES[0].crop((0, 0, 36, 36))
+MINE = ("vpt", "adapter", "maple", "cocoop")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Three classes, four images each."""
+    folder = tiny_images(tmp_path_factory.mktemp("data") / "support", per_class=4)
+    return all_rows(load_dataset(folder))
+
+
+def adapted_quickly(name: str, backbone: str, rows: Dataset) -> Any:
+    model, processor = load_backbone(tiny_pair() if backbone == "pair" else str(tiny_clip()))
+    return adapt(
+        model,
+        name,
+        rows,
+        processor=processor,
+        classes=CLASSES,
+        recipe=QUICK[name],
+        settings={"reduction": 2} if name == "cocoop" else {},
+        seed=3,
+    )
+
+
+QUICK: dict[str, dict[str, Any]] = {
+    "vpt": {"epochs": 5, "lr": 0.05},
+    "maple": {"epochs": 5, "lr": 0.02},
+    "cocoop": {"epochs": 4, "lr": 1.0, "batch_size": 12},
+    "adapter": {"epochs": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(rows: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each method on CLIP and on a pair, adapted and saved: the result and its folder."""
+    found = {}
+    for name in MINE:
+        for backbone in ("clip", "pair"):
+            folder = tmp_path_factory.mktemp(f"{name}-{backbone}")
+            adapted = adapted_quickly(name, backbone, rows)
+            adapted.save(folder)
+            IMAGE.save(folder / "image.png")
+            found[f"{name}-{backbone}"] = (adapted, folder)
+    return found
+
+
+ALL_RUNS = [f"{name}-{backbone}" for name in MINE for backbone in ("clip", "pair")]
+
+
+@pytest.mark.parametrize("run", ALL_RUNS)
+def test_adapt_learns_and_leaves_the_towers_alone(run: str, runs: dict[str, Any]) -> None:
+    adapted, _ = runs[run]
+    name, backbone = run.split("-")
+    assert adapted.log[-1]["loss"] < adapted.log[0]["loss"]
+    original, _ = load_backbone(tiny_pair() if backbone == "pair" else str(tiny_clip()))
+    state = adapted.model.glovlm.state_dict()
+    embedding = next(
+        k for k in state if k.endswith(("token_embedding.weight", "word_embeddings.weight"))
+    )
+    for key, value in original.state_dict().items():
+        if key == embedding and name == "maple":
+            changed = (state[key] != value).any(1).nonzero().flatten().tolist()
+            assert changed == sorted(adapted.processor.context_token_ids)
+        elif "visual_projection" not in key:
+            assert state[key].equal(value), key
+    added = {key.split(".")[0] for key in set(state) - set(original.state_dict())}
+    assert added - {"backbone"} == ({"inserts"} if name != "cocoop" else set())
+
+
+@pytest.mark.parametrize("run", ALL_RUNS)
+def test_save_and_load_is_exact(run: str, runs: dict[str, Any], rows: Dataset) -> None:
+    adapted, folder = runs[run]
+    loading: Any = GloVLMForImageClassification.from_pretrained(folder, output_loading_info=True)
+    read, report = loading
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    state = adapted.model.state_dict()
+    assert read.state_dict().keys() == state.keys()
+    assert all(value.equal(state[key]) for key, value in read.state_dict().items())
+    inputs = pixels(adapted.processor, torch.float32)
+    with torch.no_grad():
+        expected = adapted.model(**inputs).logits
+        assert read(**inputs).logits.equal(expected)
+    predicted = predict(read, adapted.processor, rows).logits
+    with torch.no_grad():
+        pictures = adapted.processor(images=list(rows["image"]), return_tensors="pt")
+        whole = read(**pictures).logits.numpy()
+    np.testing.assert_allclose(predicted, whole, atol=1e-4 * np.abs(whole).max())
+    model, processor = load_backbone(str(folder))  # a backbone for the next method
+    prompts = processor.encode_prompts(adapted.model.config.prompts)
+    with torch.no_grad():
+        texts = model.class_prototypes(**prompts)
+        assert texts.equal(adapted.model.glovlm.class_prototypes(**prompts))
+
+
+@pytest.mark.parametrize("name", MINE)
+def test_the_same_seed_gives_the_same_model(name: str, runs: dict[str, Any], rows: Dataset) -> None:
+    first, _ = runs[f"{name}-clip"]
+    again = adapted_quickly(name, "clip", rows)
+    state = first.model.state_dict()
+    assert all(value.equal(state[key]) for key, value in again.model.state_dict().items())
+
+
+REMOTE = """
+import json, sys
+from pathlib import Path
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_glovlm":
+            raise ImportError("hf_glovlm is hidden")
+
+sys.meta_path.insert(0, Hidden())
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification, AutoProcessor, pipeline
+
+result = {}
+for folder in map(Path, sys.argv[1:]):
+    image = Image.open(folder / "image.png")
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(**processor(images=[image], return_tensors="pt")).logits[0]
+        prompts = processor.encode_prompts(model.config.prompts)
+        texts = model.glovlm.class_prototypes(**prompts)
+    classify = pipeline("image-classification", model=str(folder), trust_remote_code=True)
+    found = {row["label"]: row["score"] for row in classify(image)}
+    result[folder.name] = [logits.tolist(), texts.tolist(), found]
+assert "hf_glovlm" not in sys.modules
+print(json.dumps(result))
+"""
+
+
+def test_remote_code_without_the_package(runs: dict[str, Any], tmp_path: Path) -> None:
+    chosen = ("vpt-pair", "adapter-clip", "maple-clip", "cocoop-pair")
+    run = subprocess.run(
+        [sys.executable, "-c", REMOTE, *(str(runs[name][1]) for name in chosen)],
+        cwd=tmp_path,
+        env={
+            "PATH": "/usr/bin:/bin",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    result = json.loads(run.stdout.splitlines()[-1])
+    for name in chosen:
+        adapted, folder = runs[name]
+        logits, texts, found = result[folder.name]
+        inputs = adapted.processor(images=[IMAGE], return_tensors="pt")
+        prompts = adapted.processor.encode_prompts(adapted.model.config.prompts)
+        with torch.no_grad():
+            expected = adapted.model(**inputs).logits[0]
+            prototypes = adapted.model.glovlm.class_prototypes(**prompts)
+        assert logits == expected.tolist()
+        assert texts == prototypes.tolist()
+        probabilities = dict(zip(NAMES, expected.softmax(0).tolist(), strict=True))
+        assert found == pytest.approx(probabilities, abs=1e-5), name
