@@ -23,8 +23,9 @@ if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
         GloVLMModel,
         GloVLMProcessor,
     )
-    from .runs import TrainConfig, run
-    from .training import adapt
+    from .runs import run
+    from .train_config import TrainConfig
+    from .training import adapt, adapt_features
 
 __all__ = [
     "BACKBONES",
@@ -39,6 +40,7 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "adapt",
+    "adapt_features",
     "check_dataset",
     "compute_metrics",
     "draw_episode",

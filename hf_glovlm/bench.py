@@ -405,7 +405,7 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
 
         losses.append(once())
         seconds.append(_shortest(once, repeats))
-    _same(*losses, 1e-5, "text that is encoded once")
+    _same(losses[0], losses[1], 1e-5, "text that is encoded once")
     what = f"a step on frozen towers, {n_classes} classes"
     return [
         _row("methods.text_each_step", seconds[0], "s", None, f"{what}: texts at every step"),

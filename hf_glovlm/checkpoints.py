@@ -156,13 +156,20 @@ def cannot_load(name: str, place: str, error: Exception, *, gated: bool = False)
         error: What was raised.
         gated: Whether access has to be asked for, as far as known.
     """
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
     if _is_denied(error, gated):
         return GloVLMError(
             f"Backbone '{name}' is gated, and you have no access to it: ask for access at "
             f"https://huggingface.co/{place} and run `hf auth login`."
         )
-    first = str(error).strip().splitlines()[0]
-    return GloVLMError(f"Backbone '{name}' cannot be loaded: {first} {_WHAT_TO_DO}")
+    what = str(error).strip().splitlines()[0]
+    for cause in _causes(error):
+        if isinstance(cause, RevisionNotFoundError):
+            what = f"{place} has no such revision."
+        elif isinstance(cause, RepositoryNotFoundError):
+            what = f"there is no {place} on the Hub, or it is private."
+    return GloVLMError(f"Backbone '{name}' cannot be loaded: {what} {_WHAT_TO_DO}")
 
 
 _WHAT_TO_DO = (

@@ -156,7 +156,8 @@ def train(
     given = {k: v for k, v in context.params.items() if k not in own and v is not None}
     values = _read_settings(config, given, settings or [])
 
-    from .runs import TrainConfig, run
+    from .runs import run
+    from .train_config import TrainConfig
 
     checked = TrainConfig.from_mapping(_typed(values, get_type_hints(TrainConfig)))
     quiet_libraries()

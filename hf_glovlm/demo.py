@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import GloVLMError
-from .runs import TrainConfig, run
+from .runs import run
+from .train_config import TrainConfig
 
 METHODS = ("zero_shot", "linear_probe", "lora")
 

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Part of every key: raise it when decoding or pooling changes what comes out for the same input.
-CACHE_VERSION = 2
+CACHE_VERSION = 1
 SHARD_ROWS = 2048  # new features are stored at least this often, so an interruption loses little
 
 logger = logging.getLogger("hf_glovlm")
@@ -316,6 +316,8 @@ def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
             {k: v for k, v in images.to_dict().items() if k not in _NOT_IN_KEY},
         ],
     }
+    if processor.torchvision_crop:
+        about["crop"] = "torchvision"
     digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         if _decides_pooling(name):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .adapters import StepState, Tuning
 from .loop import gather, world_size
-from .model.modeling_glovlm import TEXT_CHUNK
+from .model.prompts import TEXT_CHUNK
 from .replay import Replay, frozen_blocks
 
 Loss = Literal["prototypes", "infonce", "infonce_published"]
@@ -205,9 +205,10 @@ def steer(loss: Tensor, guide: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         guide: Scalar; a parameter that it does not depend on keeps its gradient.
         parameters: All that train.
     """
-    options = {"retain_graph": True, "allow_unused": True}
-    wanted = torch.autograd.grad(loss, parameters, **options)
-    guided = torch.autograd.grad(guide, parameters, **options)
+    wanted: Sequence[Tensor | None]
+    guided: Sequence[Tensor | None]
+    wanted = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    guided = torch.autograd.grad(guide, parameters, retain_graph=True, allow_unused=True)
     surrogate = loss.new_zeros(())
     for parameter, g, h in zip(parameters, wanted, guided, strict=True):
         if g is None:

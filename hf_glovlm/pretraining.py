@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .adapters import Recipe
 from .errors import GloVLMError
 from .loop import fit, gather, seed_everything, write_text
-from .training import infonce
+from .objective import infonce
 
 CARD = """---
 license: apache-2.0

@@ -326,10 +326,12 @@ def _further_results(
     from .inference import embed_images
     from .metrics import compute_metrics
 
+    labels = predictions.labels
+    assert labels is not None  # callers predict labelled rows
     found: dict[str, Any] = {}
 
     def point_values(logits: "NDArray[np.floating[Any]]") -> dict[str, Any]:
-        measured = compute_metrics(predictions.labels, softmax(logits), n_resamples=0)
+        measured = compute_metrics(labels, softmax(logits), n_resamples=0)
         return {name: m["value"] for name, m in measured["metrics"].items()}
 
     if adapted.query_logits is not None:

@@ -21,7 +21,8 @@ from .errors import GloVLMError, nearest
 from .inference import Predictions
 from .loop import write_text
 from .metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
-from .runs import Loader, TrainConfig, run
+from .runs import Loader, run
+from .train_config import TrainConfig
 
 __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
 

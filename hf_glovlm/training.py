@@ -27,6 +27,7 @@ from .backbones import load_backbone
 from .errors import GloVLMError
 from .inference import FeatureCache, embed_images, embed_prompts
 from .loop import BatchSource, ImageSource, TensorSource, fit, plan, seed_everything
+from .model.heads import ClassWeights
 from .objective import HeadStep, Loss, TowerStep
 
 if TYPE_CHECKING:
@@ -480,7 +481,7 @@ def _fit_features(
         fitted = method.finish(head.cpu().eval(), given, config, model)
     else:
         assert isinstance(method, FeatureMethod)
-        folds = []
+        folds: list[Fold] = []
         if groups is not None:
             if method.validation != "search":
                 raise _nothing_to_choose(method)
@@ -502,8 +503,8 @@ def _fit_features(
         trained = 0
         if method.name != "zero_shot":
             trained = sum(p.numel() for n, p in weights if n not in fixed)
-    if stands_in and getattr(fitted.head, "cosine", False):
-        fitted.head.cosine = False  # type: ignore[assignment] - its rows are no texts
+    if stands_in and isinstance(fitted.head, ClassWeights):
+        fitted.head.cosine = False  # its rows are no texts
     fitted.notes = [*notes, *fitted.notes]
     fitted.facts = {**facts, **fitted.facts}
     return _Found(fitted, config, recipe, log, trained)

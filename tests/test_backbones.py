@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -605,3 +606,23 @@ def test_rows_by_the_name_in_a_config() -> None:
     assert names == ["uni", "minilm"]
     assert [row.name for row in known_rows("mini")] == ["mini"]
     assert known_rows("somebody/else") == known_rows(None) == []
+
+
+def test_a_run_says_where_its_task_lies() -> None:
+    from datasets import Dataset
+
+    from hf_glovlm.runs import TrainConfig, _pretraining_notes
+
+    model = GloVLMModel(load_backbone("mini")[0].config)
+    model.config.backbone_name, model.config.mpp = "MahmoodLab/UNI+somebody/else", 1.0
+    adapted: Any = SimpleNamespace(model=model)
+    config = TrainConfig(data="/data/GTEx kidney", output_dir="o", stain="Jones silver")
+    rows = Dataset.from_dict({"stain": ["PAS", None, "pas", "HE", "no such stain"]})
+    notes = _pretraining_notes(adapted, config, rows)
+    assert [re.sub(r"[:;].*", "", note) for note in notes] == [
+        "uni was pretrained on H&E",
+        "uni saw GTEX in pretraining",
+        "uni was pretrained at 0.5 micrometres per pixel (20x)",
+    ]
+    without = _pretraining_notes(adapted, config, rows.remove_columns("stain"))
+    assert "silver lies outside of it" in " ".join(without)

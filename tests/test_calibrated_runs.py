@@ -15,7 +15,8 @@ from hf_glovlm.data import all_rows, load_dataset, save_episodes
 from hf_glovlm.data.splits import draw_episode, reserve_calibration
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions
-from hf_glovlm.runs import TrainConfig, run
+from hf_glovlm.runs import run
+from hf_glovlm.train_config import TrainConfig
 
 
 @pytest.fixture(scope="module")

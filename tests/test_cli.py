@@ -292,7 +292,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(
 
 
 def test_train_has_a_flag_for_every_field() -> None:
-    from hf_glovlm.runs import TrainConfig
+    from hf_glovlm.train_config import TrainConfig
 
     flags = set(inspect.signature(cli.train).parameters)
     assert flags - {"context", "config", "settings", "as_json"} == {
@@ -354,7 +354,7 @@ def test_shots_by_class(captured: Callable[..., Any]) -> None:
 
 
 def test_defaults_are_those_of_the_config(captured: Callable[..., Any]) -> None:
-    from hf_glovlm.runs import TrainConfig
+    from hf_glovlm.train_config import TrainConfig
 
     assert captured("--data", "d", "--output-dir", "o") == TrainConfig(data="d", output_dir="o")
 

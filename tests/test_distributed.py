@@ -23,7 +23,8 @@ from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.inference import Predictions
 from hf_glovlm.loop import TensorSource, fit
-from hf_glovlm.runs import TrainConfig, run
+from hf_glovlm.runs import run
+from hf_glovlm.train_config import TrainConfig
 from hf_glovlm.training import HeadStep, adapt
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import published
 import pytest
 import torch
 from hub_server import TOKEN, Hub, serve
+from huggingface_hub import hf_hub_download
 from tiny import tiny_bert, tiny_clip, tiny_dinov2, tiny_siglip
 from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from hf_glovlm.backbones import BACKBONES, load_backbone
 from hf_glovlm.checkpoints import Checkpoint
+from hf_glovlm.errors import GloVLMError
 
 # Name by which it is loaded: the Hub ids that are read.
 LOADED = {
@@ -39,8 +42,8 @@ OFFLINE = ["clip-vit-b-32", "quiltnet-b-32", "somebody/own-clip", "conch", "virc
 REFUSED = {
     "uni+minilm": "gated.*https://huggingface.co/MahmoodLab/UNI and run `hf auth login`",
     "medsiglip": "gated.*https://huggingface.co/google/medsiglip-448 and run `hf auth login`",
-    "nobody/here": "'nobody/here' cannot be loaded",
-    "phikon-v2+minilm": "'phikon-v2' cannot be loaded",
+    "nobody/here": "'nobody/here' cannot be loaded: there is no nobody/here on the Hub",
+    "phikon-v2+minilm": "'phikon-v2' cannot be loaded: there is no owkin/phikon-v2",
     "somebody/notes": "'somebody/notes' cannot be loaded",
 }
 BROKEN = "wisdomik/QuiltNet-B-16/open_clip_pytorch_model.bin"
@@ -238,6 +241,24 @@ def test_offline_from_the_cache(name: str, online: dict[str, Any], offline: dict
 
 def test_offline_without_the_files(offline: dict[str, Any]) -> None:
     assert "HF_HUB_OFFLINE" in offline["uni+minilm"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "revision", "expected"),
+    [
+        ("openai/clip-vit-base-patch32", "absent", "has no such revision"),
+        ("MahmoodLab/UNI", None, "ask for access at https://huggingface.co/MahmoodLab/UNI"),
+    ],
+)
+def test_what_the_hub_refuses_to_a_stranger(
+    hub_id: str, revision: str | None, expected: str, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, which has no token."""
+    download = partial(hf_hub_download, endpoint=hub.url)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(GloVLMError, match=expected):
+        Checkpoint(hub_id, hub_id, revision, gated=True).fetch("config.json")
 
 
 def test_converted_weights_outlive_the_cache_of_the_hub(

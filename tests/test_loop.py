@@ -104,7 +104,8 @@ def test_the_cosine_is_torchs(epochs: int, final_lr: float) -> None:
     recipe = Recipe(lr=1e-4, epochs=epochs, batch_size=5, schedule="cosine", final_lr=final_lr)
     for epoch in range(epochs):
         expected = optimizer.param_groups[0]["lr"]
-        assert learning_rate(recipe, 1e-4, epoch, recipe.epochs) == pytest.approx(expected, rel=1e-9)
+        rate = learning_rate(recipe, 1e-4, epoch, recipe.epochs)
+        assert rate == pytest.approx(expected, rel=1e-9)
         optimizer.step()
         schedule.step()
 
@@ -118,7 +119,8 @@ def test_coops_first_epoch_is_at_the_warm_up_rate_and_its_cosine_begins_after() 
     assert learning_rate(recipe, 2e-3, 0, recipe.epochs) == 1e-5
     for epoch in range(1, 50):
         expected = optimizer.param_groups[0]["lr"]
-        assert learning_rate(recipe, 2e-3, epoch, recipe.epochs) == pytest.approx(expected, rel=1e-6)
+        rate = learning_rate(recipe, 2e-3, epoch, recipe.epochs)
+        assert rate == pytest.approx(expected, rel=1e-6)
         optimizer.step()
         schedule.step()
 

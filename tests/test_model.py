@@ -246,7 +246,7 @@ def test_poolings_that_cannot_be(kwargs: dict[str, Any], sentence: str) -> None:
     [
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"prompts": [["a"]], "head": {}, "num_labels": 3}, "3 classes, 1 lists"),
-        ({"vision_pooling": "max"}, "one of pooler, cls, mean, cls_mean; found 'max'"),
+        ({"vision_pooling": "max"}, "one of pooler, cls, mean, cls_mean, attentional; found 'max'"),
         ({"text_pooling": "cls_mean"}, "text_pooling must be one of"),
         ({"vision_projection": "affine"}, "one of none, linear, mlp; found 'affine'"),
     ],

@@ -42,7 +42,7 @@ from hf_glovlm.model import GloVLMProcessor
 from hf_glovlm.model.processing_glovlm import center_crop
 
 BICUBIC = InterpolationMode.BICUBIC
-LEVELS = 2.0
+LEVELS = 2.001  # float32 holds two levels only so well
 Stats = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP, IMAGENET, SIGLIP = (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD), (HALF, HALF)
 

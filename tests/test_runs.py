@@ -33,7 +33,8 @@ from hf_glovlm.data.folder import column
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions, predict
 from hf_glovlm.model import GloVLMProcessor
-from hf_glovlm.runs import OWN_FILES, UNFINISHED, TrainConfig, run
+from hf_glovlm.runs import OWN_FILES, UNFINISHED, run
+from hf_glovlm.train_config import TrainConfig
 
 METRICS = {
     *("accuracy", "balanced_accuracy", "macro_auc", "macro_f1", "ece", "brier"),
@@ -583,7 +584,8 @@ def noting(name, globals=None, *rest, **named):
         ours.add(name.partition(".")[0])
     return plain(name, globals, *rest, **named)
 builtins.__import__ = noting
-from hf_glovlm.runs import TrainConfig, run
+from hf_glovlm.runs import run
+from hf_glovlm.train_config import TrainConfig
 run(TrainConfig(data=sys.argv[1], output_dir=sys.argv[2], backbone=sys.argv[3], shots=2))
 print(sorted({"peft", "gradio", "evaluate", "matplotlib", "sklearn"} & set(sys.modules)))
 # transformers itself imports accelerate where it is installed; we do not.

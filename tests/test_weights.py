@@ -571,7 +571,7 @@ def test_adaloras_penalty_is_the_distance_of_its_factors_from_orthogonal() -> No
             assert rows.shape == (3, 32)
             norms.append(np.sqrt(((rows @ rows.T - np.eye(3)) ** 2).sum()))
     penalty = tuning.penalty(state(torch.zeros(6, 3)))
-    assert float(penalty) == pytest.approx(0.5 * np.mean(norms), rel=1e-6)
+    assert penalty.item() == pytest.approx(0.5 * np.mean(norms), rel=1e-6)
     penalty.backward()
     assert all(p.grad is not None for half in "AB" for p in parts[half])
 

@@ -118,7 +118,7 @@ class SSText(FeatureMethod):
     family = "training-free"
     trains = "one prototype a class"
     needs_text = True
-    citation = "SS-Text: Silva-Rodríguez et al., IPMI 2025, arXiv:2506.06076"
+    citation = "SS-Text: Silva-Rodríguez et al., IPMI 2025"
 
     def fit(self, support: Support, config: Any) -> Fitted:
         count = len(support.labels)

@@ -116,7 +116,7 @@ def tuner_arguments(
     elif tuner == "IA3":  # scales the attention's outputs, and the inputs of the MLP's maps
         arguments["feedforward_modules"] = [n for n in targets if not in_attention(n)]
     elif tuner == "FROD":
-        shapes = sorted({tuple(module.weight.shape) for module in targets.values()})  # type: ignore[operator,union-attr]
+        shapes = sorted({tuple(m.weight.shape) for m in targets.values()})  # type: ignore[arg-type]
         if len(shapes) > 1:
             raise GloVLMError(
                 f"FROD shares matrices among maps of one shape; found {shapes}: choose one tower, "

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -310,7 +310,7 @@ class Lora(TowerMethod):
     needs_text = True
     saves_adapter = True
     citation = "Hu et al. 2021, arXiv:2106.09685; settings of Glo-VLMs, arXiv:2511.11984"
-    Config: type = LoraSettings
+    Config: ClassVar[type] = LoraSettings
 
     def recipe(self, shots: int, config: Any) -> Recipe:
         return Recipe(lr=2e-5, epochs=20, batch_size=5)

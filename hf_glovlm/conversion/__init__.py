@@ -207,7 +207,9 @@ def _write(converted: Converted, tokenizer: Any, name: str, folder: Path) -> Non
     model.save_pretrained(folder)
     images = CLIPImageProcessor(**converted.images)
     if is_pair and tokenizer is not None:
-        processor = GloVLMProcessor(images, tokenizer, max_length=converted.max_length)
+        processor = GloVLMProcessor(
+            images, tokenizer, max_length=converted.max_length, torchvision_crop=True
+        )
         processor.save_pretrained(folder)
         return
     images.save_pretrained(folder)

@@ -16,6 +16,9 @@ class GloVLMProcessor(ProcessorMixin):
         pad_to_max: Whether every text is padded to `max_length` (SigLIP was trained so).
         context_token_ids: Rows of the token embedding that prompt tuning trained, in order: `[M]`
             for a unified context, `[K, M]` for one a class. `encode_prompts` splices them in.
+        torchvision_crop: Whether the centre crop lies where torchvision puts it. That is so for
+            checkpoints that were published for open_clip or timm and converted; a checkpoint that
+            was published for transformers keeps the crop of its own image processor.
         chat_template: Not used; accepted because `ProcessorMixin` passes it.
     """
 
@@ -26,6 +29,7 @@ class GloVLMProcessor(ProcessorMixin):
         max_length: int | None = None,
         pad_to_max: bool = False,
         context_token_ids: list[Any] | None = None,
+        torchvision_crop: bool = False,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -33,6 +37,7 @@ class GloVLMProcessor(ProcessorMixin):
         self.max_length = max_length or (limit if 0 < limit < 10_000 else 77)
         self.pad_to_max = pad_to_max
         self.context_token_ids = context_token_ids
+        self.torchvision_crop = torchvision_crop
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts, or both.
@@ -60,12 +65,15 @@ class GloVLMProcessor(ProcessorMixin):
         prepared = super().__call__(images=images, text=text, **kwargs | {"do_center_crop": False})
         cropped = [center_crop(torch.as_tensor(image), *crop) for image in prepared["pixel_values"]]
         prepared["pixel_values"] = torch.stack(cropped)
-        return prepared.convert_to_tensors(kind)
+        converted: BatchFeature = prepared.convert_to_tensors(kind)
+        return converted
 
     def _crop_size(self, kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """Height and width, where this transform first makes the shorter side long enough."""
         images = self.image_processor
-        if not kwargs.get("do_center_crop", getattr(images, "do_center_crop", False)):
+        if not self.torchvision_crop or not kwargs.get(
+            "do_center_crop", getattr(images, "do_center_crop", False)
+        ):
             return None
         size, crop = kwargs.get("size", images.size), kwargs.get("crop_size", images.crop_size)
         height, width = int(crop["height"]), int(crop["width"])
@@ -111,7 +119,7 @@ class GloVLMProcessor(ProcessorMixin):
 
 
 def center_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Cut the middle out of an image as torchvision does, and so every published pipeline.
+    """Cut the middle out of an image as torchvision does.
 
     Where the margin is odd, torchvision rounds half of it to an even number and transformers rounds
     it down, so that the crops of transformers may lie one pixel off.
