@@ -14,7 +14,7 @@ from .errors import GloVLMError, nearest
 
 MINI = Path(__file__).parent / "mini"
 DUAL_ENCODERS = ("clip", "siglip", "siglip2")
-NOT_VERIFIED = "not verified"
+NOT_VERIFIED: Literal["not verified"] = "not verified"
 
 Layout = Literal[
     "transformers", "dinov2_with_registers", "open_clip", "biomedclip", "conch", "keep", "timm"
@@ -422,9 +422,8 @@ def _locate(name: str, revision: str | None = None) -> _Source:
 
 def _locate_folder(folder: Path, name: str, row: Backbone | None) -> _Source:
     public = row.name if row else folder.resolve().name
-    origin = read_origin(folder)
-    if origin is not None and origin[0] is not None:
-        hub_id, commit = origin
+    hub_id, commit = read_origin(folder)
+    if hub_id is not None:
         row = next((row for row in _ROWS if row.hub_id == hub_id), None)
         return _Source(name, str(folder), row, hub_id, commit, converted=True)
     if (folder / "config.json").is_file() and _is_native(folder / "config.json"):
@@ -539,7 +538,7 @@ def _load_pair(
             f"({vision_config.model_type}) + '{text.name}' ({text_config.model_type}). "
             "Put the vision tower first."
         )
-    poolings = (
+    poolings: tuple[Any, Any] = (
         vision_pooling or (vision.row.vision_pooling if vision.row else "cls_mean"),
         text_pooling or (text.row.text_pooling if text.row else "mean"),
     )

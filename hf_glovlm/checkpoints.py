@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -134,15 +134,15 @@ def convert_folder(folder: Path) -> Path | None:
     return _convert_once(folder, _conversions() / "local" / key, None, {"hub_id": None})
 
 
-def write_origin(folder: Path, origin: dict[str, str | None]) -> None:
+def write_origin(folder: Path, origin: Mapping[str, str | None]) -> None:
     """Write beside converted weights where they come from."""
     (folder / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
 
 
-def read_origin(folder: Path) -> tuple[str | None, str | None] | None:
-    """Hub id and commit that converted weights come from; `None` if a folder holds no such."""
+def read_origin(folder: Path) -> tuple[str | None, str | None]:
+    """Hub id and commit that the weights in a folder were converted from, where it says so."""
     if not (folder / ORIGIN).is_file():
-        return None
+        return None, None
     origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
     return origin.get("hub_id"), origin.get("revision")
 
@@ -207,7 +207,7 @@ def _newest(folder: Path) -> str | None:
 
 
 def _convert_once(
-    source: Path, target: Path, kind: str | None, origin: dict[str, str | None]
+    source: Path, target: Path, kind: str | None, origin: Mapping[str, str | None]
 ) -> Path:
     """Convert into a folder that is there completely or not at all."""
     if (target / ORIGIN).is_file():

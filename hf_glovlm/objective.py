@@ -174,14 +174,14 @@ class TowerStep(nn.Module):
         if self.loss != "prototypes" or self.tuning.whole_batch:
             # These need the whole batch in one place: every process computes all of it.
             features, labels, weight = gather(features), gather(labels), gather(weight)
-            share = torch.ones_like(weight[0])
+            rows = float(weight.sum())
         else:
-            share = weight.sum() * world_size() / total
+            rows = total / world_size()
         prototypes, logits = self.compare(features)
         state = StepState(features, prototypes, logits, labels, weight)
         if self.loss == "prototypes":
             losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-            loss = share * (weight * losses).sum() / weight.sum().clamp(min=1)
+            loss = (weight * losses).sum() / rows
         else:
             scale = self.model.logit_scale.exp()
             masked = self.loss == "infonce"
@@ -190,7 +190,7 @@ class TowerStep(nn.Module):
             trained = [p for group in self.tuning.groups for p in group["params"]]
             loss = steer(loss, self.tuning.guide(state), trained)
         if self.tuning.penalty is not None:
-            loss = loss + share * self.tuning.penalty(state)
+            loss = loss + float(weight.sum()) / rows * self.tuning.penalty(state)
         return loss
 
 

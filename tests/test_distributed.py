@@ -23,9 +23,10 @@ from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.inference import Predictions
 from hf_glovlm.loop import TensorSource, fit
+from hf_glovlm.objective import HeadStep
 from hf_glovlm.runs import run
 from hf_glovlm.train_config import TrainConfig
-from hf_glovlm.training import HeadStep, adapt
+from hf_glovlm.training import adapt
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Batches of 5, 5 and 3 rows, all odd.
@@ -39,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "settings": {"dropout": 0.0}, "loss": "infonce"},
     "pair": {"method": "lora", "settings": {"dropout": 0.0}, "backbone": "pair"},
     "context": {"method": "prompt_tuning", "recipe": {"epochs": 2, "batch_size": 5}},
+    "penalised": {"method": "kgcoop", "recipe": {"epochs": 2, "batch_size": 5}},
+    "guided": {"method": "prograd", "recipe": {"epochs": 2, "batch_size": 5}},
+    "filtered": {"method": "biomedcoop", "recipe": {"epochs": 2, "batch_size": 5}},
     "validated": {"method": "vanilla", "validation": True},
     "head": {"method": "classifier"},  # dropout on: it trains on the main process alone
 }

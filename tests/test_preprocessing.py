@@ -1,7 +1,9 @@
 """The image transforms against the pipelines that the towers were trained with, written plainly.
 
 Every family resizes and crops as its reference does, to the pixel, and differs by at most 2 of 255
-levels: the reference resizes with Pillow, transformers with torch.
+levels: the reference resizes with Pillow, transformers with torch. What was published for open_clip
+or timm is cropped as torchvision does it; what was published for transformers, as transformers does
+it, which is one pixel off where half of the margin is not whole.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,9 +49,20 @@ Stats = tuple[tuple[float, ...], tuple[float, ...]]
 CLIP, IMAGENET, SIGLIP = (CLIP_MEAN, CLIP_STD), (IMAGENET_MEAN, IMAGENET_STD), (HALF, HALF)
 
 
-def crop_pipeline(resize: int, crop: int, stats: Stats) -> Compose:
-    """OpenAI's CLIP, open_clip, timm and DINOv2 alike."""
-    steps = [Resize(resize, interpolation=BICUBIC), CenterCrop(crop), ToTensor(), Normalize(*stats)]
+class FloorCrop:
+    """A centre crop that rounds half of the margin down."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        left, top = (picture.width - self.size) // 2, (picture.height - self.size) // 2
+        return picture.crop((left, top, left + self.size, top + self.size))
+
+
+def crop_pipeline(resize: int, crop: int, stats: Stats, centre: Any = CenterCrop) -> Compose:
+    """Make the shorter side so long, and cut out the middle."""
+    steps = [Resize(resize, interpolation=BICUBIC), centre(crop), ToTensor(), Normalize(*stats)]
     return Compose(steps)
 
 
@@ -88,9 +101,9 @@ def _converted(layout: str, size: int) -> Callable[[Path], GloVLMProcessor]:
 
 SIGLIP_IMAGES = SiglipImageProcessor(image_mean=list(HALF), image_std=list(HALF), resample=3)
 FAMILIES: dict[str, tuple[Callable[[Path], GloVLMProcessor], Compose, Stats]] = {
-    "clip": (_wrap(CLIPImageProcessor()), crop_pipeline(224, 224, CLIP), CLIP),
+    "clip": (_wrap(CLIPImageProcessor()), crop_pipeline(224, 224, CLIP, FloorCrop), CLIP),
     "siglip": (_wrap(SIGLIP_IMAGES), squash_pipeline(224, SIGLIP), SIGLIP),
-    "dinov2": (_wrap(_dinov2()), crop_pipeline(256, 224, IMAGENET), IMAGENET),
+    "dinov2": (_wrap(_dinov2()), crop_pipeline(256, 224, IMAGENET, FloorCrop), IMAGENET),
     "open_clip": (_converted("quiltnet", 224), crop_pipeline(224, 224, CLIP), CLIP),
     "biomedclip": (_converted("biomedclip", 224), crop_pipeline(224, 224, CLIP), CLIP),
     "conch": (_converted("conch", 448), crop_pipeline(448, 448, CLIP), CLIP),
@@ -159,8 +172,8 @@ def test_the_measure_sees_a_shift_by_one_pixel(processors: dict[str, GloVLMProce
     """Else the tests above could not fail."""
     picture = drawing(300, 227)
     shifted = picture.transform(picture.size, Image.Transform.AFFINE, (1, 0, 1, 0, 1, 0))
-    _, reference, (_, std) = FAMILIES["clip"]
-    found = processors["clip"](images=[shifted], return_tensors="pt")["pixel_values"][0]
+    _, reference, (_, std) = FAMILIES["open_clip"]
+    found = processors["open_clip"](images=[shifted], return_tensors="pt")["pixel_values"][0]
     scale = 255 * torch.tensor(std).view(3, 1, 1)
     assert float(((found - reference(picture)) * scale).abs().max()) > 10 * LEVELS
 
@@ -182,6 +195,7 @@ def test_a_transform_that_only_crops_is_left_alone() -> None:
 
 def test_arguments_of_a_call_win() -> None:
     processor = load_backbone(str(tiny_clip()))[1]
+    processor.torchvision_crop = True
     picture = drawing(60, 41)
     whole = processor(images=[picture], return_tensors="pt", do_center_crop=False)
     assert whole["pixel_values"].shape == (1, 3, 32, 46)

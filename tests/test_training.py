@@ -564,7 +564,10 @@ def test_only_what_a_method_added_drops_out(rows: Dataset) -> None:
 # ----------------------------------------------------------------------------------- early stopping
 
 
-@pytest.mark.parametrize("method", TRAINED)
+STOPPING = [name for name in TRAINED if METHODS[name].validation == "early stopping"]
+
+
+@pytest.mark.parametrize("method", STOPPING)
 def test_the_best_epoch_on_validation_is_kept(
     method: str, rows: Dataset, unseen: Dataset, tmp_path: Path
 ) -> None:
@@ -760,6 +763,8 @@ def test_given_classes_name_the_prompts(rows: Dataset) -> None:
 
 def test_the_head_holds_the_texts_as_the_adapted_towers_see_them(rows: Dataset) -> None:
     for method in TOWER:
+        if method == "cocoop":  # its texts differ by image
+            continue
         adapted = quick(method, "clip", pick(rows, 2, 2, 2))
         prompts = adapted.model.config.prompts
         texts = inference.embed_prompts(adapted.model.glovlm, adapted.processor, prompts)

@@ -205,11 +205,10 @@ def _write(converted: Converted, tokenizer: Any, name: str, folder: Path) -> Non
         model.config.backbone_name = name
     model.load_state_dict(converted.state, assign=True)
     model.save_pretrained(folder)
-    images = CLIPImageProcessor(**converted.images)
+    images: Any = CLIPImageProcessor(**converted.images)
+    images.torchvision_crop = True  # for GloVLMProcessor; transformers rounds another way
     if is_pair and tokenizer is not None:
-        processor = GloVLMProcessor(
-            images, tokenizer, max_length=converted.max_length, torchvision_crop=True
-        )
+        processor = GloVLMProcessor(images, tokenizer, max_length=converted.max_length)
         processor.save_pretrained(folder)
         return
     images.save_pretrained(folder)

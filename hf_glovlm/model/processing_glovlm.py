@@ -17,8 +17,9 @@ class GloVLMProcessor(ProcessorMixin):
         context_token_ids: Rows of the token embedding that prompt tuning trained, in order: `[M]`
             for a unified context, `[K, M]` for one a class. `encode_prompts` splices them in.
         torchvision_crop: Whether the centre crop lies where torchvision puts it. That is so for
-            checkpoints that were published for open_clip or timm and converted; a checkpoint that
-            was published for transformers keeps the crop of its own image processor.
+            checkpoints that were published for open_clip or timm and converted, whose image
+            processor says so when this is not given; a checkpoint that was published for
+            transformers keeps the crop of its own image processor.
         chat_template: Not used; accepted because `ProcessorMixin` passes it.
     """
 
@@ -29,7 +30,7 @@ class GloVLMProcessor(ProcessorMixin):
         max_length: int | None = None,
         pad_to_max: bool = False,
         context_token_ids: list[Any] | None = None,
-        torchvision_crop: bool = False,
+        torchvision_crop: bool | None = None,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -37,6 +38,8 @@ class GloVLMProcessor(ProcessorMixin):
         self.max_length = max_length or (limit if 0 < limit < 10_000 else 77)
         self.pad_to_max = pad_to_max
         self.context_token_ids = context_token_ids
+        if torchvision_crop is None:
+            torchvision_crop = bool(getattr(image_processor, "torchvision_crop", False))
         self.torchvision_crop = torchvision_crop
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
