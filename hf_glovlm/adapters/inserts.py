@@ -268,10 +268,10 @@ class ConditionalPrompts(TowerMethod):
         _at_least_one("reduction", config.reduction)
         words, rest = _split(config.init, config.context_tokens)
         _, embedding = find_embedding(model.backbone)
-        # The words hold the places of the learned vectors.
-        places = [_word_ids(processor, word)[0] for word in words]
-        processor.context_token_ids = places
         texts = [[" ".join([*rest, f"{c.display_name}."])] for c in classes]
+        # Rows that no text uses hold the places of the learned vectors.
+        places = free_token_ids(processor, embedding.num_embeddings, texts, len(words))
+        processor.context_token_ids = places
         encoded = processor.encode_prompts(texts)
         processor.context_token_ids = None
         dim = model.config.image_feature_dim

@@ -497,14 +497,13 @@ def free_token_ids(
         GloVLMError: The vocabulary has too few free rows.
     """
     tokenizer = processor.tokenizer
-    texts = [text for of_class in prompts for text in of_class]
-    taken = {i for row in tokenizer(texts)["input_ids"] for i in row}
-    taken |= set(tokenizer.all_special_ids)
-    # CLIP's first releases find the end of a text as its highest token id: stay below it.
-    top = min(num_embeddings, (tokenizer.eos_token_id or num_embeddings - 1) + 1)
-    if top < count + len(taken):
-        top = num_embeddings
-    free = [i for i in range(top - 1, -1, -1) if i not in taken][:count]
+    rows = tokenizer([text for of_class in prompts for text in of_class])["input_ids"]
+    taken = {i for row in rows for i in row} | set(tokenizer.all_special_ids)
+    # A CLIP whose end token has the id 2 (OpenAI's by its old configuration, `mini`) is read at the
+    # highest id of a text: the context must not be that, or nothing behind it would count.
+    free = [i for i in range(min(map(max, rows)) - 1, -1, -1) if i not in taken][:count]
+    if len(free) < count:
+        free = [i for i in range(num_embeddings - 1, -1, -1) if i not in taken][:count]
     if len(free) < count:
         raise GloVLMError(
             f"Prompt tuning needs {count} vocabulary rows that no prompt uses; this tokenizer has "
