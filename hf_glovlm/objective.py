@@ -205,10 +205,8 @@ def steer(loss: Tensor, guide: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         guide: Scalar; a parameter that it does not depend on keeps its gradient.
         parameters: All that train.
     """
-    wanted: Sequence[Tensor | None]
-    guided: Sequence[Tensor | None]
-    wanted = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    guided = torch.autograd.grad(guide, parameters, retain_graph=True, allow_unused=True)
+    wanted: Any = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    guided: Any = torch.autograd.grad(guide, parameters, retain_graph=True, allow_unused=True)
     surrogate = loss.new_zeros(())
     for parameter, g, h in zip(parameters, wanted, guided, strict=True):
         if g is None:
