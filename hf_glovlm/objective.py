@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .adapters import StepState, Tuning
 from .loop import gather, world_size
 from .model.prompts import TEXT_CHUNK
-from .replay import Replay, frozen_blocks
+from .replay import Replay, record_tower
 
 Loss = Literal["prototypes", "infonce", "infonce_published"]
 
@@ -71,8 +71,9 @@ class TowerStep(nn.Module):
         """Only what a method added drops out: a few images against a noisy tower teach nothing."""
         super().train(False)
         for name, module in self.named_modules():
-            if "dropout" in name.rpartition(".")[0]:  # PEFT's: a module `lora_dropout.default`
-                module.train(mode)
+            # PEFT's: its layers, some of which look at their own flag, and what they hold.
+            if type(module).__module__.startswith("peft.") or "dropout" in name.rpartition(".")[0]:
+                module.training = mode
         return self
 
     def current_prototypes(self) -> Tensor:
@@ -98,23 +99,23 @@ class TowerStep(nn.Module):
             images; `None` if the first block changes or the states would not fit into memory.
         """
         tower, device, dtype = self.model.backbone.vision_model, self._device, self.model.dtype
-        if self.images_replay is None:
-            self.train()
-            one = fetch([0]).to(device, dtype)
-            frozen = frozen_blocks(tower, lambda: self.model.get_image_features(one))
-            if frozen == 0:
-                return None
-            replay, self.blank = Replay(tower, frozen), torch.zeros_like(one)
-        else:
-            replay = self.images_replay
 
-        def run(part: slice) -> None:
+        def run(part: slice) -> Tensor:
             images = fetch(range(part.start, part.stop)).to(device, dtype)
-            self.model.get_image_features(images)
+            pooled: Tensor = self.model.get_image_features(images).pooler_output
+            return pooled
 
-        states = replay.record(run, rows)
-        if states is not None:
-            self.images_replay = replay
+        if self.images_replay is not None:  # the same tower, for the validation images
+            return self.images_replay.record(run, rows)
+        self.train()
+        blank = torch.zeros_like(fetch([0]).to(device, dtype))
+        found = record_tower(
+            tower, run, rows, blank=lambda _: self.model.get_image_features(blank).pooler_output
+        )
+        if found is None:
+            return None
+        self.blank = blank
+        self.images_replay, states = found
         return states
 
     def replay_texts(self) -> None:
@@ -123,14 +124,14 @@ class TowerStep(nn.Module):
         if self.fixed is not None or len(ids) > TEXT_CHUNK:  # chunks are recomputed, out of order
             return
         self.train()
-        tower, encode = self.model.backbone.text_model, self.model.get_text_features
-        frozen = frozen_blocks(tower, lambda: encode(ids[:1], mask[:1]))
-        if frozen == 0:
-            return
-        replay = Replay(tower, frozen)
-        states = replay.record(lambda rows: encode(ids[rows], mask[rows]), len(ids))
-        if states is not None:
-            self.texts_replay = replay, states.to(self._device)
+
+        def encode(rows: slice) -> Tensor:
+            pooled: Tensor = self.model.get_text_features(ids[rows], mask[rows]).pooler_output
+            return pooled
+
+        found = record_tower(self.model.backbone.text_model, encode, len(ids))
+        if found is not None:
+            self.texts_replay = found[0], found[1].to(self._device)
 
     def stop_replay(self) -> None:
         """Run whole towers again."""
@@ -146,8 +147,7 @@ class TowerStep(nn.Module):
         inputs = inputs.to(self.model.dtype)
         if self.images_replay is not None and self.blank is not None:
             with self.images_replay.play(inputs):
-                blank = self.blank.expand(len(inputs), *self.blank.shape[1:])
-                features = self.model.get_image_features(blank).pooler_output
+                features = self.model.get_image_features(self.blank).pooler_output
         elif self.tuning.trains_vision:
             features = self.model.get_image_features(inputs).pooler_output
         else:

@@ -636,18 +636,20 @@ def _adapt_towers(
         if not torch.allclose(start, prototypes, atol=1e-2):  # new tokens moved the targets
             refit_projection(model, vectors, images.labels, start)
     source, held_out = _sources(images, processor, tuning.trains_vision, vectors)
+    accelerator = training.accelerate()
     if training.replay:
-        if isinstance(source, ImageSource) and not images.augment:
-            source, held_out = _replayed(step, source, held_out)
-        if tuning.image_prototypes is None:
-            step.replay_texts()
+        with accelerator.autocast():  # as the blocks would run at every step
+            if isinstance(source, ImageSource) and not images.augment:
+                source, held_out = _replayed(step, source, held_out)
+            if tuning.image_prototypes is None:
+                step.replay_texts()
     recipe, cut = training.recipe(method.recipe(_shots(images.labels), config), len(images.labels))
     log = fit(
         step,
         tuning.groups,
         source,
         recipe,
-        accelerator=training.accelerate(),
+        accelerator=accelerator,
         validate=_validator(step, held_out, training.device),
         begin=tuning.begin,
         after_step=tuning.after_step,

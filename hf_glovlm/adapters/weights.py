@@ -333,7 +333,7 @@ class Lora(TowerMethod):
         arguments["modules_to_save"] = ["visual_projection"] if joins else None
         try:
             peft_model = wrap_with_peft(model, build_config(tuner, arguments))
-        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
             raise GloVLMError(
                 f"{describe_tuner(tuner, arguments)[0]} It cannot be built so: "
                 f"{str(error).rstrip('.')}. Change it in tuner_config."
