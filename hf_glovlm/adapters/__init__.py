@@ -19,7 +19,7 @@ from .contract import (
     give_joint_space,
     prototype_head,
 )
-from .weights import tower_layers
+from .weights import target_modules, tower_layers
 
 __all__ = [
     "METHODS",
@@ -37,5 +37,6 @@ __all__ = [
     "get_method",
     "give_joint_space",
     "prototype_head",
+    "target_modules",
     "tower_layers",
 ]
