@@ -194,21 +194,7 @@ def run(
             )
             | {"mpp": describe_scale(adapted.model.config.mpp)},
             **measured,
-            "method": method.describe() | {"settings": asdict(adapted.settings)},
-            "backbone": {
-                "name": adapted.model.config.backbone_name,
-                "revision": adapted.model.config.backbone_revision,
-                "license": adapted.model.config.backbone_license,
-                "restrictions": adapted.model.config.backbone_restrictions,
-            },
-            "training": {
-                "trainable_parameters": adapted.trainable_parameters,
-                "recipe": asdict(adapted.recipe) if adapted.recipe else None,
-                "epochs_run": len(adapted.log),
-                "final_loss": adapted.log[-1]["loss"] if adapted.log else None,
-                "loss": config.loss,
-                "facts": adapted.facts,
-            },
+            **_describe_adapted(adapted, method, config),
             **further,
             **({} if calibrated is None else {"calibration": calibrated.facts}),
             "notes": [
@@ -223,17 +209,46 @@ def run(
         }
         adapted.model.config.synthetic = results["synthetic"]
         if processes.main:
-            if config.save_model:
-                adapted.save(work / "model")
-            else:
-                shutil.rmtree(work / "adapter", ignore_errors=True)
-            predictions.save(work / "predictions.parquet")
+            _write_run(work, adapted if config.save_model else None, predictions, results)
             save_episodes(work / "episodes.json", [episode], rows, results["data"]["name"])
-            write_text(work / "README.md", render_card(results))
-            write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
             _finish(work, output)
     processes.wait()
     return results
+
+
+def _describe_adapted(adapted: Adapted, method: Method, config: TrainConfig) -> dict[str, Any]:
+    """Method, backbone and training, as the results state them."""
+    model = adapted.model.config
+    return {
+        "method": method.describe() | {"settings": asdict(adapted.settings)},
+        "backbone": {
+            "name": model.backbone_name,
+            "revision": model.backbone_revision,
+            "license": model.backbone_license,
+            "restrictions": model.backbone_restrictions,
+        },
+        "training": {
+            "trainable_parameters": adapted.trainable_parameters,
+            "recipe": asdict(adapted.recipe) if adapted.recipe else None,
+            "epochs_run": len(adapted.log),
+            "final_loss": adapted.log[-1]["loss"] if adapted.log else None,
+            "loss": config.loss,
+            "facts": adapted.facts,
+        },
+    }
+
+
+def _write_run(
+    work: Path, adapted: Adapted | None, predictions: Predictions, results: dict[str, Any]
+) -> None:
+    """Write model (`None`: not kept), predictions, card and results."""
+    if adapted is not None:
+        adapted.save(work / "model")
+    else:
+        shutil.rmtree(work / "adapter", ignore_errors=True)
+    predictions.save(work / "predictions.parquet")
+    write_text(work / "README.md", render_card(results))
+    write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def measure(predictions: Predictions, *, n_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -339,7 +354,9 @@ def _further_results(
             "query_images": len(predictions.logits),
             "saved_model_alone": point_values(predictions.logits),
         }
-        predictions.logits = adapted.query_logits.float().numpy()
+        answers = adapted.query_logits.float().numpy()
+        shift = adapted.model.config.prior_shift  # a declared one; the saved model has it already
+        predictions.logits = answers if shift is None else answers + np.float32(shift)
         predictions.probabilities = softmax(predictions.logits)
         predictions.similarities = None
     if adapted.variants:
@@ -375,6 +392,10 @@ def _further_results(
                 "iterations": estimated.iterations,
                 "converged": estimated.converged,
             }
+            adapted.notes.append(
+                f"The prevalence was estimated from the {len(predictions.logits)} unlabelled test "
+                "images together: these results are transductive."
+            )
         else:
             found["prior_correction"]["how"] = "declared"
         found["prior_correction"]["prevalence"] = prior

@@ -98,6 +98,7 @@ def test_a_prevalence_moves_the_probabilities_and_stays_with_the_model(
     about = moved["prior_correction"]
     assert sum(about["prevalence"].values()) == pytest.approx(1)
     assert about.get("transductive", False) == (prior == "em")
+    assert any("results are transductive" in note for note in moved["notes"]) == (prior == "em")
     before, after = (
         Predictions.load(tmp_path / name / "predictions.parquet") for name in ("plain", "moved")
     )
@@ -121,6 +122,20 @@ def test_a_transductive_run_is_measured_on_its_queries_and_says_so(
     assert stored.labels is not None
     accuracy = float((stored.probabilities.argmax(1) == stored.labels).mean())
     assert results["metrics"]["accuracy"]["value"] == pytest.approx(accuracy)
+
+
+def test_a_declared_prevalence_reaches_what_a_transductive_method_says(
+    images: Path, tmp_path: Path
+) -> None:
+    share = dict(zip(CLASSES, (0.8, 0.1, 0.1), strict=True))
+    run(make(images, tmp_path / "plain", method="transclip"))
+    run(make(images, tmp_path / "moved", method="transclip", prior=share))
+    plain, moved = (
+        Predictions.load(tmp_path / name / "predictions.parquet") for name in ("plain", "moved")
+    )
+    expected = plain.probabilities * np.array([share[name] for name in plain.class_names])
+    expected /= expected.sum(1, keepdims=True)
+    assert np.abs(moved.probabilities - expected).max() < 1e-4
 
 
 def test_sampled_prompt_sets_give_a_spread(images: Path, tmp_path: Path) -> None:
@@ -176,6 +191,7 @@ def test_how_settings_came_about_is_said(
         ({"method": "transclip", "calibration_groups": 2}, "judges the test images together"),
         ({"augment": True, "method": "linear_probe"}, "--augment would change nothing"),
         ({"augment": True, "method": "prompt_tuning"}, "--augment would change nothing"),
+        ({"method": "gda", "lr": 0.1, "epochs": 3}, "has no epochs, lr to set"),
         ({"method": "prograd", "accumulate": 2}, "needs whole batches"),
         ({"method": "biomedcoop", "loss": "infonce"}, "needs whole batches"),
         ({"conformal": "lac", "alpha": 0.02, "calibration_groups": 1}, "49 calibration"),
