@@ -491,7 +491,7 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     groups = [{"params": list(model.backbone.visual_projection.parameters())}]
     seconds, losses = [], []
     for trains_text in (True, False):
-        tuning = Tuning(groups, prompts, False, trains_text, finish=lambda folder: None)
+        tuning = Tuning(groups, prompts, False, trains_text)
         step = TowerStep(model, processor, tuning, "prototypes")
         vectors = torch.linspace(-1, 1, n_classes * model.config.vision_pooled_dim)
         vectors = vectors.reshape(n_classes, -1)

@@ -236,28 +236,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, group["base_lr"], epoch, epochs, done, steps)
             batch = order[first : first + recipe.batch_size].tolist()
-            parts = [batch[i::accumulate] for i in range(accumulate) if batch[i::accumulate]]
-            batch_loss = 0.0
-            for i, part in enumerate(parts):
-                index, weight = _share(part, rank, processes)
-                waiting = processes > 1 and i < len(parts) - 1
-                with (
-                    accelerator.no_sync(wrapped) if waiting else nullcontext(),
-                    accelerator.autocast(),
-                ):
-                    loss = wrapped(
-                        source.fetch(index).to(accelerator.device),
-                        source.labels[index].to(accelerator.device),
-                        weight.to(accelerator.device),
-                        len(batch),
-                    )
-                    accelerator.backward(loss)
-                batch_loss += float(loss.detach())
-            if processes > 1:
-                reduced = accelerator.reduce(
-                    torch.tensor(batch_loss, device=accelerator.device), "mean"
-                )
-                batch_loss = float(reduced)
+            batch_loss = _backward(wrapped, source, batch, accelerator, accumulate, rank, processes)
             if not math.isfinite(batch_loss):
                 raise GloVLMError(
                     f"The loss became {batch_loss} in epoch {epoch + 1}: the learning rate "
@@ -292,6 +271,35 @@ def fit(
     state.restore_best()
     step.eval()
     return log
+
+
+def _backward(
+    step: nn.Module,
+    source: BatchSource,
+    batch: list[int],
+    accelerator: "Accelerator",
+    accumulate: int,
+    rank: int,
+    processes: int,
+) -> float:
+    """Add up the gradients of a batch, part by part; return its loss, the same in all processes."""
+    parts = [batch[i::accumulate] for i in range(accumulate) if batch[i::accumulate]]
+    total = 0.0
+    for i, part in enumerate(parts):
+        index, weight = _share(part, rank, processes)
+        waiting = processes > 1 and i < len(parts) - 1
+        with accelerator.no_sync(step) if waiting else nullcontext(), accelerator.autocast():
+            loss = step(
+                source.fetch(index).to(accelerator.device),
+                source.labels[index].to(accelerator.device),
+                weight.to(accelerator.device),
+                len(batch),
+            )
+            accelerator.backward(loss)
+        total += float(loss.detach())
+    if processes == 1:
+        return total
+    return float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean"))
 
 
 def _writes(epoch: int, epochs: int) -> bool:

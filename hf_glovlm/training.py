@@ -247,6 +247,11 @@ def adapt(
         images = _Images(support, validation, labels, classes, augment, embed)
         adapted = _adapt_towers(model, processor, chosen, config, images, loss, training)
     else:
+        if recipe and isinstance(chosen, FeatureMethod):
+            raise GloVLMError(
+                f"Method '{method}' is solved, not trained in epochs: it has no {', '.join(recipe)}"
+                " to set. Leave that out, or see `glovlm methods --json` for its settings."
+            )
         if augment:
             raise GloVLMError(
                 f"Method '{method}' works on features that are computed once, so --augment would "
@@ -662,7 +667,8 @@ def _adapt_towers(
     if adapter is not None:
         shutil.rmtree(adapter, ignore_errors=True)
     step.stop_replay()
-    tuning.finish(adapter)
+    if tuning.finish is not None:
+        tuning.finish(adapter)
     if tuning.head is not None:
         head = tuning.head()
     else:

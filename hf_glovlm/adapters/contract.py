@@ -160,7 +160,7 @@ class Tuning:
         trains_vision: Whether the vision tower changes; if not, images are encoded once.
         trains_text: Whether class prototypes change from step to step.
         finish: Called once after the last step: writes the adapter alone into a folder (`None`: do
-            not write), then merges it into the towers.
+            not write), then merges it into the towers. Not needed where what trained is in place.
         notes: Sentences for the results.
         penalty: Added to the cross-entropy: a mean over the images of the step.
         guide: A loss whose gradient that of the cross-entropy is kept from opposing (ProGrad).
@@ -177,7 +177,7 @@ class Tuning:
     prompts: list[list[str]]
     trains_vision: bool
     trains_text: bool
-    finish: Callable[[Path | None], None]
+    finish: Callable[[Path | None], None] | None = None
     notes: list[str] = field(default_factory=list)
     penalty: Callable[[StepState], Tensor] | None = None
     guide: Callable[[StepState], Tensor] | None = None

@@ -61,7 +61,6 @@ class VisualPrompts(TowerMethod):
             self.prompts(classes, config),
             trains_vision=True,
             trains_text=False,
-            finish=_nothing_left,
         )
 
 
@@ -107,7 +106,6 @@ class BottleneckAdapter(TowerMethod):
             self.prompts(classes, config),
             trains_vision=True,
             trains_text=False,
-            finish=_nothing_left,
         )
 
 
@@ -334,10 +332,6 @@ def _groups(model: Any, inserts: nn.Module, projection_lr: float) -> list[dict[s
 def _projection_group(model: Any, lr: float) -> list[dict[str, Any]]:
     projection = trained_projection(model)
     return [{"params": projection, "lr": lr}] if projection else []
-
-
-def _nothing_left(folder: Path | None) -> None:
-    """The inserts are where they belong already, and are no PEFT adapter."""
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -211,7 +211,6 @@ class Vanilla(TowerMethod):
             self.prompts(classes, config),
             trains_vision=config.vision_layers > 0,
             trains_text=config.text_layers > 0,
-            finish=lambda folder: None,
         )
 
 
@@ -258,9 +257,7 @@ class Full(TowerMethod):
         groups: list[dict[str, Any]] = [{"params": rest}]
         if projection:
             groups.append({"params": projection, "lr": config.projection_lr})
-        return Tuning(
-            groups, prompts, trains_vision=True, trains_text=True, finish=lambda folder: None
-        )
+        return Tuning(groups, prompts, trains_vision=True, trains_text=True)
 
 
 @dataclass(frozen=True)
