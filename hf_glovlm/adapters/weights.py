@@ -343,16 +343,17 @@ class Lora(TowerMethod):
             saved = [p for n, p in trained if "modules_to_save" in n]
             groups.append({"params": saved, "lr": config.projection_lr})
         plain = tuner == "LORA" and not (switches or config.tuner_config)
+        finish = partial(save_and_merge, model, peft_model)
         tuning = Tuning(
             groups,
             self.prompts(classes, config),
             trains_vision=config.towers != "text",
             trains_text=config.towers != "vision",
-            finish=partial(save_and_merge, model, peft_model),
+            finish=finish,
             notes=[] if plain else describe_tuner(tuner, arguments),
         )
         if tuner == "ADALORA":
-            budget = AdaLoraBudget(peft_model, tuning.finish)
+            budget = AdaLoraBudget(peft_model, finish)
             tuning.begin, tuning.after_step = budget.begin, budget.after_step
             tuning.penalty, tuning.finish = budget.penalty, budget.finish
         return tuning
