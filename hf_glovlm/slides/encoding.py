@@ -1,0 +1,521 @@
+"""Slides in, bags out: every tile with tissue encoded, and classified where the model can.
+
+Tiles stream: a thread reads and preprocesses the next batch while the model works on this one, and
+each batch is on the disk before the next. So memory does not grow with the slide, and a killed run
+goes on where it stopped.
+"""
+
+import math
+import multiprocessing
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..data.bags import BagWriter
+from ..data.tiles import TileGrid, find_tissue, lay_tiles
+from ..data.wsi import Slide, open_slide, slide_name
+from ..errors import GloVLMError
+from ..scale import MAX_RATIO, describe_scale, input_mpp
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Encoded", "Outcome", "encode_slide", "encode_slides", "load_encoder"]
+
+Progress = Callable[[int, int], object]  # tiles done, tiles in all
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one slide.
+
+    Attributes:
+        path: The bag.
+        name: Of the slide.
+        tiles: Number of tiles.
+        resumed_at: Tiles that an earlier run had left; equal to `tiles` if it had finished.
+        mpp: Micrometres per pixel of the tiles; `None` is unknown.
+        input_mpp: Micrometres per input pixel of the model; `None` is unknown.
+        classes: Columns of the scores; empty for a model without a head.
+        flags: What a person should know about the slide and its scale.
+    """
+
+    path: Path
+    name: str
+    tiles: int
+    resumed_at: int
+    mpp: float | None
+    input_mpp: float | None
+    classes: list[str] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One slide of several: what came out, or why nothing did."""
+
+    slide: Path
+    encoded: Encoded | None = None
+    error: str | None = None
+
+
+def encode_slide(
+    model: Any,
+    processor: Any,
+    slide_path: str | Path,
+    output_path: str | Path,
+    *,
+    tile_size: int | None = None,
+    mpp: float | None = None,
+    overlap: float = 0.0,
+    min_tissue: float = 0.25,
+    batch_size: int = 32,
+    slide_mpp: float | None = None,
+    allow_scale: bool = False,
+    device: "str | torch.device | None" = None,
+    classify: bool = True,
+    on_progress: Progress | None = None,
+) -> Encoded:
+    """Encode the tiles of one slide into a bag.
+
+    With the same batch size, a run that was killed and resumed writes the same numbers as one that
+    was not. A finished bag of the same settings is left as it is.
+
+    Args:
+        model: A `GloVLMForImageClassification`, whose logits are stored too, or a `GloVLMModel`.
+        processor: Its processor.
+        slide_path: The slide.
+        output_path: The bag to write, `NAME.h5`.
+        tile_size: Side of a tile in pixels; the model's input by default.
+        mpp: Micrometres per pixel at which tiles are cut. By default such that the model gets the
+            scale that it was adapted at, where that and the slide's are known; else level 0.
+        overlap: The part of its side that a tile shares with the next, 0 to 0.9.
+        min_tissue: Least part of a tile that is tissue.
+        batch_size: Tiles at a time.
+        slide_mpp: Micrometres per pixel of level 0, where the file's own is missing or wrong.
+        allow_scale: Accept a scale far from the model's, or finer than the slide was scanned at.
+        device: Where to compute; by default where the model is.
+        classify: Whether a classifier's logits are stored.
+        on_progress: Called with the tiles done and the tiles in all, also before the first batch.
+
+    Returns:
+        What was written, and what to know about it.
+
+    Raises:
+        GloVLMError: The slide cannot be read or shows no tissue, its scale does not go with the
+            model's, what lies at `output_path` has other settings, or features are not finite.
+    """
+    import torch
+
+    from ..inference import resolve_device
+
+    if batch_size < 1:
+        raise GloVLMError(f"Expected a batch size of at least 1, found {batch_size}.")
+    if device is not None:
+        model.to(resolve_device(device))
+    backbone = getattr(model, "glovlm", model)
+    classes = _class_names(model) if classify and hasattr(model, "classify_features") else []
+    with open_slide(Path(slide_path), mpp=slide_mpp) as slide:
+        side = tile_size or input_side(processor.image_processor)
+        wanted = _wanted_mpp(model, processor, slide, side, mpp)
+        grid = lay_tiles(
+            slide,
+            find_tissue(slide),
+            tile_size=side,
+            mpp=wanted,
+            overlap=overlap,
+            min_tissue=min_tissue,
+        )
+        seen, notes = _check_scale(model, processor, slide, grid, allow_scale)
+        writer = BagWriter(
+            output_path,
+            dim=int(model.config.image_feature_dim),
+            n_scores=len(classes),
+            attributes=_describe(model, processor, slide, grid, classes, min_tissue, seen),
+        )
+        resumed_at = writer.rows
+        if not writer.is_complete:
+            resumed_at = _rows_to_keep(writer, grid, batch_size)
+            tell = on_progress or (lambda done, total: None)
+            tell(resumed_at, len(grid))
+            batches = _batches(slide, grid, processor, resumed_at, batch_size)
+            # Closed before the slide is: its thread may still be reading.
+            with closing(batches), _evaluating(model), torch.inference_mode():
+                for rows, inputs in batches:
+                    features, scores = _encode(model, backbone, inputs, bool(classes))
+                    writer.append(features, grid.coords[rows], scores)
+                    tell(writer.rows, len(grid))
+            writer.complete()
+        return Encoded(
+            path=writer.path,
+            name=slide.name,
+            tiles=len(grid),
+            resumed_at=resumed_at,
+            mpp=grid.mpp,
+            input_mpp=seen,
+            classes=classes,
+            flags=[*slide.flags, *notes],
+        )
+
+
+def encode_slides(
+    slides: Iterable[str | Path],
+    output_dir: str | Path,
+    model: str,
+    *,
+    workers: int = 1,
+    slide_mpp: "dict[str, float] | float | None" = None,
+    on_done: Callable[[Outcome], object] | None = None,
+    **settings: Any,
+) -> list[Outcome]:
+    """Encode several slides over several processes, each with a model of its own.
+
+    A slide that fails, or whose process is killed, does not keep the others from being encoded.
+
+    Args:
+        slides: The files; their names without suffix must differ.
+        output_dir: Where `NAME.h5` of every slide goes.
+        model: What `load_encoder` takes.
+        workers: Processes, each with its share of the processor's cores.
+        slide_mpp: Micrometres per pixel of level 0 of every slide, or by the slide's name.
+        on_done: Called with each outcome as it comes.
+        **settings: Of `encode_slide`; with several workers they are pickled, so `on_progress` must
+            be a function of a module, and is called in the worker.
+
+    Returns:
+        One outcome a slide, in the order given.
+
+    Raises:
+        GloVLMError: No slide, two of one name, or no worker.
+    """
+    paths = [Path(path).expanduser() for path in slides]
+    _check_names(paths)
+    if workers < 1:
+        raise GloVLMError(f"Expected at least one worker, found {workers}.")
+    folder = Path(output_dir)
+    jobs = [
+        (
+            path,
+            folder / f"{slide_name(path)}.h5",
+            {**settings, "slide_mpp": _mpp_of(slide_mpp, path)},
+        )
+        for path in paths
+    ]
+    found: dict[Path, Outcome] = {}
+
+    def settle(outcome: Outcome) -> None:
+        found[outcome.slide] = outcome
+        if on_done is not None:
+            on_done(outcome)
+
+    workers = min(workers, len(paths))
+    if workers == 1:
+        encoder = load_encoder(model)  # what is wrong with it is wrong for every slide
+        for job in jobs:
+            settle(_attempt(encoder, *job))
+        return [found[path] for path in paths]
+    for outcome in _in_processes(model, jobs, workers):
+        settle(outcome)
+    return [found[path] for path in paths]
+
+
+def load_encoder(name: str) -> tuple[Any, Any]:
+    """Load a classifier of ours or a backbone.
+
+    Args:
+        name: A run's folder or its `model/`, or whatever `load_backbone` takes.
+
+    Returns:
+        The model in evaluation mode and its processor.
+
+    Raises:
+        GloVLMError: There is none of that name.
+    """
+    from ..backbones import load_backbone
+    from ..inference import load_classifier
+
+    folder = Path(name).expanduser()
+    for config in (folder / "config.json", folder / "model" / "config.json"):
+        if config.is_file() and "GloVLMForImageClassification" in config.read_text("utf-8"):
+            model, processor, _ = load_classifier(name)
+            return model, processor
+    return load_backbone(name)
+
+
+def input_side(image_processor: Any) -> int:
+    """Side in pixels of a tile that the image transform need not resize."""
+    sizes = [image_processor.size] if image_processor.do_resize else []
+    for size in (*sizes, getattr(image_processor, "crop_size", None)):
+        for key in ("shortest_edge", "height"):
+            if size and size[key]:
+                return int(size[key])
+    patches = int(image_processor.max_num_patches)  # SigLIP 2 fills up a number of patches
+    return math.isqrt(patches) * int(image_processor.patch_size)
+
+
+# --------------------------------------------------------------------------------------- scale
+
+
+def _wanted_mpp(
+    model: Any, processor: Any, slide: Slide, side: int, given: float | None
+) -> float | None:
+    """The scale at which tiles are cut: given, or such that the model gets its own."""
+    adapted = model.config.mpp
+    if given is not None or adapted is None or slide.mpp is None:
+        return given
+    return float(adapted) / input_mpp(processor.image_processor, 1.0, side, side)
+
+
+def _check_scale(
+    model: Any, processor: Any, slide: Slide, grid: TileGrid, allow: bool
+) -> tuple[float | None, list[str]]:
+    """The scale that reaches the model, refused as `scale.check_scale` would, and notes on it."""
+    adapted = model.config.mpp
+    if grid.mpp is None or slide.mpp is None:
+        said = "" if adapted is None else f", and the model was adapted at {adapted:.3g}"
+        return None, [f"the scale of the tiles is unknown: level 0 was cut as it is{said}"]
+    if grid.downsample * MAX_RATIO < 1 and not allow:
+        raise GloVLMError(
+            f"Tiles of {grid.mpp:.3g} micrometres per pixel were asked for, and {slide.path} was "
+            f"scanned at {slide.mpp:.3g}: what is finer is not in it. Use a finer scan, a coarser "
+            "--tile-mpp, or give --allow-scale."
+        )
+    seen = input_mpp(processor.image_processor, grid.mpp, grid.size_px, grid.size_px)
+    if adapted is None:
+        note = f"the model's own scale is unknown; tiles reach it at {seen:.3g} micrometres a pixel"
+        return seen, [note]
+    ratio = max(adapted / seen, seen / adapted)
+    if ratio <= MAX_RATIO:
+        return seen, []
+    if not allow:
+        raise GloVLMError(
+            f"The model was adapted at {adapted:.3g} micrometres per input pixel, and tiles of "
+            f"{slide.path} would reach it at {seen:.3g}: {ratio:.1f} times apart, at most "
+            f"{MAX_RATIO:g}. Leave --tile-mpp out, correct --mpp, or give --allow-scale."
+        )
+    return seen, [f"tiles reach the model {ratio:.1f} times off the scale it was adapted at"]
+
+
+def _describe(
+    model: Any,
+    processor: Any,
+    slide: Slide,
+    grid: TileGrid,
+    classes: list[str],
+    min_tissue: float,
+    seen: float | None,
+) -> dict[str, Any]:
+    """Everything that decides the rows; the first names are those that CLAM and TRIDENT read."""
+    zoom = slide.magnification
+    return {
+        "name": slide.name,
+        "patch_size": grid.extent,
+        "patch_size_level0": grid.extent,
+        "patch_level": 0,
+        "level0_magnification": zoom,
+        "target_magnification": None if zoom is None else zoom / grid.downsample,
+        "level0_width": slide.size[0],
+        "level0_height": slide.size[1],
+        "overlap": grid.extent - grid.step,
+        "overlap_fraction": grid.overlap,
+        "tiles": len(grid),
+        "tile_size": grid.size_px,
+        "tile_mpp": grid.mpp,
+        "input_mpp": describe_scale(seen),
+        "min_tissue": min_tissue,
+        "slide_mpp": slide.mpp,
+        "slide_mpp_source": slide.mpp_source,
+        "slide_file": slide.path.name,
+        "slide_bytes": slide.path.stat().st_size,
+        "encoder": str(model.config.backbone_name or ""),
+        "fingerprint": encoder_fingerprint(model, processor),
+        "classes": classes,
+        "synthetic": bool(model.config.synthetic),
+    }
+
+
+def encoder_fingerprint(model: Any, processor: Any) -> str:
+    """A hash of everything between a tile and its row: transform, towers, projection, head."""
+    import torch
+    import xxhash
+
+    from ..inference import encoder_key
+
+    backbone = getattr(model, "glovlm", model)
+    config = model.config
+    digest = xxhash.xxh3_128(encoder_key(backbone, processor).encode())
+    digest.update(repr((config.head, config.temperature, config.prior_shift)).encode())
+    # The vision tower is in the key already; texts count where the head encodes them anew.
+    reads_texts = getattr(getattr(model, "head", None), "needs_model", False)
+    inside = (".vision_model.",) if reads_texts else (".vision_model.", ".text_model.")
+    for name, tensor in model.state_dict().items():
+        if not any(part in name for part in inside):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return str(digest.hexdigest())
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+def _rows_to_keep(writer: BagWriter, grid: TileGrid, batch_size: int) -> int:
+    """Where to go on: after whole batches, so that every batch is the one of an unbroken run."""
+    rows = min(writer.rows, len(grid))
+    if not np.array_equal(writer.read_coords()[:rows], grid.coords[:rows]):
+        raise GloVLMError(
+            f"{writer.part} holds other tiles than this run would write: the slide has changed. "
+            "Delete the file to begin again."
+        )
+    if rows < len(grid):
+        rows -= rows % batch_size
+    writer.keep(rows)
+    return rows
+
+
+def _batches(
+    slide: Slide, grid: TileGrid, processor: Any, start: int, batch_size: int
+) -> Generator[tuple[slice, dict[str, Any]]]:
+    """Preprocessed tiles, one batch ahead of whoever takes them."""
+
+    def prepare(rows: slice) -> dict[str, Any]:
+        scale = grid.downsample
+        tiles = [
+            slide.read(int(x), int(y), grid.extent, grid.extent, downsample=scale)
+            for x, y in grid.coords[rows]
+        ]
+        return dict(processor(images=tiles, return_tensors="pt"))
+
+    waiting: deque[tuple[slice, Future[dict[str, Any]]]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        for i in range(start, len(grid), batch_size):
+            rows = slice(i, min(i + batch_size, len(grid)))
+            waiting.append((rows, thread.submit(prepare, rows)))
+            if len(waiting) > 1:
+                done, inputs = waiting.popleft()
+                yield done, inputs.result()
+        while waiting:
+            done, inputs = waiting.popleft()
+            yield done, inputs.result()
+
+
+def _encode(model: Any, backbone: Any, inputs: dict[str, Any], classify: bool) -> tuple[Any, Any]:
+    """Features `[n, dim]` and logits `[n, classes]` (or `None`) of one batch, as arrays."""
+    like = next(model.parameters())
+    moved = {
+        name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+    try:
+        features = backbone.get_image_features(**moved).pooler_output
+        logits = model.classify_features(features) if classify else None
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        raise GloVLMError(
+            f"{len(inputs['pixel_values'])} tiles at a time do not fit into the memory of device "
+            f"'{like.device}': lower --batch-size; the run goes on where it stopped."
+        ) from None
+    return features.float().cpu().numpy(), None if logits is None else logits.float().cpu().numpy()
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No dropout; afterwards each part is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _class_names(model: Any) -> list[str]:
+    return [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
+
+
+# ----------------------------------------------------------------------------------- processes
+
+_Job = tuple[Path, Path, dict[str, Any]]  # slide, bag, settings of encode_slide
+_KILLED = (
+    "The process that encoded {path} was killed, as happens when memory runs out: use fewer "
+    "workers or a smaller batch; the run goes on where it stopped."
+)
+_ENCODER: list[tuple[Any, Any]] = []  # of this worker process
+
+
+def _check_names(paths: Sequence[Path]) -> None:
+    if not paths:
+        raise GloVLMError("Expected at least one slide, found none: correct the path or pattern.")
+    twice = [name for name, n in Counter(map(slide_name, paths)).items() if n > 1]
+    if twice:
+        raise GloVLMError(
+            f"Two slides are called {twice[0]}, and each writes {twice[0]}.h5: rename one, or "
+            "write them to different folders."
+        )
+
+
+def _mpp_of(given: "dict[str, float] | float | None", path: Path) -> float | None:
+    return given.get(slide_name(path)) if isinstance(given, dict) else given
+
+
+def _attempt(encoder: tuple[Any, Any], slide: Path, bag: Path, settings: dict[str, Any]) -> Outcome:
+    """Encode one slide; what is wrong with it is its outcome."""
+    try:
+        return Outcome(slide, encode_slide(*encoder, slide, bag, **settings))
+    except (GloVLMError, OSError, MemoryError) as error:
+        return Outcome(slide, error=str(error) or type(error).__name__)
+
+
+def _work(model: str, threads: int, job: _Job) -> Outcome:
+    """In a process of its own: encode one slide; the model is loaded with the first."""
+    import torch
+
+    try:
+        if not _ENCODER:
+            torch.set_num_threads(threads)
+            _ENCODER.append(load_encoder(model))
+    except GloVLMError as error:
+        return Outcome(job[0], error=str(error))
+    return _attempt(_ENCODER[0], *job)
+
+
+def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Outcome]:
+    """Outcomes as they come.
+
+    Each thread minds one process, so that a process which is killed takes along the one slide that
+    it was at; a pool of many would lose them all.
+    """
+    import torch
+
+    spawn = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // workers)
+    mine = threading.local()
+    pools: list[ProcessPoolExecutor] = []
+
+    def mind(job: _Job) -> Outcome:
+        if getattr(mine, "pool", None) is None:
+            mine.pool = ProcessPoolExecutor(1, spawn)
+            pools.append(mine.pool)
+        try:
+            outcome: Outcome = mine.pool.submit(_work, model, threads, job).result()
+        except BrokenProcessPool:
+            mine.pool = None
+            return Outcome(job[0], error=_KILLED.format(path=job[0]))
+        return outcome
+
+    try:
+        with ThreadPoolExecutor(workers) as minders:
+            for future in as_completed([minders.submit(mind, job) for job in jobs]):
+                yield future.result()
+    finally:
+        for pool in pools:
+            pool.shutdown()

@@ -1,0 +1,316 @@
+"""Slides encoded: the right numbers, resumed bit for bit, scales checked, memory bounded."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from slides_made import write_slide
+from tiny import tiny_clip, tiny_siglip2
+
+from hf_glovlm.backbones import load_backbone
+from hf_glovlm.data.bags import read_bag
+from hf_glovlm.data.wsi import open_slide
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.model import GloVLMForImageClassification
+from hf_glovlm.model.heads import ClassWeights
+from hf_glovlm.slides import benchmark, encode_slide, encode_slides, load_encoder
+from hf_glovlm.slides.benchmark import bench_slide
+
+SIDE = 32  # of the tiny model's input
+
+
+def make_classifier() -> tuple[Any, Any]:
+    backbone, processor = load_backbone(str(tiny_clip()))
+    torch.manual_seed(1)
+    head = ClassWeights(backbone.config.image_feature_dim, 2)
+    torch.nn.init.normal_(head.weight)
+    backbone.config.id2label = {0: "plain", 1: "lesion"}
+    return GloVLMForImageClassification(backbone.config, backbone, head).eval(), processor
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slide") / "S1.tif"
+    write_slide(path, 900, 700, lesions=3, lesion_side=SIDE, seed=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def classifier() -> tuple[Any, Any]:
+    return make_classifier()
+
+
+def table(path: Path) -> list[np.ndarray]:
+    bag = read_bag(path, scores=True)
+    assert bag.scores is not None
+    return [bag.coords, bag.features, bag.scores]
+
+
+def test_every_row_is_what_the_model_says_of_that_tile(
+    tmp_path: Path, slide: Path, classifier: Any
+) -> None:
+    model, processor = classifier
+    done = encode_slide(model, processor, slide, tmp_path / "S1.h5", batch_size=7)
+    coords, features, scores = table(done.path)
+    assert done.tiles == len(coords) > 60
+    with open_slide(slide) as opened:
+        whole = opened.read(0, 0, *opened.size)
+    tiles = [whole.crop((x, y, x + SIDE, y + SIDE)) for x, y in coords.tolist()]
+    inside = [k for k, (x, y) in enumerate(coords.tolist()) if x + SIDE <= 900 and y + SIDE <= 700]
+    with torch.no_grad():
+        out = model(**processor(images=[tiles[k] for k in inside], return_tensors="pt"))
+    assert np.allclose(features[inside], out.image_embeds.numpy(), atol=1e-5)
+    assert np.allclose(scores[inside], out.logits.numpy(), atol=1e-4)
+    bag = read_bag(done.path)
+    assert bag.attributes["classes"] == done.classes == ["plain", "lesion"]
+    assert (bag.attributes["patch_size_level0"], bag.attributes["tiles"]) == (SIDE, len(coords))
+    assert bag.attributes["slide_mpp"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("make", [tiny_clip, tiny_siglip2])
+def test_a_backbone_writes_features_alone(
+    tmp_path: Path, slide: Path, make: Callable[[], Path]
+) -> None:
+    model, processor = load_encoder(str(make()))
+    done = encode_slide(model, processor, slide, tmp_path / "a.h5", tile_size=100)
+    assert done.classes == []
+    bag = read_bag(done.path)
+    assert bag.features.shape == (done.tiles, model.config.image_feature_dim)
+    with pytest.raises(GloVLMError, match="without scores"):
+        read_bag(done.path, scores=True)
+
+
+class Stop(Exception):
+    """Raised by a callback, as ctrl-c would be."""
+
+
+@pytest.mark.parametrize("stop", [0, 7, 21])
+def test_an_interrupted_run_resumes_to_the_same_table(
+    tmp_path: Path, slide: Path, classifier: Any, stop: int
+) -> None:
+    def halt(done: int, total: int) -> None:
+        assert done <= total
+        if done >= stop:
+            raise Stop
+
+    whole = encode_slide(*classifier, slide, tmp_path / "whole.h5", batch_size=7)
+    broken = tmp_path / "broken.h5"
+    with pytest.raises(Stop):
+        encode_slide(*classifier, slide, broken, batch_size=7, on_progress=halt)
+    assert not broken.exists()
+    if stop:  # a row and a half of the next batch reached the disk too
+        part = broken.with_name("broken.h5.part")
+        with part.open("ab") as file:
+            head = len(part.read_bytes().split(b"\n")[0]) + 1
+            record = (part.stat().st_size - head) // stop
+            coords = read_bag(whole.path).coords[stop].tobytes()
+            file.write(coords + bytes(record - 16) + bytes(record // 2))
+    told: list[int] = []
+    done = encode_slide(
+        *classifier, slide, broken, batch_size=7, on_progress=lambda n, _: told.append(n)
+    )
+    assert (done.resumed_at, told[0], told[-1]) == (stop, stop, whole.tiles)
+    for one, other in zip(table(whole.path), table(broken), strict=True):
+        assert np.array_equal(one, other)
+    again = encode_slide(*classifier, slide, broken, batch_size=7, on_progress=halt)
+    assert again.resumed_at == again.tiles == whole.tiles
+
+
+def test_a_run_with_other_settings_is_not_resumed(
+    tmp_path: Path, slide: Path, classifier: Any
+) -> None:
+    path = tmp_path / "a.h5"
+    encode_slide(*classifier, slide, path)
+    other, processor = make_classifier()
+    with torch.no_grad():
+        other.head.weight[0, 0] += 1
+    for call, words in [
+        (lambda: encode_slide(*classifier, slide, path, overlap=0.5), "overlap: 0, now 16"),
+        (lambda: encode_slide(*classifier, slide, path, classify=False), "n_scores: 2, now 0"),
+        (lambda: encode_slide(other, processor, slide, path), "fingerprint"),
+    ]:
+        with pytest.raises(GloVLMError, match=words):
+            call()
+
+
+def test_a_slide_that_changed_is_not_resumed(tmp_path: Path, slide: Path, classifier: Any) -> None:
+    def halt(done: int, total: int) -> None:
+        if done:
+            raise Stop
+
+    path = tmp_path / "a.h5"
+    with pytest.raises(Stop):
+        encode_slide(*classifier, slide, path, on_progress=halt)
+    part = path.with_name("a.h5.part")
+    content = bytearray(part.read_bytes())
+    content[content.index(b"\n") + 1] ^= 1  # the first coordinate
+    part.write_bytes(content)
+    with pytest.raises(GloVLMError, match="other tiles"):
+        encode_slide(*classifier, slide, path)
+
+
+# ---------------------------------------------------------------------------------- scale
+
+SCALES = [  # of the model, of the slide's file, given for it, of the tiles -> what comes out
+    ({}, 0.5, {}, 0.5, "own scale is unknown"),
+    ({"mpp": 0.5}, 0.5, {}, 0.5, ""),
+    ({"mpp": 1.0}, 0.5, {}, 1.0, ""),
+    ({"mpp": 1.0}, 0.5, {"tile_size": 64}, 0.5, ""),  # the transform halves them
+    ({"mpp": 1.0}, 0.5, {"slide_mpp": 0.25}, 1.0, "contradict"),
+    ({"mpp": 1.0}, 0.5, {"mpp": 0.7}, 0.7, ""),
+    ({"mpp": 1.0}, 0.5, {"mpp": 0.5}, "2.0 times apart", ""),
+    ({"mpp": 1.0}, 0.5, {"mpp": 0.5, "allow_scale": True}, 0.5, "2.0 times off"),
+    ({"mpp": 0.25}, 0.5, {}, "what is finer is not in it", ""),
+    ({"mpp": 0.25}, 0.5, {"allow_scale": True}, 0.25, ""),
+    ({"mpp": 0.5}, None, {}, None, "scale of the tiles is unknown"),
+    ({}, None, {"mpp": 0.5}, "give it with --mpp", ""),
+    ({"mpp": 1.0}, None, {"slide_mpp": 0.5}, 1.0, ""),
+]
+
+
+@pytest.mark.parametrize(("adapted", "of_file", "settings", "expected", "words"), SCALES)
+def test_tiles_are_cut_at_the_models_scale_or_refused(
+    tmp_path: Path,
+    adapted: dict[str, float],
+    of_file: float | None,
+    settings: dict[str, Any],
+    expected: float | str | None,
+    words: str,
+) -> None:
+    model, processor = make_classifier()
+    model.config.mpp = adapted.get("mpp")
+    drawn = write_slide(tmp_path / "a.tif", 400, 300, mpp=of_file, seed=2)
+    if isinstance(expected, str):
+        with pytest.raises(GloVLMError, match=expected):
+            encode_slide(model, processor, drawn["path"], tmp_path / "a.h5", **settings)
+        return
+    done = encode_slide(model, processor, drawn["path"], tmp_path / "a.h5", **settings)
+    assert done.mpp == (expected and pytest.approx(expected, rel=0.02))
+    if done.mpp is not None:
+        assert done.input_mpp == pytest.approx(done.mpp * settings.get("tile_size", SIDE) / SIDE)
+    assert words in " ".join(done.flags)
+    if "mpp" in adapted and not words:
+        assert not done.flags
+
+
+def test_bad_settings_and_numbers_are_refused(tmp_path: Path, slide: Path, classifier: Any) -> None:
+    with pytest.raises(GloVLMError, match="batch size"):
+        encode_slide(*classifier, slide, tmp_path / "a.h5", batch_size=0)
+    model, processor = make_classifier()
+    with torch.no_grad():
+        model.head.weight[:] = torch.nan
+    with pytest.raises(GloVLMError, match="not finite"):
+        encode_slide(model, processor, slide, tmp_path / "a.h5")
+    empty = tmp_path / "empty.tif"
+    write_slide(empty, 300, 300, blobs=0)
+    with pytest.raises(GloVLMError, match="No tile"):
+        encode_slide(*classifier, empty, tmp_path / "b.h5")
+
+
+def test_never_more_than_two_batches_of_pixels_are_held(
+    tmp_path: Path, slide: Path, classifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_glovlm.data.wsi import Slide
+
+    read, ahead = Slide.read, [0]
+
+    def count(self: Slide, *args: int, **kwargs: float) -> Image.Image:
+        ahead[0] += args[2] == SIDE
+        return read(self, *args, **kwargs)
+
+    gaps: list[int] = []
+    monkeypatch.setattr(Slide, "read", count)
+    encode_slide(
+        *classifier,
+        slide,
+        tmp_path / "a.h5",
+        batch_size=5,
+        on_progress=lambda done, _: gaps.append(ahead[0] - done),
+    )
+    assert max(gaps) <= 2 * 5
+
+
+# ------------------------------------------------------------------------------ processes
+
+
+def die_on_the_large_one(done: int, total: int) -> None:
+    """A process that runs out of memory is killed without a word."""
+    if total > 80 and done >= 16:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_and_a_bad_slide_lose_no_other_and_the_killed_one_resumes(
+    tmp_path: Path, slide: Path, classifier: Any
+) -> None:
+    model, processor = classifier
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    small, bad = tmp_path / "small.tif", tmp_path / "bad.tif"
+    write_slide(small, 300, 300)
+    bad.write_bytes(b"II*\0")
+    paths, out = [slide, bad, small], tmp_path / "bags"
+    heard: list[Path] = []
+    outcomes = encode_slides(
+        paths,
+        out,
+        str(folder),
+        workers=2,
+        batch_size=8,
+        on_progress=die_on_the_large_one,
+        on_done=lambda outcome: heard.append(outcome.slide),
+    )
+    assert [o.slide for o in outcomes] == paths
+    assert set(heard) == set(paths)
+    killed, broken, fine = outcomes
+    assert "was killed" in str(killed.error)
+    assert "damaged" in str(broken.error)
+    assert fine.error is None
+    assert fine.encoded is not None
+    assert sorted(p.name for p in out.iterdir()) == ["S1.h5.part", "small.h5"]
+    (again,) = encode_slides([slide], out, str(folder), batch_size=8)
+    assert again.encoded is not None
+    assert again.encoded.resumed_at == 16
+    whole = encode_slide(model, processor, slide, tmp_path / "whole.h5", batch_size=8)
+    for one, other in zip(table(whole.path), table(again.encoded.path), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("names", "workers", "words"),
+    [
+        ([], 1, "at least one slide"),
+        (["a/x.tif", "b/x.svs"], 1, "Two slides"),
+        (["x"], 0, "worker"),
+    ],
+)
+def test_an_impossible_batch_of_slides_is_refused(
+    tmp_path: Path, names: list[str], workers: int, words: str
+) -> None:
+    with pytest.raises(GloVLMError, match=words):
+        encode_slides(names, tmp_path, "mini", workers=workers)
+
+
+# -------------------------------------------------------------------------------- memory
+
+
+def test_a_large_slide_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["name"]: row for row in bench_slide(side=8000, tile_size=448)}
+    assert set(rows) == {f"slide.{n}{q}" for n in ("memory", "rate") for q in ("", "_quarter")}
+    assert rows["slide.memory"]["value"] < 2048
+    assert rows["slide.memory"]["ratio"] < 1.5  # four times the pixels are 144 MB more
+    assert rows["slide.rate"]["value"] > 0
+    fake = {"peak": 2**31 + 1, "tiles": 9, "seconds": 1.0}
+    monkeypatch.setattr(benchmark, "_CHILD", f"print('{json.dumps([fake, fake])}')")
+    with pytest.raises(GloVLMError, match="at most 2 are allowed"):
+        bench_slide(side=600)
+    monkeypatch.setattr(benchmark, "_CHILD", "raise SystemExit('no such thing')")
+    with pytest.raises(GloVLMError, match="failed: no such thing"):
+        bench_slide(side=600)
