@@ -12,15 +12,19 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from hf_glovlm.data import catalog
 from hf_glovlm.data.catalog import (
     ClassInfo,
     catalog_entries,
     catalog_entry,
+    describe_source,
     load_classes,
     read_entry,
 )
+from hf_glovlm.data.folder import load_dataset
+from hf_glovlm.data.slide_table import read_slide_table
 from hf_glovlm.errors import GloVLMError
 
 FOLDER = Path(catalog.__file__).with_name("catalog")
@@ -78,7 +82,7 @@ def test_an_entry_is_complete_and_finds_itself(path):
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\.\./|/work/|/home/|/tmp/|[A-Z]:\\", text)  # no path of one machine
     names = [info.name for info in entry.classes]
-    assert load_classes(names) == list(entry.classes)
+    assert load_classes(names) == list(entry.classes)  # also where two sets share their classes
     assert load_classes(names[::-1], prompts="catalog") == list(entry.classes)[::-1]
     assert load_classes(names[:1], source=entry.name) == list(entry.classes)[:1]
     assert load_classes(names, prompts=entry.name) == list(entry.classes)
@@ -116,6 +120,96 @@ def test_class_names_are_the_folders_of_the_real_sets(folder, name):
     assert {info.name for info in catalog_entry(name).classes} == with_images
     classes = load_classes(sorted(with_images), source=SHARED / folder)
     assert set(classes) == set(catalog_entry(name).classes)
+
+
+# What published work on context-guided tokens reports on, and the count of classes of each set.
+TASKS = {
+    "slide": {
+        "bracs_3": 3, "bracs_7": 7, "camelyon16": 2, "ebrains_12": 12, "ebrains_30": 30,
+        "panda": 6, "rcc_dhmc": 5, "tcga_brca": 2, "tcga_nsclc": 2, "tcga_rcc": 3,
+    },
+    "region": {
+        "bach": 4, "bracs_roi": 7, "camelyon17_wilds": 2, "databiox": 3, "digestpath": 2,
+        "esca_tolkach": 11, "huncrc": 9, "mhist": 2, "nct_crc_he_100k": 9, "patch_camelyon": 2,
+        "sicap_v2": 4, "skin_cancer": 16, "tcga_ut": 32, "unitopatho": 6, "wsss4luad": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_tasks_are_there(kind):
+    found = {e.name: len(e.classes) for e in catalog_entries() if e.kind == kind}
+    assert TASKS[kind].items() <= found.items()
+    assert kind == "region" or TASKS[kind] == found
+    for name in TASKS[kind]:
+        for info in catalog_entry(name).classes:
+            assert len(info.prompts) >= 3
+            assert any("H&E" in prompt for prompt in info.prompts)
+
+
+def _image_folder(root, entry, split):
+    """One image a class; under train/ and test/ where the layout says so."""
+    parts = ("train", "test") if split else (None,)
+    rows = ["file_name,label,patient_id" + (",split" if split else "")]
+    for part in parts:
+        for i, info in enumerate(entry.classes):
+            (root / info.name).mkdir(parents=True, exist_ok=True)
+            name = f"{info.name}/{part or 0}.png"
+            Image.new("RGB", (8, 8), (i, 7, 7)).save(root / name)
+            rows.append(f"{name},{info.name},{part}_{i}" + (f",{part}" if split else ""))
+    (root / "metadata.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [e for e in catalog_entries() if e.kind != "slide"],
+    ids=lambda e: getattr(e, "name", None),
+)
+@pytest.mark.parametrize("split", [False, True])
+def test_a_folder_in_a_set_s_layout_loads_with_its_prompts(tmp_path, entry, split):
+    _image_folder(tmp_path, entry, split)
+    loaded = load_dataset(tmp_path)
+    assert list(loaded) == (["train", "test"] if split else ["all"])
+    names = next(iter(loaded.values())).features["label"].names
+    assert sorted(names) == sorted(info.name for info in entry.classes)
+    assert set(load_classes(names, source=tmp_path)) == set(entry.classes)
+    assert set(load_classes(names, source=tmp_path, prompts=entry.name)) == set(entry.classes)
+    if not split:  # class folders alone
+        (tmp_path / "metadata.csv").unlink()
+        again = load_dataset(tmp_path)["all"].features["label"].names
+        assert again == names
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [e for e in catalog_entries() if e.kind == "slide"],
+    ids=lambda e: getattr(e, "name", None),
+)
+def test_a_table_in_a_set_s_layout_loads_with_its_prompts(tmp_path, entry):
+    assert entry.layout.startswith("slides.csv (slide, label, patient_id)")
+    classes = [info.name for info in entry.classes]
+    rows = [f"slide_{i}.svs,{name},p{i}" for i, name in enumerate(classes)]
+    path = tmp_path / "slides.csv"
+    path.write_text("\n".join(["slide,label,patient_id", *rows]), encoding="utf-8")
+    table = read_slide_table(path, classes=classes)
+    assert table.labels == list(range(len(classes)))
+    assert load_classes(table.classes, prompts="catalog") == list(entry.classes)
+    files = [tmp_path / f"slide_{i}.h5" for i in range(len(classes))]
+    assert list(table.match(files).values()) == files
+    path.write_text(path.read_text() + f"\nlast.svs,{classes[0]}x,p\n")
+    with pytest.raises(GloVLMError, match="unknown label"):
+        read_slide_table(path, classes=classes)
+
+
+@pytest.mark.parametrize("entry", catalog_entries(), ids=lambda e: e.name)
+def test_where_to_get_a_set_is_told(entry):
+    text = describe_source(entry.name)
+    for told in (entry.title, entry.source, entry.licence, entry.layout, entry.split_rule):
+        assert told in text
+    assert all(told in text for told in (*entry.notes, *(info.name for info in entry.classes)))
+    assert ("the images are not public" in text) is not entry.public
+    words = ("unverified", "CC", "none", "GDC", "Apache", "any use")
+    assert any(word in entry.licence for word in words)
 
 
 def test_a_miss_names_the_nearest_set():
@@ -162,6 +256,29 @@ def test_a_sound_file_is_read(tmp_path):
     )
 
 
+def test_templates_are_filled_with_every_name(tmp_path):
+    content = good() | {"templates": ["A {}", "An H&E image of {}"]}
+    content["classes"] = {
+        "one": {"display_name": "One", "names": ["x", "y", "x"]},
+        "two": {"display_name": "Two", "names": ["z"]},
+    }
+    path = tmp_path / "new.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert [info.prompts for info in read_entry(path).classes] == [
+        ("A x", "An H&E image of x", "A y", "An H&E image of y"),
+        ("A z", "An H&E image of z"),
+    ]
+    for change, sentence in [
+        ({"templates": ["A"]}, "the template 'A' must hold {} once"),
+        ({"templates": "A {}"}, "'templates': expected a list of texts"),
+        ({"templates": []}, "class 'one': 'prompts' is empty"),
+        ({"classes": good()["classes"]}, "class 'one': unknown key 'prompts'"),
+    ]:
+        path.write_text(yaml.safe_dump(content | change))
+        with pytest.raises(GloVLMError, match=re.escape(sentence)):
+            read_entry(path)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -174,7 +291,10 @@ def test_a_sound_file_is_read(tmp_path):
         (lambda f: f.update(license="MIT"), "unknown key 'license'. Did you mean 'licence'?"),
         (lambda f: f.update(title=""), "'title': expected text"),
         (lambda f: f.update(title=7), "'title': expected text"),
-        (lambda f: f.update(kind="slides"), "'kind': expected one of glomeruli, region, drawings"),
+        (
+            lambda f: f.update(kind="slides"),
+            "'kind': expected one of glomeruli, region, slide, drawings",
+        ),
         (lambda f: f.update(stain="PAS"), "'stain': expected a list of texts, found 'PAS'"),
         (lambda f: f.update(stain=["HE"]), "write the stain 'HE' as 'H&E'"),
         (lambda f: f.update(stain=["blue"]), "Unknown stain 'blue'"),
@@ -405,12 +525,24 @@ def test_a_set_is_known_by_its_classes(labels, name, caplog):
 
 def test_a_tie_between_sets_uses_neither_and_says_so(monkeypatch, caplog):
     lung = catalog_entry("lc25000_lung")
-    twins = tuple(dataclasses.replace(lung, name=name) for name in ("lung_1", "lung_2"))
+    words = tuple(dataclasses.replace(c, prompts=(f"other {c.name}",)) for c in lung.classes)
+    twins = (
+        dataclasses.replace(lung, name="lung_1"),
+        dataclasses.replace(lung, name="lung_2", classes=words),
+    )
     monkeypatch.setattr(catalog, "_entries", lambda: twins)
     with caplog.at_level(logging.WARNING, "hf_glovlm"):
         classes = load_classes(["lung_aca", "lung_n"])
     assert classes[0].prompts == ("A pathology image of lung aca",)
     assert "'lung_1', 'lung_2'" in caplog.text
+
+
+def test_a_tie_between_sets_that_say_the_same_is_none(monkeypatch, caplog):
+    lung = catalog_entry("lc25000_lung")
+    twins = tuple(dataclasses.replace(lung, name=name) for name in ("lung_1", "lung_2"))
+    monkeypatch.setattr(catalog, "_entries", lambda: twins)
+    assert load_classes(["lung_aca", "lung_n"]) == [lung.classes[0], lung.classes[1]]
+    assert "none is used" not in caplog.text
 
 
 CORNELL = list(GLO_VLMS["glo_vlms_cornell"])

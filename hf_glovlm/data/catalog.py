@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import GloVLMError, nearest
 from .terminology import (
@@ -28,6 +28,7 @@ __all__ = [
     "ClassInfo",
     "catalog_entries",
     "catalog_entry",
+    "describe_source",
     "load_classes",
     "read_entry",
 ]
@@ -59,7 +60,8 @@ class CatalogEntry:
     Attributes:
         name: The catalogue name, which is also the file's.
         title: One line for a table.
-        kind: `glomeruli` (one crop, one glomerulus), `region` (tissue tiles) or `drawings`.
+        kind: `glomeruli` (one crop, one glomerulus), `region` (tissue tiles), `slide` (one label a
+            whole slide, in a `slides.csv`: see `read_slide_table`) or `drawings`.
         classes: In the file's order; the names are those of the class folders.
         stain: Canonical stain names; empty where the source does not say.
         licence: Of the images, as far as known.
@@ -74,7 +76,7 @@ class CatalogEntry:
 
     name: str
     title: str
-    kind: Literal["glomeruli", "region", "drawings"]
+    kind: Literal["glomeruli", "region", "slide", "drawings"]
     classes: tuple[ClassInfo, ...]
     stain: tuple[str, ...]
     licence: str
@@ -98,7 +100,7 @@ class CatalogEntry:
             )
         return (
             f"Get '{self.name}' from {self.source} (licence: {self.licence}) and lay it out so: "
-            f"{self.layout}. Then pass that folder."
+            f"{self.layout}. Then pass that {'table' if self.kind == 'slide' else 'folder'}."
         )
 
 
@@ -121,8 +123,32 @@ def catalog_entry(name: str) -> CatalogEntry:
     return known[name]
 
 
+def describe_source(name: str) -> str:
+    """How to come by a set, on which terms and in which layout, for a person; several lines.
+
+    Nothing is downloaded: most sets ask for a form, an account or a licence first.
+
+    Raises:
+        GloVLMError: See `catalog_entry`.
+    """
+    entry = catalog_entry(name)
+    lines = {
+        "classes": ", ".join(info.name for info in entry.classes),
+        "source": entry.source if entry.public else f"{entry.source}; the images are not public",
+        "licence": entry.licence,
+        "cite": entry.citation,
+        "layout": entry.layout,
+        "split": entry.split_rule,
+        "metric": entry.metric,
+    }
+    told = [f"{key}: {text}" for key, text in lines.items()]
+    return "\n".join([f"{entry.name}: {entry.title}", *told, *(f"- {n}" for n in entry.notes)])
+
+
 def read_entry(path: Path) -> CatalogEntry:
     """Read one file of the catalogue, strictly.
+
+    A class gives its `prompts`, or, in a file with `templates`, the `names` that go into each.
 
     Raises:
         GloVLMError: Names the file and the key that is unknown, missing or wrong.
@@ -131,6 +157,9 @@ def read_entry(path: Path) -> CatalogEntry:
     given = raw.pop("classes", None)
     if not isinstance(given, dict) or len(given) < 2:
         raise GloVLMError(f"{path.name}: 'classes' must hold at least two classes.")
+    templates = raw.pop("templates", None)
+    if templates is not None:
+        given = _fill_templates(templates, given, path.name)
     texts = {
         label: _class_text(value, f"{path.name}: class '{label}'") for label, value in given.items()
     }
@@ -225,10 +254,35 @@ class _ClassText:
     prompts: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Templates:
+    templates: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _NamedClass:
+    display_name: str
+    names: tuple[str, ...]
+
+
 def _class_text(raw: object, where: str) -> _ClassText:
     if isinstance(raw, dict) and raw.get("prompts") == []:
         raise GloVLMError(f"{where}: 'prompts' is empty; write at least one, or leave the key out.")
     return from_mapping(_ClassText, raw, where)
+
+
+def _fill_templates(templates: object, given: dict[str, Any], file: str) -> dict[str, Any]:
+    """Classes whose `names` are spelled out as `prompts`, one for each name and template."""
+    top = from_mapping(_Templates, {"templates": templates}, file)
+    for template in top.templates:
+        if template.count("{}") != 1:
+            raise GloVLMError(f"{file}: the template '{template}' must hold {{}} once.")
+    filled = {}
+    for label, value in given.items():
+        named = from_mapping(_NamedClass, value, f"{file}: class '{label}'")
+        prompts = [t.format(name) for name in named.names for t in top.templates]
+        filled[label] = {"display_name": named.display_name, "prompts": prompts}
+    return filled
 
 
 def _plain(label: str) -> ClassInfo:
@@ -330,7 +384,8 @@ def _matching_entry(labels: Sequence[str]) -> CatalogEntry | None:
     fewest = min(len(entry.classes) for entry in fits)
     best = [entry for entry in fits if len(entry.classes) == fewest]
     names = ", ".join(f"'{entry.name}'" for entry in best)
-    if len(best) > 1:
+    meant = [{match_key(c.name): c.prompts for c in e.classes} for e in best]
+    if any(other[key] != meant[0][key] for other in meant for key in keys):
         logger.warning("The classes fit several sets of the catalogue (%s): none is used.", names)
         return None
     logger.info("The classes are those of the catalogue's set %s (%s).", names, best[0].title)

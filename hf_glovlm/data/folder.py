@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 __all__ = [
+    "CAPTION",
     "FLOAT_COLUMNS",
     "MANIFEST",
     "MAX_PIXELS",
@@ -59,6 +60,7 @@ MANIFEST = (
     "reader",
 )
 FLOAT_COLUMNS = frozenset({"mpp", "section_um"})
+CAPTION = "caption"  # a text about the image; not a fact about its origin, as MANIFEST's are
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 MAX_PIXELS = 80_000_000
 
@@ -119,9 +121,10 @@ def load_dataset(source: str | Path, *, revision: str | None = None) -> "Dataset
     Returns:
         `{"all"}` where nothing is split, else `{"train", "test"[, "validation"]}` (a `validation`
         without a `test` serves as test, which is logged). Columns: `image`; `label` (ClassLabel,
-        names sorted); `file_name` (relative POSIX path, or a row id); and the MANIFEST columns
+        names sorted); `file_name` (relative POSIX path, or a row id); the MANIFEST columns
         that were found, `mpp` and `section_um` (micrometres) as floats, the others as text,
-        missing values as None. All other columns are dropped.
+        missing values as None; and `caption`, if there is one, as text, empty where an image has
+        none. All other columns are dropped.
 
     Raises:
         GloVLMError: Missing or empty source, a row without its file or its label, an unknown split,
@@ -327,10 +330,10 @@ def _column_name(name: str) -> str:
 
 def _manifest_of(columns: Mapping[str, list[Any]], origin: str) -> dict[str, list[Any]]:
     """The MANIFEST columns; a near miss of one is said, since losing patients silently leaks."""
-    kept = {name: columns[name] for name in MANIFEST if name in columns}
+    kept = {name: columns[name] for name in (*MANIFEST, CAPTION) if name in columns}
     ids = [name for name in MANIFEST if name.endswith("_id") and name not in kept]
     for name in columns:
-        if name not in {*MANIFEST, "file_name", "label", "split", "image"}:
+        if name not in {*MANIFEST, CAPTION, "file_name", "label", "split", "image"}:
             squeezed = name.replace("_", "")
             meant = next((i for i in ids if squeezed in {i.replace("_", ""), i[:-3]}), None)
             if meant:
@@ -444,7 +447,7 @@ def _read_table(
     kept = {
         key: table.column(name).to_pylist()
         for key, name in others.items()
-        if key in {*MANIFEST, "file_name", "split"}
+        if key in {*MANIFEST, CAPTION, "file_name", "split"}
     }
     images, paths = _image_column(table.column(image), base, origin)
     written = kept.get("file_name", paths)
@@ -536,7 +539,8 @@ def _assemble(tables: list[_Table]) -> "DatasetDict":
             )
     _unique_file_names(tables)
     names = sorted({label for table in tables for label in table.labels if label is not None})
-    kept = [name for name in MANIFEST if any(name in table.extra for table in tables)]
+    columns = (*MANIFEST, CAPTION)
+    kept = [name for name in columns if any(name in table.extra for table in tables)]
     parts: dict[str | None, list[Dataset]] = {}
     for table in tables:
         extra = _clean_manifest(table, kept)
@@ -593,6 +597,10 @@ def _clean_manifest(table: _Table, kept: list[str]) -> dict[str, list[Any]]:
     nothing = [None] * len(table.labels)
     clean: dict[str, list[Any]] = {}
     for name in kept:
+        if name == CAPTION:
+            texts = table.extra.get(name, nothing)
+            clean[name] = ["" if text is None else str(text).strip() for text in texts]
+            continue
         values = [_cell(value) for value in table.extra.get(name, nothing)]
         if name not in FLOAT_COLUMNS:
             clean[name] = values

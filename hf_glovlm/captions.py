@@ -1,0 +1,418 @@
+"""Captions of images by an image-to-text model, for methods that learn from a text per image.
+
+A caption is the model's own words about the picture: it sees the picture and one fixed question,
+never the label, the file name or anything else of the table, and a question that names a class is
+refused. What it says may be wrong; captions are machine-written and marked as such in
+`captions.json`.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .data.folder import column, load_dataset, open_image
+from .data.terminology import match_key
+from .errors import GloVLMError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["QUESTION", "CaptionSummary", "Captioner", "load_captioner", "write_captions"]
+
+QUESTION = "Can you provide a concise description of the histopathology image shown?"
+_PLAIN = ("blip", "git", "vision-encoder-decoder")  # caption an image without being asked
+
+
+@dataclass(frozen=True)
+class CaptionSummary:
+    """What was written.
+
+    Attributes:
+        path: The table with the captions.
+        model: The model, as given.
+        kind: What the model was found to be; see `Captioner`.
+        question: What it was asked; `None` where it takes no question.
+        written: Captions written now.
+        kept: Captions that were there before.
+        empty: Images that the model said nothing about.
+    """
+
+    path: str
+    model: str
+    kind: str
+    question: str | None
+    written: int
+    kept: int
+    empty: list[str]
+
+
+class Captioner:
+    """An image-to-text model, ready to describe images.
+
+    Attributes:
+        kind: `chat` (asked the question through its chat template, such as LLaVA) or `captioner`
+            (takes no question: BLIP, GIT, a vision encoder with a text decoder).
+        description: What was found, in words.
+    """
+
+    def __init__(self, model: Any, processor: Any, kind: str, question: str) -> None:
+        self.model, self.processor, self.kind, self.question = model, processor, kind, question
+        self.description = f"{model.config.model_type} ({type(model).__name__}), {kind}"
+
+    def describe(self, images: Sequence[Any], max_new_tokens: int) -> list[str]:
+        """Describe RGB images, greedily: the same images in the same batch give the same words.
+
+        Args:
+            images: Pillow images.
+            max_new_tokens: Longest answer, in tokens.
+
+        Returns:
+            One text an image, its white space made single; it may be empty.
+        """
+        import torch
+
+        inputs = self._inputs(list(images)).to(self.model.device, self.model.dtype)
+        with torch.inference_mode():
+            # The settings that a checkpoint carries for sampling are taken off, else they warn.
+            tokens = self.model.generate(
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                max_new_tokens=max_new_tokens,
+            )
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        if self.kind == "chat":  # these repeat the prompt
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
+
+    def _inputs(self, images: list[Any]) -> Any:
+        if self.kind == "captioner":
+            return self.processor(images=images, return_tensors="pt")
+        turn = [{"type": "image"}, {"type": "text", "text": self.question}]
+        prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True
+        )
+        return self.processor(
+            images=images, text=[prompt] * len(images), padding=True, return_tensors="pt"
+        )
+
+
+def load_captioner(
+    model: str | Path,
+    *,
+    question: str = QUESTION,
+    device: "str | torch.device | None" = None,
+    revision: str | None = None,
+) -> Captioner:
+    """Load an image-to-text model by what its config says it is.
+
+    Args:
+        model: Hub id or folder, in the layout of transformers.
+        question: For models that are asked.
+        device: By default CUDA where there is one, else the CPU.
+        revision: Commit, tag or branch on the Hub.
+
+    Raises:
+        GloVLMError: No such model, no image-to-text model, or one that has to be asked and brings
+            no chat template.
+    """
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForImageTextToText,
+        AutoProcessor,
+        AutoTokenizer,
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    source, pinned = str(model), {"revision": revision}
+    try:
+        config = AutoConfig.from_pretrained(source, **pinned)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise GloVLMError(
+            f"'{source}' is no model that transformers can load ({reason}); weights in LLaVA's "
+            "original layout have to be converted to transformers' Llava first."
+        ) from None
+    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise GloVLMError(
+            f"'{source}' is a {config.model_type} model, which writes no text about an image; "
+            "expected LLaVA or another chat model, BLIP, GIT or a vision-encoder-decoder."
+        )
+    kind = "captioner" if config.model_type in _PLAIN else "chat"
+    processor: Any
+    if config.model_type == "vision-encoder-decoder":
+        images = AutoImageProcessor.from_pretrained(source, **pinned)
+        processor = _ImagesAndTokens(images, AutoTokenizer.from_pretrained(source, **pinned))
+    else:
+        processor = AutoProcessor.from_pretrained(source, **pinned)
+    if kind == "chat":
+        if not getattr(processor, "chat_template", None):
+            raise GloVLMError(
+                f"'{source}' is a {config.model_type} model without a chat template, which tells "
+                "how to ask it; add chat_template.jinja to its folder."
+            )
+        processor.tokenizer.padding_side = "left"  # answers begin where the prompts end
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    half = torch.device(chosen).type == "cuda" and kind == "chat"
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        source, dtype=torch.bfloat16 if half else torch.float32, **pinned
+    )
+    return Captioner(loaded.to(chosen).eval(), processor, kind, question)
+
+
+class _ImagesAndTokens:
+    """The two parts of a vision-encoder-decoder, which has no processor of its own."""
+
+    def __init__(self, images: Any, tokenizer: Any) -> None:
+        self._images, self.tokenizer = images, tokenizer
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._images(**inputs)
+
+
+def write_captions(
+    dataset: Path,
+    *,
+    model: str | Path,
+    question: str = QUESTION,
+    output: Path | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    device: "str | torch.device | None" = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CaptionSummary:
+    """Write a caption for every image of a folder.
+
+    By default `metadata.csv` gets a column `caption` beside what it has (for class folders without
+    one, the file is made). Captions that are there are kept. Decoding is greedy, so that no seed
+    matters. Every batch is noted in a hidden file beside the table as soon as it is done, and a run
+    that was killed goes on behind it; the table itself is written whole, at the end.
+
+    Args:
+        dataset: A folder as `load_dataset` reads it.
+        model: An image-to-text model; see `load_captioner`. ConVLM's was Quilt-LLaVA 1.5 7B.
+        question: ConVLM's by default; a captioner that takes no question ignores it.
+        output: A `.parquet` (`file_name, caption`) or `.csv` (a copy of the table) in place of
+            `metadata.csv`.
+        batch_size: Images at a time.
+        max_new_tokens: Longest caption, in tokens (ConVLM: 1024).
+        device: See `load_captioner`.
+        revision: See `load_captioner`.
+        overwrite: Caption everything anew.
+        on_progress: Called with the number of images done and of all.
+
+    Raises:
+        GloVLMError: A question that names a class, another suffix, a folder whose parts have
+            tables of their own, an image or a model that cannot be read, a run begun with other
+            settings.
+    """
+    dataset = Path(dataset)
+    if not dataset.is_dir():
+        raise GloVLMError(f"Expected a folder of images at {dataset}; captions are written there.")
+    if batch_size < 1 or max_new_tokens < 1:
+        raise GloVLMError("Expected a batch size and a number of tokens of at least 1.")
+    target = output or dataset / "metadata.csv"
+    if target.suffix not in (".csv", ".parquet"):
+        raise GloVLMError(f"Expected an output ending in .csv or .parquet, found {target.name}.")
+    table = _Table(dataset, target)
+    _check_question(question, table.classes)
+    known = {} if overwrite else dict(table.known)
+
+    journal = _Journal(
+        target.with_name(f".{target.name}.captions.jsonl"),
+        {
+            "model": str(model),
+            "revision": revision,
+            "question": question,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "images": len(table.names),
+        },
+    )
+    done = journal.read()
+    wanted = [name for name in table.names if not known.get(name)]
+    todo = [name for name in wanted if name not in done]
+    captioner = load_captioner(model, question=question, device=device, revision=revision)
+    for start in range(0, len(todo), batch_size):
+        batch = todo[start : start + batch_size]
+        images = [open_image(table.images[name]) for name in batch]
+        texts = captioner.describe(images, max_new_tokens)
+        journal.append(dict(zip(batch, texts, strict=True)))
+        done |= dict(zip(batch, texts, strict=True))
+        if on_progress is not None:
+            on_progress(len(wanted) - len(todo) + start + len(batch), len(wanted))
+    captions = {name: known.get(name) or done[name] for name in table.names}
+    table.write(captions)
+    summary = CaptionSummary(
+        path=str(target),
+        model=str(model),
+        kind=captioner.description,
+        question=question if captioner.kind == "chat" else None,
+        written=len(wanted),
+        kept=len(table.names) - len(wanted),
+        empty=[name for name, text in captions.items() if not text],
+    )
+    about = {"note": "Written by a model, not by a person.", "max_new_tokens": max_new_tokens}
+    about |= {k: v for k, v in asdict(summary).items() if k != "path"} | {"revision": revision}
+    _write(target.with_name("captions.json"), (json.dumps(about, indent=2) + "\n").encode())
+    journal.path.unlink(missing_ok=True)
+    return summary
+
+
+def _check_question(question: str, classes: Sequence[str]) -> None:
+    """A question that names a class would put the label into every caption."""
+    asked = f" {match_key(question)} "
+    named = [name for name in classes if f" {match_key(name)} " in asked]
+    if named:
+        raise GloVLMError(
+            f"The question names the class '{named[0]}', which would leak labels into captions; "
+            "ask one that says nothing about the answer."
+        )
+    if not question.strip():
+        raise GloVLMError("The question is empty.")
+
+
+class _Table:
+    """The images of a folder, and the table that takes their captions.
+
+    Attributes:
+        names: File names, in the order of the data set.
+        images: The undecoded image of each.
+        classes: Class names.
+        known: Captions that the target holds already.
+    """
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        self._target = target
+        self.names: list[str] = []
+        self.images: dict[str, Any] = {}
+        self._header = ["file_name", "label", "split"]
+        self._lines: dict[str, list[str]] = {}
+        for split, rows in load_dataset(folder).items():
+            self.classes: list[str] = rows.features["label"].names
+            values = (column(rows, key) for key in ("file_name", "image", "label"))
+            for name, image, label in zip(*values, strict=True):
+                self.names.append(name)
+                self.images[name] = image
+                self._lines[name] = [name, self.classes[label], "" if split == "all" else split]
+        metadata = folder / "metadata.csv"
+        if metadata.is_file():
+            self._header, self._lines = _read_lines(metadata)
+        elif target.suffix == ".csv" and any(folder.glob("*/metadata.csv")):
+            raise GloVLMError(
+                f"The parts of {folder} have a metadata.csv each; join them into one with a column "
+                "split, or give an output ending in .parquet."
+            )
+        self.known = _known_captions(target)
+
+    def write(self, captions: dict[str, str]) -> None:
+        """Write the target, whole or not at all."""
+        if self._target.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            texts = [captions[name] for name in self.names]
+            sink = io.BytesIO()
+            pq.write_table(pa.table({"file_name": self.names, "caption": texts}), sink)
+            _write(self._target, sink.getvalue())
+            return
+        place = _place("caption", self._header)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self._header if place is not None else [*self._header, "caption"])
+        for name, line in self._lines.items():
+            where = len(line) if place is None else place
+            writer.writerow([*line[:where], captions[name], *line[where + 1 :]])
+        _write(self._target, text.getvalue().encode())
+
+
+def _read_lines(path: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Header and rows of a table by file name, every cell as it is written."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        header, *rows = [row for row in csv.reader(stream) if any(cell.strip() for cell in row)]
+    place = _place("file_name", header)
+    if place is None:
+        raise GloVLMError(f"{path} has no column file_name; found {', '.join(header)}.")
+    rows = [[*row, *[""] * (len(header) - len(row))] for row in rows]
+    return header, {_clean_name(row[place]): row for row in rows}
+
+
+def _known_captions(path: Path) -> dict[str, str]:
+    """The captions that a table holds, by file name; none if it is not there."""
+    if not path.is_file():
+        return {}
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        found = pq.read_table(path, columns=["file_name", "caption"]).to_pydict()
+        return dict(zip(found["file_name"], found["caption"], strict=True))
+    header, lines = _read_lines(path)
+    place = _place("caption", header)
+    return {} if place is None else {name: line[place].strip() for name, line in lines.items()}
+
+
+def _place(name: str, header: Sequence[str]) -> int | None:
+    """Where a column stands; case and blanks aside, as `load_dataset` reads a header."""
+    plain = [re.sub(r"[\s-]+", "_", cell.strip()).casefold() for cell in header]
+    return plain.index(name) if name in plain else None
+
+
+class _Journal:
+    """Captions as they come, one line a batch; a run with other settings is refused."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self._settings = path, settings
+
+    def read(self) -> dict[str, str]:
+        """What an earlier run of the same settings left; begins the file where there is none."""
+        if not self.path.is_file():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _write(self.path, (json.dumps(self._settings) + "\n").encode())
+            return {}
+        whole = [line for line in self.path.read_text("utf-8").splitlines(True) if line[-1] == "\n"]
+        if not whole or json.loads(whole[0]) != self._settings:
+            raise GloVLMError(
+                f"{self.path} holds captions of a run with another model, question or batch size; "
+                "finish that one, or delete the file to begin anew."
+            )
+        # A line that was cut off when the run was killed is dropped, in the file too.
+        _write(self.path, "".join(whole).encode())
+        found: dict[str, str] = {}
+        for line in whole[1:]:
+            found |= json.loads(line)
+        return found
+
+    def append(self, captions: dict[str, str]) -> None:
+        """Note one batch."""
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(captions) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _clean_name(name: str) -> str:
+    """A file name as `load_dataset` tells it."""
+    return "/".join(part for part in name.strip().replace("\\", "/").split("/") if part != ".")
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_bytes(content)
+    os.replace(fresh, path)

@@ -1,0 +1,260 @@
+"""A table of slides and their labels: `slides.csv`, which slide-level tasks and MIL learn from.
+
+`from .data.slide_table import read_slide_table` is the one reader of such a table.
+"""
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import GloVLMError, nearest
+
+__all__ = ["COLUMNS", "SlideRow", "SlideTable", "read_slide_table"]
+
+COLUMNS = ("slide", "label", "patient_id", "case_id", "split", "mpp")
+_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+_SUFFIXES = (  # of slide and feature files, longest first; a name may hold other dots
+    ".ome.tiff", ".ome.tif", ".qptiff", ".parquet", ".tiff", ".mrxs", ".hdf5", ".ndpi", ".vsi",
+    ".svs", ".tif", ".dcm", ".bif", ".scn", ".czi", ".h5", ".pt",
+)  # fmt: skip
+_NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null"})
+
+
+@dataclass(frozen=True)
+class SlideRow:
+    """One slide.
+
+    Attributes:
+        slide: The file's name without folder and suffix, as slide and feature files share it.
+        label: Its class.
+        patient: From `patient_id`, else `case_id`; `None` where the table has neither.
+        split: `train`, `validation` or `test`; `None` where the table splits nothing.
+        mpp: Micrometres per pixel of level 0, where the table says so.
+    """
+
+    slide: str
+    label: str
+    patient: str | None = None
+    split: str | None = None
+    mpp: float | None = None
+
+
+@dataclass(frozen=True)
+class SlideTable:
+    """Slides and their labels.
+
+    Attributes:
+        path: The file.
+        rows: In the file's order.
+        classes: All class names: as given to the reader, else those found, sorted.
+        patient_column: `patient_id` or `case_id`; `None` where patients are unknown.
+    """
+
+    path: Path
+    rows: tuple[SlideRow, ...]
+    classes: tuple[str, ...]
+    patient_column: str | None
+
+    @property
+    def slides(self) -> list[str]:
+        """The slides' names."""
+        return [row.slide for row in self.rows]
+
+    @property
+    def labels(self) -> list[int]:
+        """Class numbers, places in `classes`."""
+        place = {name: i for i, name in enumerate(self.classes)}
+        return [place[row.label] for row in self.rows]
+
+    @property
+    def groups(self) -> list[str]:
+        """What may never stand on two sides: the patient, else the slide itself."""
+        return [row.patient if row.patient is not None else row.slide for row in self.rows]
+
+    @property
+    def splits(self) -> list[str] | None:
+        """The declared side of each slide; `None` where none is declared."""
+        found = [row.split for row in self.rows if row.split is not None]
+        return found or None
+
+    def match(self, files: Iterable[Path]) -> dict[str, Path]:
+        """The slide or feature file of every row.
+
+        Args:
+            files: For example a folder's content; files of other slides are left alone.
+
+        Returns:
+            A file by slide, in the order of the rows.
+
+        Raises:
+            GloVLMError: A slide without a file, or with two; names them.
+        """
+        found: dict[str, list[Path]] = {}
+        for file in files:
+            found.setdefault(_stem(file.name), []).append(file)
+        missing = [name for name in self.slides if name not in found]
+        if missing:
+            raise GloVLMError(
+                f"{self.path}: {len(missing)} of {len(self.rows)} slides have no file "
+                f"({_few(missing)}); add the files or delete the rows."
+                f"{nearest(missing[0], found)}"
+            )
+        twice = [name for name in self.slides if len(found[name]) > 1]
+        if twice:
+            names = ", ".join(file.name for file in found[twice[0]])
+            raise GloVLMError(f"{self.path}: the slide {twice[0]} has several files ({names}).")
+        return {name: found[name][0] for name in self.slides}
+
+
+def read_slide_table(path: Path, *, classes: Sequence[str] | None = None) -> SlideTable:
+    """Read a table of slides, strictly.
+
+    A CSV file with the columns `slide` (or `slide_id`; a file name, whose folder and suffix are
+    taken off) and `label`, and optionally `patient_id` or `case_id`, `split` (train, validation,
+    test) and `mpp`.
+
+    Args:
+        path: The file.
+        classes: The class names that may occur, for example those of a catalogue's set.
+
+    Raises:
+        GloVLMError: An unknown or missing column, a row without slide or label, a slide named
+            twice, an unknown label or split, a patient on two sides, a `patient_id`, `case_id` or
+            `split` that only some rows have.
+    """
+    header, lines = _read_csv(path)
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    for column in ("slide", "label"):
+        empty = [str(i) for i, row in enumerate(rows, start=2) if not row[column]]
+        if empty:
+            raise GloVLMError(f"{path}: no {column} in line {_few(empty)}; fill it in.")
+    patient_column = next((name for name in ("patient_id", "case_id") if name in header), None)
+    for optional in (patient_column, "split"):
+        values = [bool(row.get(optional or "")) for row in rows]
+        if any(values) and not all(values):
+            raise GloVLMError(
+                f"{path}: {values.count(False)} of {len(rows)} rows have no {optional} "
+                f"({rows[values.index(False)]['slide']}); fill every row or drop the column."
+            )
+    table = tuple(
+        SlideRow(
+            slide=_stem(row["slide"]),
+            label=row["label"],
+            patient=row.get(patient_column or "") or None,
+            split=_split(row.get("split", ""), row["slide"], path),
+            mpp=_micrometres(row.get("mpp", ""), row["slide"], path),
+        )
+        for row in rows
+    )
+    twice = [name for name, n in Counter(row.slide for row in table).items() if n > 1]
+    if twice:
+        raise GloVLMError(
+            f"{path} names {len(twice)} slides more than once ({_few(twice)}); keep one row each."
+        )
+    known = tuple(classes) if classes is not None else tuple(sorted({r.label for r in table}))
+    for row in table:
+        if row.label not in known:
+            raise GloVLMError(
+                f"{path}: unknown label '{row.label}' for {row.slide}.{nearest(row.label, known)} "
+                f"Classes: {', '.join(known)}."
+            )
+    _refuse_shared_patients(table, patient_column, path)
+    has_patients = patient_column is not None and table[0].patient is not None
+    return SlideTable(Path(path), table, known, patient_column if has_patients else None)
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, cells stripped; `NA` and the like are empty, save as a label."""
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            header = [name.strip().casefold().replace(" ", "_") for name in next(reader, [])]
+            rows = []
+            for row in reader:
+                if not any(value.strip() for value in row):
+                    continue
+                if len(row) != len(header):
+                    raise GloVLMError(
+                        f"{path}, line {reader.line_num}: expected {len(header)} fields, found "
+                        f"{len(row)}; put quotes around values that hold a comma."
+                    )
+                values = [value.strip() for value in row]
+                rows.append(values)
+    except OSError as error:
+        found = "a folder" if Path(path).is_dir() else (error.strerror or str(error))
+        raise GloVLMError(f"Expected a table of slides at {path}, found: {found}.") from None
+    except (UnicodeDecodeError, csv.Error):
+        raise GloVLMError(f"{path} is not a readable CSV file; save it as CSV in UTF-8.") from None
+    header = ["slide" if name == "slide_id" else name for name in header]
+    for name, times in Counter(header).items():
+        if name not in COLUMNS:
+            raise GloVLMError(
+                f"{path}: unknown column '{name}'.{nearest(name, COLUMNS)} "
+                f"Columns: {', '.join(COLUMNS)}."
+            )
+        if times > 1:
+            raise GloVLMError(f"{path} has the column {name} twice; keep one of them.")
+    for name in ("slide", "label"):
+        if name not in header:
+            raise GloVLMError(
+                f"{path} has no column '{name}'; found {', '.join(header) or 'none'}."
+            )
+    if not rows:
+        raise GloVLMError(f"{path} has a header and no rows; write one row per slide.")
+    for row in rows:
+        for i, name in enumerate(header):
+            if name != "label" and row[i].casefold() in _NO_VALUE:
+                row[i] = ""
+    return header, rows
+
+
+def _refuse_shared_patients(rows: Sequence[SlideRow], column: str | None, path: Path) -> None:
+    sides: dict[str, str | None] = {}
+    for row in rows:
+        if row.patient is None:
+            continue
+        side = sides.setdefault(row.patient, row.split)
+        if side != row.split:
+            raise GloVLMError(
+                f"{path}: {column} {row.patient} stands in {side} and in {row.split}; a patient "
+                "belongs to one side."
+            )
+
+
+def _split(text: str, slide: str, path: Path) -> str | None:
+    if not text:
+        return None
+    if text.lower() not in _SPLITS:
+        raise GloVLMError(
+            f"{path}: expected train, validation or test in the column split, found '{text}' for "
+            f"{slide}.{nearest(text, _SPLITS)}"
+        )
+    return _SPLITS[text.lower()]
+
+
+def _micrometres(text: str, slide: str, path: Path) -> float | None:
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise GloVLMError(
+            f"{path}: expected a positive number of micrometres in mpp, found '{text}' for {slide}."
+        )
+    return number
+
+
+def _stem(name: str) -> str:
+    """`folder/a.b.svs` -> `a.b`: only the suffix of a slide or feature file is taken off."""
+    base = name.replace("\\", "/").rsplit("/", 1)[-1]
+    suffix = next((s for s in _SUFFIXES if base.casefold().endswith(s)), "")
+    return base[: len(base) - len(suffix)]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
