@@ -1,0 +1,171 @@
+"""A trained slide classifier: from the tiles of a slide to a label, and to a heat map of it."""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..adapters.aggregators import Aggregator, build_aggregator
+from ..data.bags import Bag
+from ..errors import GloVLMError
+from ..loop import write_text
+
+# What a bag says of its tiles: features of another model are refused, other tiles are noted.
+FINGERPRINT = "fingerprint"
+TILES = ("tile_mpp", "tile_size", "overlap_fraction")
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """What a classifier says about a slide of n tiles.
+
+    Attributes:
+        label: The most probable class, the first one on a tie.
+        probabilities: Of each class, summing to 1; not calibrated.
+        logits: `[K]`, float32.
+        attention: `[n]`, float32, how much each tile counted, summing to 1; `None` for `max`.
+        tile_scores: `[n, K]`, float32, for which class each tile spoke; see `BagOutput`. As a heat
+            map of one class these say more than the attention, which also marks what is plainly
+            of another class.
+        notes: Sentences on what does not quite fit, for a person.
+    """
+
+    label: str
+    probabilities: dict[str, float]
+    logits: NDArray[np.float32]
+    attention: NDArray[np.float32] | None
+    tile_scores: NDArray[np.float32]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class SlideClassifier:
+    """An aggregator with what it needs to be used: its classes, and the features it was made for.
+
+    Attributes:
+        aggregator: In evaluation mode.
+        classes: `[K]`.
+        encoder: What the training bags said of the model that made them (`fingerprint`) and of
+            their tiles (`tile_mpp`, `tile_size`, `overlap_fraction`), as far as they agreed.
+    """
+
+    aggregator: Aggregator
+    classes: list[str]
+    encoder: dict[str, Any]
+
+    def predict(self, bag: Bag) -> SlidePrediction:
+        """Classify a slide.
+
+        Raises:
+            GloVLMError: The bag is empty, or its features come from another model.
+        """
+        notes = self._compare(bag)
+        device = self.aggregator.classify.weight.device
+        with torch.inference_mode():
+            found = self.aggregator(torch.from_numpy(bag.features).to(device))
+        probabilities = found.logits.double().softmax(0).tolist()
+        return SlidePrediction(
+            label=self.classes[int(found.logits.argmax())],
+            probabilities=dict(zip(self.classes, probabilities, strict=True)),
+            logits=found.logits.cpu().numpy(),
+            attention=None if found.attention is None else found.attention.cpu().numpy(),
+            tile_scores=found.tile_scores.cpu().numpy(),
+            notes=notes,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "aggregator": self.aggregator.name,
+            "settings": asdict(self.aggregator.config),
+            "dim": self.aggregator.dim,
+            "classes": self.classes,
+            "encoder": self.encoder,
+        }
+        weights = {n: t.detach().cpu() for n, t in self.aggregator.state_dict().items()}
+        save_file(weights, folder / ".model.safetensors")
+        os.replace(folder / ".model.safetensors", folder / "model.safetensors")
+        write_text(folder / "config.json", json.dumps(facts, indent=1) + "\n")
+
+    def _compare(self, bag: Bag) -> tuple[str, ...]:
+        width = bag.features.shape[1]
+        if width != self.aggregator.dim:
+            raise GloVLMError(
+                f"{bag.name}: the features have width {width}, the classifier was trained on width "
+                f"{self.aggregator.dim}: encode the slide with the model that encoded its training "
+                "slides."
+            )
+        if not len(bag.features):
+            raise GloVLMError(f"{bag.name} has no tile: no tissue was found, or the file is empty.")
+        wanted, found = self.encoder.get(FINGERPRINT), bag.attributes.get(FINGERPRINT)
+        if wanted and found and wanted != found:
+            raise GloVLMError(
+                f"{bag.name}: the features come from another model ({str(found)[:12]}) than the "
+                f"classifier was trained on ({str(wanted)[:12]}): encode the slide with that one."
+            )
+        notes = []
+        if wanted and not found:
+            notes.append("The features do not say which model made them; it was not checked.")
+        for name in TILES:
+            here, there = bag.attributes.get(name), self.encoder.get(name)
+            if here is not None and there is not None and not same_tiles(here, there):
+                notes.append(f"The tiles have {name} {here:g}, those of the training {there:g}.")
+        return tuple(notes)
+
+
+def same_tiles(one: float, other: float) -> bool:
+    """Whether two scales, sizes or overlaps are the same but for a scanner's 5%."""
+    return math.isclose(one, other, rel_tol=0.05)
+
+
+def load_aggregator(folder: str | Path) -> SlideClassifier:
+    """Load what `train_mil` wrote, on the CPU and in evaluation mode.
+
+    Args:
+        folder: The output folder of a run, or its `model/`.
+
+    Raises:
+        GloVLMError: There is no classifier of slides, or it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder).expanduser()
+    place = folder / "model" if (folder / "model").is_dir() else folder
+    try:
+        facts = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        aggregator = build_aggregator(
+            facts["aggregator"], facts["dim"], len(facts["classes"]), facts["settings"]
+        )
+        aggregator.load_state_dict(load_file(place / "model.safetensors"))
+        return SlideClassifier(aggregator.eval(), list(facts["classes"]), dict(facts["encoder"]))
+    except GloVLMError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise GloVLMError(
+            f"Expected a slide classifier in '{folder}', the output folder of `glovlm mil`; found "
+            f"none that can be read ({type(error).__name__})."
+        ) from None
+
+
+def apply_mil(folder: str | Path | SlideClassifier, bag: Bag) -> SlidePrediction:
+    """Classify a slide by a trained run.
+
+    Args:
+        folder: As `load_aggregator` takes it, or a classifier that is loaded.
+        bag: The slide's tiles, encoded by the model that encoded the training slides.
+
+    Raises:
+        GloVLMError: There is no such run, or the features are not those it was trained on.
+    """
+    classifier = folder if isinstance(folder, SlideClassifier) else load_aggregator(folder)
+    return classifier.predict(bag)

@@ -1,0 +1,475 @@
+"""One whole run on bags: `MilConfig` says what, `train_mil` does it."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..adapters import Recipe
+from ..adapters.aggregators import Aggregator, build_aggregator
+from ..card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
+from ..errors import GloVLMError
+from ..loop import fit, seed_everything, world_size, write_text
+from ..metrics import compute_metrics
+from .classifier import SlideClassifier, SlidePrediction
+from .cohort import BagSource, Cohort, Sides, read_cohort, split_cohort
+from .config import MilConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+UNFINISHED = "unfinished"  # the folder in which a run is made; there until it is complete
+OWN_FILES = (  # in the order in which they are put in place
+    "model", "attention", "predictions.parquet", "config.yaml", "log.jsonl", "README.md",
+    "results.json",
+)  # fmt: skip
+_INCIDENTAL = ("output_dir", "device")  # where and how fast, not what
+LEAST_EPOCHS, LEAST_STEPS = 20, 1000  # unless the number of epochs is given
+# What the card leaves out: places, which it never names, and what shaped nothing.
+_UNTOLD = ("features", "labels", "output_dir", "overwrite", "resume", "aggregator_config")
+
+
+class BagStep(nn.Module):
+    """Cross-entropy of an aggregator on one bag; all processes train together."""
+
+    def __init__(self, aggregator: Aggregator) -> None:
+        super().__init__()
+        self.aggregator = aggregator
+
+    def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
+        """This bag's part `[]` of the batch's mean; the mean over processes takes it back."""
+        logits = self.aggregator(inputs[0]).logits.unsqueeze(0)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return world_size() * (weight * losses).sum() / total
+
+
+def train_mil(
+    config: MilConfig, *, on_event: Callable[[str, dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Train a slide classifier on bags of tile features, test it on other patients, write the run.
+
+    Under `accelerate launch` the processes train together, each on its share of a batch. Nothing is
+    ever chosen on the test side.
+
+    Args:
+        config: What to do.
+        on_event: Told of progress: `("stage", {"name"})`, `("epoch", row)`.
+
+    Returns:
+        The content of `results.json`; every process returns it, only the main one writes.
+
+    Raises:
+        GloVLMError: The input is bad; nothing has been written then.
+    """
+    from ..runs import describe_environment
+
+    tell = on_event or (lambda kind, what: None)
+    clock = [time.perf_counter()]
+    accelerator = _accelerate(config)
+    output = Path(config.output_dir).expanduser()
+    finished = _claim(output, config)
+    accelerator.wait_for_everyone()
+    if finished is not None:
+        return finished
+    tell("stage", {"name": "reading the bags"})
+    cohort = read_cohort(config)
+    parts = split_cohort(cohort, config)
+    clock.append(time.perf_counter())
+    with _unfinished(output, config, cohort.fingerprint, accelerator) as work:
+        found: dict[int, tuple[int, SlidePrediction]] = {}
+        logs: list[list[dict[str, Any]]] = []
+        for k, sides in enumerate(parts):
+            part = f" ({k + 1} of {len(parts)})" if len(parts) > 1 else ""
+            tell("stage", {"name": f"training {config.aggregator}{part}"})
+            place = work / "training" / str(k)
+            classifier, log = _train(cohort, sides, config, accelerator, k, place, tell)
+            logs.append(log)
+            found |= {i: (k, classifier.predict(cohort.bags[i])) for i in sides.test}
+        clock.append(time.perf_counter())
+        tell("stage", {"name": "measuring"})
+        tested = sorted(found)
+        measured = compute_metrics(
+            [cohort.labels[i] for i in tested],
+            np.array([list(found[i][1].probabilities.values()) for i in tested]),
+            groups=[cohort.groups[i] for i in tested],
+            class_names=cohort.classes,
+            n_resamples=config.n_resamples,
+            seed=config.seed,
+        )
+        clock.append(time.perf_counter())
+        laps = zip(("data", "train", "metrics"), np.diff(clock).round(3).tolist(), strict=True)
+        results = {
+            "config": config.to_repeat(),
+            "data": _describe_data(cohort, parts, config),
+            **measured,
+            "aggregator": classifier.aggregator.describe()
+            | {"settings": asdict(classifier.aggregator.config)},
+            "training": _describe_training(classifier, logs),
+            "notes": _notes(cohort, config, measured),
+            "synthetic": cohort.synthetic,
+            "timing": {**dict(laps), "total": round(clock[-1] - clock[0], 3)},
+            "environment": describe_environment(accelerator.device, accelerator.num_processes),
+        }
+        if accelerator.is_main_process:
+            classifier.save(work / "model")
+            _write_slides(work, cohort, found, results)
+            rows = [{"training": k} | row for k, log in enumerate(logs) for row in log]
+            write_text(work / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(work / "README.md", render_card(results))
+            write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
+            _finish(work, output)
+    accelerator.wait_for_everyone()
+    return results
+
+
+def _accelerate(config: MilConfig) -> "Accelerator":
+    import accelerate
+
+    try:
+        return accelerate.Accelerator(
+            mixed_precision=config.mixed_precision, cpu=config.device == "cpu"
+        )
+    except ValueError as error:  # fp16 on a CPU, ...
+        raise GloVLMError(f"Accelerate cannot run with these settings: {error}") from error
+
+
+def _train(
+    cohort: Cohort,
+    sides: Sides,
+    config: MilConfig,
+    accelerator: "Accelerator",
+    k: int,
+    place: Path,
+    tell: Callable[[str, dict[str, Any]], None],
+) -> tuple[SlideClassifier, list[dict[str, Any]]]:
+    """Train on one side; the classifier in the state of the last epoch, or of the best one."""
+    seed_everything(config.seed, k)
+    aggregator = build_aggregator(
+        config.aggregator, cohort.dim, len(cohort.classes), config.aggregator_config
+    )
+    aggregator.standardise(*cohort.describe_tiles(sides.train))
+    classifier = SlideClassifier(aggregator, cohort.classes, cohort.encoder)
+    step = BagStep(aggregator).to(accelerator.device)
+
+    def validate() -> float:
+        step.eval()
+        said = [classifier.predict(cohort.bags[i]) for i in sides.validation]
+        measured = compute_metrics(
+            [cohort.labels[i] for i in sides.validation],
+            np.array([list(s.probabilities.values()) for s in said]),
+            n_resamples=0,
+        )
+        return float(measured["metrics"]["macro_auc"]["value"])
+
+    log = fit(
+        step,
+        [{"params": list(step.parameters())}],
+        BagSource(cohort.bags, sides.train, cohort.labels, config.max_tiles),
+        _recipe(config, len(sides.train)),
+        accelerator=accelerator,
+        seed=config.seed,
+        # A part of a batch is then one bag a process, so that none is padded.
+        accumulate=math.ceil(config.batch_size / accelerator.num_processes),
+        clip_norm=config.clip_norm,
+        validate=validate if sides.validation else None,
+        output_dir=place,
+        resume=config.resume,
+        on_epoch=lambda row: tell("epoch", row | {"training": k}),
+    )
+    return classifier, log
+
+
+def _recipe(config: MilConfig, slides: int) -> Recipe:
+    """How the loop trains on so many slides."""
+    epochs = config.epochs
+    if epochs is None:
+        epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(slides / config.batch_size)))
+    return Recipe(
+        lr=config.lr,
+        epochs=epochs,
+        batch_size=config.batch_size,
+        weight_decay=config.weight_decay,
+        schedule="cosine",
+        by_step=True,
+        patience=epochs,
+        min_delta=0.0,
+        sampling="class_balanced" if config.balance else "shuffled",
+    )
+
+
+# ------------------------------------------------------------------------------- what is written
+
+
+def _describe_data(cohort: Cohort, parts: list[Sides], config: MilConfig) -> dict[str, Any]:
+    def count(index: list[int]) -> dict[str, Any]:
+        held = Counter(cohort.labels[i] for i in index)
+        return {
+            "slides": {name: held[k] for k, name in enumerate(cohort.classes)},
+            "groups": len({cohort.groups[i] for i in index}),
+            "tiles": sum(cohort.tiles[i] for i in index),
+        }
+
+    everyone = list(range(len(cohort.names)))
+    return {
+        "name": Path(config.features).name,
+        "fingerprint": cohort.fingerprint,
+        "classes": cohort.classes,
+        "counts": count(everyone),
+        "sides": [{side: count(index) for side, index in asdict(p).items()} for p in parts],
+        "group_column": cohort.group_column,
+        "patients": len(set(cohort.groups)) if cohort.group_column != "slide_id" else None,
+        "split_hash": cohort.hash_split(parts),
+        "features": {"dim": cohort.dim, **cohort.encoder},
+        "median_tiles": float(np.median(cohort.tiles)),
+    }
+
+
+def _describe_training(
+    classifier: SlideClassifier, logs: list[list[dict[str, Any]]]
+) -> dict[str, Any]:
+    def chosen(log: list[dict[str, Any]]) -> dict[str, Any]:
+        if "validation_macro_auc" not in log[-1]:
+            return log[-1]
+        return max(log, key=lambda row: row["validation_macro_auc"])  # the first of the best
+
+    return {
+        "trainable_parameters": sum(p.numel() for p in classifier.aggregator.parameters()),
+        "trainings": [
+            {"epochs_run": len(log), "chosen_epoch": chosen(log)["epoch"]}
+            | {key: chosen(log)[key] for key in ("loss", "validation_macro_auc") if key in log[-1]}
+            for log in logs
+        ],
+    }
+
+
+def _notes(cohort: Cohort, config: MilConfig, measured: dict[str, Any]) -> list[str]:
+    unit = group_unit(cohort.group_column)
+    notes = [f"Split by {unit[:-1]}; intervals are over {unit}.", *cohort.notes]
+    if config.folds is not None:
+        notes.append(
+            f"Measured over {config.folds} folds together: every slide by a model trained without "
+            "its fold; the model that is kept was trained on all slides and is itself not measured."
+        )
+    if not config.validation_fraction and not (cohort.splits and "validation" in cohort.splits):
+        notes.append("The last epoch was kept; nothing was chosen on further labels.")
+    absent = [name for name, row in measured["per_class"].items() if not row["n"]]
+    if absent:
+        notes.append(f"No slide of {', '.join(absent)} was tested.")
+    return notes
+
+
+def _write_slides(
+    work: Path,
+    cohort: Cohort,
+    found: dict[int, tuple[int, SlidePrediction]],
+    results: dict[str, Any],
+) -> None:
+    """`predictions.parquet`, a row a tested slide, and each one's tiles in `attention/`."""
+    split = results["data"]["split_hash"]
+    rows: list[dict[str, Any]] = []
+    for i in sorted(found):
+        k, said = found[i]
+        rows.append(
+            {
+                "slide": cohort.names[i],
+                "patient": cohort.groups[i] if cohort.group_column != "slide_id" else None,
+                "label": cohort.classes[cohort.labels[i]],
+                "predicted": said.label,
+                **{f"p_{name}": p for name, p in said.probabilities.items()},
+                **{
+                    f"logit_{c}": float(x) for c, x in zip(cohort.classes, said.logits, strict=True)
+                },
+                "tiles": cohort.tiles[i],
+                "training": k,
+                "split_hash": split,
+            }
+        )
+        bag = cohort.bags[i]
+        columns: dict[str, Any] = {"x": bag.coords[:, 0], "y": bag.coords[:, 1]}
+        if said.attention is not None:
+            columns["attention"] = said.attention
+        columns |= {f"score_{c}": said.tile_scores[:, j] for j, c in enumerate(cohort.classes)}
+        _write_table(work / "attention" / f"{cohort.names[i]}.parquet", columns)
+    _write_table(work / "predictions.parquet", {key: [row[key] for row in rows] for key in rows[0]})
+
+
+def _write_table(path: Path, columns: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    types = {"patient": pa.string()}  # which may hold nothing at all
+    arrays = {name: pa.array(values, types.get(name)) for name, values in columns.items()}
+    fresh = path.with_name(f".{path.name}.tmp")
+    pq.write_table(pa.table(arrays), fresh)
+    os.replace(fresh, path)
+
+
+def render_card(results: dict[str, Any]) -> str:
+    """The card of a run, from its results: no slide, patient or place is named.
+
+    Args:
+        results: The content of `results.json`.
+    """
+    data, config = results["data"], results["config"]
+    drawings = " (drawings)" if results["synthetic"] else ""
+    unit, counts = group_unit(data["group_column"]), data["counts"]
+    lines = [
+        f"# Slide classifier by {config['aggregator']}{drawings}",
+        "",
+        "Research use only, not for diagnosis.",
+        "",
+        f"Tells {', '.join(data['classes'])} apart from the tile features of a slide (width "
+        f"{data['features']['dim']}), trained by `glovlm mil` of hf-glovlm.",
+    ]
+    if results["synthetic"]:
+        lines += ["", "**Learned from drawings, measured on drawings**: a test of the software."]
+    held = ", ".join(f"{name} {n}" for name, n in counts["slides"].items())
+    lines += [
+        "",
+        "## Data",
+        "",
+        f"- Slides: {held}; {counts['groups']} {unit}, {counts['tiles']} tiles.",
+        f"- Data fingerprint `{data['fingerprint']}`, split hash `{data['split_hash']}`.",
+        *(f"- {note}" for note in results["notes"]),
+        "",
+        f"## Results on {results['n']} test slides of {results['n_groups']} {unit}{drawings}",
+        "",
+        *_table(METRIC_HEADER, metric_rows(results["metrics"])),
+        "",
+        f"{results['bootstrap']['interval']} intervals of a bootstrap over {unit}, "
+        f"{results['bootstrap']['n_resamples']} resamples. Probabilities are not calibrated.",
+        "",
+        *_table(
+            ["slides" if cell == "images" else cell for cell in CLASS_HEADER],
+            class_rows(results["per_class"]),
+        ),
+        "",
+        "## Settings",
+        "",
+        *_table(
+            ("setting", "value"),
+            [
+                [name, f"`{value}`"]
+                for name, value in {**config, **results["aggregator"]["settings"]}.items()
+                if name not in _UNTOLD and value is not None
+            ],
+        ),
+        "",
+        "Stain, scanner, magnification and laboratory other than those of the data are untested. "
+        "Attention and tile scores show what the model used, not where disease is.",
+        "",
+        f"Method: {results['aggregator']['citation']}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(header: Sequence[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+
+
+# ------------------------------------------------------------------------------ the output folder
+
+
+def _claim(output: Path, config: MilConfig) -> dict[str, Any] | None:
+    """Make sure that the output folder may be written; return the results of a finished run."""
+    if output.exists() and not output.is_dir():
+        raise GloVLMError(f"--output-dir must be a folder; '{output}' is a file.")
+    begun = (output / UNFINISHED / "begun.json").is_file()
+    finished = (output / "results.json").is_file() and (output / "config.yaml").is_file()
+    if not begun and not finished:
+        if output.is_dir() and any(output.iterdir()):
+            raise GloVLMError(
+                f"Output folder '{output}' holds files that are no run of ours: give an empty or a "
+                "new folder."
+            )
+        return None
+    if config.overwrite or (begun and config.resume):
+        return None
+    if not config.resume:
+        raise GloVLMError(
+            f"Output folder '{output}' already holds a run: give --overwrite to replace it, "
+            "--resume to go on with it, or another folder."
+        )
+    results: dict[str, Any] = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    _check_same(output, results["config"], config)
+    return results
+
+
+def _check_same(folder: Path, stored: dict[str, Any], config: MilConfig) -> None:
+    """Refuse to go on with a run that was begun with other settings."""
+    other = [
+        f"{key} was {stored.get(key)!r} and is {value!r}"
+        for key, value in config.to_repeat().items()
+        if key not in _INCIDENTAL and stored.get(key) != value
+    ]
+    if other:
+        raise GloVLMError(
+            f"The run in '{folder}' was begun with other settings ({'; '.join(other)}): repeat its "
+            "config.yaml to go on with it, give --overwrite, or another folder."
+        )
+
+
+@contextmanager
+def _unfinished(
+    output: Path, config: MilConfig, fingerprint: str, accelerator: "Accelerator"
+) -> Iterator[Path]:
+    """The folder in which a run is made, so that a former one stays until the new one is complete.
+
+    It stays when the run is interrupted, for `--resume`, and goes when the input was at fault.
+    """
+    import yaml
+
+    work = output / UNFINISHED
+    begun = work / "begun.json"
+    fresh, new = not (config.resume and begun.is_file()), not output.exists()
+    if not fresh:
+        stored = json.loads(begun.read_text(encoding="utf-8"))
+        _check_same(work, stored["config"], config)
+        if stored["fingerprint"] != fingerprint:
+            raise GloVLMError(
+                f"The features or labels have changed since the run in '{work}' was begun: give "
+                "--overwrite to start again, or another folder."
+            )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and fresh:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_text(work / "config.yaml", yaml.safe_dump(config.to_repeat(), sort_keys=True))
+        facts = {"config": config.to_repeat(), "fingerprint": fingerprint}
+        write_text(begun, json.dumps(facts))
+    accelerator.wait_for_everyone()
+    try:
+        yield work
+    except GloVLMError:
+        if accelerator.is_main_process and fresh:
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):  # it holds something else
+                if new:
+                    output.rmdir()
+        raise
+
+
+def _finish(work: Path, output: Path) -> None:
+    """Put a complete run in its place; `results.json` goes last, so its presence means complete."""
+    (output / "results.json").unlink(missing_ok=True)
+    for name in OWN_FILES:
+        place = output / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+        os.replace(work / name, place)
+    shutil.rmtree(work)
