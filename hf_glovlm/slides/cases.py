@@ -1,0 +1,94 @@
+"""Cases: the slides of one patient or specimen, counted together."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.wsi import slide_name
+from ..errors import GloVLMError
+from .counting import count_classes
+from .objects import read_objects
+
+__all__ = ["count_cases", "read_cases"]
+
+
+def read_cases(path: Path, slides: Iterable[str]) -> dict[str, str | None]:
+    """Read the case of each slide from a CSV file.
+
+    Args:
+        path: The file, with the columns `slide` (or `slide_id`; with or without suffix) and `case`
+            (or `case_id`, `patient_id`).
+        slides: Names of the slides.
+
+    Raises:
+        GloVLMError: No such file or column, or a slide without a case.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise GloVLMError(f"Expected a CSV file of slides and cases at {path}.") from None
+    header = list(rows[0]) if rows else []
+    slide = next((name for name in ("slide", "slide_id") if name in header), None)
+    case = next((name for name in ("case", "case_id", "patient_id") if name in header), None)
+    if slide is None or case is None:
+        raise GloVLMError(
+            f"{path} needs rows with the columns slide and case, found: {', '.join(header) or '-'}."
+        )
+    found = {slide_name(Path(row[slide] or "")): (row[case] or "").strip() for row in rows}
+    found |= {(row[slide] or "").strip(): (row[case] or "").strip() for row in rows}
+    missing = [name for name in slides if not found.get(name)]
+    if missing:
+        raise GloVLMError(f"{path} names no case of {missing[0]}: add the row.")
+    return {name: found[name] for name in slides}
+
+
+def count_cases(
+    slides: Sequence[Mapping[str, Any]], output: Path, class_names: Sequence[str], confusion: Any
+) -> list[dict[str, Any]]:
+    """Count over the slides of each case; a glomerulus on several of them counts once.
+
+    Where some slides of a case have outlined objects, these are counted and the others left out.
+
+    Args:
+        slides: Entries of the results.
+        output: The folder of the run.
+        class_names: `[K]`.
+        confusion: As for `count_classes`.
+
+    Returns:
+        `case`, `slides` (those that are counted), `counts` and `flags` of each case.
+    """
+    cases: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in slides:
+        if entry["case"] is not None and entry["counts"] is not None:
+            cases.setdefault(entry["case"], []).append(entry)
+    counted = []
+    for case, entries in cases.items():
+        with_objects = [e for e in entries if e["counts"]["unit"] == "objects"]
+        used = with_objects or entries
+        if with_objects:
+            tables = [
+                read_objects(output / "slides" / e["slide"] / "objects.parquet", e["slide"])
+                for e in used
+            ]
+            counts = count_classes(
+                np.concatenate([shown for shown, _ in tables]),
+                class_names,
+                ids=[name for _, ids in tables for name in ids],
+                confusion=confusion,
+            )["all"]
+        else:
+            totals = [
+                sum(e["counts"]["classes"][name]["count"] for e in used) for name in class_names
+            ]
+            calls = np.repeat(np.arange(len(totals)), totals)
+            counts = count_classes(calls, class_names, unit="tiles")["all"]
+        names = [e["slide"] for e in used]
+        left_out = [e["slide"] for e in entries if e["slide"] not in names]
+        notes = [f"not counted, as without objects: {', '.join(left_out)}"] if left_out else []
+        counted.append({"case": case, "slides": names, "counts": counts, "flags": notes})
+    return counted

@@ -1,0 +1,535 @@
+"""`glovlm slide`: slides in; labels, counts, tables, heat maps and GeoJSON out.
+
+A slide's files are made in a folder of their own and moved into place when they are complete, so a
+run that was killed goes on with the slides that are not there yet, and within a slide at the tile
+where it stopped. What one slide lacks is told in the results and does not keep the others back.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..calibration.inputs import softmax
+from ..data.annotations import read_geojson
+from ..data.bags import read_bag
+from ..data.tiles import find_tissue, lay_tiles
+from ..data.wsi import Slide, name_flags, open_slide, slide_name
+from ..errors import GloVLMError, nearest
+from ..inference import load_classifier, resolve_device
+from ..loop import write_text
+from ..mil import SlideClassifier, load_aggregator
+from .cases import count_cases, read_cases
+from .config import SlideConfig
+from .counting import count_classes
+from .encoding import (
+    Encoded,
+    Outcome,
+    encode_slide,
+    encode_slides,
+    encoder_fingerprint,
+    load_encoder,
+)
+from .objects import classify_objects, read_objects
+from .pooling import NEIGHBOURS, pool_slide, pool_ways
+from .report import (
+    HEATMAP_SIDE,
+    clean_text,
+    draw_heatmap,
+    hide_name,
+    write_results,
+    write_tile_geojson,
+    write_tiles,
+)
+
+__all__ = ["SlideConfig", "classify_slides"]
+
+VERSION = 1  # of what is written for a slide; raise it when an old one may not stand in for a new
+HEAD_BYTES = 2**20  # of a slide's file that tell it from another of its name
+
+Event = Callable[[str, dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One slide of a run: its file, what it is called, what goes with it."""
+
+    path: Path
+    name: str
+    case: str | None
+    objects: Path | None
+    bag: Path
+
+    def hide(self, text: str) -> str:
+        """A sentence without any place on the machine."""
+        for path, shown in ((self.objects, f"{self.name}.geojson"), (self.bag, f"{self.name}.h5")):
+            if path is not None:
+                text = text.replace(str(path), shown)
+        return clean_text(text, self.path, self.name)
+
+
+@dataclass
+class _Tools:
+    """What classifies: the model, what its run measured, and a MIL model where there is one."""
+
+    model: Any
+    processor: Any
+    class_names: list[str]  # of tiles and objects; none where the model is a backbone
+    confusion: NDArray[np.int64] | None
+    aggregator: SlideClassifier | None
+    key: str
+
+    @property
+    def slide_class_names(self) -> list[str]:
+        """The classes of slides."""
+        return self.class_names if self.aggregator is None else self.aggregator.classes
+
+
+def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> dict[str, Any]:
+    """Encode, label and count slides, and write all of it into a folder.
+
+    `O/features/NAME.h5`; `O/slides/NAME/` with `tiles.parquet`, `heatmap.png`, `tiles.geojson`, and
+    `objects.parquet` and `objects.geojson` where objects were given; over all slides `summary.csv`,
+    `summary.parquet`, `README.md` and `results.json`.
+
+    Args:
+        config: What to do.
+        on_event: Told of progress: `("stage", {"name"})`, `("tiles", {"slide", "done", "total"})`,
+            `("slide", {"slide", "status", "error"})`.
+
+    Returns:
+        The content of `results.json`: `slides` (each with `status` `done` or `failed`, `error`,
+        `label`, `probabilities`, `pooling`, `pooled`, `counts`, `flags`), `cases`, `class_names`
+        (of tiles and objects), `slide_class_names`, `settings`, `pooling`, `model`, `failed` (their
+        number). The same for a run that was
+        killed and started again.
+
+    Raises:
+        GloVLMError: The model, the aggregator or a table cannot be read, or two slides share a
+            name. What is wrong with one slide stands in the results.
+    """
+    tell = on_event or (lambda kind, what: None)
+    output = Path(config.output_dir).expanduser()
+    tasks = _plan(config, output)
+    tell("stage", {"name": "loading the model"})
+    tools = _load_tools(config)
+    target, known = config.heatmap_class, tools.slide_class_names
+    if target is not None and target not in known:
+        raise GloVLMError(f"There is no class '{target}' of slides.{nearest(target, known)}")
+    (output / "slides").mkdir(parents=True, exist_ok=True)
+
+    keys = {task.name: _key(task, config, tools) for task in tasks}
+    entries = {task.name: _finished(output, task, keys[task.name]) for task in tasks}
+    todo = [task for task in tasks if entries[task.name] is None]
+    tell("stage", {"name": f"encoding {len(todo)} of {len(tasks)} slides"})
+
+    def settle(task: _Task, outcome: Outcome) -> None:
+        entry = _classify(task, outcome, config, tools, output, keys[task.name])
+        entries[task.name] = entry
+        tell("slide", {name: entry.get(name) for name in ("slide", "status", "error")})
+
+    _encode(todo, config, tools, output, settle, tell)
+
+    slides = [(entries[task.name] or {}) | {"case": task.case} for task in tasks]
+    results = {
+        "research_use_only": True,
+        "synthetic": bool(tools.model.config.synthetic),
+        "model": {
+            "backbone": str(tools.model.config.backbone_name or ""),
+            "mpp": tools.model.config.mpp,
+            "fingerprint": tools.key,
+        },
+        "class_names": tools.class_names,
+        "slide_class_names": tools.slide_class_names,
+        "settings": config.decides()
+        | {name: _shared(slides, name) for name in ("tile_size", "tile_mpp")},
+        "pooling": _pooling_name(config, tools),
+        "slides": slides,
+        "cases": count_cases(slides, output, tools.class_names, tools.confusion),
+        "failed": sum(entry["status"] != "done" for entry in slides),
+    }
+    write_results(output, results)
+    return results
+
+
+# ---------------------------------------------------------------------------------- what to do
+
+
+def _plan(config: SlideConfig, output: Path) -> list[_Task]:
+    """The slides with their names, cases and outlined objects."""
+    paths = [Path(slide).expanduser() for slide in config.slides]
+    twice = [name for name, n in Counter(map(slide_name, paths)).items() if n > 1]
+    if twice:
+        raise GloVLMError(
+            f"Two slides are called {twice[0]}, so their results would share a folder: rename one."
+        )
+    case_of = {slide_name(path): config.case for path in paths}
+    if config.cases:
+        case_of = read_cases(Path(config.cases).expanduser(), case_of)
+    shown = {case: case for case in case_of.values() if case is not None}
+    if config.anonymise:
+        shown = {case: f"case_{i:03d}" for i, case in enumerate(shown, start=1)}
+    tasks = []
+    for i, path in enumerate(paths, start=1):
+        real = slide_name(path)
+        case = case_of[real]
+        tasks.append(
+            _Task(
+                path=path,
+                name=f"slide_{i:03d}" if config.anonymise else real,
+                case=None if case is None else shown[case],
+                objects=_objects_of(config, real, len(paths)),
+                bag=output / "features" / f"{real}.h5",
+            )
+        )
+    return tasks
+
+
+def _objects_of(config: SlideConfig, name: str, n_slides: int) -> Path | None:
+    """The outlines of a slide: the file that was given, or that of its name in a folder."""
+    if config.objects is None:
+        return None
+    given = Path(config.objects).expanduser()
+    if given.is_dir():
+        own = given / f"{name}.geojson"
+        return own if own.is_file() else None
+    if not given.is_file():
+        raise GloVLMError(f"Expected a GeoJSON file or a folder of these at {given}, found none.")
+    if n_slides > 1:
+        raise GloVLMError(
+            f"One file of objects cannot serve {n_slides} slides: give a folder that holds "
+            "NAME.geojson for each."
+        )
+    return given
+
+
+def _load_tools(config: SlideConfig) -> _Tools:
+    run: Mapping[str, Any] | None = None
+    aggregator = load_aggregator(config.aggregator) if config.aggregator else None
+    try:
+        model, processor, run = load_classifier(config.model)
+    except GloVLMError:
+        if aggregator is None:
+            raise
+        model, processor = load_encoder(config.model)
+    model.to(resolve_device(config.device))
+    classified = hasattr(model, "classify_features")
+    if config.objects and not classified:
+        raise GloVLMError(
+            "Objects are classified by what `glovlm train` wrote, and a backbone was given: leave "
+            "--objects out, or give a classifier."
+        )
+    names = [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
+    confusion = np.array((run or {}).get("confusion_matrix") or (), np.int64)
+    return _Tools(
+        model=model,
+        processor=processor,
+        class_names=names if classified else [],
+        confusion=confusion if confusion.shape == (len(names), len(names)) else None,
+        aggregator=aggregator,
+        key=encoder_fingerprint(model, processor),
+    )
+
+
+def _key(task: _Task, config: SlideConfig, tools: _Tools) -> str:
+    """A hash of all that decides a slide's results, or of its absence."""
+    digest = hashlib.sha256(json.dumps([VERSION, tools.key, config.decides()]).encode())
+    if tools.confusion is not None:
+        digest.update(tools.confusion.tobytes())
+    for path in (task.path, task.objects):
+        if path is not None and path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.stat().st_size} ".encode() + file.read(HEAD_BYTES))
+    if config.aggregator:
+        folder = Path(config.aggregator).expanduser()
+        for path in sorted(folder.rglob("*.safetensors")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _finished(output: Path, task: _Task, key: str) -> dict[str, Any] | None:
+    """The results of a slide that an earlier run of the same settings completed."""
+    try:
+        saved = json.loads((output / "slides" / task.name / "slide.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return saved["entry"] if saved.get("key") == key else None
+
+
+# ------------------------------------------------------------------------------------- a slide
+
+
+def _encode(
+    tasks: Sequence[_Task],
+    config: SlideConfig,
+    tools: _Tools,
+    output: Path,
+    settle: Callable[[_Task, Outcome], None],
+    tell: Event,
+) -> None:
+    """Encode slides here or in several processes; each is settled as soon as it is encoded."""
+    settings: dict[str, Any] = {
+        "tile_size": config.tile_size,
+        "mpp": config.tile_mpp,
+        "overlap": config.overlap,
+        "min_tissue": config.min_tissue,
+        "batch_size": config.batch_size,
+        "slide_mpp": config.mpp,
+        "allow_scale": config.allow_scale,
+    }
+    if config.workers > 1 and len(tasks) > 1:
+        by_path = {task.path: task for task in tasks}
+        encode_slides(
+            list(by_path),
+            output / "features",
+            config.model,
+            workers=config.workers,
+            on_done=lambda outcome: settle(by_path[outcome.slide], outcome),
+            device=config.device,
+            **settings,
+        )
+        return
+    for task in tasks:
+
+        def advance(done: int, total: int, name: str = task.name) -> None:
+            tell("tiles", {"slide": name, "done": done, "total": total})
+
+        try:
+            encoded = encode_slide(
+                tools.model, tools.processor, task.path, task.bag, on_progress=advance, **settings
+            )
+            outcome = Outcome(task.path, encoded)
+        except (GloVLMError, OSError, MemoryError) as error:
+            outcome = Outcome(task.path, error=str(error) or type(error).__name__)
+        settle(task, outcome)
+
+
+def _classify(
+    task: _Task,
+    outcome: Outcome,
+    config: SlideConfig,
+    tools: _Tools,
+    output: Path,
+    key: str,
+) -> dict[str, Any]:
+    """The results of one slide: its files in place and its entry, or why there is none."""
+    error = outcome.error
+    if outcome.encoded is not None:
+        work = output / "slides" / f".{task.name}.part"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        try:
+            with open_slide(task.path, mpp=config.mpp) as slide:
+                entry = _classify_encoded(task, slide, outcome.encoded, config, tools, work)
+            if config.anonymise:
+                hide_name(task.bag, task.path, task.name)
+            saved = {"key": key, "entry": entry}
+            write_text(work / "slide.json", json.dumps(saved, indent=1, allow_nan=False))
+            place = output / "slides" / task.name
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(work, place)
+            return entry
+        except (GloVLMError, OSError, MemoryError) as caught:
+            shutil.rmtree(work, ignore_errors=True)
+            error = str(caught) or type(caught).__name__
+    return {
+        "slide": task.name,
+        "status": "failed",
+        "error": task.hide(error or ""),
+        "flags": [] if config.anonymise else name_flags(task.name),
+        "counts": None,
+    }
+
+
+def _classify_encoded(
+    task: _Task, slide: Slide, encoded: Encoded, config: SlideConfig, tools: _Tools, work: Path
+) -> dict[str, Any]:
+    """Write a slide's files into a folder; returns its entry in the results."""
+    names = tools.class_names
+    tiles = _read_tiles(encoded.path, names)
+    columns: dict[str, NDArray[Any]] = {}
+    said: dict[str, Any] = {}
+    if names:
+        columns |= {f"p_{name}": tiles.probabilities[:, k] for k, name in enumerate(names)}
+        said = _pool(tiles, config, names)
+    if tools.aggregator is not None:
+        prediction = tools.aggregator.predict(read_bag(encoded.path))
+        if prediction.attention is not None:
+            columns["attention"] = prediction.attention
+        for k, name in enumerate(tools.slide_class_names):
+            columns[f"score_{name}"] = prediction.tile_scores[:, k]
+        said |= {
+            "label": prediction.label,
+            "probabilities": prediction.probabilities,
+            "pooling": tools.aggregator.aggregator.name,
+            "notes": prediction.notes,
+        }
+    notes = said.pop("notes", ())
+    target = config.heatmap_class or said["label"]
+
+    # The bag does not hold it, and it follows from the slide and the bag's settings.
+    grid = lay_tiles(
+        slide,
+        find_tissue(slide),
+        tile_size=tiles.size,
+        mpp=tiles.mpp,
+        overlap=config.overlap,
+        min_tissue=config.min_tissue,
+    )
+    place: tuple[Any, int] = (tiles.coords, tiles.extent)
+    called = [names[k] for k in tiles.probabilities.argmax(axis=1)] if names else None
+    write_tiles(work / "tiles.parquet", *place, grid.tissue_fraction, columns, called)
+    if tools.aggregator is None:
+        heat, limits, meaning = columns[f"p_{target}"], (0.0, 1.0), f"probability of {target}"
+        threshold = config.threshold
+    else:
+        heat, meaning, threshold = columns[f"score_{target}"], f"spoke for {target}", 0.0
+        most = float(np.abs(heat).max()) or 1.0
+        limits = (-most, most)
+    draw_heatmap(
+        work / "heatmap.png",
+        slide.thumbnail(HEATMAP_SIDE),
+        slide.size,
+        *place,
+        heat,
+        title=f"{task.name}: {target}",
+        value_name=meaning,
+        limits=limits,
+        mpp=slide.mpp,
+    )
+    squares = write_tile_geojson(
+        work / "tiles.geojson",
+        *place,
+        heat,
+        threshold=threshold,
+        columns=columns,
+        labels=called or [target] * len(heat),
+    )
+    flags = [*encoded.flags, *notes]
+    counts, more = _count(task, slide, tiles.probabilities, config, tools, work)
+    return {
+        "slide": task.name,
+        "status": "done",
+        **said,
+        "n_tiles": len(heat),
+        "tile_size": tiles.size,
+        "tile_mpp": tiles.mpp,
+        "input_mpp": encoded.input_mpp,
+        "mpp": slide.mpp,
+        "mpp_source": slide.mpp_source,
+        "size": list(slide.size),
+        "heatmap_class": target,
+        "squares": squares,
+        "counts": counts,
+        "flags": _shown_flags([*flags, *more], task, config),
+    }
+
+
+def _pool(tiles: "_Tiles", config: SlideConfig, names: Sequence[str]) -> dict[str, Any]:
+    """What pooling the tiles' logits says of the slide, in the way wanted and in all others."""
+    options: dict[str, Any] = {
+        "kind": "logit",
+        "coords": tiles.coords,
+        "neighbours": NEIGHBOURS if config.smooth else 0,
+    }
+    chosen = pool_slide(tiles.logits, names, j=config.top or None, **options)
+    ways = pool_ways(tiles.logits, names, **options)
+    return {
+        "label": chosen.label,
+        "probabilities": chosen.probabilities,
+        "pooling": chosen.pooling,
+        "pooled": {way: pooled.scores for way, pooled in ways.items()},
+    }
+
+
+def _count(
+    task: _Task,
+    slide: Slide,
+    probabilities: NDArray[np.float64],
+    config: SlideConfig,
+    tools: _Tools,
+    work: Path,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Counts of a slide's objects, else of its tiles; and what to know about them."""
+    names = tools.class_names
+    if not names:
+        return None, []
+    if task.objects is None:
+        missing = "no file of objects has this slide's name, so tiles are counted"
+        notes = [] if config.objects is None else [missing]
+        return count_classes(probabilities, names, unit="tiles")["all"], notes
+    found = classify_objects(
+        tools.model,
+        tools.processor,
+        slide,
+        read_geojson(task.objects),
+        margin=config.margin,
+        batch_size=config.batch_size,
+        allow_scale=config.allow_scale,
+    )
+    found.save(work / "objects.parquet")
+    found.write_geojson(work / "objects.geojson")
+    shown, ids = read_objects(work / "objects.parquet", task.name)
+    counts = count_classes(shown, names, ids=ids, confusion=tools.confusion)["all"]
+    return counts, list(found.notes)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """What a bag says of a slide's tiles, without their features."""
+
+    coords: NDArray[np.int64]
+    logits: NDArray[np.float64]
+    probabilities: NDArray[np.float64]
+    extent: int
+    size: int
+    mpp: float | None
+
+
+def _read_tiles(path: Path, names: Sequence[str]) -> _Tiles:
+    """Read all of a bag but its features, which stay on the disk."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        about = json.loads(file.attrs["settings"])
+        coords = file["coords"][()]
+        logits = np.empty((len(coords), 0)) if not names else file["scores"][()].astype(np.float64)
+    return _Tiles(
+        coords=coords,
+        logits=logits,
+        probabilities=softmax(logits) if names else logits,
+        extent=int(about["patch_size_level0"]),
+        size=int(about["tile_size"]),
+        mpp=about["tile_mpp"],
+    )
+
+
+def _shown_flags(flags: Sequence[str], task: _Task, config: SlideConfig) -> list[str]:
+    """Flags without the name where it is hidden, and then without what was said about it."""
+    hidden = set(name_flags(slide_name(task.path))) if config.anonymise else set()
+    return list(dict.fromkeys(task.hide(flag) for flag in flags if flag not in hidden))
+
+
+def _pooling_name(config: SlideConfig, tools: _Tools) -> str:
+    if tools.aggregator is not None:
+        return f"the trained aggregator {tools.aggregator.aggregator.name}"
+    how = (
+        f"the mean of the {config.top} highest tiles of each class"
+        if config.top
+        else "the mean of all tiles"
+    )
+    return f"{how}, smoothed over neighbours" if config.smooth else how
+
+
+def _shared(slides: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """A value that all finished slides have, `None` where they differ."""
+    found = {entry[name] for entry in slides if name in entry}
+    return found.pop() if len(found) == 1 else None

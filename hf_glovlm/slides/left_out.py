@@ -1,0 +1,376 @@
+"""How far a slide's percentage is off, measured: slides left out in turn, counted and corrected.
+
+Counting calls is biased by the classifier's errors. A confusion matrix from labelled slides, or EM
+over the slide's own unlabelled objects, undoes a part of that, and may add noise of its own: which
+of the two weighs more is a matter of measurement.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ..calibration import estimate_prior
+from ..data.splits import Groups, ShotsFrom, draw_episode
+from ..errors import GloVLMError, nearest
+from .counting import PRIOR_COUNT, adjust_fractions, confusion_counts, is_informative
+
+__all__ = ["CORRECTIONS", "bench_counting", "bench_rows", "count_left_out"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Correction = Literal["expected", "adjusted", "adjusted_all", "em"]
+
+CORRECTIONS: dict[str, str] = {
+    "counted": "the classifier's calls, counted",
+    "expected": "mean probability over the slide's objects",
+    "adjusted": "count corrected by the confusion matrix of the support, each of its slides left "
+    "out in turn",
+    "adjusted_all": "count corrected by the confusion matrix of all labelled objects of the other "
+    "slides, each left out in turn",
+    "em": "EM over the slide's unlabelled objects (transductive)",
+}
+READS_HIGH = 10.0  # per cent; a slide without the lesion that reads more is counted
+
+
+def count_left_out(
+    features: ArrayLike,
+    labels: ArrayLike,
+    slides: Sequence[str],
+    *,
+    class_names: Sequence[str] | None = None,
+    target: str | None = None,
+    shots: int = 8,
+    draws: int = 30,
+    min_objects: int = 10,
+    seed: int = 0,
+    method: str = "linear_probe",
+    settings: Mapping[str, Any] | None = None,
+    shots_from: ShotsFrom = "spread",
+    corrections: Sequence[Correction] = get_args(Correction),
+    n_resamples: int = 2000,
+    on_slide: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Measure how far the percentage of a class on a slide is off, slides left out in turn.
+
+    For every slide with enough objects, and every draw: shots of each class are taken from the
+    other slides (`data.draw_episode`), a method is fitted on them and the slide's objects are
+    classified. No label of the slide is used by any estimate.
+    `adjusted` measures its confusion matrix on the support alone, each of the support's slides
+    left out of a fit of its own; `adjusted_all` on every labelled object of the other slides,
+    classified by fits that leave their slide out, so it needs far more labels. To each cell of
+    either matrix 1/2 is added. Where the matrix is not informative the plain count stands, and how
+    often is reported.
+
+    Args:
+        features: `[n, dim]`.
+        labels: Class numbers `[n]`.
+        slides: Slide of each object.
+        class_names: `[K]`; class numbers when not given.
+        target: Whose percentage; the last class when not given.
+        shots: Labelled objects of each class.
+        draws: Supports drawn for each slide.
+        min_objects: Slides with fewer are not tested; they still give shots.
+        seed: Of draws and bootstrap.
+        method: A method on features.
+        settings: Its settings.
+        shots_from: `spread` takes one of each slide in turn; else see `data.draw_episode`.
+        corrections: Which estimates stand beside the plain count.
+        n_resamples: Bootstrap resamples, over slides.
+        on_slide: Told of each slide: name, its place, how many there are.
+
+    Returns:
+        `estimates`: rows of `name`, `what`, `labels_used`, `transductive`, and in percentage points
+        over slides and draws, slides weighing the same: `error` (mean absolute) and `bias`
+        (estimate minus truth), each with `ci95` over slides; `against_counted` (its error minus
+        that of counting, paired); `reads_high` (share of the evaluations of slides without the
+        class that read 10% or more, `None` without such slides); `fell_back` (share in which the
+        plain count stood in). `slides`: `slide`, `n`, `truth` and the mean of each estimate, in per
+        cent. `target`, `shots`, `draws`, `n_slides`, `min_objects`, `method`, `shots_from`,
+        `seed`.
+
+    Raises:
+        GloVLMError: A length or name is wrong, fewer than two slides are large enough, or the
+            other slides lack shots.
+    """
+    x, y = np.asarray(features), np.asarray(labels)
+    ids = np.array([str(slide) for slide in slides], dtype=object)
+    if x.ndim != 2 or y.shape != x.shape[:1] or ids.shape != y.shape or y.dtype.kind not in "iu":
+        raise GloVLMError(
+            f"Expected features [n, dim] with a class number and a slide each, found {x.shape}, "
+            f"{y.shape} and {len(ids)}."
+        )
+    names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else list(class_names)
+    target = names[-1] if target is None else target
+    wanted: list[str] = [name for name in CORRECTIONS if name in {"counted", *corrections}]
+    for name, known in [(target, names), *((c, CORRECTIONS) for c in corrections)]:
+        if name not in known:
+            raise GloVLMError(
+                f"Expected one of {', '.join(known)}, found '{name}'.{nearest(name, known)}"
+            )
+    sizes = {slide: int((ids == slide).sum()) for slide in dict.fromkeys(ids)}
+    tested = sorted(slide for slide, n in sizes.items() if n >= min_objects)
+    if len(tested) < 2 or len(sizes) < 3 or draws < 1:
+        raise GloVLMError(
+            f"Expected three slides, two of them with {min_objects} objects or more, and a draw; "
+            f"found {len(sizes)} slides, {len(tested)} so large, {draws} draws."
+        )
+    column, k = names.index(target), len(names)
+    percent = {name: np.empty((len(tested), draws)) for name in wanted}
+    fell_back = {name: np.zeros((len(tested), draws)) for name in wanted}
+    used = dict.fromkeys(wanted, 0.0)
+    for i, slide in enumerate(tested):
+        if on_slide is not None:
+            on_slide(slide, i, len(tested))
+        inside = ids == slide
+        others = [other for other in sizes if other != slide]
+        for draw in range(draws):
+            support = _draw_support(y, ids, slide, names, shots, seed, draw, shots_from)
+            fit = _fitting(x, y, method, settings, seed)
+            p = fit(support)(inside)
+            calls = np.bincount(p.argmax(axis=1), minlength=k) / len(p)
+            found = {"counted": calls, "expected": p.mean(axis=0)}
+            if "em" in wanted:
+                found["em"] = estimate_prior(p).prior
+            matrices: dict[str, Ints] = {}
+            if {"adjusted", "adjusted_all"} & set(wanted):
+                left_out = others if "adjusted_all" in wanted else np.unique(ids[support])
+                matrices = _confusions_left_out(fit, y, ids, support, left_out, k)
+            for name, matrix in matrices.items():
+                smooth = matrix + PRIOR_COUNT
+                informative = is_informative(smooth)
+                found[name] = adjust_fractions(calls, smooth) if informative else calls
+                if name in wanted:
+                    fell_back[name][i, draw] = not informative
+            for name in wanted:
+                percent[name][i, draw] = 100 * found[name][column]
+                used[name] += (int((~inside).sum()) if name == "adjusted_all" else len(support)) / (
+                    len(tested) * draws
+                )
+    truth = np.array([100 * np.mean(y[ids == slide] == column) for slide in tested])
+    rows = _summarised(percent, truth, fell_back, used, n_resamples, seed)
+    return {
+        "target": target,
+        "shots": shots,
+        "draws": draws,
+        "n_slides": len(tested),
+        "min_objects": min_objects,
+        "method": method,
+        "shots_from": shots_from,
+        "seed": seed,
+        "estimates": rows,
+        "slides": [
+            {"slide": slide, "n": sizes[slide], "truth": float(truth[i])}
+            | {name: float(percent[name][i].mean()) for name in wanted}
+            for i, slide in enumerate(tested)
+        ],
+    }
+
+
+def _draw_support(
+    labels: Ints,
+    ids: NDArray[np.object_],
+    slide: str,
+    names: Sequence[str],
+    shots: int,
+    seed: int,
+    draw: int,
+    shots_from: ShotsFrom = "spread",
+) -> Ints:
+    """Rows of the support that the other slides give, as every study of ours draws it."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    text = Value("string")
+    columns = {
+        "file_name": [str(row) for row in range(len(labels))],
+        "label": labels.tolist(),
+        "split": ["test" if other == slide else "train" for other in ids],
+    }
+    features = Features({"file_name": text, "label": ClassLabel(names=list(names)), "split": text})
+    rows = Dataset.from_dict(columns, features=features)
+    groups = Groups("slide_id", [str(other) for other in ids], "")
+    episode = draw_episode(
+        rows, shots=shots, seed=seed, draw=draw, shots_from=shots_from, groups=groups
+    )
+    return np.array(episode.support, np.int64)
+
+
+Predict = Callable[[Any], Floats]  # rows -> probabilities [m, K]
+
+
+def _fitting(
+    features: NDArray[Any], labels: Ints, method: str, settings: Mapping[str, Any] | None, seed: int
+) -> Callable[[Ints], Predict]:
+    """What fits a method on some rows and then classifies others."""
+    from ..calibration.inputs import softmax
+    from ..training import adapt_features
+
+    def fit(support: Ints) -> Predict:
+        adapted = adapt_features(
+            method, features[support], labels[support], seed=seed, config=settings
+        )
+        return lambda rows: softmax(adapted.predict_logits(features[rows]).astype(np.float64))
+
+    return fit
+
+
+def _confusions_left_out(
+    fit: Callable[[Ints], Predict],
+    labels: Ints,
+    ids: NDArray[np.object_],
+    support: Ints,
+    left_out: Sequence[str] | NDArray[np.object_],
+    n_classes: int,
+) -> dict[str, Ints]:
+    """Confusion matrices of slides that a fit on the support without their own rows classifies.
+
+    A slide that holds the support's only rows of a class cannot be left out, and is not counted.
+
+    Returns:
+        `adjusted` over the rows of the support, `adjusted_all` over all rows of the slides.
+    """
+    table = np.zeros((2, n_classes, n_classes), np.int64)
+    whole: Predict | None = None
+    for slide in left_out:
+        kept = support[ids[support] != slide]
+        if len(np.unique(labels[kept])) < n_classes:
+            continue
+        if len(kept) < len(support):
+            predict = fit(kept)
+        else:
+            predict = whole = whole or fit(support)
+        rows = np.flatnonzero(ids == slide)
+        calls = predict(rows).argmax(axis=1)
+        shown = np.isin(rows, support)
+        table[0] += confusion_counts(labels[rows[shown]], calls[shown], n_classes)
+        table[1] += confusion_counts(labels[rows], calls, n_classes)
+    return {"adjusted": table[0], "adjusted_all": table[1]}
+
+
+def _summarised(
+    percent: Mapping[str, Floats],
+    truth: Floats,
+    fell_back: Mapping[str, Floats],
+    used: Mapping[str, float],
+    n_resamples: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """One row an estimate, from per cent `[slides, draws]`; every interval over slides."""
+    drawn = np.random.default_rng(seed).integers(len(truth), size=(n_resamples, len(truth)))
+
+    def entry(by_slide: Floats) -> dict[str, Any]:
+        bounds = np.percentile(by_slide[drawn].mean(axis=1), [2.5, 97.5]) if n_resamples else None
+        ci95 = None if bounds is None else bounds.tolist()
+        return {"value": float(by_slide.mean()), "ci95": ci95}
+
+    off = {name: values - truth[:, None] for name, values in percent.items()}
+    error = {name: np.abs(values).mean(axis=1) for name, values in off.items()}
+    free = truth == 0
+    return [
+        {
+            "name": name,
+            "what": CORRECTIONS[name],
+            "labels_used": round(used[name]),
+            "transductive": name == "em",
+            "error": entry(error[name]),
+            "bias": entry(off[name].mean(axis=1)),
+            "against_counted": entry(error[name] - error["counted"]),
+            "reads_high": float((values[free] >= READS_HIGH).mean()) if free.any() else None,
+            "fell_back": float(fell_back[name].mean()),
+        }
+        for name, values in percent.items()
+    ]
+
+
+def bench_counting(
+    data: str,
+    backbone: str,
+    *,
+    target: str | None = None,
+    shots: int = 8,
+    draws: int = 30,
+    min_objects: int = 10,
+    seed: int = 0,
+    method: str = "linear_probe",
+    shots_from: ShotsFrom = "spread",
+    group_column: str = "slide_id",
+    device: str | None = None,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Measure the error of a slide's percentage on labelled glomeruli; see `count_left_out`.
+
+    Args:
+        data: A labelled data set whose rows name their slide.
+        backbone: As `--backbone` takes it; its features come through the cache.
+        target: Whose percentage; the last class when not given.
+        shots: Labelled objects of each class.
+        draws: Supports drawn for each slide.
+        min_objects: Slides with fewer are not tested.
+        seed: Of draws and bootstrap.
+        method: A method on features.
+        shots_from: How shots are spread over the slides; see `data.draw_episode`.
+        group_column: The column that names the slide.
+        device: Where images are encoded.
+        progress: Whether to show that on the terminal.
+
+    Returns:
+        Rows as the other benches give them (`name`, `value`, `unit`, `ratio`, `what`), and `ci95`
+        over slides: the error and the bias of each estimate, and how often a slide without the
+        class reads 10% or more. The `ratio` of an error is its part of counting's.
+    """
+    from ..backbones import load_backbone
+    from ..data import all_rows, group_rows, load_dataset
+    from ..data.folder import column
+    from ..inference import FeatureCache, embed_images
+
+    rows = all_rows(load_dataset(data))
+    groups = group_rows(rows, group_column=group_column)
+    model, processor = load_backbone(backbone)
+    features = embed_images(
+        model, processor, rows, device=device, cache=FeatureCache(), progress=progress
+    )
+    found = count_left_out(
+        features,
+        np.asarray(column(rows, "label"), np.int64),
+        groups.ids,
+        class_names=rows.features["label"].names,
+        target=target,
+        shots=shots,
+        draws=draws,
+        min_objects=min_objects,
+        seed=seed,
+        method=method,
+        shots_from=shots_from,
+    )
+    return bench_rows(found)
+
+
+def bench_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of a bench from what `count_left_out` returns."""
+    setting = (
+        f"per cent of {found['target']}, {found['n_slides']} slides left out in turn, "
+        f"{found['draws']} draws of {found['shots']} shots "
+        f"({found['shots_from']}), {found['method']}"
+    )
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, value: float, unit: str, ratio: float | None, what: str, ci95: Any) -> None:
+        row = {"name": f"counting.{name}", "value": round(value, 3), "unit": unit}
+        bounds = None if ci95 is None else [round(bound, 3) for bound in ci95]
+        part = None if ratio is None else round(ratio, 3)
+        rows.append({**row, "ratio": part, "what": what, "ci95": bounds})
+
+    plain = found["estimates"][0]["error"]["value"]
+    for estimate in found["estimates"]:
+        name, error, bias = estimate["name"], estimate["error"], estimate["bias"]
+        what = f"{estimate['what']}; {estimate['labels_used']} labels; {setting}"
+        part = error["value"] / plain if plain else None
+        mean = f"mean absolute error: {what}"
+        add(f"{name}.error", error["value"], "points", part, mean, error["ci95"])
+        mean = f"mean of estimate minus truth: {what}"
+        add(f"{name}.bias", bias["value"], "points", None, mean, bias["ci95"])
+        if estimate["reads_high"] is not None:
+            high = f"slides without {found['target']} that read 10% or more: {what}"
+            add(f"{name}.reads_high", 100 * estimate["reads_high"], "%", None, high, None)
+    return rows

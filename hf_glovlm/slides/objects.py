@@ -1,0 +1,274 @@
+"""Outlined glomeruli of a slide, cut out as the crops of a training set are, and classified."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..data.annotations import SlideObject, overlap, write_geojson
+from ..errors import GloVLMError
+from ..inference import predict
+from ..scale import MAX_RATIO, describe_scale, input_mpp
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..data.wsi import Slide
+    from ..model import GloVLMForImageClassification, GloVLMProcessor
+
+__all__ = ["ClassifiedObjects", "classify_objects", "read_objects"]
+
+SAME = 0.5  # intersection over union above which two outlines are one glomerulus
+MAX_SIDE = 2048  # a larger crop is shrunk to this, as those of a training set are
+COUNTED = "counted"  # name of the measurement that says so
+
+
+@dataclass(frozen=True)
+class ClassifiedObjects:
+    """What a classifier says about the outlined objects of a slide, each counted once.
+
+    Attributes:
+        objects: The outlines `n`, in the file's order.
+        boxes: Int64 `[n, 3]`: x, y and side of each crop in pixels of level 0.
+        probabilities: Float64 `[n, K]`; a duplicate has those of the object it repeats.
+        class_names: `[K]`.
+        counted: Bool `[n]`: false for an object that repeats an earlier one.
+        repeats: For each object the id of the one it repeats, else `None`.
+        glomeruli: For each object the `glomerulus_id` that its file gives it, else `None`; what is
+            the same glomerulus on several sections shares it.
+        mpp: Median micrometres per input pixel, or `unknown`.
+        notes: Sentences for the results.
+    """
+
+    objects: Sequence[SlideObject]
+    boxes: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    class_names: Sequence[str]
+    counted: NDArray[np.bool_]
+    repeats: Sequence[str | None]
+    glomeruli: Sequence[str | None]
+    mpp: float | Literal["unknown"] = "unknown"
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def labels(self) -> list[str]:
+        """The most probable class of each object."""
+        return [self.class_names[k] for k in self.probabilities.argmax(axis=1)]
+
+    def save(self, path: Path) -> None:
+        """Write a parquet file, one row an object.
+
+        `id`, `glomerulus`, `x`, `y`, `side` (the crop, at level 0), `counted`, `repeats`, `label`
+        and `p_<class>` for every class.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns: dict[str, Any] = {
+            "id": pa.array([item.id for item in self.objects], pa.string()),
+            "glomerulus": pa.array(list(self.glomeruli), pa.string()),
+            **{name: self.boxes[:, i] for i, name in enumerate(("x", "y", "side"))},
+            "counted": self.counted,
+            "repeats": pa.array(list(self.repeats), pa.string()),
+            "label": pa.array(self.labels, pa.string()),
+        }
+        for k, name in enumerate(self.class_names):
+            columns[f"p_{name}"] = self.probabilities[:, k]
+        fresh = path.with_name(f".{path.name}.tmp")
+        pq.write_table(pa.table(columns), fresh)
+        fresh.replace(path)
+
+    def write_geojson(self, path: Path) -> None:
+        """Write the objects with class and probabilities, id and geometry as they came."""
+        numbers: list[Mapping[str, float]] = [
+            {f"p {name}": float(p) for name, p in zip(self.class_names, row, strict=True)}
+            | {COUNTED: float(once)}
+            for row, once in zip(self.probabilities, self.counted, strict=True)
+        ]
+        write_geojson(path, self.objects, labels=self.labels, measurements=numbers)
+
+
+def read_objects(path: Path, slide: str) -> tuple[NDArray[np.float64], list[str]]:
+    """Read of a saved table what counting needs.
+
+    Args:
+        path: The parquet file.
+        slide: Whose objects these are.
+
+    Returns:
+        Probabilities `[n, K]` of the objects that count, and which glomerulus each one is: the
+        same on several slides only where the file of the objects said so.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    counted = np.flatnonzero(table["counted"].to_numpy())
+    columns = [name for name in table.column_names if name.startswith("p_")]
+    probabilities = np.stack([table[name].to_numpy() for name in columns], axis=1)[counted]
+    ids, glomeruli = table["id"].to_pylist(), table["glomerulus"].to_pylist()
+    names = [
+        f"{slide} {ids[i]}" if glomeruli[i] is None else f"glomerulus {glomeruli[i]}"
+        for i in counted
+    ]
+    return probabilities, names
+
+
+def classify_objects(
+    model: "GloVLMForImageClassification",
+    processor: "GloVLMProcessor",
+    slide: "Slide",
+    objects: Sequence[SlideObject],
+    *,
+    mpp: float | None = None,
+    margin: float = 1.25,
+    batch_size: int = 32,
+    allow_scale: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ClassifiedObjects:
+    """Cut outlined objects out of a slide and classify them; overlapping ones are one object.
+
+    A crop is a square of `margin` times the longer side around the middle of the outline's box,
+    white where it reaches beyond the slide, as `glovlm data crops` cuts the images of a training
+    set. Of two outlines whose intersection is more than half of their union the earlier one is
+    classified and counted. A batch of crops is in memory at a time.
+
+    Args:
+        model: The classifier.
+        processor: Its processor.
+        slide: An open slide.
+        objects: Outlines in pixels of level 0.
+        mpp: Micrometres per pixel of level 0, in place of what the slide says.
+        margin: Side of the crop over the longer side of the outline; at least 1.
+        batch_size: Crops at a time.
+        allow_scale: Accept crops at a scale that is known to differ from the model's.
+        on_progress: Told the number of crops done and of all.
+
+    Raises:
+        GloVLMError: An object lies outside the slide, or the scale is wrong (see `scale`).
+    """
+    if not 1 <= margin < 100:
+        raise GloVLMError(f"Expected a margin of at least 1, found {margin:g}.")
+    if not objects:
+        raise GloVLMError("Expected one outlined object at least, found none.")
+    boxes = np.array([_crop_box(item, slide.size, margin) for item in objects], np.int64)
+    first = _find_repeats(objects)
+    once = first == np.arange(len(objects))
+    level0 = mpp if mpp is not None else slide.mpp
+    scale = _check_scale(model, processor, boxes[once, 2], level0, allow_scale)
+
+    parts = []
+    chosen = np.flatnonzero(once)
+    for start in range(0, len(chosen), batch_size):
+        crops = [_read_crop(slide, *boxes[i].tolist()) for i in chosen[start : start + batch_size]]
+        found = predict(model, processor, _image_rows(crops), batch_size=batch_size)
+        parts.append(found.probabilities)
+        if on_progress is not None:
+            on_progress(min(start + batch_size, len(chosen)), len(chosen))
+    probabilities = np.empty((len(objects), parts[0].shape[1]))
+    probabilities[chosen] = np.concatenate(parts)
+    probabilities = probabilities[first]
+
+    notes = []
+    if not once.all():
+        notes.append(
+            f"{int((~once).sum())} of {len(objects)} outlines repeat another one and are not "
+            "counted."
+        )
+    if scale == "unknown":
+        notes.append(
+            "The scale of the crops is not known, so it was not compared with the model's."
+        )
+    return ClassifiedObjects(
+        objects=list(objects),
+        boxes=boxes,
+        probabilities=probabilities,
+        class_names=found.class_names,
+        counted=once,
+        repeats=[None if first[i] == i else objects[int(first[i])].id for i in range(len(objects))],
+        glomeruli=[_glomerulus(item) for item in objects],
+        mpp=scale,
+        notes=notes,
+    )
+
+
+def _crop_box(item: SlideObject, size: tuple[int, int], margin: float) -> tuple[int, int, int]:
+    """x, y and side of an object's crop at level 0."""
+    x0, y0, x1, y1 = item.bounds
+    if x1 <= 0 or y1 <= 0 or x0 >= size[0] or y0 >= size[1]:
+        raise GloVLMError(
+            f"The object {item.id} lies outside the slide ({size[0]} x {size[1]} pixels): are "
+            "these the annotations of another slide?"
+        )
+    side = max(round(margin * max(x1 - x0, y1 - y0)), 1)
+    return round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side
+
+
+def _find_repeats(objects: Sequence[SlideObject]) -> NDArray[np.int64]:
+    """For each object the place of the first one that it repeats; its own where it is new."""
+    bounds = np.array([item.bounds for item in objects])
+    first = np.arange(len(objects))
+    for i in range(1, len(objects)):
+        x0, y0, x1, y1 = bounds[i]
+        near = (bounds[:i, 0] < x1) & (bounds[:i, 2] > x0)
+        near &= (bounds[:i, 1] < y1) & (bounds[:i, 3] > y0)
+        for j in np.flatnonzero(near & (first[:i] == np.arange(i))).tolist():
+            if overlap(objects[j], objects[i]) > SAME:
+                first[i] = j
+                break
+    return first
+
+
+def _check_scale(
+    model: Any, processor: Any, sides: NDArray[np.int64], mpp: float | None, allow: bool
+) -> float | Literal["unknown"]:
+    """Compare the scale at which crops reach the model with that it was adapted at."""
+    if mpp is None:
+        return "unknown"
+    transform = processor.image_processor
+    seen = [max(side / MAX_SIDE, 1.0) for side in sides]  # crops beyond it are shrunk
+    found = median(
+        input_mpp(transform, mpp * shrunk, round(side / shrunk), round(side / shrunk))
+        for side, shrunk in zip(sides.tolist(), seen, strict=True)
+    )
+    adapted = model.config.mpp
+    if adapted is not None and not allow:
+        ratio = max(adapted / found, found / adapted)
+        if ratio > MAX_RATIO:
+            raise GloVLMError(
+                f"The model was adapted at {adapted:.3g} micrometres per input pixel, and these "
+                f"objects reach it at {found:.3g}: {ratio:.1f} times apart, at most "
+                f"{MAX_RATIO:g}. Check the slide's scale (--mpp), or give --allow-scale."
+            )
+    return describe_scale(found)
+
+
+def _read_crop(slide: "Slide", x: int, y: int, side: int) -> Image.Image:
+    return slide.read(x, y, side, side, downsample=max(side / MAX_SIDE, 1.0))
+
+
+def _image_rows(crops: Sequence[Image.Image]) -> "Dataset":
+    """Crops in memory as rows that `predict` takes."""
+    from datasets import Dataset, Features
+    from datasets import Image as ImageColumn
+
+    def content(crop: Image.Image) -> bytes:
+        stream = io.BytesIO()
+        crop.save(stream, "BMP")  # without loss and at once
+        return stream.getvalue()
+
+    values = [{"bytes": content(crop), "path": None} for crop in crops]
+    return Dataset.from_dict({"image": values}, Features({"image": ImageColumn(decode=False)}))
+
+
+def _glomerulus(item: SlideObject) -> str | None:
+    metadata = item.properties.get("metadata")
+    for source in (item.properties, metadata if isinstance(metadata, dict) else {}):
+        if source.get("glomerulus_id"):
+            return str(source["glomerulus_id"])
+    return None

@@ -1,0 +1,428 @@
+"""What a run over slides writes: tables, heat maps, GeoJSON, a summary a person can read.
+
+Nothing here names a place on the machine: a slide is known by its name alone, and that by a number
+where names are to be hidden.
+"""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from ..data.annotations import box_object, write_geojson
+from ..loop import write_text
+from .counting import NOT_A_SCORE
+
+__all__ = [
+    "RESEARCH_USE",
+    "clean_text",
+    "draw_heatmap",
+    "hide_name",
+    "render_summary",
+    "write_results",
+    "write_tile_geojson",
+    "write_tiles",
+]
+
+RESEARCH_USE = "Research use only, not for diagnosis."
+HEATMAP_SIDE = 1200  # pixels of the longer side of the overview under a heat map
+MAX_SQUARES = 20_000  # tiles in a GeoJSON file; more than that makes QuPath slow
+_NICE = (1, 2, 5)  # a scale bar's length is one of these times a power of ten
+
+Floats = NDArray[np.float64]
+
+
+def write_tiles(
+    path: Path,
+    coords: ArrayLike,
+    extent: int,
+    tissue_fraction: ArrayLike,
+    columns: Mapping[str, ArrayLike],
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Write one row a tile as a parquet file.
+
+    Columns `x`, `y` (top left corner at level 0), `size` (side at level 0), `tissue_fraction`,
+    those given, and `label` where tiles were classified.
+
+    Args:
+        path: The file.
+        coords: `[n, 2]`.
+        extent: Side of a tile in pixels of level 0.
+        tissue_fraction: `[n]`, 0 to 1.
+        columns: Numbers `[n]` by name, such as `p_<class>`.
+        labels: Class of each tile.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    places = np.asarray(coords, np.int64)
+    table: dict[str, Any] = {
+        "x": places[:, 0],
+        "y": places[:, 1],
+        "size": np.full(len(places), extent, np.int64),
+        "tissue_fraction": np.asarray(tissue_fraction, np.float32),
+        **{name: np.asarray(values) for name, values in columns.items()},
+    }
+    if labels is not None:
+        table["label"] = pa.array(list(labels), pa.string()).dictionary_encode()
+    fresh = path.with_name(f".{path.name}.tmp")
+    pq.write_table(pa.table(table), fresh)
+    os.replace(fresh, path)
+
+
+def write_tile_geojson(
+    path: Path,
+    coords: ArrayLike,
+    extent: int,
+    values: ArrayLike,
+    *,
+    threshold: float,
+    columns: Mapping[str, ArrayLike],
+    labels: Sequence[str],
+) -> int:
+    """Write the tiles whose value reaches a threshold as squares that QuPath opens.
+
+    Args:
+        path: The file.
+        coords: `[n, 2]`, top left corners at level 0.
+        extent: Side of a tile at level 0.
+        values: `[n]`, what is compared with the threshold.
+        threshold: Least value.
+        columns: Numbers `[n]` by name, which become the squares' measurements.
+        labels: Class of each tile.
+
+    Returns:
+        How many were written: those of the highest value, `MAX_SQUARES` at most.
+    """
+    value = np.asarray(values, np.float64)
+    chosen = np.flatnonzero(value >= threshold)
+    if len(chosen) > MAX_SQUARES:
+        best = np.argsort(-value[chosen], kind="stable")[:MAX_SQUARES]
+        chosen = np.sort(chosen[best])
+    places = np.asarray(coords, np.int64)[chosen].tolist()
+    squares = [box_object(float(x), float(y), extent, extent) for x, y in places]
+    table = {name.replace("_", " ", 1): np.asarray(column) for name, column in columns.items()}
+    write_geojson(
+        path,
+        squares,
+        labels=[labels[i] for i in chosen.tolist()],
+        measurements=[{name: float(v[i]) for name, v in table.items()} for i in chosen],
+    )
+    return len(squares)
+
+
+# ------------------------------------------------------------------------------------- heat map
+
+
+def draw_heatmap(
+    path: Path,
+    overview: Image.Image,
+    size: tuple[int, int],
+    coords: ArrayLike,
+    extent: int,
+    values: ArrayLike,
+    *,
+    title: str,
+    value_name: str,
+    limits: tuple[float, float] = (0.0, 1.0),
+    mpp: float | None = None,
+    opacity: float = 0.5,
+) -> None:
+    """Lay the tiles' values over an overview of the slide and write it as PNG.
+
+    Where tiles overlap their values are averaged. The memory is that of the overview.
+
+    Args:
+        path: The file.
+        overview: Of the whole slide.
+        size: Width and height of the slide at level 0.
+        coords: `[n, 2]`, top left corners at level 0.
+        extent: Side of a tile at level 0.
+        values: `[n]`.
+        title: Above the picture.
+        value_name: Beside the colour bar.
+        limits: Values of the bar's ends.
+        mpp: Micrometres per pixel of level 0; draws a scale bar where known.
+        opacity: Of the colours, 0 to 1.
+    """
+    # The figure draws itself with Agg: no pyplot, so nothing is kept between slides.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    field = _spread_values(overview.size, size, coords, extent, values)
+    # Laid out by hand, in inches: matplotlib's own layout draws everything several times.
+    width, height = 8.0, min(max(8.0 * overview.height / overview.width, 2.0), 16.0)
+    whole = (width + 1.6, height + 0.9)
+    figure = Figure(figsize=whole, dpi=125)
+    FigureCanvasAgg(figure)
+
+    def place(x: float, y: float, w: float, h: float) -> Any:
+        return figure.add_axes((x / whole[0], y / whole[1], w / whole[0], h / whole[1]))
+
+    axes = place(0.2, 0.4, width, height)
+    axes.imshow(np.asarray(overview))
+    image = axes.imshow(
+        field, cmap="viridis", vmin=limits[0], vmax=limits[1], alpha=opacity, interpolation="none"
+    )
+    axes.set_title(title)
+    axes.set_axis_off()
+    bar = figure.colorbar(image, cax=place(width + 0.4, 0.4 + 0.1 * height, 0.2, 0.8 * height))
+    bar.set_label(f"{value_name}; colours at {opacity:.0%} opacity")
+    if mpp is not None:
+        _draw_scale_bar(axes, overview.size, mpp * size[0] / overview.width)
+    figure.text(0.5, 0.15 / whole[1], RESEARCH_USE, ha="center", fontsize=9)
+    content = io.BytesIO()
+    # Without the versions of libraries, so that the same numbers give the same file.
+    figure.savefig(content, format="png", metadata={"Software": None})
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_bytes(content.getvalue())
+    os.replace(fresh, path)
+
+
+def _spread_values(
+    shape: tuple[int, int], size: tuple[int, int], coords: ArrayLike, extent: int, values: ArrayLike
+) -> Floats:
+    """Mean value of the tiles over each pixel of the overview, NaN where there is none."""
+    width, height = shape
+    total, count = np.zeros((2, height, width))
+    scale = np.array([width / size[0], height / size[1]])
+    places = np.asarray(coords, np.float64)
+    low = np.floor(places * scale).astype(int)
+    high = np.maximum(np.floor((places + extent) * scale).astype(int), low + 1)
+    for (x0, y0), (x1, y1), value in zip(
+        low.tolist(), high.tolist(), np.asarray(values, np.float64).tolist(), strict=True
+    ):
+        total[y0:y1, x0:x1] += value
+        count[y0:y1, x0:x1] += 1
+    field: Floats = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    return field
+
+
+def bar_length(width: float) -> float:
+    """The longest of 1, 2 and 5 times a power of ten that is at most a fifth of a width.
+
+    Args:
+        width: Of the picture, in micrometres.
+    """
+    power = 10.0 ** math.floor(math.log10(width / 5))
+    return max(step * power for step in _NICE if step * power <= width / 5)
+
+
+def _draw_scale_bar(axes: Any, shape: tuple[int, int], mpp: float) -> None:
+    """A black bar with a white rim at the lower left, and its length."""
+    width, height = shape
+    length = bar_length(width * mpp)
+    shown = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+    left, top, thick = 0.03 * width, 0.965 * height, max(0.008 * height, 2)
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(
+        Rectangle((left, top), length / mpp, thick, facecolor="black", edgecolor="white", lw=0.8)
+    )
+    axes.text(
+        left + length / mpp / 2,
+        top - thick,
+        shown,
+        ha="center",
+        va="bottom",
+        fontsize=9,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+    )
+
+
+# -------------------------------------------------------------------------------------- results
+
+
+def clean_text(text: str, source: Path, name: str) -> str:
+    """Take a slide's place on the machine, and its own name, out of a sentence.
+
+    Args:
+        text: For instance an error's message.
+        source: The slide's file.
+        name: What the slide is called in the results.
+    """
+    for path in (source, source.absolute(), source.resolve()):
+        text = text.replace(str(path), name).replace(f"{path.parent}{os.sep}", "")
+    for own in (source.name, source.stem):
+        text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", lambda match: name, text)
+    return text
+
+
+def hide_name(bag: Path, source: Path, name: str) -> None:
+    """Write a bag anew under another name; the new file holds no trace of the slide's own.
+
+    Args:
+        bag: The finished bag; removed afterwards.
+        source: The slide's file.
+        name: What the slide is called from now on.
+    """
+    import h5py
+
+    fresh = bag.with_name(f".{name}.h5.tmp")
+    with h5py.File(bag, "r") as old, h5py.File(fresh, "w") as new:
+        for key in old:
+            old.copy(key, new, without_attrs=True)
+        # An attribute that is overwritten may stay readable in the file; these are written once.
+        for key in ("/", *old):
+            for attribute, value in old[key].attrs.items():
+                if attribute == "settings":
+                    told = {"name": name, "slide_file": name + source.suffix}
+                    value = json.dumps(json.loads(value) | told)
+                new[key].attrs[attribute] = name if attribute == "name" else value
+    os.replace(fresh, bag.with_name(f"{name}.h5"))
+    bag.unlink()
+
+
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write `summary.parquet`, `summary.csv`, `README.md` and, last, `results.json`.
+
+    Args:
+        folder: Where.
+        results: As `classify_slides` returns them.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = _summary_rows(results)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: pa.array([row.get(name) for row in rows]) for name in names}
+    fresh = folder / ".summary.parquet.tmp"
+    pq.write_table(pa.table(columns), fresh)
+    os.replace(fresh, folder / "summary.parquet")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "summary.csv", text.getvalue())
+    write_text(folder / "README.md", render_summary(results))
+    write_text(
+        folder / "results.json",
+        json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    )
+
+
+def _summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a slide, then one a case; every column in each."""
+    rows = []
+    for level in ("slide", "case"):
+        for entry in results[f"{level}s"]:
+            done = entry.get("counts") is not None
+            counts = entry["counts"] if done else {"unit": None, "n": None, "classes": {}}
+            row: dict[str, Any] = {
+                "level": level,
+                "name": entry[level],
+                "case": entry.get("case"),
+                "status": entry.get("status", "done"),
+                "label": entry.get("label"),
+                "tiles": entry.get("n_tiles"),
+                "counted": counts["unit"],
+                "n": counts["n"],
+            }
+            for name in results["slide_class_names"]:
+                row[f"p_{name}"] = (entry.get("probabilities") or {}).get(name)
+            for name in results["class_names"]:
+                said = counts["classes"].get(name, {})
+                low, high = said.get("ci95") or (None, None)
+                row[f"count_{name}"] = said.get("count")
+                row[f"percent_{name}"] = said.get("percent")
+                row[f"low_{name}"], row[f"high_{name}"] = low, high
+                row[f"corrected_{name}"] = said.get("corrected", {}).get("percent")
+            row["notes"] = " ".join([*entry.get("flags", []), *filter(None, [entry.get("error")])])
+            rows.append(row)
+    return rows
+
+
+def render_summary(results: Mapping[str, Any]) -> str:
+    """Say the results of a run over slides in Markdown.
+
+    Args:
+        results: As `classify_slides` returns them.
+    """
+    names = list(results["class_names"])
+    done = [entry for entry in results["slides"] if entry["status"] == "done"]
+    slide_names = list(results["slide_class_names"])
+    failed = [entry for entry in results["slides"] if entry["status"] != "done"]
+    lines = ["# Slides", "", f"**{RESEARCH_USE}** {NOT_A_SCORE}", ""]
+    if results.get("synthetic"):
+        lines += ["The classifier learned from drawings: its answers mean nothing.", ""]
+    lines += [_settings_sentence(results), ""]
+    if done:
+        lines += ["## Labels", ""]
+        header = ["slide", "label", *(f"p {name}" for name in slide_names), "pooling", "tiles"]
+        lines += _table(
+            header,
+            [
+                [
+                    entry["slide"],
+                    entry["label"],
+                    *(f"{entry['probabilities'][name]:.3f}" for name in slide_names),
+                    entry["pooling"],
+                    str(entry["n_tiles"]),
+                ]
+                for entry in done
+            ],
+        )
+        lines += ["", "Probabilities of slides are calibrated on no slide.", ""]
+    for level in ("slide", "case"):
+        entries = [e for e in (done if level == "slide" else results["cases"]) if e["counts"]]
+        if not entries:
+            continue
+        lines += [f"## Counts per {level}", ""]
+        lines += _table(
+            [level, "n", *names],
+            [
+                [
+                    entry[level],
+                    f"{entry['counts']['n']} {entry['counts']['unit']}",
+                    *(_share(entry["counts"]["classes"][name]) for name in names),
+                ]
+                for entry in entries
+            ],
+        )
+        notes = dict.fromkeys(note for entry in entries for note in entry["counts"]["notes"])
+        notes.pop(NOT_A_SCORE, None)  # it heads the page
+        lines += ["", *(f"- {note}" for note in notes), ""]
+    flagged = [(entry["slide"], flag) for entry in results["slides"] for flag in entry["flags"]]
+    if flagged:
+        lines += ["## To look at", "", *(f"- {slide}: {flag}" for slide, flag in flagged), ""]
+    if failed:
+        lines += ["## Not done", "", *(f"- {e['slide']}: {e['error']}" for e in failed), ""]
+    return "\n".join(lines)
+
+
+def _settings_sentence(results: Mapping[str, Any]) -> str:
+    settings = results["settings"]
+    scale, side = settings["tile_mpp"], settings["tile_size"]
+    tiles = f"Tiles of {side} pixels" if side else "Tiles of several sizes"
+    tiles += f" at {scale:.4g} micrometres per pixel" if scale else ""
+    tiles += f", overlap {settings['overlap']:g}; " if settings["overlap"] else "; "
+    return f"{tiles}slide labels by {results['pooling']}."
+
+
+def _share(entry: Mapping[str, Any]) -> str:
+    """`5 (21.7%, 9.7 to 41.9)`, and the corrected percentage where there is one."""
+    if entry["percent"] is None:
+        return str(entry["count"])
+    low, high = entry["ci95"]
+    text = f"{entry['count']} ({entry['percent']:.1f}%, {low:.1f} to {high:.1f})"
+    if "corrected" in entry:
+        low, high = entry["corrected"]["ci95"]
+        text += f"; corrected {entry['corrected']['percent']:.1f}%, {low:.1f} to {high:.1f}"
+    return text
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), line(["---"] * len(header)), *map(line, rows)]

@@ -1,0 +1,349 @@
+"""`classify_slides`, slides to files: labels, counts, cases, failures, resuming, hidden names."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from slide_model import outline, train, write_outlines
+from slides_made import write_slide
+
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides.benchmark import TISSUE
+from hf_glovlm.slides.classify import SlideConfig, classify_slides
+from hf_glovlm.slides.counting import NOT_A_SCORE
+
+SIDE = 64
+PLAIN = (640, 448, 64, 64)  # a tile of the colour of tissue on every slide
+CONFUSION = [[45, 5], [10, 40]]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three slides, one with lesions, with outlines and cases, and a classifier."""
+    folder = tmp_path_factory.mktemp("slides")
+    drawn = {}
+    for name, lesions in (("sick", 6), ("well", 0), ("other", 0)):
+        drawn[name] = write_slide(
+            folder / f"{name}.tiff",
+            768,
+            576,
+            mpp=0.5 if name != "other" else None,
+            lesions=lesions,
+            lesion_side=SIDE,
+            marks=[(PLAIN, TISSUE)],
+            seed=len(name),
+        )
+    (x, y, *_), *_ = drawn["sick"]["lesions"]
+    write_outlines(
+        folder / "outlines" / "sick.geojson",
+        [
+            outline(x + 8, y + 8, 48, "1", glomerulus_id="g1"),
+            outline(PLAIN[0] + 8, PLAIN[1] + 8, 48, "2"),
+        ],
+    )
+    write_outlines(
+        folder / "outlines" / "well.geojson",
+        [outline(PLAIN[0] + 8, PLAIN[1] + 8, 48, "1", glomerulus_id="g1")],
+    )
+    (folder / "cases.csv").write_text("slide,case\nsick.tiff,A\nwell,A\nother.tiff,B\n")
+    train(folder, confusion=CONFUSION)
+    (folder / "drawn.json").write_text(json.dumps(drawn["sick"]["lesions"]))
+    return folder
+
+
+def configured(place: Path, output: Path, *slides: str, **options: Any) -> SlideConfig:
+    names = slides or ("sick", "well", "other")
+    return SlideConfig.from_mapping(
+        {
+            "model": str(place / "run"),
+            "slides": [str(place / f"{name}.tiff") for name in names],
+            "output_dir": str(output),
+            "tile_size": SIDE,
+            "top": 5,
+            "batch_size": 16,
+            **options,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def output(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    config = configured(
+        place,
+        folder,
+        objects=str(place / "outlines"),
+        cases=str(place / "cases.csv"),
+        heatmap_class="lesion",
+    )
+    classify_slides(config)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but the features, whose container holds times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".h5"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_slides_with_planted_lesions_are_told_apart(place: Path, output: Path) -> None:
+    results = json.loads((output / "results.json").read_text())
+    assert results["failed"] == 0
+    sick, well, other = results["slides"]
+    assert [entry["label"] for entry in (well, other)] == ["tissue"] * 2
+    for healthy in (well, other):
+        assert sick["probabilities"]["lesion"] > healthy["probabilities"]["lesion"] + 0.2
+    assert sick["pooling"] == "top_5"
+    assert set(sick["pooled"]) == {"top_1", "top_5", "top_10", "top_50", "top_100", "mean"}
+    assert sum(sick["probabilities"].values()) == pytest.approx(1)
+    planted = {tuple(box[:2]) for box in json.loads((place / "drawn.json").read_text())}
+    tiles = pq.read_table(output / "slides/sick/tiles.parquet").to_pylist()
+    called = {(tile["x"], tile["y"]) for tile in tiles if tile["label"] == "lesion"}
+    assert planted <= called
+    assert len(called) < len(tiles) / 2
+    squares = json.loads((output / "slides/sick/tiles.geojson").read_text())["features"]
+    assert {tuple(map(int, f["geometry"]["coordinates"][0][0])) for f in squares} == called
+    assert all(0.25 <= tile["tissue_fraction"] <= 1 for tile in tiles)
+
+
+def test_pooled_scores_and_label_are_those_of_the_tiles(output: Path) -> None:
+    """From the table alone: a linear head, so a logit difference is that of log probabilities."""
+    entry = json.loads((output / "results.json").read_text())["slides"][0]
+    tiles = pq.read_table(output / "slides/sick/tiles.parquet")
+    log_p = np.log(np.stack([tiles["p_lesion"].to_numpy(), tiles["p_tissue"].to_numpy()], axis=1))
+    mean = log_p.mean(axis=0)
+    pooled = entry["pooled"]["mean"]
+    assert pooled["lesion"] - pooled["tissue"] == pytest.approx(mean[0] - mean[1], abs=1e-4)
+
+
+def test_objects_are_counted_and_tiles_where_there_are_none(output: Path) -> None:
+    sick, well, other = json.loads((output / "results.json").read_text())["slides"]
+    assert (sick["counts"]["unit"], sick["counts"]["n"]) == ("objects", 2)
+    assert sick["counts"]["classes"]["lesion"]["count"] == 1
+    assert (well["counts"]["unit"], well["counts"]["n"]) == ("objects", 1)
+    assert (other["counts"]["unit"], other["counts"]["n"]) == ("tiles", other["n_tiles"])
+    assert NOT_A_SCORE in sick["counts"]["notes"]
+    # 1 of 2 called lesion; sensitivity .9 (45 of 50), specificity .8
+    corrected = sick["counts"]["classes"]["lesion"]["corrected"]
+    assert corrected["percent"] == pytest.approx(100 * (0.5 - 0.2) / 0.7)
+    assert any("no file of objects" in flag for flag in other["flags"])
+    assert any("scale" in flag for flag in other["flags"])
+    written = json.loads((output / "slides/sick/objects.geojson").read_text())["features"]
+    assert [f["id"] for f in written] == ["1", "2"]
+
+
+def test_a_case_counts_a_glomerulus_of_two_sections_once(output: Path) -> None:
+    a, b = json.loads((output / "results.json").read_text())["cases"]
+    assert (a["case"], a["slides"], a["counts"]["n"]) == ("A", ["sick", "well"], 2)
+    assert (b["case"], b["counts"]["unit"]) == ("B", "tiles")
+
+
+def test_the_summary_has_a_row_for_each(output: Path) -> None:
+    with (output / "summary.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    found = [(row["level"], row["name"], row["case"]) for row in rows]
+    assert found == [
+        ("slide", "sick", "A"),
+        ("slide", "well", "A"),
+        ("slide", "other", "B"),
+        ("case", "A", "A"),
+        ("case", "B", "B"),
+    ]
+    page = (output / "README.md").read_text()
+    assert NOT_A_SCORE in page
+    assert "the mean of the 5 highest tiles of each class" in page
+
+
+def test_nothing_names_a_place_on_the_machine(place: Path, output: Path) -> None:
+    for name, content in contents(output).items():
+        assert str(place).encode() not in content, name
+        assert b"/tmp" not in content, name
+
+
+def test_a_finished_run_is_read_and_not_repeated(place: Path, output: Path) -> None:
+    before = contents(output)
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("tiles.parquet")}
+    events: list[Any] = []
+    config = configured(
+        place,
+        output,
+        objects=str(place / "outlines"),
+        cases=str(place / "cases.csv"),
+        heatmap_class="lesion",
+    )
+    classify_slides(config, on_event=lambda kind, what: events.append((kind, what)))
+    assert contents(output) == before
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("tiles.parquet")} == times
+    assert not [event for event in events if event[0] == "slide"]
+
+
+def test_a_run_killed_half_way_gives_the_same_table(place: Path, tmp_path: Path) -> None:
+    """The process ends itself in the middle of a slide, without a chance to tidy up."""
+    program = (
+        "import os, sys, json\n"
+        "from hf_glovlm.slides.classify import SlideConfig, classify_slides\n"
+        "seen = []\n"
+        "def stop(kind, what):\n"
+        "    seen.extend([1] * (kind == 'tiles' and what['slide'] == 'well'))\n"
+        "    if len(seen) > 1:\n"
+        "        os._exit(9)\n"
+        "classify_slides(SlideConfig.from_mapping(json.loads(sys.argv[1])), on_event=stop)\n"
+    )
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    config = configured(place, broken, "sick", "well")
+    command = [sys.executable, "-c", program, json.dumps(vars(config))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 9, done.stderr
+    assert (broken / "slides/sick/tiles.parquet").is_file()
+    assert not (broken / "slides/well").exists()
+    assert (broken / "features/well.h5.part").is_file()
+    assert not (broken / "results.json").exists()
+    started: list[int] = []
+
+    def listen(kind: str, what: dict[str, Any]) -> None:
+        if kind == "tiles" and what["slide"] == "well":
+            started.append(what["done"])
+
+    resumed = classify_slides(config, on_event=listen)
+    assert started[0] == 16
+    assert resumed == classify_slides(configured(place, whole, "sick", "well"))
+    assert contents(broken) == contents(whole)
+
+
+def test_one_slide_fails_and_the_others_go_on(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/broken.tiff").write_bytes(b"II*\0no slide")
+    events: list[Any] = []
+    config = configured(place, tmp_path / "out", "well")
+    config.slides = [str(tmp_path / "in/broken.tiff"), *config.slides]
+    results = classify_slides(config, on_event=lambda kind, what: events.append((kind, what)))
+    assert [entry["status"] for entry in results["slides"]] == ["failed", "done"]
+    assert results["failed"] == 1
+    assert "broken" in results["slides"][0]["error"]
+    assert str(tmp_path) not in json.dumps(results)
+    assert [what["status"] for kind, what in events if kind == "slide"] == ["failed", "done"]
+    assert "## Not done" in (tmp_path / "out/README.md").read_text()
+    assert not list((tmp_path / "out/slides").glob(".*"))
+
+
+def test_what_is_wrong_with_objects_is_told_without_their_place(
+    place: Path, tmp_path: Path
+) -> None:
+    far = write_outlines(tmp_path / "secret/x.geojson", [{"type": "Feature", "geometry": None}])
+    results = classify_slides(configured(place, tmp_path / "out", "well", objects=str(far)))
+    assert "well.geojson, feature 1" in results["slides"][0]["error"]
+    assert "secret" not in json.dumps(results)
+
+
+def test_names_are_hidden_everywhere(place: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in" / "S21-12345.tiff"
+    source.parent.mkdir()
+    source.write_bytes((place / "well.tiff").read_bytes())
+    shown = configured(place, tmp_path / "shown")
+    shown.slides = [str(source)]
+    flags = classify_slides(shown)["slides"][0]["flags"]
+    assert any("accession" in flag for flag in flags)
+
+    hidden = configured(place, tmp_path / "hidden", anonymise=True, case="Jane Doe")
+    hidden.slides = [str(source)]
+    results = classify_slides(hidden)
+    assert [entry["slide"] for entry in results["slides"]] == ["slide_001"]
+    assert results["cases"][0]["case"] == "case_001"
+    assert not any("accession" in flag for flag in results["slides"][0]["flags"])
+    for path in (tmp_path / "hidden").rglob("*"):
+        assert "S21" not in path.name
+        if path.is_file():
+            assert b"S21-12345" not in path.read_bytes(), path.name
+            assert b"Jane" not in path.read_bytes(), path.name
+    assert classify_slides(hidden) == results
+
+
+def test_other_settings_do_not_pass_for_these(place: Path, tmp_path: Path) -> None:
+    first = classify_slides(configured(place, tmp_path, "well"))
+    smooth = classify_slides(configured(place, tmp_path, "well", smooth=True))
+    assert first["slides"][0]["pooled"]["top_1"] != smooth["slides"][0]["pooled"]["top_1"]
+    refused = classify_slides(configured(place, tmp_path, "well", overlap=0.5))
+    assert "other settings" in refused["slides"][0]["error"]
+    assert str(tmp_path) not in json.dumps(refused)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tile_sise": 3}, "Did you mean 'tile_size'"),
+        ({"slides": []}, "needs slides"),
+        ({"top": -1}, "--top must be at least 0"),
+        ({"threshold": 1.5}, "--threshold"),
+        ({"case": "A", "cases": "x.csv"}, "either --cases"),
+        ({"cases": "missing.csv"}, "CSV file of slides and cases"),
+        ({"objects": "missing.geojson"}, "Expected a GeoJSON file or a folder"),
+        ({"heatmap_class": "lesions"}, "Did you mean 'lesion'"),
+        ({"model": "missing/run/folder"}, "run's folder"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(
+    place: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(GloVLMError, match=message):
+        classify_slides(configured(place, tmp_path / "out", "well", **change))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name,case\nwell,A\n", "columns slide and case"),
+        ("slide,case\nsick,A\n", "no case of well"),
+        ("slide,case\nwell,\n", "no case of well"),
+        ("", "columns slide and case"),
+    ],
+)
+def test_cases_must_name_every_slide(place: Path, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "cases.csv").write_text(text)
+    config = configured(place, tmp_path / "out", "well", cases=str(tmp_path / "cases.csv"))
+    with pytest.raises(GloVLMError, match=message):
+        classify_slides(config)
+
+
+def test_a_trained_aggregator_gives_the_label(place: Path, output: Path, tmp_path: Path) -> None:
+    """Its answer is that of the bag alone; what it says of the tiles stands beside theirs."""
+    from hf_glovlm.adapters.aggregators import build_aggregator
+    from hf_glovlm.data.bags import read_bag
+    from hf_glovlm.mil import SlideClassifier, apply_mil
+
+    bag = read_bag(output / "features/sick.h5")
+    module = build_aggregator("abmil", bag.features.shape[1], 2, {"width": 8, "hidden": 8})
+    encoder = {"fingerprint": bag.attributes["fingerprint"], "tile_mpp": 0.25}
+    SlideClassifier(module.eval(), ["healthy", "ill"], encoder).save(tmp_path / "mil")
+    config = configured(place, tmp_path / "out", "sick", aggregator=str(tmp_path / "mil"))
+    results = classify_slides(config)
+    entry = results["slides"][0]
+    expected = apply_mil(tmp_path / "mil", bag)
+    assert any("tile_mpp" in flag for flag in entry["flags"])  # what the aggregator noted
+    assert entry["label"] == expected.label
+    assert entry["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
+    assert (entry["pooling"], results["slide_class_names"]) == ("abmil", ["healthy", "ill"])
+    assert results["class_names"] == ["lesion", "tissue"]
+    tiles = pq.read_table(tmp_path / "out/slides/sick/tiles.parquet")
+    for k, name in enumerate(("healthy", "ill")):
+        scores = tiles[f"score_{name}"].to_numpy()
+        assert scores == pytest.approx(expected.tile_scores[:, k], abs=1e-5)
+    assert tiles["attention"].to_numpy().sum() == pytest.approx(1, abs=1e-5)
+    assert {"p_lesion", "label"} <= set(tiles.column_names)
+    page = (tmp_path / "out/README.md").read_text()
+    assert "the trained aggregator abmil" in page
+    assert "| slide | label | p healthy | p ill |" in page
+
+
+def test_one_file_of_objects_is_for_one_slide(place: Path, tmp_path: Path) -> None:
+    given = str(place / "outlines/sick.geojson")
+    with pytest.raises(GloVLMError, match="cannot serve 2 slides"):
+        classify_slides(configured(place, tmp_path, "sick", "well", objects=given))
+    results = classify_slides(configured(place, tmp_path, "sick", objects=given))
+    assert results["slides"][0]["counts"]["n"] == 2

@@ -1,0 +1,360 @@
+"""Counts, intervals and corrections, each against a restatement that shares no code."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.optimize import brentq, minimize
+
+from hf_glovlm.calibration import correct_prior
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides import left_out as studied
+from hf_glovlm.slides.counting import (
+    NEIGHBOURS,
+    NOT_A_SCORE,
+    SAMPLING,
+    adjust_fractions,
+    confusion_counts,
+    corrected_percentages,
+    count_classes,
+    is_informative,
+    rogan_gladen,
+    wilson_interval,
+)
+from hf_glovlm.slides.left_out import bench_counting, bench_rows, count_left_out
+
+NAMES = ["non_sclerosed", "sclerosed"]
+
+
+# ------------------------------------------------------------------------------------- counting
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 7), (1, 20), (5, 20), (19, 20), (12, 12), (300, 900)])
+def test_wilson_holds_the_fractions_that_the_score_test_accepts(count: int, n: int) -> None:
+    seen = count / n
+
+    def rejected(p: float) -> float:  # > 0 outside the interval
+        return float((seen - p) ** 2 - 1.959963984540054**2 * p * (1 - p) / n)
+
+    low, high = wilson_interval(count, n)
+    # The score test accepts what was seen; step off the trivial roots at 0 and 1.
+    expected_low = 0.0 if count == 0 else brentq(rejected, 1e-9, min(seen, 1 - 1e-9))
+    expected_high = 1.0 if count == n else brentq(rejected, max(seen, 1e-9), 1 - 1e-9)
+    assert (low, high) == pytest.approx((expected_low, expected_high), abs=1e-9)
+
+
+@pytest.mark.parametrize(("count", "n"), [(-1, 4), (5, 4)])
+def test_wilson_refuses_impossible_counts(count: int, n: int) -> None:
+    with pytest.raises(GloVLMError, match="Expected a count"):
+        wilson_interval(count, n)
+
+
+def test_counts_of_each_slide() -> None:
+    labels = [0, 1, 1, 0, 0, 0]
+    found = count_classes(labels, NAMES, groups=["b", "b", "b", "a", "a", "a"])
+    assert list(found) == ["b", "a"]
+    b, a = found["b"]["classes"]["sclerosed"], found["a"]["classes"]["sclerosed"]
+    assert (b["count"], a["count"], found["b"]["n"]) == (2, 0, 3)
+    assert b["percent"] == pytest.approx(200 / 3)
+    assert b["ci95"] == pytest.approx([100 * x for x in wilson_interval(2, 3)])
+    assert found["a"]["notes"] == [NOT_A_SCORE, SAMPLING]
+    assert "corrected" not in a
+
+
+def test_probabilities_count_by_their_largest_and_tiles_say_that_they_are_neighbours() -> None:
+    p = np.array([[0.6, 0.4], [0.1, 0.9], [0.5, 0.5]])
+    found = count_classes(p, NAMES, unit="tiles")["all"]
+    assert [found["classes"][name]["count"] for name in NAMES] == [2, 1]
+    assert NEIGHBOURS in found["notes"]
+
+
+def test_a_glomerulus_on_two_sections_is_one() -> None:
+    p = np.array([[0.9, 0.1], [0.0, 1.0], [0.2, 0.8]])
+    found = count_classes(p, NAMES, groups=["case"] * 3, ids=["g1", "g1", "g2"])["case"]
+    # g1: mean (0.45, 0.55), so sclerosed, although its first section says otherwise
+    assert (found["n"], found["classes"]["sclerosed"]["count"]) == (2, 2)
+    apart = count_classes(p[:2], NAMES, groups=["case", "other"], ids=["g1", "g1"])
+    assert [entry["n"] for entry in apart.values()] == [1, 1]
+
+
+def test_no_object_is_no_percentage() -> None:
+    found = count_classes(np.empty((0, 2)), NAMES)["all"]
+    assert found["n"] == 0
+    assert found["classes"]["sclerosed"] == {"count": 0, "percent": None, "ci95": None}
+
+
+@pytest.mark.parametrize(
+    ("calls", "options", "message"),
+    [
+        ([0, 2], {}, "Expected classes 0 ... 1, found 2"),
+        ([0.5, 0.5], {}, "Expected class numbers"),
+        ([[0.5, np.nan]], {}, "Expected class numbers"),
+        ([0, 1], {"groups": ["a"]}, "for each of 2 rows, not 1"),
+        ([0, 1], {"ids": ["a"]}, "for each of 2 rows, not 1"),
+        ([0, 1], {"confusion": [[1.0, 0], [0, 1]]}, "confusion matrix of counts"),
+        ([0, 1], {"confusion": [[1, 0, 0]]}, "confusion matrix of counts"),
+    ],
+)
+def test_counting_refuses(calls: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(GloVLMError, match=message):
+        count_classes(calls, NAMES, **options)
+
+
+def test_counts_are_corrected_where_the_errors_are_known() -> None:
+    confusion = [[80, 20], [10, 90]]
+    entry = count_classes([1] * 40 + [0] * 60, NAMES, confusion=confusion)["all"]
+    corrected = entry["classes"]["sclerosed"]["corrected"]
+    assert corrected["percent"] == pytest.approx(100 * (0.4 - 0.2) / 0.7)
+    low, high = corrected["ci95"]
+    plain = entry["classes"]["sclerosed"]["ci95"]
+    assert low < corrected["percent"] < high
+    assert high - low > plain[1] - plain[0]  # it holds the classifier's errors too
+    assert "200 labelled objects" in entry["notes"][-1]
+
+
+@pytest.mark.parametrize("confusion", [[[5, 5], [5, 5]], [[9, 1], [0, 0]], [[1, 9], [9, 1]]])
+def test_counts_stay_where_the_errors_tell_nothing(confusion: list[list[int]]) -> None:
+    entry = count_classes([1, 0], NAMES, confusion=confusion)["all"]
+    assert "corrected" not in entry["classes"]["sclerosed"]
+    assert "not corrected" in entry["notes"][-1]
+
+
+# ----------------------------------------------------------------------------------- correction
+
+fractions = st.lists(st.floats(0.01, 1), min_size=2, max_size=5).map(
+    lambda values: np.array(values) / sum(values)
+)
+
+
+@given(st.floats(0, 1), st.floats(0.55, 1), st.floats(0.5, 1))
+def test_two_classes_are_rogan_and_gladen(
+    apparent: float, sensitivity: float, specificity: float
+) -> None:
+    rates = np.array([[specificity, 1 - specificity], [1 - sensitivity, sensitivity]])
+    expected = min(max((apparent + specificity - 1) / (sensitivity + specificity - 1), 0), 1)
+    found = adjust_fractions([1 - apparent, apparent], rates)
+    assert rogan_gladen(apparent, sensitivity, specificity) == pytest.approx(expected)
+    assert found == pytest.approx([1 - expected, expected], abs=1e-7)
+
+
+@given(fractions)
+def test_a_perfect_classifier_is_left_alone(apparent: NDArray[np.float64]) -> None:
+    assert adjust_fractions(apparent, np.eye(len(apparent))) == pytest.approx(apparent, abs=1e-9)
+
+
+@given(fractions, st.integers(0, 2**16))
+def test_corrections_stay_on_the_simplex_and_invert_the_errors(
+    truth: NDArray[np.float64], seed: int
+) -> None:
+    k = len(truth)
+    rates = 0.6 * np.eye(k) + 0.4 * np.random.default_rng(seed).dirichlet(np.ones(k), size=k)
+    if not is_informative(rates):
+        return
+    assert adjust_fractions(truth @ rates, rates) == pytest.approx(truth, abs=1e-6)
+    wild = np.random.default_rng(seed + 1).dirichlet(np.full(k, 0.2))
+    found = adjust_fractions(wild, rates)
+    assert found.sum() == pytest.approx(1)
+    assert (found >= 0).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_correction_is_the_least_squares_on_the_simplex(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    k = 3 + seed % 3
+    rates = 0.6 * np.eye(k) + 0.4 * rng.dirichlet(np.ones(k), size=k)
+    apparent = rng.dirichlet(np.full(k, 0.3))
+    plain = minimize(
+        lambda p: float(((rates.T @ p - apparent) ** 2).sum()),
+        np.full(k, 1 / k),
+        method="SLSQP",
+        bounds=[(0, 1)] * k,
+        constraints={"type": "eq", "fun": lambda p: p.sum() - 1},
+        options={"ftol": 1e-14, "maxiter": 500},
+    )
+    assert adjust_fractions(apparent, rates) == pytest.approx(plain.x, abs=1e-4)
+
+
+def test_calls_that_tell_nothing_are_not_corrected() -> None:
+    with pytest.raises(GloVLMError, match="no likelier"):
+        adjust_fractions([0.5, 0.5], [[0.4, 0.6], [0.6, 0.4]])
+    with pytest.raises(GloVLMError, match="above 1"):
+        rogan_gladen(0.5, 0.5, 0.5)
+    with pytest.raises(GloVLMError, match="labelled objects of every class"):
+        adjust_fractions([0.5, 0.5], [[1, 0], [0, 0]])
+
+
+def test_intervals_shrink_to_the_estimate_with_many_labels_and_objects() -> None:
+    few, _ = corrected_percentages([60, 40], [[8, 2], [1, 9]])
+    many, bounds = corrected_percentages([60_000, 40_000], [[80_000, 20_000], [10_000, 90_000]])
+    assert few == pytest.approx(many)
+    assert np.ptp(bounds, axis=1) == pytest.approx([0, 0], abs=2)
+
+
+def test_the_confusion_matrix_has_labels_as_rows() -> None:
+    assert confusion_counts([0, 0, 1], [0, 1, 1], 2).tolist() == [[1, 1], [0, 1]]
+
+
+# ------------------------------------------------------------------------- slides left out in turn
+
+
+def drawn_slides(
+    n_slides: int = 6, per_slide: int = 30, gap: float = 1.2, seed: int = 0
+) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]]:
+    """Overlapping classes in the plane at prevalences 0 ... 1/2 over the slides."""
+    rng = np.random.default_rng(seed)
+    labels, slides = [], []
+    for i in range(n_slides):
+        positive = round(per_slide * 0.5 * i / (n_slides - 1))
+        labels += [1] * positive + [0] * (per_slide - positive)
+        slides += [f"s{i}"] * per_slide
+    y = np.array(labels)
+    features = rng.normal(size=(len(y), 4)) + [5, 0, 0, 0] + gap * y[:, None] * [0, 1, 1, 0]
+    return features, y, slides
+
+
+@pytest.fixture(scope="module")
+def left_out() -> dict[str, Any]:
+    features, labels, slides = drawn_slides()
+    return count_left_out(features, labels, slides, class_names=NAMES, shots=6, draws=3)
+
+
+def test_left_out_slides_are_measured_as_a_plain_loop_does(left_out: dict[str, Any]) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels, slides = drawn_slides()
+    ids = np.array(slides, dtype=object)
+    errors = []
+    for i in range(6):
+        test = ids == f"s{i}"
+        for draw in range(3):
+            support = studied._draw_support(labels, ids, f"s{i}", NAMES, 6, 0, draw)
+            assert not test[support].any()
+            assert np.bincount(labels[support]).tolist() == [6, 6]
+            # spread: slides take turns, so no slide gives two before each has given one
+            given = np.unique(ids[support][labels[support] == 0], return_counts=True)[1]
+            assert given.max() - given.min() <= 1
+            unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+            model = LogisticRegression(C=100, max_iter=1000).fit(unit[support], labels[support])
+            read = 100 * model.predict(unit[test]).mean()
+            errors.append(read - 100 * labels[test].mean())
+    plain = left_out["estimates"][0]
+    assert plain["name"] == "counted"
+    assert plain["error"]["value"] == pytest.approx(np.abs(errors).mean())
+    assert plain["bias"]["value"] == pytest.approx(np.mean(errors))
+    free = np.array(errors[:3])  # slide s0 holds none
+    assert plain["reads_high"] == pytest.approx((free >= 10).mean())
+    low, high = plain["error"]["ci95"]
+    assert low <= plain["error"]["value"] <= high
+
+
+def test_what_each_estimate_used_is_told(left_out: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in left_out["estimates"]}
+    assert list(rows) == ["counted", "expected", "adjusted", "adjusted_all", "em"]
+    assert [row["labels_used"] for row in rows.values()] == [12, 12, 12, 150, 12]
+    assert [name for name, row in rows.items() if row["transductive"]] == ["em"]
+    assert rows["counted"]["against_counted"]["value"] == 0
+    assert left_out["n_slides"] == 6
+
+
+def test_no_label_of_the_left_out_slide_is_used() -> None:
+    """Change them all: only the truth that estimates are compared with may change."""
+    features, labels, slides = drawn_slides()
+    other = labels.copy()
+    other[-30:] = 1 - other[-30:]
+    one, two = (
+        count_left_out(features, y, slides, shots=4, draws=1)["slides"] for y in (labels, other)
+    )
+    last_one, last_two = one[-1], two[-1]
+    assert last_one.pop("truth") + last_two.pop("truth") == pytest.approx(100)
+    assert last_one == last_two
+
+
+def test_estimates_against_restatements() -> None:
+    features, labels, slides = drawn_slides(4, 24)
+    ids = np.array(slides, dtype=object)
+    found = count_left_out(features, labels, slides, shots=4, draws=1)["slides"][0]
+    from sklearn.linear_model import LogisticRegression
+
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    support = studied._draw_support(labels, ids, "s0", ["0", "1"], 4, 0, 0)
+
+    def classify(rows: Any, test: Any) -> NDArray[np.float64]:
+        model = LogisticRegression(C=100, max_iter=1000).fit(unit[rows], labels[rows])
+        return np.asarray(model.predict_proba(unit[test]))
+
+    p = classify(support, ids == "s0")
+    assert found["expected"] == pytest.approx(100 * p[:, 1].mean(), abs=1e-3)
+    prior = np.array([0.5, 0.5])
+    for _ in range(3000):
+        prior = correct_prior(p, prior).mean(axis=0)
+    assert found["em"] == pytest.approx(100 * prior[1], abs=0.01)
+    for name, of in (("adjusted", support), ("adjusted_all", np.flatnonzero(ids != "s0"))):
+        table = np.full((2, 2), 0.5)
+        for slide in ("s1", "s2", "s3"):
+            kept = support[ids[support] != slide]
+            if set(labels[kept]) == {0, 1}:
+                rows = np.array([row for row in of if ids[row] == slide])
+                calls = classify(kept, rows).argmax(axis=1) if len(rows) else []
+                np.add.at(table, (labels[rows.astype(int)], calls), 1)
+        specificity, sensitivity = np.diag(table) / table.sum(axis=1)
+        read = p.argmax(axis=1).mean()
+        if sensitivity + specificity > 1:
+            read = min(max((read + specificity - 1) / (sensitivity + specificity - 1), 0), 1)
+        assert found[name] == pytest.approx(100 * read, abs=1e-5)
+
+
+def test_correction_pays_where_the_errors_are_the_same_everywhere() -> None:
+    features, labels, slides = drawn_slides(6, 150, gap=1.5)
+    found = count_left_out(features, labels, slides, shots=8, draws=3, corrections=["adjusted_all"])
+    plain, adjusted = found["estimates"]
+    assert adjusted["error"]["value"] < 0.7 * plain["error"]["value"]
+    assert adjusted["against_counted"]["ci95"][1] < 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "sclerosis"}, "Did you mean 'sclerosed'"),
+        ({"corrections": ["magic"]}, "Expected one of counted"),
+        ({"min_objects": 31}, "found 6 slides, 0 so large"),
+        ({"draws": 0}, "0 draws"),
+        ({"slides": ["a"]}, "a class number and a slide each"),
+        ({"shots": 500}, "ask for fewer shots"),
+    ],
+)
+def test_left_out_refuses(change: dict[str, Any], message: str) -> None:
+    features, labels, slides = drawn_slides()
+    given_slides = change.pop("slides", slides)
+    with pytest.raises(GloVLMError, match=message):
+        count_left_out(features, labels, given_slides, class_names=NAMES, **{"draws": 1} | change)
+
+
+def test_bench_rows_say_the_parts(left_out: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in bench_rows(left_out)}
+    plain = left_out["estimates"][0]["error"]
+    row = rows["counting.counted.error"]
+    assert row["value"] == pytest.approx(plain["value"], abs=1e-3)
+    assert (row["unit"], row["ratio"]) == ("points", 1)
+    assert "12 labels" in row["what"]
+    assert "6 slides left out in turn, 3 draws of 6 shots" in row["what"]
+    assert rows["counting.em.reads_high"]["unit"] == "%"
+
+
+def test_the_bench_reads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOVLM_CACHE", str(tmp_path / "cache"))
+    data = tiny.tiny_images(tmp_path / "images", tiny.CLASSES[:2], 8, 4)
+    rows = bench_counting(
+        str(data),
+        str(tiny.tiny_clip()),
+        shots=2,
+        draws=1,
+        min_objects=4,
+        group_column="patient_id",
+    )
+    assert [row["name"] for row in rows[:2]] == ["counting.counted.error", "counting.counted.bias"]
+    assert all(0 <= row["value"] <= 100 for row in rows if row["name"].endswith("error"))

@@ -1,0 +1,157 @@
+"""Outlined objects of a slide: cut as training crops are, classified once, written as they came."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from slide_model import outline, train, write_outlines
+from slides_made import write_slide
+
+from hf_glovlm import load_dataset
+from hf_glovlm.data.annotations import read_geojson
+from hf_glovlm.data.crops import cut_crops
+from hf_glovlm.data.wsi import open_slide
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference import load_classifier, predict
+from hf_glovlm.slides.objects import classify_objects, read_objects
+
+# Each crop lies within its box, which is of one texture.
+BOXES = [(100, 100, 160, 160), (480, 290, 200, 200)]
+PLAIN = (660, 520, 200, 170)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("objects")
+    write_slide(
+        folder / "s1.tiff", 900, 700, mpp=0.5, lesions=BOXES, blobs=2, compression="deflate"
+    )
+    train(folder)
+    write_outlines(
+        folder / "s1.geojson",
+        [
+            outline(128, 128, 96, "a", classification={"name": "Glomerulus"}, lock=True),
+            outline(132, 130, 96, "b", classification={"name": "Glomerulus"}),
+            outline(512, 320, 128, "c", classification={"name": "Glomerulus"}, glomerulus_id="g7"),
+            outline(700, 540, 96, "d", classification={"name": "Glomerulus"}),
+        ],
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tools(place: Path) -> Any:
+    return load_classifier(str(place / "run"))[:2]
+
+
+def classify(place: Path, tools: Any, **options: Any) -> Any:
+    with open_slide(place / "s1.tiff") as slide:
+        return classify_objects(*tools, slide, read_geojson(place / "s1.geojson"), **options)
+
+
+def test_objects_are_what_predict_says_of_their_crops(
+    place: Path, tools: Any, tmp_path: Path
+) -> None:
+    cut_crops(place / "s1.tiff", place / "s1.geojson", tmp_path / "crops")
+    rows = load_dataset(tmp_path / "crops")["all"]
+    said = predict(*tools, rows.remove_columns("label"))
+    found = classify(place, tools, batch_size=2)
+    with (tmp_path / "crops/metadata.csv").open(newline="") as stream:
+        object_of = {row["file_name"]: row["object_id"] for row in csv.DictReader(stream)}
+    names = [object_of[name] for name in rows["file_name"]]
+    crops = dict(zip(names, said.probabilities, strict=True))
+    assert set(crops) == {"a", "c", "d"}
+    for item, row in zip(found.objects, found.probabilities, strict=True):
+        if item.id in crops:
+            assert row == pytest.approx(crops[item.id], abs=1e-5)
+    assert found.labels == ["lesion", "lesion", "lesion", "tissue"]
+
+
+def test_an_outline_drawn_twice_is_counted_once(place: Path, tools: Any, tmp_path: Path) -> None:
+    found = classify(place, tools)
+    assert found.counted.tolist() == [True, False, True, True]
+    assert found.repeats == [None, "a", None, None]
+    assert found.probabilities[1].tolist() == found.probabilities[0].tolist()
+    assert "1 of 4 outlines repeat" in found.notes[0]
+    found.save(tmp_path / "objects.parquet")
+    probabilities, ids = read_objects(tmp_path / "objects.parquet", "s1")
+    assert ids == ["s1 a", "glomerulus g7", "s1 d"]
+    assert np.array_equal(probabilities, found.probabilities[[0, 2, 3]])
+
+
+def test_objects_keep_id_and_geometry_and_get_class_and_probability(
+    place: Path, tools: Any, tmp_path: Path
+) -> None:
+    found = classify(place, tools)
+    found.write_geojson(tmp_path / "objects.geojson")
+    given = json.loads((place / "s1.geojson").read_text())["features"]
+    written = json.loads((tmp_path / "objects.geojson").read_text())["features"]
+    for before, after, row in zip(given, written, found.probabilities, strict=True):
+        assert (after["id"], after["geometry"]) == (before["id"], before["geometry"])
+        assert after["properties"]["measurements"]["p lesion"] == pytest.approx(row[0])
+        assert after["properties"]["classification"]["name"] in ("lesion", "tissue")
+        assert after["properties"]["metadata"]["given class"] == "Glomerulus"
+    assert written[0]["properties"]["lock"] is True
+    assert [f["properties"]["measurements"]["counted"] for f in written] == [1, 0, 1, 1]
+
+
+def test_the_table_says_where_each_crop_lies(place: Path, tools: Any, tmp_path: Path) -> None:
+    classify(place, tools).save(tmp_path / "objects.parquet")
+    rows = pq.read_table(tmp_path / "objects.parquet").to_pylist()
+    # 96 * 1.25 = 120 around the middle of 128 ... 224
+    assert (rows[0]["x"], rows[0]["y"], rows[0]["side"]) == (116, 116, 120)
+    assert rows[2]["glomerulus"] == "g7"
+    assert rows[0]["p_lesion"] + rows[0]["p_tissue"] == pytest.approx(1)
+    assert list(rows[0])[-3:] == ["label", "p_lesion", "p_tissue"]
+
+
+@pytest.mark.parametrize(
+    ("adapted", "allow", "fits"), [(2.0, False, True), (9.0, False, False), (9.0, True, True)]
+)
+def test_the_scale_must_be_that_of_the_model(
+    place: Path, tools: Any, adapted: float, allow: bool, fits: bool
+) -> None:
+    model = tools[0]
+    model.config.mpp = adapted
+    try:
+        if fits:
+            found = classify(place, tools, allow_scale=allow)
+            # crops of 120, 160 and 120 px at 0.5 reach 32 input pixels
+            assert found.mpp == pytest.approx(0.5 * 120 / 32)
+        else:
+            with pytest.raises(GloVLMError, match=r"adapted at 9 .* at 1.88"):
+                classify(place, tools, allow_scale=allow)
+    finally:
+        model.config.mpp = None
+
+
+def test_an_unknown_scale_is_said(tools: Any, tmp_path: Path) -> None:
+    write_slide(tmp_path / "s.tiff", 600, 500, mpp=None, blobs=1)
+    items = read_geojson(write_outlines(tmp_path / "s.geojson", [outline(50, 50, 80, "a")]))
+    with open_slide(tmp_path / "s.tiff") as slide:
+        found = classify_objects(*tools, slide, items)
+        given = classify_objects(*tools, slide, items, mpp=0.25)
+    assert found.mpp == "unknown"
+    assert "scale of the crops is not known" in found.notes[0]
+    assert given.mpp == pytest.approx(0.25 * 100 / 32, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "message"),
+    [
+        ([outline(5000, 10, 50, "far")], {}, "object far lies outside the slide"),
+        ([outline(10, 10, 50, "a")], {"margin": 0.5}, "margin of at least 1"),
+        ([], {}, "one outlined object at least"),
+    ],
+)
+def test_what_cannot_be_classified_is_refused(
+    place: Path, tools: Any, tmp_path: Path, features: Any, options: Any, message: str
+) -> None:
+    path = write_outlines(tmp_path / "o.geojson", features)
+    items = read_geojson(path) if features else []
+    with open_slide(place / "s1.tiff") as slide, pytest.raises(GloVLMError, match=message):
+        classify_objects(*tools, slide, items, **options)
