@@ -1,0 +1,189 @@
+"""Which files a published model consists of, and a finished run as far as publishing goes."""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from ..errors import GloVLMError
+
+PARTS = "glovlm.json"  # config of a repository without the base's weights
+BESIDE = "head.safetensors"  # its weights: all that neither base nor adapter holds
+MODEL_FILES = (
+    "config.json", "model.safetensors", "model.safetensors.index.json", "processor_config.json",
+    "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    "merges.txt", "vocab.txt", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_PLACES = {  # keys under which transformers notes where files lay
+    "_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file",
+    "merges_file", "is_local", "local_files_only",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Identifiers:
+    """What names a patient, a slide, a file or a place of a run.
+
+    Args:
+        names: Those that the run's files spell out.
+        hashes: SHA-256 of further groups, which `results.json` knows by that alone.
+    """
+
+    names: frozenset[str] = frozenset()
+    hashes: frozenset[str] = frozenset()
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        parts = "|".join(re.escape(name) for name in sorted(self.names, key=len, reverse=True))
+        return re.compile(rf"(?<![\w.-])(?:{parts})(?![\w-])") if parts else re.compile(r"(?!)")
+
+    def find(self, text: str) -> str | None:
+        """The first of them in a text, as a whole word or up to three."""
+        if found := self._pattern.search(text):
+            return found.group()
+        words = [word.rstrip(".") for word in re.findall(r"[\w.-]+", text)]
+        for count in (1, 2, 3) if self.hashes else ():
+            for i in range(len(words) - count + 1):
+                named = " ".join(words[i : i + count])
+                if is_telling(named) and sha256(named.encode()).hexdigest() in self.hashes:
+                    return named
+        return None
+
+
+def is_telling(name: str) -> bool:
+    """Whether a name is long enough to lead to anybody; shorter ones are found everywhere."""
+    return len(name) >= (7 if re.fullmatch(r"[\d.]+", name) else 4)
+
+
+@dataclass
+class Run:
+    """A finished run, as far as publishing goes.
+
+    Args:
+        folder: Where it lies.
+        results: The content of its `results.json`.
+        config: The `GloVLMConfig` of its model.
+        identifiers: What may not leave.
+        left_out: What stays here, in sentences.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    config: Any
+    identifiers: Identifiers
+    left_out: list[str] = field(default_factory=list)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what cannot be the id of a repository.
+
+    Raises:
+        GloVLMError: It is not `owner/name`.
+    """
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo_id)
+    except ValueError:
+        pass
+    else:
+        if repo_id.count("/") == 1:
+            return
+    raise GloVLMError(
+        f"Expected the id of a repository, owner/name in letters, digits, '-', '_' and '.', found "
+        f"'{repo_id}'."
+    )
+
+
+def read_run(folder: Path) -> Run:
+    """Read what publishing needs of a run.
+
+    Args:
+        folder: The output folder of `glovlm train`.
+
+    Raises:
+        GloVLMError: It holds no finished run, or no model.
+    """
+    from ..model import GloVLMConfig
+
+    if not (folder / "results.json").is_file() or not (folder / "config.yaml").is_file():
+        raise GloVLMError(
+            f"Expected the --output-dir of a finished `glovlm train`, found none at {folder}."
+        )
+    if not (folder / "model" / "config.json").is_file():
+        raise GloVLMError(f"The run in {folder} kept no model: train it again with its model.")
+    if (folder / "model" / "adapter_config.json").exists():
+        raise GloVLMError(
+            f"{folder / 'model'} holds merged weights and an adapter, which would be applied "
+            "twice: remove adapter_config.json from it."
+        )
+    try:
+        results = read_json(folder / "results.json")
+        config = GloVLMConfig.from_pretrained(folder / "model")
+        identifiers = _identifiers(folder, results)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GloVLMError(f"The run in {folder} cannot be read: {error}") from error
+    stays = ("predictions.parquet", "episodes.json", "config.yaml", "log.jsonl")
+    left = [f"{name} stays here." for name in stays if (folder / name).exists()]
+    return Run(folder, results, config, identifiers, left)
+
+
+def _identifiers(folder: Path, results: Mapping[str, Any]) -> Identifiers:
+    import yaml
+
+    from ..inference import Predictions
+
+    named: set[str] = set()
+    if (folder / "predictions.parquet").is_file():
+        said = Predictions.load(folder / "predictions.parquet")
+        named |= {*said.file_names, *(said.groups or ())}
+    if (folder / "episodes.json").is_file():
+        sides = ("support", "validation", "calibration", "test_groups", "calibration_groups")
+        for draw in read_json(folder / "episodes.json").get("draws") or []:
+            named |= set(_strings([draw.get(side) for side in sides]))
+    named |= {Path(name).name for name in named} | {Path(name).stem for name in named}
+    known = {*results["per_class"], results["data"]["group_column"], results["data"]["sampler"]}
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    places = [str(Path.home()), str(folder), *_strings(settings)]
+    places = [place for place in places if Path(place).is_absolute() and len(place) > 1]
+    return Identifiers(
+        frozenset([*filter(is_telling, named - known), *places]),
+        frozenset(results["data"].get("support_groups_sha256") or ()),
+    )
+
+
+def without_places(value: Any, more: Iterable[str] = ()) -> Any:
+    """Drop the keys under which transformers notes where files lay, and those in `more`."""
+    drop = _PLACES | set(more)
+    if isinstance(value, dict):
+        return {k: without_places(v, more) for k, v in value.items() if k not in drop}
+    return [without_places(v, more) for v in value] if isinstance(value, list) else value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list."""
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def read_json(file: Path) -> Any:
+    """Plain values of a JSON file."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write plain values; the file is in a folder that nobody else reads yet."""
+    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,95 @@
+"""A run as a plain CLIP checkpoint."""
+
+import os
+import shutil
+from pathlib import Path
+
+from ..errors import GloVLMError
+from ..licences import check_publishing, describe_licence
+from .files import bullets, read_json, read_run, without_places, write_json
+
+_LAST_CALL = (
+    "max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id",
+)  # fmt: skip
+
+
+def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = None) -> Path:
+    """Write a run as a plain CLIP checkpoint, which transformers loads without code of ours.
+
+    The towers hold what was merged into them; the classes are then texts: the mean of the unit
+    features of a class's prompts, which stand in the folder's README. Temperature and prior
+    correction have no place in such a checkpoint.
+
+    Args:
+        run: The output folder of `glovlm train`.
+        folder: Where to write; must not exist, or be empty.
+        reason: Why, where the licence of the base asks for one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        GloVLMError: The model is no CLIP (a pair, SigLIP), changed its blocks, or classifies by
+            something other than texts.
+    """
+    import torch
+    from transformers import CLIPProcessor
+
+    from ..inference import load_classifier
+
+    found, target = read_run(Path(run).expanduser()), Path(folder).expanduser()
+    config = found.config
+    check_publishing(config, "export", reason)
+    kind = "a pair of towers" if config.is_pair else config.backbone_config.model_type
+    if kind != "clip":
+        raise GloVLMError(f"Only a CLIP can be written as a CLIP checkpoint; this is {kind}.")
+    if config.inserts or getattr(config, "context", None):
+        raise GloVLMError(
+            f"Method '{found.results['config']['method']}' changed the blocks of the towers, which "
+            "a plain CLIP has no place for: publish it as it is (glovlm push)."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise GloVLMError(f"{target} is there already: give a new or an empty folder.")
+    classifier, processor, _ = load_classifier(str(found.folder / "model"))
+    texts = classifier.config.prompts
+    same = False
+    if texts and processor.context_token_ids is None and getattr(classifier.head, "cosine", False):
+        with torch.inference_mode():
+            prototypes = classifier.glovlm.class_prototypes(**processor.encode_prompts(texts))
+        same = torch.allclose(prototypes, classifier.head.weight, atol=1e-4)
+        same = same and not bool(classifier.head.bias.any())
+    if not same:
+        raise GloVLMError(
+            f"The classes of method '{found.results['config']['method']}' are no plain texts, so a "
+            "CLIP checkpoint would not answer as this model does: publish it as it is (glovlm "
+            "push)."
+        )
+    scratch = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        classifier.glovlm.backbone.save_pretrained(scratch)
+        # How texts were last cut and padded here is kept in the tokenizer; others begin afresh.
+        processor.tokenizer.backend_tokenizer.no_truncation()
+        processor.tokenizer.backend_tokenizer.no_padding()
+        CLIPProcessor(processor.image_processor, processor.tokenizer).save_pretrained(scratch)
+        for file in scratch.glob("*.json"):
+            plain = without_places(read_json(file), {"auto_map", *_LAST_CALL})
+            if plain.get("processor_class"):
+                plain["processor_class"] = "CLIPProcessor"
+            write_json(file, plain)
+        rows = [f"| {config.id2label[k]} | {' · '.join(t)} |" for k, t in enumerate(texts)]
+        (scratch / "README.md").write_text(
+            "# A plain CLIP checkpoint\n\nResearch use only, not for diagnosis. Written by "
+            "`glovlm export --format clip`; a class is the mean of the unit features of its "
+            "prompts.\n\n| class | prompts |\n| --- | --- |\n" + "\n".join(rows) + "\n\n"
+            + bullets(describe_licence(config, "export", reason)),
+            encoding="utf-8",
+        )  # fmt: skip
+        if target.is_dir():
+            target.rmdir()
+        os.replace(scratch, target)
+    except OSError as error:
+        raise GloVLMError(f"{target} cannot be written: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target

@@ -1,0 +1,232 @@
+"""What leaves: laid out in a temporary folder, cleaned of what may not, and searched for it."""
+
+import errno
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..card import render_card
+from ..errors import GloVLMError
+from ..licences import Part, describe_licence
+from .files import (
+    MODEL_FILES,
+    SHARD,
+    Identifiers,
+    Run,
+    bullets,
+    read_json,
+    without_places,
+    write_json,
+)
+from .parts import stage_parts
+
+_PATH = re.compile(r"(?<![\w./])(?:~?/|[A-Za-z]:[\\/])[\w.-]+[\\/]")
+_FIGURES = ("calibration", "confusion_matrix", "per_class", "reliability", "risk_coverage")
+# `results.json` as it is published: what stands here, and nothing that was added since.
+_CONFIG_KEYS = (
+    "method", "shots", "seed", "draw", "shots_from", "allow_fewer", "stain", "validation_shots",
+    "test_fraction", "loss", "method_config", "epochs", "lr", "weight_decay", "batch_size",
+    "max_steps", "cross_validate", "calibration_groups", "temperature", "conformal", "alpha",
+    "per_class", "max_risk", "prior", "augment", "mixed_precision", "accumulate", "clip_norm",
+    "n_resamples",
+)  # fmt: skip
+_DATA_KEYS = (
+    "name", "hub_id", "fingerprint", "classes", "counts", "groups", "group_column", "split_hash",
+    "shots", "sampler", "support", "notes", "mpp", "stain", "license", "citation",
+)  # fmt: skip
+_RESULT_KEYS = (
+    "metrics", "per_class", "confusion_matrix", "reliability", "prior", "threshold", "n",
+    "n_groups", "bootstrap", "method", "backbone", "training", "transductive", "prompt_sets",
+    "prior_correction", "calibration", "abstention", "sets", "notes",
+    "synthetic", "timing", "environment",
+)  # fmt: skip
+_SUBGROUPS = ("stain", "scanner")  # an institution or a reader is somebody's name
+
+
+@contextmanager
+def staged(run: Run, repo_id: str, what: Part, reason: str | None) -> Iterator[Path]:
+    """A temporary folder with all that leaves; gone at the end, whatever happens.
+
+    Args:
+        run: The run.
+        repo_id: Where it goes.
+        what: What of it.
+        reason: Why it may, for the card.
+
+    Raises:
+        GloVLMError: The disk is full, or something that may not leave would.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="glovlm-push-"))
+    try:
+        try:
+            _stage(folder, run, repo_id, what, reason)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise GloVLMError(
+                    f"The disk of {folder.parent} is full: set TMPDIR to a folder with room for "
+                    "the model. Nothing was published."
+                ) from error
+            raise GloVLMError(f"The run cannot be laid out for publishing: {error}") from error
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stage(
+    stage: Path,
+    run: Run,
+    repo_id: str,
+    what: Part,
+    reason: str | None,
+) -> None:
+    """Lay out what leaves, then search it for what may not."""
+    import yaml
+
+    if what == "full":
+        _stage_model(stage, run.folder / "model")
+    else:
+        stage_parts(stage, run, what)
+    results = _publishable(run)
+    write_json(stage / "results.json", results)
+    classes = {
+        c["name"]: {"display_name": c["display_name"], "prompts": list(c["prompts"])}
+        for c in results["data"]["classes"]
+    }
+    text = yaml.safe_dump({"classes": classes}, sort_keys=False, allow_unicode=True)
+    (stage / "classes.yaml").write_text(text, encoding="utf-8")
+    for file in sorted((run.folder / "figures").glob("*")):
+        if file.stem in _FIGURES and file.suffix in (".png", ".svg"):
+            (stage / "figures").mkdir(exist_ok=True)
+            shutil.copyfile(file, stage / "figures" / file.name)
+        else:
+            run.left_out.append(f"figures/{file.name} stays here: it may show an image.")
+    card = _finish_card(render_card(results), run.config, repo_id, what, reason)
+    (stage / "README.md").write_text(card, encoding="utf-8")
+    _search(stage, run.identifiers)
+
+
+def _stage_model(stage: Path, model: Path) -> None:
+    """Copy the files that `from_pretrained` reads, and the code that they name."""
+    for file in sorted(model.iterdir()):
+        if file.name not in MODEL_FILES and not SHARD.fullmatch(file.name):
+            continue
+        if file.suffix == ".json" and file.name.endswith("config.json"):
+            write_json(stage / file.name, without_places(read_json(file)))
+        else:
+            shutil.copyfile(file, stage / file.name)
+    _stage_code(stage, model)
+
+
+def _stage_code(stage: Path, model: Path) -> None:
+    """Copy the modules of `auto_map` and what these import from each other."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    named = [read_json(file).get("auto_map") or {} for file in stage.glob("*config.json")]
+    for module in sorted({str(name).split(".")[0] for found in named for name in found.values()}):
+        file = model / f"{module}.py"
+        if not file.is_file():
+            raise GloVLMError(
+                f"{model} names the code {file.name} and does not hold it: train the run again."
+            )
+        for path in (file, *map(Path, get_relative_import_files(file))):
+            shutil.copyfile(path, stage / path.name)
+
+
+def _publishable(run: Run) -> dict[str, Any]:
+    """The results without what leads to a person or a disk."""
+    results, config = run.results, run.results["config"]
+    told = config.get("prompts")
+    public = {key: config[key] for key in _CONFIG_KEYS if key in config} | {
+        "data": results["data"]["name"],
+        "backbone": results["backbone"]["name"],
+        "episodes": "frozen" if config.get("episodes") else None,
+        "prompts": told if told in ("auto", "catalog", "terminology") else "classes.yaml",
+    }
+    data = {key: results["data"][key] for key in _DATA_KEYS if key in results["data"]}
+    rest = {key: results[key] for key in _RESULT_KEYS if key in results}
+    if parts := {k: v for k, v in results.get("subgroups", {}).items() if k in _SUBGROUPS}:
+        rest["subgroups"] = parts
+    dropped: list[str] = []
+    cleaned: dict[str, Any] = clean(
+        {"config": public, "data": data, **rest}, run.identifiers, dropped
+    )
+    if dropped:
+        run.left_out.append(
+            f"{len(dropped)} texts of results.json stay here: they name a file, a group or a place."
+        )
+    return cleaned
+
+
+def clean(value: Any, forbidden: Identifiers, dropped: list[str]) -> Any:
+    """Leave out every text of a list, and empty every other, that names what may not leave.
+
+    Args:
+        value: Plain values.
+        forbidden: What may not leave; paths may not either.
+        dropped: Takes what was left out.
+    """
+
+    def bad(text: Any) -> bool:
+        if not isinstance(text, str) or not (forbidden.find(text) or _PATH.search(text)):
+            return False
+        dropped.append(text)
+        return True
+
+    if isinstance(value, dict):
+        return {k: clean(v, forbidden, dropped) for k, v in value.items() if not bad(k)}
+    if isinstance(value, list):
+        return [clean(v, forbidden, dropped) for v in value if not bad(v)]
+    return "" if bad(value) else value
+
+
+def _finish_card(text: str, config: Any, repo_id: str, what: Part, reason: str | None) -> str:
+    """Fill in the repository, say how to load it, and what it inherits."""
+    import yaml
+
+    text = re.sub(r"\bRUN(?:/model)?\b", repo_id, text)
+    text = text.replace("  # or the id of this repository", "")
+    said = describe_licence(config, what, reason)
+    text = f"{text.rstrip()}\n\n## Licence and publication\n\n{bullets(said)}"
+    if what == "full":
+        return text
+    held = "the adapter and the head" if what == "adapter" else "the head"
+    use = (
+        f"This repository holds {held}; the weights of `{config.backbone_name}` are loaded from "
+        f"their own page, at commit `{config.backbone_revision}`, with your own access.\n\n"
+        "```python\nfrom PIL import Image\nfrom hf_glovlm.hub import load_published\n\n"
+        f'classify, processor = load_published("{repo_id}")\n'
+        'image = Image.open("glomerulus.png").convert("RGB")\n'
+        'logits = classify(**processor(images=image, return_tensors="pt")).logits\n```\n\n'
+    )
+    text = re.sub(r"(?ms)^## How to use\n.*?(?=^## )", lambda _: f"## How to use\n\n{use}", text)
+    _, front, body = text.split("---\n", 2)
+    about = yaml.safe_load(front) | {"base_model": config.backbone_name.split("+")}
+    about["base_model_relation"] = "adapter"
+    dumped = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
+    return f"---\n{dumped}---\n{body}"
+
+
+def _search(stage: Path, forbidden: Identifiers) -> None:
+    """Refuse if anything that leaves still names a person, a file or a place."""
+    for file in sorted(path for path in stage.rglob("*") if path.is_file()):
+        name = file.relative_to(stage).as_posix()
+        if file.suffix == ".safetensors":
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                text = json.dumps(json.loads(stream.read(size)).get("__metadata__"))
+        elif file.suffix in (".png", ".txt") or file.name in ("tokenizer.json", "vocab.json"):
+            continue  # the words of a vocabulary are nobody's; a figure of ours holds no words
+        else:
+            text = file.read_text(encoding="utf-8")
+        if file.suffix == ".svg" and "<image" in text:
+            raise GloVLMError(f"{name} holds an image, and no image may leave: remove it.")
+        if found := forbidden.find(text):
+            raise GloVLMError(
+                f"Nothing was published: {name} names '{found}', which is a patient, a "
+                "file or a folder of the run. Rename the class or the prompt that holds it."
+            )

@@ -1,0 +1,171 @@
+"""The licence gate: what of an adapted model may leave this machine, by the licence of its base."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .backbones import BACKBONES, NOT_VERIFIED, Backbone, known_rows
+from .errors import GloVLMError
+
+__all__ = ["Licence", "Part", "check_publishing", "describe_licence", "read_licence"]
+
+Part = Literal["full", "adapter", "head", "export"]
+
+WORDS: dict[Part, str] = {
+    "full": "full weights",
+    "adapter": "the adapter alone",
+    "head": "the head alone",
+    "export": "an export",
+}
+_WEIGHTS: tuple[Part, ...] = ("full", "export")  # what holds the base's own weights
+_MIN_REASON = 20  # characters: a sentence, not "because"
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What is known of the licence of a model's base.
+
+    Args:
+        base: The base, as the model's config names it.
+        names: The licences that are stated, of one tower or two.
+        gated: Whether access to a tower has to be asked for.
+        non_commercial: Whether one forbids commercial use.
+        no_derivatives: Whether one forbids sharing what is made from the weights.
+        unknown: Whether that of a tower is not known.
+    """
+
+    base: str
+    names: tuple[str, ...]
+    gated: bool = False
+    non_commercial: bool = False
+    no_derivatives: bool = False
+    unknown: bool = False
+
+    @property
+    def locked(self) -> bool:
+        """Whether the base's weights may not be passed on, in whatever form."""
+        return self.gated or self.no_derivatives
+
+    @property
+    def stated(self) -> str:
+        """The licences in words."""
+        return " and ".join(self.names) or "not stated"
+
+
+def read_licence(config: Any) -> Licence:
+    """Read a base's licence off a model's config and the table of backbones.
+
+    The stricter of the two counts. A base that lay in a folder is recognised by the folder's name,
+    so that a gated checkpoint stays gated after it was downloaded.
+
+    Args:
+        config: A `GloVLMConfig`: `backbone_name`, `backbone_license`, `backbone_restrictions`.
+    """
+    name = config.backbone_name or ""
+    parts = [part for part in name.split("+") if part]
+    rows = [row for part in parts for row in _rows(part)]
+    names = [part.strip() for part in (config.backbone_license or "").split(" + ")]
+    stated = [part for part in names if part and part != NOT_VERIFIED]
+    forbids = {*(config.backbone_restrictions or []), *_forbidden(" ".join(stated))}
+    forbids |= {word for row in rows for word in row.restrictions}
+    return Licence(
+        base=name or "unnamed",
+        names=tuple(dict.fromkeys(stated)),
+        gated=any(row.gated for row in rows),
+        non_commercial="non-commercial" in forbids,
+        no_derivatives="no-derivatives" in forbids,
+        unknown=len(stated) < max(len(parts), 1),
+    )
+
+
+def check_publishing(config: Any, what: Part, reason: str | None = None) -> None:
+    """Refuse to publish what the licence of the base does not allow to be published.
+
+    Nothing opens a gated base or one that forbids derivatives: its weights stay here, merged,
+    converted or not. What was learned beside them (an adapter, a head) may leave for a written
+    reason. A base of unknown licence needs one for everything, a non-commercial one for nothing.
+
+    Args:
+        config: The model's `GloVLMConfig`.
+        what: `full` (any weights of the base), `export` (the same in another format), `adapter` or
+            `head` (what was learned beside them, alone).
+        reason: Why it may be published; it is printed on the model card.
+
+    Raises:
+        GloVLMError: It may not, or not without a reason.
+    """
+    licence = read_licence(config)
+    given = len((reason or "").strip()) >= _MIN_REASON
+    if licence.locked and what in _WEIGHTS:
+        why = " and ".join(
+            word
+            for word, holds in (
+                ("gated", licence.gated),
+                (f"licensed {licence.stated}, without derivatives", licence.no_derivatives),
+            )
+            if holds
+        )
+        raise GloVLMError(
+            f"{WORDS[what].capitalize()} of '{licence.base}' cannot be published: it is {why}, "
+            "which no option overrides. Publish what was learned beside it (--adapter-only with "
+            "--reason), if its terms allow that."
+        )
+    if licence.locked and not given:
+        raise GloVLMError(
+            f"'{licence.base}' is {'gated' if licence.gated else 'licensed without derivatives'} "
+            f"({licence.stated}), and its terms may count {WORDS[what]} as a derivative: say in a "
+            "sentence why it may be published (--reason TEXT); the model card prints it."
+        )
+    if licence.unknown and not given:
+        raise GloVLMError(
+            f"The licence of '{licence.base}' is not known, so {WORDS[what]} cannot be published: "
+            "read its terms, and state the licence and why they allow it (--reason TEXT, a "
+            "sentence); the model card prints it."
+        )
+
+
+def describe_licence(config: Any, what: Part, reason: str | None = None) -> list[str]:
+    """Say on a card what a published model inherits from its base.
+
+    Args:
+        config: The model's `GloVLMConfig`.
+        what: What is published.
+        reason: What was given to `check_publishing`.
+    """
+    licence = read_licence(config)
+    said = [f"The licence of the base, `{licence.base}`, is not stated."]
+    if licence.names:
+        said = [f"The licence of the base, `{licence.base}`, passes on: {licence.stated}."]
+        if licence.unknown:
+            said.append("That of one of its towers is not known.")
+    if licence.non_commercial:
+        said.append("Not for commercial use: the base forbids it, so this model does, too.")
+    if licence.locked:
+        said.append(
+            "The weights of the base are not here; access to them is asked for at its own page. "
+            "What is here is under the same terms as the base."
+        )
+    if reason and reason.strip():
+        said.append(f"Why it was published, in the words of who did: {' '.join(reason.split())}")
+    return said
+
+
+def _rows(part: str) -> list[Backbone]:
+    """Rows that a tower's name may mean; a folder's name is compared with the last part of ids."""
+    if "/" in part:
+        return known_rows(part)
+    low = part.lower()
+    return [
+        row
+        for row in BACKBONES.values()
+        if low in (row.name, (row.hub_id or "").rpartition("/")[2].lower())
+    ]
+
+
+def _forbidden(names: str) -> set[str]:
+    """What a licence's own name says: `cc-by-nc-nd-4.0`."""
+    marks = {
+        "non-commercial": r"\bnc\b|non-?commercial",
+        "no-derivatives": r"\bnd\b|no-?derivatives",
+    }
+    return {word for word, pattern in marks.items() if re.search(pattern, names.lower())}
