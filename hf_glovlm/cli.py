@@ -7,19 +7,19 @@ Exit codes: 0 done, 1 done in part (`predict` with unreadable images, `data chec
 import json
 import logging
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 from typer import Argument, Option
 
+from .cli_publish import card, explain, export, push
+from .cli_slides import caption, crops, get, mil, slide
 from .console import (
     Notes,
     cell,
@@ -38,6 +38,20 @@ from .console import (
     write_file,
 )
 from .errors import GloVLMError, nearest
+from .flags import (
+    BatchFlag,
+    DeviceFlag,
+    JsonFlag,
+    ModelArgument,
+    Real,
+    ScaleFlag,
+    Switch,
+    Text,
+    Texts,
+    Whole,
+    read_settings,
+    typed,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -56,17 +70,6 @@ backbones_app = typer.Typer(help="The known backbones; any CLIP, SigLIP or pair 
 app.add_typer(data_app, name="data")
 app.add_typer(backbones_app, name="backbones")
 app.add_typer(cache_app, name="cache")
-
-Text = str | None
-Texts = list[str] | None
-Switch = bool | None
-Whole = int | None
-Real = float | None
-JsonFlag = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
-DeviceFlag = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
-BatchFlag = Annotated[int, Option(min=1, help="Images encoded at a time.")]
-ScaleFlag = Annotated[bool, Option(help="Accept images at a very different scale.")]
-ModelArgument = Annotated[str, Argument(help="A run's folder, its model/, or a Hub id.")]
 
 logger = logging.getLogger("hf_glovlm")
 
@@ -154,12 +157,12 @@ def train(
     """Adapt a backbone from a few labelled images, measure it on other patients, save it."""
     own = ("config", "settings", "as_json")
     given = {k: v for k, v in context.params.items() if k not in own and v is not None}
-    values = _read_settings(config, given, settings or [])
+    values = read_settings(config, given, settings or [])
 
     from .runs import run
     from .train_config import TrainConfig
 
-    checked = TrainConfig.from_mapping(_typed(values, get_type_hints(TrainConfig)))
+    checked = TrainConfig.from_mapping(typed(values, get_type_hints(TrainConfig)))
     quiet_libraries()
     with show_progress() as on_event:
         results = run(checked, on_event=on_event)
@@ -266,6 +269,7 @@ def predict(
         raise GloVLMError(f"--mpp must be above 0; found {mpp:g}.")
     places = _list_images(images)
 
+    from .answers import answer_columns
     from .inference import load_classifier, resolve_device
     from .scale import check_scale, describe_scale
 
@@ -286,7 +290,7 @@ def predict(
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
         said = _classify(loaded, _image_rows(readable, mpp), batch_size, place)
-    answers = _answers(said, loaded[0].config.calibration or {})
+    answers = answer_columns(said, loaded[0].config.calibration or {})
     header = ["file_name", "predicted", *(f"p_{name}" for name in said.class_names), *answers]
     each = zip(said.file_names, said.predicted, said.probabilities.round(6), strict=True)
     rows = [[name, label, *map(float, p)] for name, label, p in each]
@@ -334,12 +338,12 @@ def study(
         raise typer.Exit(1)
 
 
-@app.command()
-def card(run: Annotated[Path, Argument(help="A run's folder.")]) -> None:
-    """Write the model card of a run again, from its results."""
-    from .card import write_card
-
-    note(f"the card is in {write_card(run)}")
+ELSEWHERE: list[Callable[..., None]] = [slide, mil, explain, card, push, export]
+for _command in ELSEWHERE:
+    app.command()(_command)
+ABOUT_DATA: list[Callable[..., None]] = [caption, crops, get]
+for _command in ABOUT_DATA:
+    data_app.command()(_command)
 
 
 # ---------------------------------------------------------------------------- the embedded default
@@ -542,17 +546,35 @@ def cache_clear(
 
 @app.command()
 def bench(
-    names: Annotated[Texts, Argument(help="metrics, cache, encode, methods; else all.")] = None,
+    names: Annotated[
+        Texts, Argument(help="metrics, cache, encode, methods, context (all: the default).")
+    ] = None,
     backbone: Annotated[
         Text, Option(help="What encodes; else mini, or random weights of a ViT-B/16.")
     ] = None,
+    data: Annotated[Text, Option(help="For counting: labelled glomeruli with slide_id.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time bootstrap, feature cache, encoding and methods, as ratios on this machine."""
-    from .bench import run_benches
-
+    """Time the package as ratios on this machine. `slide`: memory; `counting`: percentages."""
     quiet_libraries()
-    rows = run_benches(names or (), backbone=backbone)
+    chosen = names or []
+    if "counting" in chosen or "slide" in chosen:
+        if len(chosen) > 1:
+            raise GloVLMError("`bench slide` and `bench counting` run alone: name just one.")
+        if chosen == ["counting"]:
+            from .slides.left_out import bench_counting
+
+            if data is None or backbone is None:
+                raise GloVLMError("`bench counting` needs --data and --backbone.")
+            rows = bench_counting(data, backbone, progress=sys.stderr.isatty())
+        else:
+            from .slides import bench_slide
+
+            rows = bench_slide(backbone=backbone or "mini")
+    else:
+        from .bench import run_benches
+
+        rows = run_benches(chosen, backbone=backbone)
     print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)
 
 
@@ -603,99 +625,6 @@ def _commit() -> str | None:
 # --------------------------------------------------------------------------------- what comes in
 
 
-def _read_settings(
-    config: Path | None, given: Mapping[str, Any], settings: Sequence[str]
-) -> dict[str, Any]:
-    """The YAML file, the flags over it, and the method's settings."""
-    from .data.terminology import read_yaml
-
-    values = {**(read_yaml(config) if config else {}), **given}
-    if isinstance(values.get("shots"), str):
-        values["shots"] = _shots(values["shots"])
-    if isinstance(values.get("prior"), str) and "=" in values["prior"]:
-        values["prior"] = _fractions(values["prior"])
-    own = values.get("method_config") or {}
-    if isinstance(own, Mapping):  # if not, its type is refused below
-        own = {**own, **dict(map(_setting, settings))}
-        values["method_config"] = {key: _number(value) for key, value in own.items()}
-    return values
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """Read `KEY=VALUE`, the value as YAML."""
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise GloVLMError(f"Expected --set KEY=VALUE, found '{text}'.")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise GloVLMError(f"The value of --set {text} is no YAML: put quotes around it.") from None
-
-
-def _shots(text: str) -> int | dict[str, int]:
-    """Read `8`, or `viable=8,sclerosed=4`."""
-    if re.fullmatch(r"-?\d+", text.strip()):
-        return int(text)
-    found: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, number = part.rpartition("=")
-        if not name.strip() or not re.fullmatch(r"\d+", number.strip()) or name.strip() in found:
-            raise GloVLMError(
-                f"Expected --shots N or --shots CLASS=N,CLASS=N with each class once, found "
-                f"'{text}'."
-            )
-        found[name.strip()] = int(number)
-    return found
-
-
-def _fractions(text: str) -> dict[str, float]:
-    """Read `viable=0.8,sclerosed=0.2`."""
-    try:
-        parts = [part.rpartition("=") for part in text.split(",")]
-        return {name.strip(): float(number) for name, _, number in parts}
-    except ValueError:
-        raise GloVLMError(
-            f"Expected --prior CLASS=FRACTION,CLASS=FRACTION or em, found '{text}'."
-        ) from None
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; a person means the number."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value.strip()):
-        return float(value)
-    return value
-
-
-def _typed(values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Check each value against the type of its field; unknown names are left to the config."""
-    return {k: _as(k, v, hints[k]) if k in hints else v for k, v in values.items()}
-
-
-def _as(name: str, value: Any, hint: Any) -> Any:
-    members = (hint,) if get_origin(hint) in (None, Literal, dict) else get_args(hint)
-    kinds = {get_origin(member) or member for member in members}
-    value = _number(value) if float in kinds else value
-    if Literal in kinds and value is False:  # YAML reads a bare `no` so
-        value = "no"
-    if float in kinds and type(value) is int:
-        return float(value)
-    if type(value) in kinds or (Literal in kinds and isinstance(value, str)):
-        numbers = value.values() if name == "shots" and isinstance(value, dict) else ()
-        if all(type(number) is int for number in numbers):
-            return value
-    words: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-    }
-    words |= {Literal: "text", dict: "a mapping of names to numbers", NoneType: "nothing"}
-    expected = " or ".join(words[kind] for kind in words if kind in kinds)
-    raise GloVLMError(f"Setting '{name}' must be {expected}; found {value!r}.")
-
-
 def _choose_split(dataset: "DatasetDict", split: str | None) -> "Dataset":
     if "all" in dataset:
         if split not in (None, "all"):
@@ -719,22 +648,6 @@ def _classify(
     bar, cache = sys.stderr.isatty(), FeatureCache()
     options = {"batch_size": batch_size, "device": device, "groups": groups}
     return predict(*loaded, rows, cache=cache, progress=bar, **options)
-
-
-def _answers(said: "Predictions", calibration: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Columns of a model that was calibrated: its prediction sets, and whether it answers."""
-    from .calibration import ConformalThresholds, conformal_sets, describe_sets
-
-    columns: dict[str, list[str]] = {}
-    if calibration.get("conformal"):
-        thresholds = ConformalThresholds.from_dict(calibration["conformal"])
-        sets = conformal_sets(said.probabilities, thresholds)
-        columns["set"] = describe_sets(sets, said.class_names)
-    if calibration.get("abstention"):
-        least = calibration["abstention"]["threshold"]
-        answered = [least is not None and p >= least for p in said.probabilities.max(1)]
-        columns["answers"] = ["yes" if given else "no" for given in answered]
-    return columns
 
 
 def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups") -> int:

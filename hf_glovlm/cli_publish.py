@@ -1,0 +1,142 @@
+"""The commands of `glovlm` that show a model to others: card, Hub, export, heat maps."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from .console import note, print_json, print_rows, print_table, quiet_libraries
+from .errors import GloVLMError
+from .flags import DeviceFlag, JsonFlag, ModelArgument, Text
+
+__all__ = ["card", "explain", "export", "push"]
+
+RunArgument = Annotated[Path, Argument(help="A run's folder.")]
+ReasonFlag = Annotated[Text, Option(help="Why the base's licence allows it; the card says it.")]
+
+
+def card(run: RunArgument) -> None:
+    """Write the model card of a run again, from its results."""
+    from .card import write_card
+
+    note(f"the card is in {write_card(run)}")
+
+
+def push(
+    run: RunArgument,
+    repo_id: Annotated[str, Argument(help="owner/name.")],
+    private: Annotated[bool, Option(help="Make a new repository private.")] = False,
+    adapter_only: Annotated[bool, Option(help="Leave the base's weights out.")] = False,
+    merge: Annotated[bool, Option(help="Insist on the adapter merged into the model.")] = False,
+    dry_run: Annotated[bool, Option(help="Only list what would leave.")] = False,
+    reason: ReasonFlag = None,
+    branch: Annotated[Text, Option(help="Where to commit. (main)")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Publish a run on the Hub in one commit. No image, path, patient or slide id ever leaves."""
+    from .hub import push as send
+
+    quiet_libraries()
+    done = send(
+        run,
+        repo_id,
+        private=private,
+        adapter_only=adapter_only,
+        merge=merge,
+        dry_run=dry_run,
+        reason=reason,
+        branch=branch,
+        on_progress=note,
+    )
+    if as_json:
+        print_json(vars(done))
+    else:
+        word = "Would leave for" if dry_run else "Published in"
+        rows = [[name, f"{size:,}"] for name, size in done.files.items()]
+        print_table(f"{word} {done.repo_id}", ["file", "bytes"], rows)
+    for sentence in [*done.left_out, *done.notes]:
+        note(sentence)
+    if done.commit_url:
+        note(f"the commit is {done.commit_url}")
+
+
+def export(
+    run: RunArgument,
+    output_dir: Annotated[Path, Option(help="A folder that is new or empty.")],
+    form: Annotated[
+        Literal["onnx", "int8", "clip"], Option("--format", help="onnx, int8 or clip.")
+    ] = "onnx",
+    data: Annotated[Text, Option(help="Labelled images to measure on; else drawings.")] = None,
+    reason: ReasonFlag = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a run as an ONNX graph, fp32 or int8, or as a plain CLIP checkpoint."""
+    from .export import export_model
+    from .hub import check_publishing, export_clip
+    from .inference import load_classifier
+
+    quiet_libraries()
+    if form == "clip":
+        if data is not None:
+            raise GloVLMError("--data is measured on by --format onnx or int8; leave it out here.")
+        note(f"the CLIP checkpoint is in {export_clip(run, output_dir, reason=reason)}")
+        return
+    check_publishing(load_classifier(str(run))[0].config, "export", reason)
+    rows = None
+    if data is not None:
+        from .data import all_rows, load_dataset
+
+        rows = all_rows(load_dataset(data))
+    done = export_model(
+        run,
+        output_dir,
+        format=form,
+        data=rows,
+        data_name=Path(data).name if data else "",
+        on_stage=note,
+    )
+    if as_json:
+        print_json(done.describe())
+        return
+    facts = [[key, str(value)] for key, value in done.describe().items() if key != "measured"]
+    print_table("Export", ["", ""], facts)
+    facts = [[key, str(value)] for key, value in vars(done.measured).items()]
+    mark = " (drawings: a test of software, no result)" if done.measured.synthetic else ""
+    print_table(f"Measured{mark}", ["", ""], facts)
+    note(f"graph and preprocessing are in {output_dir}")
+
+
+def explain(
+    model: ModelArgument,
+    images: Annotated[list[Path], Argument(help="Image files.")],
+    output_dir: Annotated[Path, Option(help="Takes a figure an image, and the scores.")],
+    method: Annotated[
+        str, Option(help="gradient, rollout, similarity, occlusion or kept.")
+    ] = "gradient",
+    target: Annotated[Text, Option("--class", help="Explained class. (the predicted)")] = None,
+    text: Annotated[Text, Option(help="For similarity: a text in place of the class's.")] = None,
+    opacity: Annotated[float, Option(min=0, max=1, help="Of the heat.")] = 0.5,
+    device: DeviceFlag = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Draw what a model looks at, beside its scores with the middle and the rest blanked."""
+    from .explain import explain_files
+    from .inference import load_classifier, resolve_device
+
+    quiet_libraries()
+    classifier, processor, _ = load_classifier(model)
+    classifier.to(resolve_device(device))
+    rows = explain_files(
+        classifier,
+        processor,
+        images,
+        output_dir,
+        method=method,
+        target=target,
+        text=text,
+        opacity=opacity,
+        on_image=lambda done, total: note(f"{done} of {total} images"),
+    )
+    shown = [name for name in ("image", "target", "score") if rows and name in rows[0]]
+    print_rows("Heat maps. Research use only, not for diagnosis", rows, shown, as_json)
+    note(f"figures and scores are in {output_dir}")

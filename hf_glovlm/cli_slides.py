@@ -1,0 +1,242 @@
+"""The commands of `glovlm` that have to do with slides: from the file to labels, and to crops."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+from typer import Argument, Option
+
+from .console import (
+    is_main,
+    note,
+    print_json,
+    print_metrics,
+    print_table,
+    quiet_libraries,
+    show_progress,
+)
+from .flags import (
+    BatchFlag,
+    DeviceFlag,
+    JsonFlag,
+    ModelArgument,
+    Real,
+    ScaleFlag,
+    Switch,
+    Text,
+    Texts,
+    Whole,
+    read_settings,
+    typed,
+)
+
+__all__ = ["caption", "crops", "get", "mil", "slide"]
+
+
+def slide(
+    context: typer.Context,
+    model: ModelArgument,
+    slides: Annotated[list[Path], Argument(help="Slides: SVS, TIFF, QPTIFF, DICOM.")],
+    output_dir: Annotated[str, Option(help="Takes the results; a stopped run goes on there.")],
+    mpp: Annotated[Real, Option(help="Micrometres per pixel, if the file lacks it.")] = None,
+    tile_mpp: Annotated[Real, Option(help="Of the tiles. (the model's own)")] = None,
+    tile_size: Annotated[Whole, Option(help="In pixels. (the model's input)")] = None,
+    overlap: Annotated[float, Option(help="Part of its side a tile shares.")] = 0.0,
+    min_tissue: Annotated[float, Option(help="Least part of a tile that is tissue.")] = 0.25,
+    objects: Annotated[Text, Option(help="GeoJSON of outlined glomeruli, or a folder.")] = None,
+    margin: Annotated[float, Option(help="Side of their crops over their longer side.")] = 1.25,
+    aggregator: Annotated[Text, Option(help="Output of `glovlm mil`; labels slides.")] = None,
+    top: Annotated[int, Option(help="Tiles a class that are averaged; 0 for all.")] = 10,
+    smooth: Annotated[bool, Option(help="Average over neighbouring tiles before.")] = False,
+    heatmap_class: Annotated[Text, Option(help="Shown as heat. (the slide's label)")] = None,
+    threshold: Annotated[float, Option(help="Least probability of a written tile.")] = 0.5,
+    cases: Annotated[Text, Option(help="CSV with slide and case (or patient_id).")] = None,
+    case: Annotated[Text, Option(help="The case of all slides.")] = None,
+    workers: Annotated[int, Option(help="Slides encoded at a time.")] = 1,
+    batch_size: BatchFlag = 32,
+    device: DeviceFlag = "auto",
+    allow_scale: ScaleFlag = False,
+    anonymise: Annotated[bool, Option(help="Write slide_001, not names.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Classify whole slides: label, counts, heat map, GeoJSON. Exit code 1 if a slide failed."""
+    from .slides.classify import SlideConfig, classify_slides
+
+    given = {k: v for k, v in context.params.items() if k != "as_json"}
+    config = SlideConfig.from_mapping(given | {"slides": [str(path) for path in slides]})
+    quiet_libraries()
+
+    def tell(kind: str, what: Mapping[str, Any]) -> None:
+        if kind == "tiles":
+            ten = max(what["total"] // 10, 1)
+            if what["done"] == what["total"] or what["done"] % ten < batch_size:
+                note(f"{what['slide']}: {what['done']} of {what['total']} tiles")
+        elif kind == "slide":
+            error = f" ({what['error']})" if what.get("error") else ""
+            note(f"{what['slide']}: {what['status']}{error}")
+        else:
+            note(f"{what['name']} ...")
+
+    results = classify_slides(config, on_event=tell)
+    if as_json:
+        print_json(results)
+    else:
+        rows = [
+            [
+                str(entry["slide"]),
+                entry["status"],
+                str(entry.get("label") or ""),
+                "  ".join(f"{k} {p:.3f}" for k, p in (entry.get("probabilities") or {}).items()),
+            ]
+            for entry in results["slides"]
+        ]
+        mark = " (the model learned from drawings)" if results["synthetic"] else ""
+        header = ["slide", "status", "label", "probabilities"]
+        print_table(f"Slides{mark}. Research use only, not for diagnosis", header, rows)
+    for entry in results["slides"]:
+        for sentence in [*entry.get("flags", ()), *entry.get("notes", ())]:
+            note(f"{entry['slide']}: {sentence}")
+    note(f"tables, heat maps and GeoJSON are in {output_dir}")
+    if results["failed"]:
+        raise typer.Exit(1)
+
+
+def mil(
+    context: typer.Context,
+    config: Annotated[Path | None, Option(help="YAML of these settings; flags win.")] = None,
+    features: Annotated[Text, Option(help="Folder of feature files, NAME.h5 a slide.")] = None,
+    labels: Annotated[Text, Option(help="CSV: slide, label[, patient_id][, split].")] = None,
+    output_dir: Annotated[Text, Option(help="Where the run is written.")] = None,
+    aggregator: Annotated[Text, Option(help="mean, max, abmil or transmil. (abmil)")] = None,
+    settings: Annotated[Texts, Option("--set", metavar="KEY=VALUE", help="Of it.")] = None,
+    epochs: Annotated[Whole, Option(help="Passes over the training slides.")] = None,
+    lr: Annotated[Real, Option(help="Learning rate. (2e-4)")] = None,
+    weight_decay: Annotated[Real, Option(help="Of AdamW. (1e-5)")] = None,
+    batch_size: Annotated[Whole, Option(help="Slides a step over all processes. (1)")] = None,
+    seed: Annotated[Whole, Option(help="Of everything random. (0)")] = None,
+    folds: Annotated[Whole, Option(help="Test every patient once, in so many folds.")] = None,
+    test_fraction: Annotated[Real, Option(help="Of the patients, without folds. (0.3)")] = None,
+    validation_fraction: Annotated[Real, Option(help="Chooses the epoch. (0: the last)")] = None,
+    max_tiles: Annotated[Whole, Option(help="Of a bag in a training step.")] = None,
+    balance: Annotated[Switch, Option(help="Rarer classes more often. (on)")] = None,
+    clip_norm: Annotated[Real, Option(help="Largest gradient norm.")] = None,
+    mixed_precision: Annotated[Text, Option(help="no, fp16 or bf16. (no)")] = None,
+    device: Annotated[Text, Option(help="auto or cpu. (auto)")] = None,
+    overwrite: Annotated[Switch, Option(help="Replace the run in the output folder.")] = None,
+    resume: Annotated[Switch, Option(help="Go on with the run in the output folder.")] = None,
+    n_resamples: Annotated[Whole, Option(help="Bootstrap resamples. (2000)")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Learn slide labels from bags of tile features (`glovlm slide` writes them), by patient."""
+    from .mil import MilConfig, train_mil
+
+    own = ("config", "settings", "as_json")
+    given = {k: v for k, v in context.params.items() if k not in own and v is not None}
+    values = read_settings(config, given, settings or [], "aggregator_config")
+    checked = MilConfig.from_mapping(typed(values, get_type_hints(MilConfig)))
+    with show_progress() as on_event:
+        results = train_mil(checked, on_event=on_event)
+    if not is_main():
+        return
+    if as_json:
+        print_json(results)
+    else:
+        print_metrics(results)
+    note(f"model, results and attention are in {checked.output_dir}")
+
+
+def caption(
+    data: Annotated[Path, Argument(help="Folder of images, with or without metadata.csv.")],
+    model: Annotated[str, Option(help="An image-to-text model: Hub id or folder.")],
+    question: Annotated[Text, Option(help="What a chat model is asked; never the class.")] = None,
+    output: Annotated[Path | None, Option(help="CSV or parquet; else metadata.csv.")] = None,
+    batch_size: BatchFlag = 8,
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest caption, in tokens.")] = 256,
+    device: DeviceFlag = "auto",
+    overwrite: Annotated[bool, Option(help="Write captions anew.")] = False,
+) -> None:
+    """Write a caption for every image with an image-to-text model; goes on where it stopped."""
+    from .captions import QUESTION, write_captions
+    from .inference import resolve_device
+
+    quiet_libraries()
+    done = write_captions(
+        data,
+        model=model,
+        question=question or QUESTION,
+        output=output,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        device=resolve_device(device),
+        overwrite=overwrite,
+        on_progress=_count("captions"),
+    )
+    note(f"{done.written} captions written, {done.kept} kept, by {done.model} ({done.kind})")
+    if done.empty:
+        note(f"about {done.empty} images the model said nothing")
+    note(f"the captions are in {done.path}")
+
+
+def crops(
+    slide: Annotated[Path, Argument(help="A slide or a region image.")],
+    annotations: Annotated[Path, Argument(help="GeoJSON of QuPath, or a mask with --colours.")],
+    output_dir: Annotated[Path, Option(help="Folder of crops; other slides in it stay.")],
+    mpp: Annotated[Real, Option(help="Micrometres per pixel, if the file lacks it.")] = None,
+    margin: Annotated[float, Option(help="Side of a crop over the object's longer side.")] = 1.25,
+    label_property: Annotated[Text, Option(help="The property that holds the class.")] = None,
+    colours: Annotated[Text, Option(help="Of a mask: green=viable,red=sclerosed.")] = None,
+    slide_id: Annotated[Text, Option(help="Else the file's name.")] = None,
+    patient_id: Annotated[Text, Option(help="Whose slide it is.")] = None,
+    drop_flagged: Annotated[bool, Option(help="Leave out partial and merged ones.")] = False,
+    min_extent: Annotated[int, Option(help="Smaller blobs of a mask are specks.")] = 16,
+) -> None:
+    """Cut outlined glomeruli out of a slide into a folder that `glovlm train` takes."""
+    from .data.crops import cut_crops, parse_colours
+
+    done = cut_crops(
+        slide,
+        annotations,
+        output_dir,
+        mpp=mpp,
+        margin=margin,
+        label_property=label_property,
+        colours=parse_colours(colours) if colours else None,
+        slide_id=slide_id,
+        patient_id=patient_id,
+        keep_flagged=not drop_flagged,
+        min_extent=min_extent,
+        on_progress=_count("crops"),
+    )
+    rows = [[name, str(n)] for name, n in done.counts.items()]
+    print_table(f"Crops of {done.slide}", ["class", "crops"], rows)
+    for what, n in (
+        ("without a class, not cut", len(done.unlabelled)),
+        ("outlined twice, cut once", len(done.duplicates)),
+        ("flagged and left out", len(done.left_out)),
+        ("too small to be an object", done.specks),
+        *done.flags.items(),
+    ):
+        if n:
+            note(f"{n} {what}")
+    for sentence in done.notes:
+        note(sentence)
+    scale = "unknown" if done.mpp is None else f"{done.mpp:g}"
+    note(f"micrometres per pixel of the slide: {scale}; the crops are in {output_dir}")
+
+
+def get(name: Annotated[str, Argument(help="A name of `glovlm datasets`.")]) -> None:
+    """Say where a public data set is, under what licence, and how to lay it out."""
+    from .data.catalog import describe_source
+
+    typer.echo(describe_source(name))
+
+
+def _count(what: str) -> Any:
+    """Tells how many are done, about ten times."""
+
+    def tell(done: int, total: int) -> None:
+        if done == total or done % max(total // 10, 1) == 0:
+            note(f"{done} of {total} {what}")
+
+    return tell
