@@ -318,6 +318,8 @@ def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
     }
     if processor.torchvision_crop:
         about["crop"] = "torchvision"
+    if config.context:  # which patches are dropped is no weight
+        about["context"] = config.context
     digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         if _decides_pooling(name):

@@ -144,7 +144,7 @@ def plan(recipe: Recipe, n: int) -> tuple[int, int]:
 def learning_rate(
     recipe: Recipe, base: float, epoch: int, epochs: int, step: int = 0, steps: int = 1
 ) -> float:
-    """The rate of a step: warm-up, then constant or cosine.
+    """The rate of a step: warm-up, then constant, cosine, or halved after each quarter.
 
     Args:
         recipe: How to train.
@@ -159,7 +159,26 @@ def learning_rate(
     if recipe.schedule == "constant":
         return base
     done = step / steps if recipe.by_step else (epoch - recipe.warmup_epochs) / epochs
+    if recipe.schedule == "steps":
+        return base * 0.5 ** int(4 * done)
     return base * (recipe.final_lr + (1 - recipe.final_lr) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def draw_order(recipe: Recipe, labels: Tensor, seed: int, epoch: int) -> Tensor:
+    """Draw the rows of one epoch `[n]`, the same in every process.
+
+    Args:
+        recipe: Says how: every row once, or drawn with replacement by one over its class's size.
+        labels: Class numbers `[n]`.
+        seed: Of the run.
+        epoch: Counted from 0.
+    """
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    n = len(labels)
+    if recipe.sampling == "class_balanced":
+        weight = 1.0 / labels.bincount()[labels].double()
+        return torch.multinomial(weight, n, replacement=True, generator=generator)
+    return torch.randperm(n, generator=generator)
 
 
 def fit(
@@ -186,8 +205,9 @@ def fit(
     each process takes every n-th row of it, and the parts' losses add up to the batch's mean.
 
     Args:
-        step: `forward(inputs, labels, weight, total)` gives this process's part of the loss.
-        groups: Optimiser groups, `{"params", "lr"?}`.
+        step: `forward(inputs, labels, weight, total)` gives this process's part of the loss; with
+            an attribute `takes_rows` that is true it is told the row numbers too, as `rows`.
+        groups: Optimiser groups, `{"params", "lr"?, "weight_decay"?}`.
         source: Where batches come from.
         recipe: How to train.
         accelerator: Device, precision, processes, trackers.
@@ -214,6 +234,7 @@ def fit(
     optimizer = _optimizer(groups, recipe)
     state = _State(step, optimizer, output_dir if rank == 0 else None, output_dir)
     log = state.load(recipe, seed) if resume else []
+    takes_rows = bool(getattr(step, "takes_rows", False))
     wrapped = accelerator.prepare(step) if processes > 1 else step
     if accelerator.scaler is not None:  # fp16: the scaled gradient is taken back by its step
         optimizer = accelerator.prepare(optimizer)
@@ -226,7 +247,7 @@ def fit(
         if state.stale >= recipe.patience:
             break
         started, seen = time.perf_counter(), 0
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+        order = draw_order(recipe, source.labels, seed, epoch)
         seed_everything(seed, epoch, rank)
         step.train()
         total_loss = 0.0
@@ -236,7 +257,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, group["base_lr"], epoch, epochs, done, steps)
             batch = order[first : first + recipe.batch_size].tolist()
-            batch_loss = _backward(wrapped, source, batch, accelerator, accumulate, rank, processes)
+            batch_loss = _backward(
+                wrapped, source, batch, accelerator, accumulate, rank, processes, takes_rows
+            )
             if not math.isfinite(batch_loss):
                 raise GloVLMError(
                     f"The loss became {batch_loss} in epoch {epoch + 1}: the learning rate "
@@ -281,6 +304,7 @@ def _backward(
     accumulate: int,
     rank: int,
     processes: int,
+    takes_rows: bool,
 ) -> float:
     """Add up the gradients of a batch, part by part; return its loss, the same in all processes."""
     parts = [batch[i::accumulate] for i in range(accumulate) if batch[i::accumulate]]
@@ -288,12 +312,14 @@ def _backward(
     for i, part in enumerate(parts):
         index, weight = _share(part, rank, processes)
         waiting = processes > 1 and i < len(parts) - 1
+        more = {"rows": torch.tensor(index)} if takes_rows else {}
         with accelerator.no_sync(step) if waiting else nullcontext(), accelerator.autocast():
             loss = step(
                 source.fetch(index).to(accelerator.device),
                 source.labels[index].to(accelerator.device),
                 weight.to(accelerator.device),
                 len(batch),
+                **more,
             )
             accelerator.backward(loss)
         total += float(loss.detach())
@@ -322,9 +348,8 @@ def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Opti
     ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(listed, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
-    return torch.optim.AdamW(
-        listed, lr=recipe.lr, weight_decay=recipe.weight_decay, eps=recipe.eps, fused=True
-    )
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(listed, lr=recipe.lr, weight_decay=recipe.weight_decay, eps=recipe.eps, fused=True)
 
 
 class _State:
@@ -400,7 +425,9 @@ class _State:
         with safe_open(path, framework="pt") as stored:
             facts = json.loads(stored.metadata()["facts"])
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        if facts["recipe"] != asdict(recipe) or facts["seed"] != seed:
+        # A field that is younger than the checkpoint has its default, which changes nothing.
+        written = asdict(Recipe(lr=0.0, epochs=0, batch_size=1)) | facts["recipe"]
+        if written != asdict(recipe) or facts["seed"] != seed:
             raise GloVLMError(
                 f"The checkpoint in '{self.read_from}' was written with other settings: expected "
                 f"{asdict(recipe)}, seed {seed}; found {facts['recipe']}, seed {facts['seed']}. "

@@ -1,6 +1,7 @@
 """What a training step minimises: a head on features, or images against class texts."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from .adapters import StepState, Tuning
 from .loop import gather, world_size
+from .model.context import ContextGuide
 from .model.prompts import TEXT_CHUNK
 from .replay import Replay, record_tower
 
@@ -63,6 +65,7 @@ class TowerStep(nn.Module):
         self.blank: Tensor | None = None
         self.texts_replay: tuple[Replay, Tensor] | None = None
         self.fixed: Tensor | None = None
+        self.takes_rows = tuning.around_images is not None
         if not tuning.trains_text:  # text of an unchanged tower is encoded once
             with torch.no_grad():
                 self.fixed = self.current_prototypes()
@@ -72,7 +75,10 @@ class TowerStep(nn.Module):
         super().train(False)
         for name, module in self.named_modules():
             # PEFT's: its layers, some of which look at their own flag, and what they hold.
-            if type(module).__module__.startswith("peft.") or "dropout" in name.rpartition(".")[0]:
+            peft = type(module).__module__.startswith("peft.")
+            # Its own flag alone: it looks at texts in training mode, and nothing in it drops out.
+            guide = isinstance(module, ContextGuide)
+            if peft or guide or "dropout" in name.rpartition(".")[0]:
                 module.training = mode
         return self
 
@@ -143,7 +149,10 @@ class TowerStep(nn.Module):
         return device
 
     def image_features(self, inputs: Tensor) -> Tensor:
-        """Unit features `[n, dim]` of images, or of pooled vectors where the tower is frozen."""
+        """Unit features `[n, dim]` of images, or of pooled vectors where the tower is frozen.
+
+        With `raw_logits` they are not normalised.
+        """
         inputs = inputs.to(self.model.dtype)
         if self.images_replay is not None and self.blank is not None:
             with self.images_replay.play(inputs):
@@ -152,7 +161,7 @@ class TowerStep(nn.Module):
             features = self.model.get_image_features(inputs).pooler_output
         else:
             features = self.model.project_images(inputs)
-        return nn.functional.normalize(features, dim=-1)
+        return features if self.tuning.raw_logits else nn.functional.normalize(features, dim=-1)
 
     def compare(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Prototypes `[K, dim]`, or `[n, K, dim]` one set an image, and logits `[n, K]`."""
@@ -161,6 +170,8 @@ class TowerStep(nn.Module):
             prototypes = self.tuning.image_prototypes(features)
             return prototypes, scale * torch.einsum("nd,nkd->nk", features, prototypes)
         prototypes = self.current_prototypes()
+        if self.tuning.raw_logits:
+            return prototypes, features @ prototypes.T
         return prototypes, scale * features @ prototypes.T
 
     def classify(self, inputs: Tensor) -> Tensor:
@@ -168,20 +179,42 @@ class TowerStep(nn.Module):
         self.eval()
         return self.compare(self.image_features(inputs))[1]
 
-    def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
-        """Loss of this process's part of a batch; the mean over processes is the batch's loss."""
-        features = self.image_features(inputs)
+    def _around_images(self, labels: Tensor, rows: Tensor | None) -> AbstractContextManager[Any]:
+        if self.tuning.around_images is None:
+            return nullcontext()
+        assert rows is not None  # the loop gives them to a step with `takes_rows`
+        return self.tuning.around_images(labels, rows, self.current_prototypes())
+
+    def forward(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        total: int,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of this process's part of a batch; the mean over processes is the batch's loss.
+
+        Args:
+            inputs: What `image_features` takes `[n, ...]`.
+            labels: Class numbers `[n]`.
+            weight: `[n]`, 0 for rows that only pad.
+            total: Images of the batch in all processes and parts.
+            rows: Row numbers of the images `[n]`, for a method that wants them.
+        """
+        with self._around_images(labels, rows):
+            features = self.image_features(inputs)
         if self.loss != "prototypes" or self.tuning.whole_batch:
             # These need the whole batch in one place: every process computes all of it.
             features, labels, weight = gather(features), gather(labels), gather(weight)
-            rows = float(weight.sum())
+            count = float(weight.sum())
         else:
-            rows = total / world_size()
+            count = total / world_size()
         prototypes, logits = self.compare(features)
         state = StepState(features, prototypes, logits, labels, weight)
         if self.loss == "prototypes":
             losses = nn.functional.cross_entropy(logits, labels, reduction="none")
-            loss = (weight * losses).sum() / rows
+            loss = (weight * losses).sum() / count
         else:
             scale = self.model.logit_scale.exp()
             masked = self.loss == "infonce"
@@ -190,7 +223,7 @@ class TowerStep(nn.Module):
             trained = [p for group in self.tuning.groups for p in group["params"]]
             loss = steer(loss, self.tuning.guide(state), trained)
         if self.tuning.penalty is not None:
-            loss = loss + float(weight.sum()) / rows * self.tuning.penalty(state)
+            loss = loss + float(weight.sum()) / count * self.tuning.penalty(state)
         return loss
 
 

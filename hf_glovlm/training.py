@@ -627,19 +627,28 @@ def _adapt_towers(
                 "support and trained."
             )
     tuning = method.attach(model, processor, images.classes, config)
+    if tuning.look_at is not None:
+        tuning.look_at(images.support)
     accumulate = training.options["accumulate"]
     if tuning.whole_batch and (accumulate > 1 or loss != "prototypes"):
         raise GloVLMError(
             f"Method '{method.name}' needs whole batches and loss 'prototypes': found accumulate "
             f"{accumulate}, loss '{loss}'. Leave both as they are by default."
         )
-    if tuning.image_prototypes is not None and loss != "prototypes":
+    alone = tuning.image_prototypes is not None or tuning.around_images is not None
+    if (alone or tuning.raw_logits) and loss != "prototypes":
         raise GloVLMError(f"Method '{method.name}' knows loss 'prototypes' only; found '{loss}'.")
     step = TowerStep(model, processor, tuning, loss)
     if vectors is not None and prototypes is not None and tuning.image_prototypes is None:
         start = step.current_prototypes().detach().cpu().float()
         if not torch.allclose(start, prototypes, atol=1e-2):  # new tokens moved the targets
             refit_projection(model, vectors, images.labels, start)
+        elif "joint_space" in facts and model.context is not None and model.context.blocks:
+            # What is pooled now comes out of blocks that the fit did not see.
+            pooled = embed_images(
+                model, processor, images.support, device=training.device, project=False
+            )
+            refit_projection(model, torch.from_numpy(pooled), images.labels, prototypes)
     source, held_out = _sources(images, processor, tuning.trains_vision, vectors)
     accelerator = training.accelerate()
     if training.replay:
@@ -674,7 +683,8 @@ def _adapt_towers(
     else:
         with torch.no_grad():
             final = step.current_prototypes().cpu().float()
-        head = prototype_head(final, model.logit_scale.exp().item())
+        scale = 1.0 if tuning.raw_logits else model.logit_scale.exp().item()
+        head = prototype_head(final, scale, raw=tuning.raw_logits)
     fitted = Fitted(head, [*notes, *cut, *tuning.notes], facts)
     return _Outcome(fitted, config, recipe, log, trained, tuning.prompts, not tuning.trains_vision)
 

@@ -1,7 +1,7 @@
 """Adaptation methods, grouped by what they touch: one table, one contract, one result class."""
 
 # Importing lists the methods, in the order of the table.
-from . import free, features, text, inserts, weights  # noqa: F401, I001
+from . import free, features, text, inserts, weights, context  # noqa: F401, I001
 from .contract import (
     METHODS,
     FeatureMethod,

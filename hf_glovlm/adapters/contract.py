@@ -7,9 +7,10 @@ import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError, nearest
 from ..model.heads import ClassWeights
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Family = Literal["training-free", "feature side", "text side", "image side", "both sides"]
 
@@ -32,8 +36,10 @@ class Recipe:
         epochs: Passes over the support.
         batch_size: Images per step over all processes.
         weight_decay: Of the optimiser.
-        optimizer: `adamw` or `sgd` (momentum 0.9).
-        schedule: `constant`, or `cosine` down to `final_lr` times the rate.
+        optimizer: `adamw`, `adam` (whose weight decay is part of the gradient), or `sgd` (momentum
+            0.9).
+        schedule: `constant`, `cosine` down to `final_lr` times the rate, or `steps`: halved after
+            each quarter.
         final_lr: Fraction of the rate at the end of a cosine.
         warmup_epochs: Epochs at `warmup_lr` before the schedule begins.
         warmup_lr: The rate of these epochs.
@@ -41,16 +47,18 @@ class Recipe:
             validation; without it every epoch is run and the last state kept.
         min_delta: The least gain in macro-AUC that counts as better.
         steps: Optimiser steps in all, where a paper counts these; `epochs` is then not used.
-        by_step: Whether the cosine moves at every step rather than every epoch.
-        eps: Of AdamW.
+        by_step: Whether the schedule moves at every step rather than every epoch.
+        eps: Of Adam and AdamW.
+        sampling: `shuffled`: every image once an epoch; `class_balanced`: as many draws with
+            replacement, each class as often as any other.
     """
 
     lr: float
     epochs: int
     batch_size: int
     weight_decay: float = 0.01
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    schedule: Literal["constant", "cosine", "steps"] = "constant"
     final_lr: float = 0.0
     warmup_epochs: int = 0
     warmup_lr: float = 1e-5
@@ -59,6 +67,7 @@ class Recipe:
     steps: int | None = None
     by_step: bool = False
     eps: float = 1e-8
+    sampling: Literal["shuffled", "class_balanced"] = "shuffled"
 
 
 @dataclass(frozen=True)
@@ -136,9 +145,9 @@ class StepState:
     """What a further loss of a tower method sees of one step.
 
     Args:
-        features: Unit image features `[n, dim]`.
+        features: Unit image features `[n, dim]`; as they are for a method with `raw_logits`.
         prototypes: Unit class prototypes `[K, dim]`, or one set an image `[n, K, dim]`.
-        logits: Scaled cosines `[n, K]`.
+        logits: Scaled cosines `[n, K]`, or dot products.
         labels: Class numbers `[n]`.
         weight: `[n]`, 0 for rows that only pad.
     """
@@ -155,7 +164,8 @@ class Tuning:
     """What a method that trains inside the towers hands to the loop.
 
     Args:
-        groups: Optimiser groups: `{"params": [...], "lr": ...}`.
+        groups: Optimiser groups: `{"params": [...], "lr": ..., "weight_decay": ...}`, the last two
+            where they are not the recipe's.
         prompts: Per class, the texts of its prototype.
         trains_vision: Whether the vision tower changes; if not, images are encoded once.
         trains_text: Whether class prototypes change from step to step.
@@ -171,6 +181,12 @@ class Tuning:
         head: Makes the final head, where it is not the final prototypes.
         begin: Told the total number of steps before the first.
         after_step: Called after each optimiser step, counted from 1.
+        look_at: Shown the support once, before anything is encoded for training.
+        around_images: Makes what is entered around the image pass of a training step, from class
+            numbers `[n]` and row numbers `[n]` of this process's images and from the class
+            prototypes `[K, dim]`. Such a method knows the loss `prototypes` only.
+        raw_logits: Whether logits are dot products of unnormalised image features with the unit
+            prototypes, without a factor.
     """
 
     groups: list[dict[str, Any]]
@@ -186,6 +202,9 @@ class Tuning:
     head: Callable[[], nn.Module] | None = None
     begin: Callable[[int], None] | None = None
     after_step: Callable[[int], None] | None = None
+    look_at: Callable[["Dataset"], None] | None = None
+    around_images: Callable[[Tensor, Tensor, Tensor], AbstractContextManager[Any]] | None = None
+    raw_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -387,9 +406,13 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def prototype_head(prototypes: Tensor, scale: float) -> ClassWeights:
-    """Put class prototypes `[K, dim]` into a head: scaled cosines, no bias."""
-    head = ClassWeights(prototypes.shape[1], len(prototypes), normalize=True, cosine=True)
+def prototype_head(prototypes: Tensor, scale: float, *, raw: bool = False) -> ClassWeights:
+    """Put class prototypes `[K, dim]` into a head: scaled cosines, no bias.
+
+    With `raw`, dot products with the unit prototypes: the image side is not normalised.
+    """
+    dim, classes = prototypes.shape[1], len(prototypes)
+    head = ClassWeights(dim, classes, normalize=not raw, cosine=not raw)
     with torch.no_grad():
         head.weight.copy_(nn.functional.normalize(prototypes, dim=-1))
         head.scale.fill_(scale)

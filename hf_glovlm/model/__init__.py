@@ -9,6 +9,7 @@ from transformers import (
 )
 
 from .configuration_glovlm import GloVLMConfig
+from .context import ContextGuide, GuidedPass
 from .heads import ClassWeights, MLPHead, build_head
 from .modeling_glovlm import (
     GloVLMForImageClassification,
@@ -23,12 +24,14 @@ from .towers import TowerPair
 __all__ = [
     "ClassWeights",
     "ConditionalPromptHead",
+    "ContextGuide",
     "GloVLMConfig",
     "GloVLMForImageClassification",
     "GloVLMImageClassifierOutput",
     "GloVLMModel",
     "GloVLMOutput",
     "GloVLMProcessor",
+    "GuidedPass",
     "Inserts",
     "MLPHead",
     "TowerPair",

@@ -56,6 +56,8 @@ class GloVLMConfig(PreTrainedConfig):
         head: What adaptation left behind (see `heads.py`): `{"kind": ..., ...}`.
         inserts: Tokens and bottlenecks between the towers' blocks (see `prompts.py`); `None` where
             the towers are plain.
+        context: Context-guided tokens of the vision tower (see `context.py`); `None` where every
+            patch goes through every block.
         temperature: Divides the logits of the classifier; 1 means uncalibrated.
         prior_shift: Per class, what is added to the classifier's logits after the temperature, to
             correct for a prevalence other than that of the labels it learned from.
@@ -92,6 +94,7 @@ class GloVLMConfig(PreTrainedConfig):
     prompts: list[list[str]] | None = None
     head: dict[str, Any] | None = None
     inserts: dict[str, Any] | None = None
+    context: dict[str, Any] | None = None
     temperature: float = 1.0
     prior_shift: list[float] | None = None
     calibration: dict[str, Any] | None = None

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_glovlm import GloVLMConfig
+from .context import ContextGuide
 from .heads import Head, build_head, describe_head
 from .prompts import TEXT_CHUNK, Bottleneck, Inserts, LayerTokens
 from .towers import AttentionalPooler, TowerPair
@@ -87,7 +88,7 @@ class GloVLMPreTrainedModel(PreTrainedModel):
                         init.normal_(linear.weight, std=linear.in_features**-0.5)
                         if linear.bias is not None:
                             init.zeros_(linear.bias)
-        elif isinstance(module, AttentionalPooler | LayerTokens | Bottleneck):
+        elif isinstance(module, AttentionalPooler | LayerTokens | Bottleneck | ContextGuide):
             module.reset()
         elif isinstance(module, Head):
             module.reset()
@@ -121,7 +122,10 @@ class GloVLMModel(GloVLMPreTrainedModel):
         else:
             _keep_weights(backbone)
         self.backbone = backbone
+        if config.inserts and config.context:
+            raise ValueError(_ONE_OF_BOTH)
         self.inserts = Inserts(config.inserts, backbone) if config.inserts else None
+        self.context = ContextGuide(config.context, backbone) if config.context else None
         self.post_init()
 
     def insert(self, spec: dict[str, Any]) -> Inserts:
@@ -138,10 +142,61 @@ class GloVLMModel(GloVLMPreTrainedModel):
                 "This model has tokens or bottlenecks between its blocks already "
                 f"({', '.join(self.config.inserts or {})}): start from the backbone without them."
             )
+        if self.context is not None:
+            raise ValueError(_ONE_OF_BOTH)
         inserts = Inserts(spec, self.backbone)
         self.inserts = inserts.to(self.logit_scale.device, self.logit_scale.dtype)
         self.config.inserts = spec
         return inserts
+
+    def add_context(self, spec: dict[str, Any]) -> ContextGuide:
+        """Let texts guide the vision tower's tokens and drop patches, and put that into the config.
+
+        Args:
+            spec: See `ContextGuide`.
+
+        Raises:
+            ValueError: The model has a context or inserted tokens already, or the tower cannot be
+                guided.
+        """
+        if self.context is not None:
+            raise ValueError(
+                "This model has a context already: start from the backbone without it."
+            )
+        if self.inserts is not None:
+            raise ValueError(_ONE_OF_BOTH)
+        guide = ContextGuide(spec, self.backbone)
+        self.context = guide.to(self.logit_scale.device, self.logit_scale.dtype)
+        guide.train(self.training)
+        self.config.context = spec
+        return guide
+
+    def remove_context(self) -> None:
+        """Make the vision tower plain again."""
+        if self.context is not None:
+            self.context.release(self.backbone.vision_model)
+        self.context = self.config.context = None
+
+    @torch.no_grad()
+    def kept_patches(self, pixel_values: Tensor, **kwargs: Any) -> list[Tensor]:
+        """Say which patches of images go on behind each context-guided layer.
+
+        Args:
+            pixel_values: `[n, 3, height, width]`, from the processor.
+            **kwargs: What the tower takes.
+
+        Returns:
+            For each of these layers patch numbers `[n, kept]`, counted row by row over the whole
+            image, the most attended first; -1 is the token that others were fused into.
+
+        Raises:
+            ValueError: The model has no context.
+        """
+        if self.context is None:
+            raise ValueError("This model has no context: every patch goes through every block.")
+        with self.context.read() as seen:
+            self.pool_images(pixel_values, **kwargs)
+        return seen.patches
 
     @property
     def logit_scale(self) -> nn.Parameter:
@@ -427,6 +482,12 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
             attentions=getattr(vision, "attentions", None),
         )
         return output if return_dict is not False else output.to_tuple()
+
+
+_ONE_OF_BOTH = (
+    "A context drops patches between the blocks, and inserted tokens or bottlenecks expect them "
+    "all: start from the backbone without the other."
+)
 
 
 def _keep_weights(module: nn.Module) -> None:

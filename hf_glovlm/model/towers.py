@@ -80,6 +80,10 @@ class TowerPair(nn.Module):
             pooled = self.vision_pooler(outputs.last_hidden_state)
         else:
             patches = count_patches(self.vision_model.config, pixel_values)
+            if self.config.context:  # fewer leave the tower: those kept, and the fused one
+                patches = outputs.last_hidden_state.shape[1] - count_prefix(
+                    self.vision_model.config
+                )
             pooled = pool_vision(outputs, self.config.vision_pooling, patches)
         if self.config.normalize_pooled:
             pooled = nn.functional.normalize(pooled, dim=-1)
@@ -259,6 +263,11 @@ def count_patches(vision_config: Any, pixel_values: Tensor) -> int:
         return 0
     rows, columns = size if isinstance(size, list | tuple) else (size, size)
     return int(pixel_values.shape[-2] // rows * (pixel_values.shape[-1] // columns))
+
+
+def count_prefix(vision_config: Any) -> int:
+    """Count the tokens in front of the patches of a tower with a class token: it and registers."""
+    return 1 + int(getattr(vision_config, "num_register_tokens", 0) or 0)
 
 
 def pool_vision(outputs: Any, pooling: str, patches: int) -> Tensor:

@@ -1,0 +1,299 @@
+"""ConVLM: texts guide the vision tower's tokens while it trains, and it learns to drop patches."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.catalog import ClassInfo
+from ..data.folder import column
+from ..errors import GloVLMError, nearest
+from ..model.context import ContextGuide, GuidedPass
+from ..model.prompts import tower_blocks
+from .contract import Recipe, StepState, TowerMethod, Tuning, register
+from .weights import _without_gradient
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_CHOICES = {
+    "keep_schedule": ("constant", "cosine"),
+    "context": ("classes", "captions", "none"),
+    "target": ("final", "layer"),
+    "logits": ("raw", "cosine"),
+}
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """Settings of `convlm`.
+
+    Args:
+        layers: Blocks that are guided and drop patches, counted from 0. Empty: those a quarter,
+            half and three quarters down the tower, which of 12 blocks are the published 3, 6 and
+            9; with `blocks` all of these.
+        theta: Share of the class token's own query; 1 lets no text in.
+        keep: Share of the patches that go on at each of these layers; 1 drops none.
+        keep_schedule: `constant` as published; `cosine` (EViT, arXiv 2202.07800) keeps all patches
+            at first and falls to `keep` by the last step of training.
+        keep_start: Where the cosine begins, as a share of the steps (EViT: after 10 epochs).
+        fuse: Whether the dropped patches go on as one token.
+        renormalize: Whether its weights sum to one; as published they do not.
+        context: What guides: the text of the image's class, a `caption` column with one text an
+            image, or nothing (plain token pruning, and no further loss).
+        target: What a text is to foresee: the class token behind the `final` norm (published
+            code), or that which the `layer` itself reads (published figure).
+        weight_v: Of the loss between that token and the one made of the text.
+        weight_c: Of the loss between the text and the one made of the class token's query.
+        logits: `raw`: dot product of the projected class token with the unit class texts, as
+            published; or `cosine`, times the backbone's own scale.
+        blocks: 0: the whole tower trains. Else the tower stays frozen and this many trainable
+            blocks stand on its tokens.
+        projection_lr: Learning rate of the projection.
+    """
+
+    layers: list[int] = field(default_factory=list)
+    theta: float = 0.9
+    keep: float = 0.9
+    keep_schedule: str = "constant"
+    keep_start: float = 0.25
+    fuse: bool = True
+    renormalize: bool = False
+    context: str = "classes"
+    target: str = "final"
+    weight_v: float = 1.0
+    weight_c: float = 1.0
+    logits: str = "raw"
+    blocks: int = 0
+    projection_lr: float = 5e-3
+
+
+@register
+class ConVLM(TowerMethod):
+    """Context-guided token learning and token enhancement, end to end or on a frozen tower.
+
+    `L = CE(logits, y) + weight_v sum_l mean|AE_c(t) - x| + weight_c sum_l mean|AE_v(q_l) - t|` over
+    the guided layers l, with t the text, x the class token (`target`) and q_l its query with the
+    text already in it; nothing is cut from the gradient. Texts enter in training alone.
+
+    The published code trains two groups: the transformer, which contains the autoencoders, and the
+    projection. So they train here. A backbone's own projection is where that begins; of a pair that
+    has none it is the ridge fit on the support rather than random numbers. The published code
+    flips images and drops paths at a rate of 0.1: `augment` turns on what we have for the first,
+    and towers train as they come, without the second. It chose its epoch on the test set; here
+    that is done on validation, and without any the last epoch stays.
+    """
+
+    name = "convlm"
+    family = "image side"
+    trains = "the vision tower, two autoencoders at 3 of its blocks, the projection"
+    needs_text = True
+    citation = (
+        "ConVLM: Sohail et al. 2025, doi:10.1016/j.inffus.2025.103737; after ZSLViT, "
+        "arXiv:2404.07713, and EViT, arXiv:2202.07800"
+    )
+    Config = ContextConfig
+
+    def recipe(self, shots: int, config: ContextConfig) -> Recipe:
+        return Recipe(
+            lr=1e-5,
+            epochs=40,
+            batch_size=256,
+            weight_decay=1e-4,
+            optimizer="adam",
+            schedule="steps",
+            sampling="class_balanced",
+            patience=1000,  # all epochs are run; validation says which is kept
+        )
+
+    def attach(
+        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: ContextConfig
+    ) -> Tuning:
+        _check(config)
+        prompts = self.prompts(classes, config)
+        guide = _add_context(model, config)
+        tower, pooler = model.backbone.vision_model, getattr(model.backbone, "vision_pooler", None)
+        projection = list(model.backbone.visual_projection.parameters())
+        inside = [guide] if config.blocks else [guide, tower, *filter(None, [pooler])]
+        for parameter in [*projection, *(p for part in inside for p in part.parameters())]:
+            parameter.requires_grad_(True)
+        # What no feature depends on stays (a mask token, a pooler that is not read), and so do the
+        # autoencoders that no loss reaches.
+        for parameter in _without_gradient(model, processor, prompts[0][:1]):
+            parameter.requires_grad_(False)
+        guided = config.context != "none"
+        guide.to_vision.requires_grad_(guided and (config.theta < 1 or config.weight_v > 0))
+        guide.to_text.requires_grad_(guided and config.weight_c > 0)
+        trained = [p for part in inside for p in part.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": trained}]
+        if projection:
+            groups.append({"params": projection, "lr": config.projection_lr, "weight_decay": 1e-5})
+        tuning = Tuning(
+            groups,
+            prompts,
+            trains_vision=True,
+            trains_text=False,
+            notes=[
+                f"Context-guided blocks: {', '.join(map(str, guide.layers))} of "
+                f"{len(_stack(model, config))}{' of our own' if config.blocks else ''}."
+            ],
+            raw_logits=config.logits == "raw",
+        )
+        if guided:
+            guidance = _Guidance(model, processor, config)
+            tuning.around_images = guidance.around_images
+            if config.context == "captions":
+                tuning.look_at = guidance.look_at
+            if config.weight_v > 0 or config.weight_c > 0:
+                tuning.penalty = guidance.penalty
+        if config.keep_schedule == "cosine":
+            schedule = _KeepSchedule(guide, config.keep_start)
+            tuning.begin, tuning.after_step = schedule.begin, schedule.after_step
+            tuning.finish = schedule.finish
+        return tuning
+
+
+class _Guidance:
+    """Gives each image of a training step its text, and measures what the autoencoders make of it.
+
+    Args:
+        model: The `GloVLMModel` with its context.
+        processor: Its processor.
+        config: Settings of the method.
+    """
+
+    def __init__(self, model: Any, processor: Any, config: ContextConfig) -> None:
+        self.model, self.processor, self.config = model, processor, config
+        self.captions: Tensor | None = None
+        self.seen: GuidedPass | None = None
+
+    @torch.no_grad()
+    def look_at(self, support: "Dataset") -> None:
+        """Encode the caption of every image once: the text tower is frozen."""
+        if "caption" not in support.column_names:
+            raise GloVLMError(
+                "context 'captions' needs a column 'caption' with a text for each image, and these "
+                "have none: write them with `glovlm data caption`, or set context to 'classes'."
+            )
+        texts = [(text or "").strip() for text in column(support, "caption")]
+        if empty := texts.count(""):
+            raise GloVLMError(
+                f"{empty} of {len(texts)} images have no caption: write them with `glovlm data "
+                "caption`, or set context to 'classes'."
+            )
+        encoded = self.processor.encode_prompts([[text] for text in texts])
+        device = self.model.logit_scale.device
+        self.captions = self.model.class_prototypes(**{k: v.to(device) for k, v in encoded.items()})
+
+    @contextmanager
+    def around_images(self, labels: Tensor, rows: Tensor, prototypes: Tensor) -> Iterator[None]:
+        """See `Tuning.around_images`."""
+        text = prototypes[labels]
+        if self.captions is not None:
+            text = self.captions[rows.to(self.captions.device)]
+        with self.model.context.read(text) as self.seen:
+            yield
+
+    def penalty(self, state: StepState) -> Tensor:
+        """L_CTL of the pass that went before, a mean over the images of this process's part."""
+        seen, self.seen = self.seen, None
+        assert seen is not None
+        assert seen.text is not None
+        assert seen.final is not None
+        text = seen.text.to(seen.final.dtype)
+        total = state.logits.new_zeros(())
+        for number, read_text in enumerate(self.model.context.to_text):
+            if self.config.weight_v > 0:
+                token = seen.final if self.config.target == "final" else seen.tokens[number]
+                loss = _mean_distance(seen.guesses[number], token, state.weight)
+                total = total + self.config.weight_v * loss
+            if self.config.weight_c > 0:
+                loss = _mean_distance(read_text(seen.queries[number]), text, state.weight)
+                total = total + self.config.weight_c * loss
+        return total
+
+
+class _KeepSchedule:
+    """EViT's share of kept patches: all until some step, then down along a cosine.
+
+    Training alone follows it; validation and use see the share that it ends with.
+
+    Args:
+        guide: Whose share changes.
+        start: Where the cosine begins, as a share of the steps.
+    """
+
+    def __init__(self, guide: ContextGuide, start: float) -> None:
+        self.guide, self.start = guide, start
+        self.steps = 0
+        guide.keep_now = torch.ones(len(guide.keep), device=next(guide.parameters()).device)
+
+    def begin(self, steps: int) -> None:
+        """Told of the steps in all; a resumed run has the share it stopped with."""
+        self.steps = steps
+
+    def after_step(self, step: int) -> None:
+        """Set the share of the next step."""
+        assert self.guide.keep_now is not None
+        done = (step / self.steps - self.start) / max(1 - self.start, 1e-9)
+        rest = (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+        shares = [keep + (1 - keep) * rest for keep in self.guide.keep]
+        self.guide.keep_now.copy_(torch.tensor(shares))  # in place: the checkpoint holds it
+
+    def finish(self, folder: Path | None) -> None:
+        """Leave the share that the schedule ends with."""
+        self.guide.keep_now = None
+
+
+def _mean_distance(found: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Mean absolute difference of rows `[n, dim]`, over the rows of weight 1."""
+    distance = (found - wanted).abs().mean(1)
+    return (weight * distance).sum() / weight.sum().clamp(min=1)
+
+
+def _stack(model: Any, config: ContextConfig) -> Sequence[Any]:
+    """The blocks among which `layers` counts."""
+    if config.blocks:
+        return range(config.blocks)
+    return tower_blocks(model.backbone.vision_model)
+
+
+def _add_context(model: Any, config: ContextConfig) -> ContextGuide:
+    try:
+        depth = len(_stack(model, config))
+        quarters = sorted({depth * k // 4 for k in (1, 2, 3)})
+        guide: ContextGuide = model.add_context(
+            {
+                "layers": config.layers or (list(range(depth)) if config.blocks else quarters),
+                "text_dim": model.config.text_feature_dim,
+                "theta": config.theta,
+                "keep": config.keep,
+                "fuse": config.fuse,
+                "renormalize": config.renormalize,
+                "blocks": config.blocks,
+            }
+        )
+    except ValueError as error:
+        raise GloVLMError(str(error)) from None
+    return guide
+
+
+def _check(config: ContextConfig) -> None:
+    """Refuse settings that mean nothing; the model refuses what does not fit its tower."""
+    for name, known in _CHOICES.items():
+        found = getattr(config, name)
+        if found not in known:
+            raise GloVLMError(
+                f"Setting '{name}' of method 'convlm' is one of {', '.join(known)}; found "
+                f"'{found}'.{nearest(str(found), known)}"
+            )
+    for name in ("weight_v", "weight_c", "blocks"):
+        if getattr(config, name) < 0:
+            raise GloVLMError(f"Setting '{name}' is 0 or more; found {getattr(config, name)}.")
+    if not 0 <= config.keep_start < 1:
+        raise GloVLMError(f"Setting 'keep_start' is 0 to below 1; found {config.keep_start}.")
