@@ -5,6 +5,7 @@ Adding a backbone is adding a row. What a row's source does not settle is writte
 
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -498,7 +499,7 @@ def _load_dual(source: _Source) -> tuple[Any, Any]:
             f"({known}). Pair a vision tower with a text tower: --backbone VISION+TEXT, for "
             f"example '{source.name}+minilm'."
         )
-    towers = _load_weights(AutoModel, source)
+    towers = _load_weights(AutoModel, source, config=config)
     config = GloVLMConfig(
         backbone_config=towers.config,
         backbone_name=source.public,
@@ -599,6 +600,8 @@ def _load_weights(
     """`from_pretrained` in fp32; transformers would make up missing tensors at random."""
     import torch
 
+    if "config" in kw and (assigned := _assign_weights(auto_class, source, kw["config"])):
+        return assigned
     model, found = _from_hub(
         auto_class, source, dtype=torch.float32, output_loading_info=True, **kw
     )
@@ -615,6 +618,33 @@ def _load_weights(
     return model
 
 
+def _assign_weights(auto_class: Any, source: _Source, config: Any) -> Any:
+    """Put the tensors of a local file into a model, where they are exactly its own in fp32.
+
+    What takes more is left to `from_pretrained`, which is three times as slow: renamed, missing,
+    split or half-precision tensors, and saying what is wrong with a file. `None` then.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers.initialization import no_init_weights
+
+    file = Path(source.place) / "model.safetensors"
+    if not file.is_file():
+        return None
+    try:
+        tensors = load_file(file)
+        with no_init_weights():  # every weight is assigned below
+            model = auto_class.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError):
+        return None
+    expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
+    if expected != {key: (value.shape, value.dtype) for key, value in tensors.items()}:
+        return None
+    model.load_state_dict(tensors, assign=True)
+    return model.eval()
+
+
 def _load_processor(source: _Source, config: Any, text: _Source | None = None) -> Any:
     from transformers import AutoImageProcessor, AutoTokenizer
 
@@ -629,7 +659,7 @@ def _load_processor(source: _Source, config: Any, text: _Source | None = None) -
     texts = text or source
     if texts.converted and not (Path(texts.place) / "tokenizer.json").is_file():
         raise _no_tokenizer(texts)
-    tokenizer = _from_hub(AutoTokenizer, texts)
+    tokenizer = _from_hub(AutoTokenizer, texts, **_added_tokens(Path(texts.place)))
     if set(tokenizer("glomerulus")["input_ids"]) <= set(tokenizer.all_special_ids):
         # transformers makes up an empty one where the files are missing.
         raise _no_tokenizer(texts)
@@ -640,6 +670,24 @@ def _load_processor(source: _Source, config: Any, text: _Source | None = None) -
         max_length=min(context, 256),
         pad_to_max="siglip" in backbone.model_type,
     )
+
+
+def _added_tokens(folder: Path) -> dict[str, Any]:
+    """The tokens beside the vocabulary, where tokenizer.json alone tells them.
+
+    transformers would parse that whole file for them, and then again for the rest.
+    """
+    try:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8")
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+        others = [folder / name for name in ("special_tokens_map.json", "added_tokens.json")]
+        if found is None or "added_tokens_decoder" in settings or any(map(Path.exists, others)):
+            return {}
+        tokens = json.JSONDecoder().raw_decode(text, found.end())[0]
+        return {"added_tokens_decoder": {token.pop("id"): token for token in tokens}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # not there or broken: the tokenizer's own loading says so
 
 
 def _no_tokenizer(source: _Source) -> GloVLMError:

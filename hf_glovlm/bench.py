@@ -23,6 +23,7 @@ __all__ = [
     "BENCHES",
     "Shape",
     "bench_cache",
+    "bench_context",
     "bench_encode",
     "bench_methods",
     "bench_metrics",
@@ -217,6 +218,7 @@ def bench_encode(
     from transformers import AutoModel
 
     from .backbones import load_backbone
+    from .conversion import join_merges
     from .data import open_image
     from .inference import embed_images
 
@@ -233,6 +235,7 @@ def bench_encode(
         processor.tokenizer.save_pretrained(folder)
         if not backbone:
             _grow_tokenizer(folder / "tokenizer.json", vocabulary)
+        join_merges(folder)  # as a converted checkpoint lies on disk
 
         def load_bare() -> Any:
             return AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
@@ -244,7 +247,7 @@ def bench_encode(
         pairs = zip(bare.state_dict().values(), model.backbone.state_dict().values(), strict=True)
         different = sum(not torch.equal(one, other) for one, other in pairs)
         _same(0, different, 0, "the number of loaded tensors that differ")
-        load = _shortest_in_turn([load_bare, load_ours], repeats)
+        load = _shortest_in_turn([load_bare, load_ours], 3 * repeats)  # short, so more often
 
         images = _jpegs(Path(place) / "jpegs", n_files, side)
         batches = [
@@ -284,7 +287,7 @@ def bench_encode(
             load[1],
             "s",
             load[1] / load[0],
-            f"{what}: load_backbone of it, with tokenizer; ratio: times the time",
+            f"{what}: load_backbone of it, with tokenizer, as converted; ratio: times the time",
         ),
         _row("encode.bare", n / batch[0], "images/s", None, f"{what}: bare tower, a batch of {n}"),
         _row(
@@ -621,6 +624,84 @@ def _clusters(n_classes: int, shots: int, dim: int, rows: int) -> tuple[Any, ...
     return around(labels), labels, around(owners), owners, texts
 
 
+def bench_context(
+    *,
+    shape: Shape | None = None,
+    keeps: Sequence[float] = (1.0, 0.9, 0.7, 0.5),
+    batch_size: int = 8,
+    repeats: int = 5,
+) -> list[Row]:
+    """Time a vision tower that drops patches, against the same tower that keeps them all.
+
+    A quarter, half and three quarters down, a share of the patches goes on, and one token for the
+    rest (ConVLM). The towers take turns.
+
+    Args:
+        shape: Of the random CLIP.
+        keeps: Shares of the patches that go on at each of the three layers; the first is 1.
+        batch_size: Images at a time.
+        repeats: Timings of each share, of which the shortest counts.
+
+    Returns:
+        A row a share; the `ratio` is its rate over that with all patches, and `what` says which
+        ratio the number of operations promises.
+
+    Raises:
+        GloVLMError: With all patches, features differ from those of the plain tower.
+    """
+    import torch
+
+    shape = shape or Shape(text=(64, 1))
+    width, depth = shape.vision
+    layers = sorted({depth * k // 4 for k in (1, 2, 3)})
+    model, _ = _random_clip(shape)
+    side = shape.image_size
+    images = torch.randn(batch_size, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def encode(keep: float) -> Any:
+        if model.context is not None:
+            model.context.keep = [keep] * len(layers)
+        with torch.inference_mode():
+            return model.pool_images(images)
+
+    plain = encode(1.0)
+    model.add_context({"layers": layers, "text_dim": shape.text[0]})
+    gap = float((encode(1.0) - plain).abs().max())
+    _same(0, gap, 1e-6, "the largest difference from the plain tower's features")
+    seconds = _shortest_in_turn([partial(encode, keep) for keep in keeps], repeats)
+    work = [_block_operations(shape, layers, keep) for keep in keeps]
+    what = f"vision tower {width} wide, {depth} blocks, a batch of {batch_size}"
+    what += f", {torch.get_num_threads()} threads"
+    return [
+        _row(
+            f"context.keep_{keep}",
+            batch_size / taken,
+            "images/s",
+            seconds[0] / taken,
+            f"{what}: a share of {keep} of the patches goes on behind blocks "
+            f"{', '.join(map(str, layers))}; ratio: times the rate with all patches, and the "
+            f"operations promise {work[0] / each:.3g}",
+        )
+        for keep, taken, each in zip(keeps, seconds, work, strict=True)
+    ]
+
+
+def _block_operations(shape: Shape, layers: Sequence[int], keep: float) -> float:
+    """Multiplications of the patch embedding and all blocks, for one image."""
+    from .model.context import keep_count
+
+    width, depth = shape.vision
+    patches = (shape.image_size // shape.patch) ** 2
+    total = float(patches * 3 * shape.patch**2 * width)
+    for layer in range(depth):
+        tokens = 1 + patches
+        total += 4 * tokens * width**2 + 2 * tokens**2 * width  # maps, scores and their sums
+        if layer in layers and (kept := keep_count(keep, patches)) < patches:
+            patches = kept + 1
+        total += 8 * (1 + patches) * width**2
+    return total
+
+
 def _same(one: float, other: float, tolerance: float, what: str) -> None:
     """Refuse to time a shortcut that computes something else."""
     if abs(one - other) > tolerance:
@@ -632,6 +713,7 @@ BENCHES: dict[str, Callable[..., list[Row]]] = {
     "cache": bench_cache,
     "encode": bench_encode,
     "methods": bench_methods,
+    "context": bench_context,
 }
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import published
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, tiny_bert, tiny_clip, tiny_dinov2, tiny_pair, tiny_siglip, tiny_siglip2
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
 from hf_glovlm import backbones
 from hf_glovlm.backbones import (
@@ -88,6 +89,67 @@ def test_a_folder_that_this_package_saved(tmp_path: Path) -> None:
     assert all(value.equal(read.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+DUALS = [tiny_clip, tiny_siglip, tiny_siglip2]
+
+
+@pytest.mark.parametrize("folder", DUALS)
+def test_the_short_way_gives_what_transformers_gives(
+    folder: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = folder()
+    expected = AutoModel.from_pretrained(place, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    monkeypatch.setattr(AutoModel, "from_pretrained", None)  # the long way is closed
+    model, processor = load_backbone(str(place))
+    towers = model.backbone
+    for kind in ("named_parameters", "named_buffers"):
+        found, other = (dict(getattr(m, kind)()) for m in (towers, expected))
+        assert found.keys() == other.keys()
+        assert all(found[key].equal(value) for key, value in other.items())
+    wants = {name: p.requires_grad for name, p in expected.named_parameters()}
+    assert {name: p.requires_grad for name, p in towers.named_parameters()} == wants
+    assert not any(module.training for module in towers.modules())
+    own = expected.config.to_dict() | {"text_config": {}, "vision_config": {}}
+    assert towers.config.to_dict() | {"text_config": {}, "vision_config": {}} == own
+    assert towers.config._attn_implementation == expected.config._attn_implementation
+    towers.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == expected.state_dict().keys()
+    assert str(processor.tokenizer) == str(tokenizer)
+    assert processor.tokenizer.init_kwargs == tokenizer.init_kwargs
+    assert processor.tokenizer.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+
+
+def test_a_tensor_that_the_model_has_not_is_no_hindrance(tmp_path: Path) -> None:
+    """Older CLIP files hold position ids, which are no weight any more."""
+    place = tiny_clip(tmp_path)
+    tensors = load_file(place / "model.safetensors")
+    more = tensors | {"text_model.embeddings.position_ids": torch.arange(CONTEXT)[None]}
+    save_file(more, place / "model.safetensors", {"format": "pt"})
+    model, _ = load_backbone(str(place))
+    assert all(model.backbone.state_dict()[key].equal(value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize("legacy", ["special_tokens_map.json", "added_tokens.json", "decoder"])
+def test_tokens_that_other_files_tell_are_read_there(legacy: str, tmp_path: Path) -> None:
+    """What versions before 5 wrote beside tokenizer.json, or into tokenizer_config.json."""
+    place = tiny_clip(tmp_path)
+    if legacy == "decoder":
+        settings = json.loads((place / "tokenizer_config.json").read_text())
+        token = {"content": "<new>", "special": True, "normalized": False}
+        token |= {"lstrip": False, "rstrip": False, "single_word": False}
+        settings["added_tokens_decoder"] = {"460": token}
+        (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    elif legacy == "added_tokens.json":
+        (place / legacy).write_text(json.dumps({"<new>": 460}))
+    else:
+        (place / legacy).write_text(json.dumps({"mask_token": "<new>"}))
+    expected = AutoTokenizer.from_pretrained(place)
+    found = load_backbone(str(place))[1].tokenizer
+    assert "<new>" in found.get_vocab()
+    assert found.get_vocab() == expected.get_vocab()
+    assert str(found) == str(expected)
+
+
 @pytest.mark.parametrize("folder", [tiny_clip, tiny_siglip])
 def test_weights_stored_in_half_precision_come_back_in_single(
     folder: Callable[[Path], Path], tmp_path: Path
@@ -145,6 +207,13 @@ def _no_tokenizer(tmp: Path) -> str:
     return str(place)
 
 
+def _no_weights_no_tokenizer(tmp: Path) -> str:
+    """Of two faults that of the weights is said."""
+    place = Path(_no_tokenizer(tmp))
+    (place / "model.safetensors").unlink()
+    return str(place)
+
+
 def _no_transform(tmp: Path) -> str:
     place = tiny_clip(tmp)
     (place / "preprocessor_config.json").unlink()
@@ -165,6 +234,7 @@ def _no_transform(tmp: Path) -> str:
         (_broken_weights, "cannot be loaded"),
         (_no_tokenizer, "no usable tokenizer"),
         (_no_transform, "cannot be loaded"),
+        (_no_weights_no_tokenizer, "no file named model.safetensors"),
         (lambda tmp: str(tiny_dinov2()), r"'dinov2' model, not a dual encoder.*VISION\+TEXT"),
         (lambda tmp: str(tiny_bert()), "'bert' model, not a dual encoder"),
         (lambda tmp: f"{tiny_bert()}+{tiny_dinov2()}", "Put the vision tower first"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from hf_glovlm.conversion import vocabularies
@@ -94,6 +95,33 @@ def test_where_clips_vocabulary_comes_from(
         assert (len(found[0]), found[0]["<|endoftext|>"]) == (49408, 49407)
     else:
         assert found == ((vocabulary, merges) if source else None)
+
+
+def test_joined_merges_are_the_same_tokenizer(tmp_path: Path) -> None:
+    ours = vocabularies._clip(tmp_path / "none", 77)
+    ours.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    before = file.read_text()
+    vocabularies.join_merges(tmp_path)
+    assert len(file.read_text()) < len(before) / 2
+    assert all(isinstance(merge, str) for merge in json.loads(file.read_text())["model"]["merges"])
+    joined = Tokenizer.from_file(str(file)).to_str()
+    assert json.loads(joined) == json.loads(before)  # it writes pairs again
+    once = file.read_text()
+    vocabularies.join_merges(tmp_path)
+    assert file.read_text() == once
+
+
+@pytest.mark.parametrize(
+    "merges", [None, [], [["a b", "c"]], [["a", "b"], ["", "c d"]], [["#version", "b"]]]
+)
+def test_what_cannot_be_joined_stays(merges: Any, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    vocabularies.join_merges(tmp_path)  # none is there
+    file.write_text(json.dumps({"model": {} if merges is None else {"merges": merges}}))
+    before = file.read_text()
+    vocabularies.join_merges(tmp_path)
+    assert file.read_text() == before
 
 
 def test_a_word_list_becomes_a_tokenizer(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import GloVLMError, nearest
 from .kinds import CONVERTERS, DROPPED, recognise
 from .moving import Converted, Move
-from .vocabularies import find_tokenizer, read_json
+from .vocabularies import find_tokenizer, join_merges, read_json
 
 __all__ = [
     "DROPPED",
@@ -24,6 +24,7 @@ __all__ = [
     "Converted",
     "convert_checkpoint",
     "convert_tensors",
+    "join_merges",
     "read_tensors",
     "recognise",
 ]
@@ -210,7 +211,8 @@ def _write(converted: Converted, tokenizer: Any, name: str, folder: Path) -> Non
     if is_pair and tokenizer is not None:
         processor = GloVLMProcessor(images, tokenizer, max_length=converted.max_length)
         processor.save_pretrained(folder)
-        return
-    images.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    else:
+        images.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    join_merges(folder)
