@@ -15,11 +15,14 @@ RunArgument = Annotated[Path, Argument(help="A run's folder.")]
 ReasonFlag = Annotated[Text, Option(help="Why the base's licence allows it; the card says it.")]
 
 
-def card(run: RunArgument) -> None:
-    """Write the model card of a run again, from its results."""
+def card(
+    run: Annotated[str, Argument(help="A run's folder, that of `glovlm pretrain`, or mini.")],
+    output: Annotated[Path | None, Option(help="The file. (README.md in the folder)")] = None,
+) -> None:
+    """Write the model card of a run again, from its results; or that of a pretrained backbone."""
     from .card import write_card
 
-    note(f"the card is in {write_card(run)}")
+    note(f"the card is in {write_card(run, output)}")
 
 
 def push(

@@ -11,7 +11,7 @@ another quantity. Such resamples are left out of the percentiles and counted.
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ __all__ = [
     "MetricInfo",
     "PairedRun",
     "compute_metrics",
+    "compute_subgroups",
     "evaluate_metric",
     "paired_differences",
     "recall_by_group",
@@ -205,6 +206,44 @@ def compute_metrics(
             "note": unknown,
         },
     }
+
+
+def compute_subgroups(
+    labels: ArrayLike,
+    probabilities: ArrayLike,
+    columns: Mapping[str, Sequence[Any]],
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Measure the images of each stain, each scanner and so on alone.
+
+    Args:
+        labels: Class indices `[n]`.
+        probabilities: `[n, K]`.
+        columns: What to divide the images by, and the value of each image `[n]`; `None` is unknown,
+            and such images are in no subgroup.
+        **options: `groups`, `class_names`, `n_resamples`, `seed`, as `compute_metrics` takes them.
+
+    Returns:
+        Column -> value -> `n`, `n_groups`, `metrics`. A column with fewer than two known values
+        divides nothing and is left out.
+
+    Raises:
+        GloVLMError: If an input has a wrong shape, range or length.
+    """
+    y, p = _checked(labels, probabilities)
+    groups = options.pop("groups", None)
+    found: dict[str, dict[str, Any]] = {}
+    for column, values in columns.items():
+        if len(values) != len(y):
+            raise GloVLMError(f"Expected {len(y)} values of '{column}', found {len(values)}.")
+        known = sorted({str(value) for value in values if value is not None})
+        for name in known if len(known) > 1 else ():
+            rows = [i for i, value in enumerate(values) if value is not None and str(value) == name]
+            held = None if groups is None else [groups[i] for i in rows]
+            measured = compute_metrics(y[rows], p[rows], groups=held, **options)
+            kept = {key: measured[key] for key in ("n", "n_groups", "metrics")}
+            found.setdefault(column, {})[name] = kept
+    return found
 
 
 def paired_differences(

@@ -40,6 +40,7 @@ OWN_FILES = (  # in the order in which they are put in place
 )  # fmt: skip
 
 
+SUBGROUPS = ("stain", "scanner")  # an institution or a reader is somebody's name
 _INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast, not what
 
 
@@ -196,7 +197,8 @@ def run(
             **measured,
             **_describe_adapted(adapted, method, config),
             **further,
-            **({} if calibrated is None else {"calibration": calibrated.facts}),
+            **_subgroups(predictions, test, config),
+            **({} if calibrated is None else {"calibration": _describe_calibration(calibrated)}),
             "notes": [
                 *episode_notes(episode),
                 *adapted.notes,
@@ -265,6 +267,31 @@ def measure(predictions: Predictions, *, n_resamples: int = 2000, seed: int = 0)
         n_resamples=n_resamples,
         seed=seed,
     )
+
+
+def _subgroups(
+    predictions: Predictions, test: "Dataset", config: TrainConfig
+) -> dict[str, dict[str, Any]]:
+    """The metrics within each stain and each scanner, where the data name more than one."""
+    from .data.folder import column
+    from .metrics import compute_subgroups
+
+    assert predictions.labels is not None  # rows of a labelled set
+    columns = {name: column(test, name) for name in SUBGROUPS if name in test.column_names}
+    found = compute_subgroups(
+        predictions.labels,
+        predictions.probabilities,
+        columns,
+        groups=predictions.groups,
+        class_names=predictions.class_names,
+        n_resamples=config.n_resamples,
+        seed=config.seed,
+    )
+    return {"subgroups": found} if found else {}
+
+
+def _describe_calibration(calibrated: "Calibration") -> dict[str, Any]:
+    return {"temperature": calibrated.temperature, **calibrated.facts}
 
 
 def _declared_shift(config: TrainConfig, names: Sequence[str]) -> list[float] | None:
@@ -511,6 +538,8 @@ def _describe_data(
     }
     return {
         "name": Path(config.data).name,
+        "hub_id": None if Path(config.data).expanduser().exists() else config.data,
+        "stain": config.stain or _stains(rows),
         "fingerprint": report.fingerprint,
         "classes": [asdict(c) | {"prompts": list(c.prompts)} for c in classes],
         "counts": {
@@ -526,6 +555,15 @@ def _describe_data(
         "support_groups_sha256": sorted({sha256(groups[i].encode()).hexdigest() for i in learned}),
         "notes": list(report.notes),
     }
+
+
+def _stains(rows: "Dataset") -> list[str] | None:
+    """The stains that the rows name."""
+    from .data.folder import column
+
+    if "stain" not in rows.column_names:
+        return None
+    return sorted({str(value) for value in column(rows, "stain") if value}) or None
 
 
 def _synthetic(data: str) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from .adapters import get_method
+from .adapters import FeatureMethod, get_method
 from .errors import GloVLMError, nearest
 from .objective import Loss
 
@@ -170,6 +170,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise GloVLMError(f"{name} must be above 0; found {value}.")
+        given = self.recipe_overrides()
+        if given and isinstance(method, FeatureMethod):
+            raise GloVLMError(
+                f"Method '{method.name}' is solved, not trained in epochs: it has no "
+                f"{', '.join(given)} to set. Leave that out, or see `glovlm methods --json` for "
+                "its settings."
+            )
 
     def recipe_overrides(self) -> dict[str, Any]:
         """What replaces the method's own recipe."""

@@ -10,10 +10,25 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
+from tiny import tiny_clip, tiny_images
 
-from hf_glovlm.card import group_unit, metric_rows, render_card, write_card
+import hf_glovlm.card
+from hf_glovlm.backbones import BACKBONES, MINI
+from hf_glovlm.calibration import measure_abstention, measure_sets
+from hf_glovlm.card import (
+    group_unit,
+    metric_rows,
+    render_backbone_card,
+    render_card,
+    write_card,
+)
+from hf_glovlm.data.phantoms import render_phantom
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.metrics import compute_metrics
+from hf_glovlm.metrics import compute_metrics, compute_subgroups
+from hf_glovlm.runs import run
+from hf_glovlm.train_config import TrainConfig
 
 CLASSES = ("ischemic", "sclerosed", "viable")
 SECRETS = {
@@ -27,9 +42,17 @@ PATIENTS = [f"MRN-{i:05d}" for i in range(12)]
 
 
 def make_results(
-    *, synthetic: bool = False, absent: bool = False, **changes: Any
+    *, synthetic: bool = False, absent: bool = False, full: bool = False, **changes: Any
 ) -> dict[str, Any]:
-    """What `run` returns, with real numbers, and with secrets wherever it may hold them."""
+    """What `run` returns, with real numbers, and with secrets wherever it may hold them.
+
+    Args:
+        synthetic: Whether the images are drawings.
+        absent: Whether one class has no test image.
+        full: Whether everything that a run may be asked for was; otherwise the results are those
+            of a plain run before any of it existed.
+        changes: Replaces parts.
+    """
     rng = np.random.default_rng(1)
     labels = np.arange(60) % (2 if absent else 3)
     probabilities = rng.dirichlet((1, 1, 1), 60) / 2 + np.eye(3)[labels] / 2
@@ -99,6 +122,42 @@ def make_results(
         "timing": {"total": 12.345},
         "environment": {"hf_glovlm": "0.1.0", "python": "3.11.7", "gpu": None, "threads": 2},
     }
+    if full:
+        groups = [PATIENTS[i % 12] for i in range(60)]
+        results |= {
+            "calibration": {
+                "n": 31,
+                "groups": 7,
+                "per_class": dict(zip(CLASSES, (11, 13, 7), strict=True)),
+                "nll": {"before": 1.2345678, "after": 0.9876543},
+                "temperature": 1.7182818,
+                "coverage_range": [0.81, 0.97],
+            },
+            "sets": measure_sets(probabilities > 0.3, labels, CLASSES, groups, n_resamples=50),
+            "abstention": measure_abstention(probabilities, labels, 0.7),
+            "prior_correction": {
+                "how": "em",
+                "prevalence": dict(zip(CLASSES, rng.dirichlet((1, 1, 1)).tolist(), strict=True)),
+            },
+            "transductive": {
+                "query_images": 60,
+                "saved_model_alone": {"balanced_accuracy": 0.76543},
+            },
+            "subgroups": compute_subgroups(
+                labels,
+                probabilities,
+                {"stain": ["PAS", "H&E"] * 30, "institution": ["Seven", "Nine", None] * 20},
+                groups=groups,
+                class_names=CLASSES,
+                n_resamples=50,
+            ),
+        }
+        config |= {"conformal": "aps", "alpha": 0.15, "max_risk": 0.05, "calibration_groups": 7}
+        data = results["data"]
+        data |= {"mpp": 0.4938, "stain": ["PAS", "H&E"]}
+        data["counts"] |= {"calibration": results["calibration"]["per_class"]}
+        data["support"] |= {"calibration_labels": 31, "label_budget": 50}
+        results["backbone"]["restrictions"] = []
     return results | changes
 
 
@@ -116,6 +175,7 @@ def test_the_hub_reads_the_front_matter(synthetic: bool) -> None:
     data = ModelCard(render_card(results)).data  # raises on a malformed model-index
     assert data.license == "mit"
     assert data.base_model == ["openai/clip-vit-base-patch32"]
+    assert data.base_model_relation == "finetune"
     assert data.library_name == "hf-glovlm"
     assert data.pipeline_tag == "image-classification"
     assert data.language == "en"
@@ -128,6 +188,8 @@ def test_the_hub_reads_the_front_matter(synthetic: bool) -> None:
         results["metrics"]["macro_auc"]["value"], abs=5e-5
     )
     assert {result.dataset_split for result in data.eval_results} == {"test"}
+    index = front_matter(render_card(results))["model-index"]
+    assert model_index_to_eval_results(index)[1] == data.eval_results
 
 
 def test_a_hub_data_set_is_linked() -> None:
@@ -158,6 +220,41 @@ def test_the_licence_of_the_base_passes_on(
 
 
 @pytest.mark.parametrize(
+    ("backbone", "said", "unsaid"),
+    [
+        ({"name": "mini", "license": "apache-2.0", "restrictions": []}, "inherits", "commercial"),
+        ({"name": "mini", "license": None, "restrictions": None}, "is not known here", "**Not"),
+        ({"name": "x/plip", "license": "not verified"}, "is not known here", "inherits"),
+        ({"name": "x/y", "license": "mit"}, "was not recorded", "**No"),
+        (
+            {"name": "x/y", "license": "own", "restrictions": ["non-commercial"]},
+            "**Not for commercial use.**",
+            "**No derivatives",
+        ),
+        # Results from before restrictions were kept: the table knows.
+        (
+            {"name": "MahmoodLab/conch", "license": "cc-by-nc-nd-4.0"},
+            "**No derivatives may be shared.**",
+            "recorded",
+        ),
+    ],
+)
+def test_what_the_base_forbids_is_said_plainly(
+    backbone: dict[str, Any], said: str, unsaid: str
+) -> None:
+    card = render_card(make_results(backbone={"revision": None, **backbone}))
+    section = card.split("## Licence of the backbone")[1].split("## Metrics")[0]
+    assert said in section
+    assert unsaid not in section
+
+
+def test_a_licence_of_its_own_is_linked() -> None:
+    base = {"name": "owkin/phikon-v2", "revision": None, "license": "owkin non-commercial"}
+    found = front_matter(render_card(make_results(backbone=base)))
+    assert found["license_link"] == "https://huggingface.co/owkin/phikon-v2"
+
+
+@pytest.mark.parametrize(
     ("backbone", "expected"),
     [
         ("facebook/dinov2-small+sentence-transformers/all-MiniLM-L6-v2", 2),
@@ -168,9 +265,20 @@ def test_the_licence_of_the_base_passes_on(
 )
 def test_base_models_are_hub_ids_only(backbone: str, expected: int) -> None:
     results = make_results(backbone={"name": backbone, "revision": None, "license": None})
-    found = front_matter(render_card(results)).get("base_model", [])
+    about = front_matter(render_card(results))
+    found = about.get("base_model", [])
     assert len(found) == expected
     assert all(name in backbone and "/" in name for name in found)
+    assert ("base_model_relation" in about) == bool(expected)
+
+
+def test_a_base_in_a_folder_is_called_that() -> None:
+    results = make_results()
+    results["backbone"]["name"] = SECRETS["backbone"]
+    card = render_card(results)
+    assert "a local folder+a local folder adapted by lora" in card
+    assert "secret" not in card
+    assert "base_model" not in front_matter(card)
 
 
 def numbers_in(value: Any) -> set[str]:
@@ -187,19 +295,29 @@ def numbers_in(value: Any) -> set[str]:
 
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)*(?:e-?\d+)?(?!\w)")
-# The two arXiv numbers of the protocol, the interval's 95%, the version of CLIP's paper.
-CONSTANT = {"2508.15960", "2511.11984", "95", "2021", "2103.00020", "3"}
+# What is no result: the papers of the protocol and of the backbones.
+CITED = {"2508.15960", "2511.11984"} | set(
+    NUMBER.findall(" ".join(row.citation for row in BACKBONES.values()))
+)
 
 
-@pytest.mark.parametrize("changes", [{}, {"synthetic": True}, {"absent": True}])
-def test_every_number_comes_from_the_results(changes: dict[str, bool]) -> None:
+@pytest.mark.parametrize("changes", [{}, {"synthetic": True}, {"absent": True}, {"full": True}])
+def test_every_number_comes_from_the_results(changes: dict[str, Any]) -> None:
+    """As it stands there, with three decimals, or rounded to four in the front matter."""
     results = make_results(**changes)
     card = render_card(results)
     found = set(NUMBER.findall(card))
-    assert found <= numbers_in(results) | CONSTANT
+    assert found <= numbers_in(results) | CITED
     for entry in results["metrics"].values():
         if entry["value"] is not None:
             assert {f"{x:.3f}" for x in (entry["value"], *entry["ci95"])} <= found
+
+
+def test_the_test_of_numbers_can_fail() -> None:
+    """The template holds no number of its own, and a made-up one would be noticed."""
+    template = Path(hf_glovlm.card.__file__).with_name("model_card_template.md").read_text()
+    assert not NUMBER.findall(template)
+    assert not {"0.999", "17.5", "61"} & (numbers_in(make_results(full=True)) | CITED)
 
 
 def test_a_number_that_changes_changes_the_card() -> None:
@@ -212,7 +330,13 @@ def test_a_number_that_changes_changes_the_card() -> None:
 
 @pytest.mark.parametrize("synthetic", [False, True])
 def test_nothing_leads_to_a_patient_or_a_disk(synthetic: bool) -> None:
-    results = make_results(synthetic=synthetic)
+    results = make_results(synthetic=synthetic, full=True)
+    results["notes"] += [
+        "The image /data/ward/12.png was left out.",
+        r"Prompts came from C:\\ward\\classes.yaml.",
+        "biopsy_of_jones.svs has no mpp.",
+        "Found at ~/hospital/x.",
+    ]
     results["environment"]["hostname"] = "/dev/kidney-01"
     results["method"]["settings"]["file"] = "C:\\secret\\prompts.txt"
     card = render_card(results)
@@ -232,11 +356,11 @@ def test_nothing_leads_to_a_patient_or_a_disk(synthetic: bool) -> None:
 
 
 def test_drawings_stand_in_the_title_and_above_every_number() -> None:
-    card = render_card(make_results(synthetic=True))
+    card = render_card(make_results(synthetic=True, full=True))
     assert "drawings" in front_matter(card)["model-index"][0]["name"]
     sections = re.split(r"^(#+ .*)$", body(card), flags=re.MULTILINE)
     assert "drawings" in sections[1]
-    measured = ("Metrics", "Per class", "Confusion", "Calibration")
+    measured = ("Metrics", "Per class", "Confusion", "Where it fails", "Calibration", "By stain")
     headings = [h for h in sections[1::2] if any(word in h for word in measured)]
     assert len(headings) == len(measured)
     assert all("drawings" in heading for heading in headings)
@@ -333,3 +457,235 @@ def test_no_card_without_a_run(tmp_path: Path, content: str | None, words: str) 
     with pytest.raises(GloVLMError, match=words):
         write_card(folder)
     assert not (folder / "README.md").exists()
+
+
+# ------------------------------------------------------------------------------- what it tells
+
+
+@pytest.fixture(scope="module")
+def full_card() -> str:
+    return render_card(make_results(full=True))
+
+
+def section(card: str, heading: str) -> str:
+    return re.split(r"^#+ ", card.split(f"# {heading}", 1)[1], flags=re.MULTILINE)[0]
+
+
+def test_labels_are_told_by_class_and_by_use(full_card: str) -> None:
+    told = section(full_card, "Labels that it learned from")
+    header = "| class | labels | contributing patients | further labels, for calibration |"
+    assert header in told
+    assert "| ischemic | 8 | 5 | 11 |" in told
+    assert "Label budget: 50, of which 31 served for calibration." in told
+    assert "Patients on each side: support 5, validation 0, test 12." in told
+
+
+@pytest.mark.parametrize(
+    ("data", "config", "lines"),
+    [
+        ({}, {}, ["Stain: not stated", "Scale: unknown"]),
+        ({"mpp": "unknown"}, {"stain": "PAS"}, ["Stain: PAS", "Scale: unknown"]),
+        ({"mpp": 0.5, "stain": ["PAS", "H&E"]}, {}, ["Stain: PAS, H&E", "Scale: 0.5 micrometres"]),
+    ],
+)
+def test_stain_scale_and_split(
+    data: dict[str, Any], config: dict[str, Any], lines: list[str]
+) -> None:
+    results = make_results()
+    results["data"] |= data
+    results["config"] |= config
+    told = section(render_card(results), "Data and split")
+    for line in (*lines, f"Split hash: `{'b' * 32}`"):
+        assert f"- {line}" in told
+
+
+def test_failures_are_the_worst_classes_and_pairs() -> None:
+    results = make_results()
+    classes = results["per_class"]
+    for name, recall in zip(CLASSES, (0.9, 0.25, 1.0), strict=True):
+        classes[name]["recall"] |= {"value": recall, "ci95": [0.1, 0.95]}
+    results["confusion_matrix"] = [[18, 2, 0], [9, 5, 6], [0, 0, 20]]
+    lines = [line for line in section(render_card(results), "Where it fails").splitlines() if line]
+    assert lines == [
+        "- Recall of `sclerosed`: 0.250 [0.100, 0.950], on 20 images of 4 patients.",
+        "- Recall of `ischemic`: 0.900 [0.100, 0.950], on 20 images of 4 patients.",
+        "- 9 of 20 images of `sclerosed` were called `ischemic`.",
+        "- 6 of 20 images of `sclerosed` were called `viable`.",
+        "- 2 of 20 images of `ischemic` were called `sclerosed`.",
+    ]
+
+
+def test_no_failure_is_no_praise() -> None:
+    results = make_results()
+    for row in results["per_class"].values():
+        row["recall"]["value"] = 1.0
+    results["confusion_matrix"] = np.diag([20, 20, 20]).tolist()
+    assert "so few images do not show" in section(render_card(results), "Where it fails")
+
+
+def test_calibration_is_told_as_far_as_it_went(full_card: str) -> None:
+    told = section(full_card, "Calibration")
+    sets = make_results(full=True)["sets"]
+    for words in (
+        "Calibrated on 31 images of 7 patients",
+        "ischemic 11, sclerosed 13, viable 7",
+        "from 1.235 to 0.988",
+        "Temperature: 1.718",
+        "(`aps`, alpha 0.15)",
+        f"class of {sets['coverage']:.3f} [{sets['coverage_ci95'][0]:.3f}",
+        "asked for was at most 0.05",
+        "estimated from the unlabelled test images",
+        "The 60 unlabelled test images were judged together",
+    ):
+        assert words in told
+    assert "not calibrated" not in told
+    plain = section(render_card(make_results()), "Calibration")
+    assert "as trained, not calibrated" in plain
+    assert "Prediction sets" not in plain
+
+
+def test_subgroups_are_those_that_name_nobody(full_card: str) -> None:
+    measured = make_results(full=True)["subgroups"]
+    assert sorted(measured) == ["institution", "stain"]
+    told = section(full_card, "By stain")
+    pas = measured["stain"]["PAS"]
+    value = pas["metrics"]["balanced_accuracy"]["value"]
+    assert f"| PAS | 30 | {pas['n_groups']} | {value:.3f} [" in told
+    assert "Seven" not in full_card
+    assert "### By" not in render_card(make_results())
+
+
+def test_a_subgroup_is_measured_alone() -> None:
+    rng = np.random.default_rng(3)
+    labels, p = np.arange(40) % 2, rng.dirichlet((1, 1), 40)
+    groups = [f"g{i % 5}" for i in range(40)]
+    stain = ["PAS" if i < 22 else "H&E" if i < 35 else None for i in range(40)]
+    options: dict[str, Any] = {"class_names": ["a", "b"], "n_resamples": 30, "seed": 2}
+    columns = {"stain": stain, "scanner": ["one"] * 40, "level": [None] * 40}
+    found = compute_subgroups(labels, p, columns, groups=groups, **options)
+    assert list(found) == ["stain"]
+    assert list(found["stain"]) == ["H&E", "PAS"]
+    for name, rows in (("PAS", slice(0, 22)), ("H&E", slice(22, 35))):
+        alone = compute_metrics(labels[rows], p[rows], groups=groups[rows], **options)
+        assert found["stain"][name] == {k: alone[k] for k in ("n", "n_groups", "metrics")}
+    with pytest.raises(GloVLMError, match="Expected 40 values of 'stain', found 3"):
+        compute_subgroups(labels, p, {"stain": ["PAS"] * 3})
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        ("calibration", "sets", "abstention", "subgroups", "transductive", "prior_correction"),
+        ("calibration",),
+        ("sets",),
+    ],
+)
+def test_results_of_earlier_versions_render(lacking: tuple[str, ...]) -> None:
+    results = make_results(full=True)
+    for key in lacking:
+        del results[key]
+    for key in ("mpp", "stain", "counts", "groups"):
+        del results["data"][key]
+    for key in ("calibration_groups", "clip_norm", "accumulate"):
+        del results["config"][key]
+    del results["backbone"]["restrictions"], results["data"]["support"]["calibration_labels"]
+    card = render_card(results)
+    assert ModelCard(card).data.eval_results
+    assert set(NUMBER.findall(card)) <= numbers_in(results) | CITED
+
+
+# ------------------------------------------------------------------------------------- its lines
+
+
+def _execute(card: str, changes: dict[str, str]) -> None:
+    """Run the first block of Python in a card, after telling it where things are."""
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert code
+    text = code[1]
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    exec(compile(text, "card", "exec"), {})
+
+
+def test_the_lines_of_the_card_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny_images(tmp_path / "images", per_class=4, groups=4)
+    config = TrainConfig(
+        data=str(data),
+        output_dir=str(tmp_path / "run"),
+        backbone=str(tiny_clip()),
+        shots=2,
+        n_resamples=20,
+        cache=False,
+    )
+    results = run(config)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card == render_card(results)
+    assert set(NUMBER.findall(card)) <= numbers_in(results) | CITED
+    assert str(tmp_path) not in card
+    image = tmp_path / "one.png"
+    Image.new("RGB", (40, 40), "white").save(image)
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    assert code
+    assert len([line for line in code[1].splitlines() if line]) == 5
+    capsys.readouterr()
+    _execute(card, {"RUN/model": str(tmp_path / "run" / "model"), "glomerulus.png": str(image)})
+    said = capsys.readouterr().out
+    assert all(f"'{name}'" in said for name in ("mesangial", "sclerosed", "viable"))
+
+
+# ------------------------------------------------------------------------------------------ mini
+
+
+@pytest.fixture(scope="module")
+def mini() -> tuple[dict[str, Any], str]:
+    facts = json.loads((MINI / "pretraining.json").read_text())
+    return facts, render_backbone_card(facts)
+
+
+def test_the_card_of_mini(mini: tuple[dict[str, Any], str]) -> None:
+    facts, card = mini
+    about = ModelCard(card).data
+    assert about.license == "apache-2.0"
+    assert "drawings" in about.tags
+    assert about.base_model is None
+    (result,) = about.eval_results
+    assert result.metric_value == pytest.approx(facts["accuracy"], abs=1e-3)
+    assert "drawings" in result.metric_name
+    assert "Not for diagnosis" in card
+    assert "never seen a photograph" in card
+    versions = {"2.0"}  # of the licence
+    assert set(NUMBER.findall(card)) <= numbers_in(facts) | versions
+    assert "$" not in card
+
+
+def test_the_lines_of_minis_card_run(
+    mini: tuple[dict[str, Any], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "one.png"
+    render_phantom("viable", seed=1).image.save(image)
+    _execute(mini[1], {"drawing.png": str(image)})
+    assert "tensor([[" in capsys.readouterr().out
+
+
+def test_the_card_of_mini_is_written_where_asked(
+    mini: tuple[dict[str, Any], str], tmp_path: Path
+) -> None:
+    card = write_card("mini", tmp_path / "cards" / "mini.md")
+    assert card.read_text() == mini[1]
+    assert [path.name for path in card.parent.iterdir()] == ["mini.md"]
+    with pytest.raises(GloVLMError, match="give --output"):
+        write_card("mini")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GloVLMError, match="cannot be written"):
+        write_card("mini", tmp_path / "file" / "mini.md")
+    with pytest.raises(GloVLMError, match=r"pretraining\.json.*'accuracy'"):
+        render_backbone_card({name: 1 for name in mini[0] if name != "accuracy"} | {"log": []})
+
+
+def test_a_card_can_go_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(json.dumps(make_results()))
+    card = write_card(tmp_path / "run", tmp_path / "cards" / "one.md")
+    assert card.read_text() == render_card(make_results())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["results.json"]
