@@ -1,0 +1,237 @@
+"""Heat maps as pictures: overlays, figures with their scores, and a folder of both."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+
+from ..data.folder import ImageValue, open_image
+from ..errors import GloVLMError, nearest
+from .maps import METHODS, HeatMap, explain
+
+# Even steps of brightness, and the same to people who confuse red and green.
+COLORMAP = "cividis"
+DISCLAIMER = "Research use only, not for diagnosis."
+
+
+def overlay(
+    image: ImageValue, heat: HeatMap, *, opacity: float = 0.5, colormap: str = COLORMAP
+) -> Image.Image:
+    """Lay a heat map over its image.
+
+    Args:
+        image: The image that the map is of.
+        heat: The map; its lowest value takes the first colour, its highest the last.
+        opacity: 0 leaves the image, 1 hides it. What the model did not see stays as it is.
+        colormap: A colour map of matplotlib; `cividis` (the default), `viridis` and `gray` are
+            read alike with and without colour blindness.
+
+    Returns:
+        RGB, as large as the image.
+
+    Raises:
+        GloVLMError: The map is of another image, or opacity or colour map are none.
+    """
+    from matplotlib import colormaps
+
+    picture = open_image(image)
+    if picture.size != heat.view.size:
+        raise GloVLMError(
+            f"Expected the image of this heat map, {heat.view.size[0]} x {heat.view.size[1]} "
+            f"pixels, found {picture.width} x {picture.height}."
+        )
+    if not 0 <= opacity <= 1:
+        raise GloVLMError(f"Expected an opacity of 0 to 1, found {opacity:g}.")
+    if colormap not in colormaps:
+        raise GloVLMError(
+            f"Unknown colour map '{colormap}': cividis, viridis and magma read well."
+            f"{nearest(colormap, colormaps)}"
+        )
+    values = heat.on_image()
+    low, high = float(heat.values.min()), float(heat.values.max())
+    span = high - low if high > low else 1.0
+    seen = np.isfinite(values)
+    place = np.where(seen, (values - low) / span, 0).clip(0, 1)
+    colours: NDArray[np.float64] = colormaps[colormap](place)[..., :3] * 255
+    weight = (opacity * seen)[..., None]
+    mixed = np.asarray(picture) * (1 - weight) + colours * weight
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def save_figure(
+    path: str | Path,
+    image: ImageValue,
+    heat: HeatMap,
+    *,
+    opacity: float = 0.5,
+    colormap: str = COLORMAP,
+    title: str = "",
+) -> Path:
+    """Write a PNG: the image, the overlay with its scale, the scores, and what it is not for.
+
+    Args:
+        path: Where to write; the file appears whole or not at all.
+        image: The image that the map is of.
+        heat: The map.
+        opacity: See `overlay`.
+        colormap: See `overlay`.
+        title: What stands above; by default the class and its score.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    path = Path(path)
+    low, high = float(heat.values.min()), float(heat.values.max())
+    figure = Figure(figsize=(8.4, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title or f"{heat.target}: {heat.score:.2f}")
+    left, right = figure.subplots(1, 2)
+    left.imshow(open_image(image))
+    left.set_title("image", fontsize=9)
+    right.imshow(overlay(image, heat, opacity=opacity, colormap=colormap))
+    right.set_title(METHODS[heat.method].title, fontsize=9)
+    for axis in (left, right):
+        axis.set_axis_off()
+    scale = ScalarMappable(Normalize(low, high if high > low else low + 1), colormap)
+    figure.colorbar(scale, ax=right, shrink=0.7)
+    figure.supxlabel("\n".join(describe_scores(heat)), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.tmp")
+    figure.savefig(fresh, dpi=120, format="png")
+    os.replace(fresh, path)
+    return path
+
+
+def describe_scores(heat: HeatMap) -> list[str]:
+    """The lines that stand below every map."""
+    where = (
+        "the given mask"
+        if heat.mask == "given"
+        else "a central ellipse that stands in for a mask, since none was given"
+    )
+    return [
+        f"Probability of {heat.target}: {heat.score:.2f}; with the glomerulus blanked "
+        f"{heat.glomerulus_blanked[heat.index]:.2f}; with the context blanked "
+        f"{heat.context_blanked[heat.index]:.2f} (glomerulus: {where}).",
+        *(["The model learned from drawings, not from patients."] if heat.synthetic else []),
+        DISCLAIMER,
+    ]
+
+
+def explain_files(
+    model: Any,
+    processor: Any,
+    images: Sequence[str | Path],
+    output_dir: str | Path,
+    *,
+    method: str = "gradient",
+    target: str | int | None = None,
+    text: str | None = None,
+    masks: Sequence[ArrayLike | None] | None = None,
+    window: int = 1,
+    opacity: float = 0.5,
+    colormap: str = COLORMAP,
+    on_image: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Explain image files into a folder.
+
+    Args:
+        model: The classifier.
+        processor: Its processor.
+        images: Files.
+        output_dir: Takes `STEM.METHOD.png` an image, and `METHOD.json` with all scores (names of
+            files, but not of folders). A map that was drawn before is drawn again.
+        method: See `explain`.
+        target: See `explain`.
+        text: See `explain`.
+        masks: One an image, or `None` where there is none.
+        window: See `explain`.
+        opacity: See `overlay`.
+        colormap: See `overlay`.
+        on_image: Told how many images are done, of how many.
+
+    Returns:
+        Per image what the JSON file holds.
+
+    Raises:
+        GloVLMError: What `explain` raises; images and masks differ in number.
+    """
+    folder = Path(output_dir)
+    given = [None] * len(images) if masks is None else list(masks)
+    if len(given) != len(images):
+        raise GloVLMError(f"Expected {len(images)} masks, one an image, found {len(given)}.")
+    taken: set[str] = set()
+    rows = []
+    for number, (path, mask) in enumerate(zip(images, given, strict=True)):
+        picture = open_image(Path(path))
+        heat = explain(
+            model,
+            processor,
+            picture,
+            method=method,
+            target=target,
+            text=text,
+            mask=mask,
+            window=window,
+        )
+        name = _free_name(Path(path).stem, taken)
+        figure = save_figure(
+            folder / f"{name}.{method}.png", picture, heat, opacity=opacity, colormap=colormap
+        )
+        rows.append({"file_name": Path(path).name, "figure": figure.name, **heat.describe()})
+        if on_image is not None:
+            on_image(number + 1, len(images))
+    about = {
+        "method": METHODS[method].title,
+        "unit": METHODS[method].unit,
+        "citation": METHODS[method].citation,
+        "note": DISCLAIMER,
+        "images": rows,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f".{method}.json.tmp"
+    fresh.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(fresh, folder / f"{method}.json")
+    return rows
+
+
+def load_masks(folder: str | Path, images: Sequence[str | Path]) -> list[NDArray[np.bool_]]:
+    """Read the masks of images: files of the same name, but PNG, in a folder of their own.
+
+    Args:
+        folder: Where the masks lie, in the folders that the images lie in below theirs, or all
+            together; white is inside.
+        images: Names of files, relative to their data's folder.
+
+    Raises:
+        GloVLMError: A mask is missing or cannot be read.
+    """
+    found = []
+    for image in map(Path, images):
+        places = [Path(folder) / f"{image.stem}.png"]
+        if not image.is_absolute():
+            places.insert(0, Path(folder) / image.with_suffix(".png"))
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise GloVLMError(
+                f"{folder} holds no mask for {image.name}: expected {places[0].name}, white where "
+                "the glomerulus is."
+            )
+        found.append(np.asarray(open_image(path)).max(-1) > 127)
+    return found
+
+
+def _free_name(stem: str, taken: set[str]) -> str:
+    name, more = stem, 1
+    while name in taken:
+        more += 1
+        name = f"{stem}-{more}"
+    taken.add(name)
+    return name

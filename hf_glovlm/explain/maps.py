@@ -1,0 +1,584 @@
+"""Heat maps of a classifier: which patches of an image speak for a class, by one of five methods.
+
+A map tells what a model uses, not what is the matter with a glomerulus. Research use only, not for
+diagnosis.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.folder import ImageValue, open_image
+from ..errors import GloVLMError, nearest
+from ..inference import embed_prompts
+from ..model.heads import CacheHead
+from ..model.towers import TowerPair
+from .attention import read_attention, roll_out, weigh_by_gradient
+from .view import (
+    Floats,
+    Mask,
+    View,
+    blank_image,
+    central_ellipse,
+    has_patches,
+    mean_colour,
+    reveal,
+    view_image,
+)
+
+if TYPE_CHECKING:
+    from ..model import GloVLMForImageClassification, GloVLMProcessor
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """How much each patch of an image speaks for a class, with the scores that belong beside it.
+
+    Args:
+        values: `[rows, columns]`, in the method's own unit (see `METHODS`); higher speaks for it.
+        method: A name of `METHODS`.
+        target: The class, or the text, that was asked for.
+        index: Its place in `classes`.
+        classes: What it was chosen from.
+        scores: Probability of each class `[K]`.
+        glomerulus_blanked: The same with the glomerulus filled with the image's mean colour.
+        context_blanked: The same with everything but the glomerulus filled.
+        mask: Where the glomerulus was taken to be: a mask that was `given`, or for want of one a
+            `central ellipse` of 0.8 times the image's width and height.
+        view: Where the patches lie in the image.
+        synthetic: Whether the model learned from drawings.
+    """
+
+    values: Floats
+    method: str
+    target: str
+    index: int
+    classes: list[str]
+    scores: list[float]
+    glomerulus_blanked: list[float]
+    context_blanked: list[float]
+    mask: Literal["given", "central ellipse"]
+    view: View
+    synthetic: bool = False
+
+    @property
+    def score(self) -> float:
+        """Probability of the target."""
+        return self.scores[self.index]
+
+    def on_image(self) -> Floats:
+        """The values laid over the whole image `[height, width]`; NaN where nothing was seen."""
+        return self.view.spread(self.values)
+
+    def describe(self) -> dict[str, Any]:
+        """All but the map itself, for a JSON file."""
+        return {
+            "method": self.method,
+            "target": self.target,
+            "score": self.score,
+            "glomerulus_blanked": self.glomerulus_blanked[self.index],
+            "context_blanked": self.context_blanked[self.index],
+            "mask": self.mask,
+            "scores": dict(zip(self.classes, self.scores, strict=True)),
+            "grid": [self.view.rows, self.view.columns],
+            "box": [round(edge, 2) for edge in self.view.box],
+            "synthetic": self.synthetic,
+        }
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a map is asked about.
+
+    Args:
+        names: What is chosen from.
+        index: What is asked for.
+        logits: From image features `[n, dim]` to `[n, K]`.
+        contrast: The same as cosines, where the head compares these; else the logits again.
+    """
+
+    names: list[str]
+    index: int
+    logits: Callable[[Tensor], Tensor]
+    contrast: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One image before one question; made by `take_case`.
+
+    Args:
+        model: The classifier, in evaluation mode.
+        question: What is asked.
+        view: Where the patches lie.
+        inputs: Of the image, for the model.
+        scores: Probability of each class: of the image, with the glomerulus blanked and with the
+            context blanked `[3, K]`.
+        mask: Where the glomerulus was taken to be, see `HeatMap`.
+        window: For occlusion, in patches.
+        batch_size: Images at a time.
+    """
+
+    model: Any
+    question: Question
+    view: View
+    inputs: dict[str, Tensor]
+    scores: NDArray[np.float64]
+    mask: Literal["given", "central ellipse"]
+    window: int = 1
+    batch_size: int = 32
+
+    def show(self, shown: Tensor) -> NDArray[np.float64]:
+        """Probability of the target while only some patches are shown.
+
+        Args:
+            shown: Boolean `[n, rows * columns]`; the others have the image's mean colour.
+
+        Returns:
+            `[n]`.
+        """
+        colour = mean_colour(self.inputs)
+        batches = reveal(self.inputs, shown, colour, self.view, self.batch_size)
+        return classify(self.model, self.question, batches)[:, self.question.index]
+
+    def draw(self, method: str) -> HeatMap:
+        """The heat map by one method; see `explain`."""
+        values = find_method(method).draw(self).float().cpu().numpy()
+        return HeatMap(
+            values=values.reshape(self.view.rows, self.view.columns),
+            method=method,
+            target=self.question.names[self.question.index],
+            index=self.question.index,
+            classes=self.question.names,
+            scores=self.scores[0].tolist(),
+            glomerulus_blanked=self.scores[1].tolist(),
+            context_blanked=self.scores[2].tolist(),
+            mask=self.mask,
+            view=self.view,
+            synthetic=bool(self.model.config.synthetic),
+        )
+
+
+@dataclass(frozen=True)
+class MapMethod:
+    """A row of `METHODS`.
+
+    Args:
+        title: For people.
+        unit: What a value is.
+        citation: Where the method is from.
+        draw: From a case to values `[patches]`.
+    """
+
+    title: str
+    unit: str
+    citation: str
+    draw: Callable[[Case], Tensor]
+
+
+def explain(
+    model: "GloVLMForImageClassification",
+    processor: "GloVLMProcessor",
+    image: ImageValue,
+    *,
+    method: str = "gradient",
+    target: str | int | None = None,
+    text: str | None = None,
+    mask: ArrayLike | None = None,
+    window: int = 1,
+    batch_size: int = 32,
+) -> HeatMap:
+    """Draw one heat map.
+
+    Args:
+        model: The classifier; left in the mode and with the attention back end that it had.
+        processor: Its processor.
+        image: A picture, a path, or `{"path", "bytes"}`.
+        method: A name of `METHODS`.
+        target: The class asked about, by name or number; by default the most probable.
+        text: A free text to ask about instead, against the prompts of the model's classes. Needs
+            an image and a text tower that share a space.
+        mask: Where the glomerulus is, `[height, width]` of the image; above 0 is inside.
+        window: For `occlusion`: side of the blank in patches.
+        batch_size: Images at a time.
+
+    Raises:
+        GloVLMError: The image cannot be read, the method does not apply to this model, or the
+            class, the text or the mask does not fit.
+    """
+    find_method(method)
+    with still(model):
+        case = take_case(
+            model,
+            processor,
+            image,
+            target=target,
+            text=text,
+            mask=mask,
+            window=window,
+            batch_size=batch_size,
+        )
+        return case.draw(method)
+
+
+def take_case(
+    model: Any,
+    processor: Any,
+    image: ImageValue,
+    *,
+    target: str | int | None = None,
+    text: str | None = None,
+    mask: ArrayLike | None = None,
+    window: int = 1,
+    batch_size: int = 32,
+) -> Case:
+    """Prepare an image and a question for many maps; see `explain`. The model must be `still`."""
+    if window < 1 or batch_size < 1:
+        raise GloVLMError(
+            f"Expected a window and a batch size of 1 or more, found {window} and {batch_size}."
+        )
+    picture = open_image(image)
+    given = None if mask is None else check_mask(mask, picture)
+    inside = central_ellipse(*picture.size) if given is None else given
+    view, inputs = view_image(model, processor, picture)
+    question = ask(model, processor, inputs, target, text)
+    blanked = [
+        view_image(model, processor, blank_image(picture, part))[1] for part in (inside, ~inside)
+    ]
+    scores = classify(model, question, [inputs, *blanked])
+    where: Literal["given", "central ellipse"] = "central ellipse" if given is None else "given"
+    return Case(model, question, view, inputs, scores, where, window, batch_size)
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbours:
+    """The support images nearest to each of n images, the nearest first.
+
+    Args:
+        indices: Row of the support, in the order in which the model learned it `[n, k]`.
+        labels: Class of each `[n][k]`.
+        cosines: `[n, k]`.
+    """
+
+    indices: NDArray[np.int64]
+    labels: list[list[str]]
+    cosines: Floats
+
+
+def nearest_support(model: Any, features: ArrayLike, *, k: int = 3) -> Neighbours:
+    """Find the nearest support images, for a model that keeps their features (Tip-Adapter).
+
+    Names of files are never kept, so the number of a row is all there is. Where the keys were
+    trained (`tip_adapter_f`), they have moved away from the images they started from.
+
+    Args:
+        model: A classifier whose head is a cache.
+        features: Image features `[n, dim]`, as `embed_images` gives them.
+        k: How many; fewer where the cache is smaller.
+
+    Raises:
+        GloVLMError: The model keeps no support, or the features are not its own.
+    """
+    head = model.head
+    if k < 1:
+        raise GloVLMError(f"Expected 1 neighbour or more, found {k}.")
+    if getattr(head, "kind", None) != CacheHead.kind:
+        raise GloVLMError(
+            "This model carries no support images: its head is "
+            f"'{getattr(head, 'kind', type(head).__name__)}'. Adapt with tip_adapter to have them."
+        )
+    rows = torch.as_tensor(np.asarray(features, np.float32))
+    keys = nn.functional.normalize(head.keys.detach().float().cpu(), dim=-1)
+    if rows.dim() != 2 or rows.shape[1] != keys.shape[1]:
+        raise GloVLMError(
+            f"Expected features [n, {keys.shape[1]}] of this model, found {tuple(rows.shape)}."
+        )
+    cosines, indices = (nn.functional.normalize(rows, dim=-1) @ keys.T).topk(min(k, len(keys)))
+    names, label = class_names(model), head.values.detach().cpu().argmax(1)
+    labels = [[names[label[i]] for i in row] for row in indices.tolist()]
+    return Neighbours(indices.numpy(), labels, cosines.numpy())
+
+
+# -------------------------------------------------------------------------------- what is asked
+
+
+def class_names(model: Any) -> list[str]:
+    """Names of a classifier's classes in order."""
+    return [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
+
+
+def find_method(name: str) -> MapMethod:
+    """Look a method up, or say which there are."""
+    if name not in METHODS:
+        raise GloVLMError(
+            f"Unknown heat map '{name}': expected {', '.join(METHODS)}.{nearest(name, METHODS)}"
+        )
+    return METHODS[name]
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    inputs: dict[str, Tensor],
+    target: str | int | None = None,
+    text: str | None = None,
+) -> Question:
+    """Make of a class or a text what a map can be asked.
+
+    Args:
+        model: The classifier.
+        processor: Its processor.
+        inputs: Of the image, for the class that is most probable.
+        target: A class's name or number.
+        text: A text instead.
+
+    Raises:
+        GloVLMError: There is no such class; both are given; texts cannot be compared with images.
+    """
+    names = class_names(model)
+    if text is not None:
+        if target is not None:
+            raise GloVLMError("Ask for a class or for a text, not for both.")
+        return _ask_text(model, processor, names, text)
+
+    def compare(features: Tensor) -> Tensor:
+        unit = nn.functional.normalize(features, dim=-1)
+        cosines: Tensor = unit @ model.head.weight.T
+        return cosines
+
+    contrast = compare if getattr(model.head, "cosine", False) else model.classify_features
+    if target is None:
+        question = Question(names, 0, model.classify_features, contrast)
+        index = int(classify(model, question, [inputs])[0].argmax())
+    elif isinstance(target, int) and 0 <= target < len(names):
+        index = target
+    elif target in names:
+        index = names.index(str(target))
+    else:
+        raise GloVLMError(
+            f"'{target}' is no class of this model, which knows {', '.join(names)}."
+            f"{nearest(str(target), names)}"
+        )
+    return Question(names, index, model.classify_features, contrast)
+
+
+def _ask_text(model: Any, processor: Any, names: list[str], text: str) -> Question:
+    if not model.config.joint_space or not text.strip():
+        raise GloVLMError(
+            "A text can be asked about where image and text towers share a space; "
+            + ("these two do not: ask for a class." if text.strip() else "and it is empty.")
+        )
+    encoded = processor(text=[text], return_tensors="pt")
+    device = next(model.parameters()).device
+    ids = encoded["input_ids"].to(device)
+    mask = encoded["attention_mask"].to(device) if "attention_mask" in encoded else None
+    prompts = model.config.prompts or [[name] for name in names]
+    others = torch.from_numpy(embed_prompts(model.glovlm, processor, prompts)).to(device)
+    with torch.no_grad():
+        asked = model.glovlm.class_prototypes(
+            ids, mask, torch.zeros(1, dtype=torch.long).to(device)
+        )
+        texts = torch.cat([asked, others.to(asked.dtype)])
+        scale = model.glovlm.logit_scale.exp()
+
+    def compare(features: Tensor) -> Tensor:
+        return nn.functional.normalize(features, dim=-1) @ texts.T
+
+    return Question([text, *names], 0, lambda features: scale * compare(features), compare)
+
+
+def classify(
+    model: Any, question: Question, batches: Iterable[dict[str, Tensor]]
+) -> NDArray[np.float64]:
+    """Probability of each class for batches of inputs: `[n, K]`."""
+    with torch.no_grad():
+        logits = [
+            question.logits(model.glovlm.get_image_features(**inputs).pooler_output)
+            for inputs in batches
+        ]
+    probabilities: NDArray[np.float64] = torch.cat(logits).double().softmax(-1).cpu().numpy()
+    return probabilities
+
+
+def check_mask(mask: ArrayLike, image: Image.Image) -> Mask:
+    """A mask `[height, width]` as booleans.
+
+    Raises:
+        GloVLMError: It is not as large as the image, or has no inside or no outside.
+    """
+    found = np.asarray(mask)
+    inside: Mask = found > 0
+    if found.shape != (image.height, image.width):
+        raise GloVLMError(
+            f"Expected a mask of {image.height} x {image.width} (height, width) as the image, "
+            f"found {' x '.join(map(str, found.shape))}."
+        )
+    if inside.all() or not inside.any():
+        raise GloVLMError(
+            "Expected a mask with the glomerulus inside and tissue outside, found "
+            f"{'no outside' if inside.all() else 'nothing inside'}: leave the mask out instead."
+        )
+    return inside
+
+
+@contextmanager
+def still(model: Any) -> Iterator[None]:
+    """Evaluation mode, and afterwards for each part the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+# ---------------------------------------------------------------------------------- the methods
+
+
+def _pooling(model: Any) -> str:
+    return model.config.vision_pooling if model.config.is_pair else "pooler"
+
+
+def _draw_rollout(case: Case) -> Tensor:
+    attention = read_attention(case.model, case.inputs, case.view)
+    return roll_out(attention, _pooling(case.model))
+
+
+def _draw_gradient(case: Case) -> Tensor:
+    def score(features: Tensor) -> Tensor:
+        return case.question.logits(features)[0, case.question.index]
+
+    attention = read_attention(case.model, case.inputs, case.view, score)
+    return weigh_by_gradient(attention, _pooling(case.model))
+
+
+def _draw_similarity(case: Case) -> Tensor:
+    with torch.no_grad():
+        similar = case.question.contrast(_features_alone(case))
+    others = [k for k in range(similar.shape[1]) if k != case.question.index]
+    return similar[:, case.question.index] - similar[:, others].mean(1)
+
+
+def _features_alone(case: Case) -> Tensor:
+    """Image features of each patch token as if it were all that is pooled: `[patches, dim]`.
+
+    Where class token and mean are joined, the image's own class token stays.
+    """
+    model, view = case.model, case.view
+    backbone = model.glovlm.backbone
+    tower = backbone.vision_model
+    if not has_patches(model) or getattr(model.config, "context", None):
+        raise GloVLMError(
+            "Patch tokens cannot be compared with classes here: "
+            + (
+                "context-guided layers drop some of them"
+                if has_patches(model)
+                else f"{type(tower).__name__} is no plain vision transformer"
+            )
+            + ". Use 'occlusion'."
+        )
+    outputs = tower(**case.inputs)
+    tokens, count = outputs.last_hidden_state[0], view.rows * view.columns
+    room = case.inputs["pixel_values"].shape[1] if "spatial_shapes" in case.inputs else count
+    prefix = len(tokens) - room
+    tokens = tokens[: prefix + count]
+    # Two of the same, so that a pooler that leaves the first token out has one to look at.
+    alone = tokens[prefix:].unsqueeze(1).expand(-1, 2, -1)
+    pooled: Tensor = alone[:, 0]
+    if not isinstance(backbone, TowerPair):
+        pooled = _own_pooling(tower, tokens, outputs.pooler_output)(alone)
+    elif backbone.vision_pooler is not None:
+        pooled = backbone.vision_pooler(alone)
+    elif model.config.vision_pooling == "pooler":
+        pooled = _own_pooling(tower, tokens, outputs.pooler_output)(alone)
+    elif model.config.vision_pooling == "cls_mean":
+        pooled = torch.cat([tokens[:1].expand(count, -1), pooled], dim=-1)
+    if isinstance(backbone, TowerPair) and model.config.normalize_pooled:
+        pooled = nn.functional.normalize(pooled, dim=-1)
+    features: Tensor = model.glovlm.project_images(pooled)
+    return features
+
+
+def _own_pooling(tower: Any, tokens: Tensor, pooled: Tensor) -> Callable[[Tensor], Tensor]:
+    """How a tower pools tokens `[n, length, width]`: the one way that gives what it gave."""
+    norm = getattr(tower, "post_layernorm", None)
+    ways = [getattr(tower, "head", None), getattr(tower, "pooler", None)]
+    ways += [None if norm is None else lambda x: norm(x[:, 0]), lambda x: x[:, 0]]
+    way: Callable[[Tensor], Tensor]
+    for way in filter(None, ways):
+        found = way(tokens.unsqueeze(0))
+        if found.shape == pooled.shape and torch.allclose(found, pooled, rtol=1e-3, atol=1e-4):
+            return way
+    raise GloVLMError(
+        f"{type(tower).__name__} pools its tokens in a way of its own, so patches cannot be "
+        "compared with classes: use 'gradient' or 'occlusion'."
+    )
+
+
+def _draw_occlusion(case: Case) -> Tensor:
+    view, side = case.view, case.window
+    row = torch.arange(view.rows).unsqueeze(1) // side
+    column = torch.arange(view.columns).unsqueeze(0) // side
+    window = (row * (int(column.max()) + 1) + column).flatten()
+    shown = window != torch.arange(int(window.max()) + 1).unsqueeze(1)
+    whole = case.scores[0, case.question.index]
+    return torch.from_numpy(whole - case.show(shown))[window]
+
+
+def _draw_kept(case: Case) -> Tensor:
+    model = case.model
+    if not getattr(model.config, "context", None):
+        raise GloVLMError(
+            "Only a model with context-guided layers (method convlm) drops patches, and this one "
+            "keeps all: use 'gradient' or 'occlusion'."
+        )
+    with torch.no_grad():
+        layers = model.glovlm.kept_patches(**case.inputs)
+    count = torch.zeros(case.view.rows * case.view.columns)
+    for layer in layers:
+        numbers = layer[0].cpu()
+        count[numbers[numbers >= 0]] += 1  # -1 stands for all that were fused into one
+    return count / len(layers)
+
+
+METHODS: dict[str, MapMethod] = {
+    "rollout": MapMethod(
+        "Attention rollout",
+        "share of the patch in the pooled vector, by attention alone; the same for every class",
+        "Abnar and Zuidema 2020, arXiv:2005.00928",
+        _draw_rollout,
+    ),
+    "gradient": MapMethod(
+        "Gradient-weighted attention",
+        "attention that raises the class's logit, added up over the layers",
+        "Chefer et al. 2021, arXiv:2103.15679",
+        _draw_gradient,
+    ),
+    "similarity": MapMethod(
+        "Similarity of patch and class",
+        "the patch token's cosine with the class minus the mean of the others' (logits, where the "
+        "head compares no cosines)",
+        "after Zhou et al. 2022, arXiv:2112.01071",
+        _draw_similarity,
+    ),
+    "occlusion": MapMethod(
+        "Occlusion",
+        "how far the class's probability falls when the patch is blanked",
+        "Zeiler and Fergus 2014, arXiv:1311.2901",
+        _draw_occlusion,
+    ),
+    "kept": MapMethod(
+        "Patches kept",
+        "share of the context-guided layers that keep the patch; the same for every class",
+        "ConVLM, doi:10.1016/j.inffus.2025.103737",
+        _draw_kept,
+    ),
+}

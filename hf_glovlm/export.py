@@ -1,0 +1,570 @@
+"""A trained classifier as one ONNX graph, images in and calibrated logits out.
+
+The graph is checked against the model before it is kept. Its preprocessing is told in a file beside
+it. Research use only, not for diagnosis.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from .data.folder import column, open_image
+from .data.phantoms import CLASSES, render_cohort
+from .errors import GloVLMError, nearest
+from .inference import load_classifier
+from .licences import read_licence
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .model import GloVLMForImageClassification, GloVLMProcessor
+
+__all__ = ["ExportReport", "Format", "Measured", "export_classifier", "export_model"]
+
+Format = Literal["onnx", "int8"]
+Floats = NDArray[np.float64]
+
+TOLERANCE = 1e-4  # of logits in fp32
+DISCLAIMER = "Research use only, not for diagnosis."
+DRAWN_PATIENTS, DRAWN_EACH = 20, 10  # drawings to measure on, where no data are given
+_PROTOBUF_LIMIT = 1_900_000_000  # bytes of one file; larger weights lie beside it
+_INPUT, _OUTPUT = "pixel_values", "logits"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How an exported graph compares with what it was made from, on the same images.
+
+    Args:
+        images: How many.
+        source: What they are: the name of the data, or `drawings`.
+        synthetic: Whether they are drawings: then the numbers test software, and are no result.
+        compared_with: What was exported (`model`) or quantised (`onnx`).
+        agreement: Share of the images that get the same class.
+        largest_probability_difference: Over images and classes.
+        accuracy: Of the graph; `None` where no label is known.
+        accuracy_before: Of what it was made from.
+        speed_ratio: Time of what it was made from over that of the graph: above 1 is faster. Each
+            is the least of several, taken by turns.
+        milliseconds: Of one image in the graph, on this machine.
+        batch: Images at a time when it was timed.
+    """
+
+    images: int
+    source: str
+    synthetic: bool
+    compared_with: Literal["model", "onnx"]
+    agreement: float
+    largest_probability_difference: float
+    accuracy: float | None
+    accuracy_before: float | None
+    speed_ratio: float
+    milliseconds: float
+    batch: int
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_model` made.
+
+    Args:
+        folder: Where.
+        file: Name of the graph in it.
+        format: `onnx` or `int8`.
+        opset: ONNX operators' version.
+        size: Bytes of the graph, weights included.
+        size_fp32: Bytes of the graph in fp32.
+        largest_difference: Of the fp32 graph's logits from the model's, on noise and on drawings.
+        measured: On images.
+    """
+
+    folder: Path
+    file: str
+    format: Format
+    opset: int
+    size: int
+    size_fp32: int
+    largest_difference: float
+    measured: Measured
+
+    def describe(self) -> dict[str, Any]:
+        """For a JSON file: without the folder."""
+        return {key: value for key, value in asdict(self).items() if key != "folder"}
+
+
+def export_model(
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    format: Format = "onnx",
+    data: "Dataset | None" = None,
+    data_name: str = "",
+    tolerance: float = TOLERANCE,
+    on_stage: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Export what `glovlm train` wrote; see `export_classifier`.
+
+    Args:
+        source: A run's folder, its `model/`, or a Hub id.
+        output_dir: A folder that is new or empty.
+        format: `onnx` (fp32) or `int8`.
+        data: Labelled rows to measure on; drawings when not given.
+        data_name: What to call these.
+        tolerance: Most that a logit of the fp32 graph may differ.
+        on_stage: Told what happens.
+    """
+    model, processor, _ = load_classifier(str(source))
+    return export_classifier(
+        model,
+        processor,
+        output_dir,
+        format=format,
+        data=data,
+        data_name=data_name,
+        tolerance=tolerance,
+        on_stage=on_stage,
+    )
+
+
+def export_classifier(
+    model: "GloVLMForImageClassification",
+    processor: "GloVLMProcessor",
+    output_dir: str | Path,
+    *,
+    format: Format = "onnx",
+    data: "Dataset | None" = None,
+    data_name: str = "",
+    tolerance: float = TOLERANCE,
+    on_stage: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Write a classifier as an ONNX graph with its preprocessing, or leave nothing.
+
+    The graph maps `pixel_values` `[batch, 3, height, width]`, of any batch, to `logits`
+    `[batch, classes]`, with temperature and prior correction. `int8` quantises the weights of its
+    matrix products, and activations as they come (onnxruntime's dynamic quantisation).
+
+    Args:
+        model: The classifier, in fp32 on a CPU; it is not changed.
+        processor: Its processor.
+        output_dir: A folder that is new or empty. It takes `model.onnx` or `model_int8.onnx`,
+            `preprocessing.json` and `export.json`.
+        format: `onnx` (fp32) or `int8`.
+        data: Rows with `image`, and `label` (a ClassLabel) where known, to measure on; drawings
+            when not given.
+        data_name: What to call these.
+        tolerance: Most that a logit of the fp32 graph may differ from the model's.
+        on_stage: Told what happens.
+
+    Raises:
+        GloVLMError: A package is missing, the licence of the base forbids it, the model cannot be
+            one graph, its logits differ by more than the tolerance, or the folder is in use.
+    """
+    tell = on_stage or (lambda text: None)
+    _check_request(model, format)
+    target = _check_folder(Path(output_dir))
+    images, labels, source, synthetic = _images(model, data, data_name)
+    before = [module for module in model.modules() if module.training]
+    model.eval()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        tell("exporting")
+        plain = work / "model.onnx"
+        example = _prepare(processor, images[:2])
+        opset = _write_graph(model, example, plain)
+        _annotate(plain, model)
+        tell("checking")
+        difference = _largest_difference(model, plain, processor, example, images[:16])
+        if not difference <= tolerance:
+            raise GloVLMError(
+                f"The exported graph differs from the model by {difference:.2g} in a logit, at "
+                f"most {tolerance:g} is allowed: nothing was kept. Please report `glovlm env` and "
+                "the method."
+            )
+        file, compared = plain, _of_model(model)
+        if format == "int8":
+            tell("quantising")
+            file, compared = work / "model_int8.onnx", _of_graph(plain)
+            _quantise(plain, file)
+        tell("measuring")
+        measured = _measure(
+            *(_of_graph(file), compared, processor, images, labels),
+            source=source,
+            synthetic=synthetic,
+            compared_with="onnx" if format == "int8" else "model",
+        )
+        size_fp32 = sum(part.stat().st_size for part in work.glob("model.onnx*"))
+        if file != plain:
+            for part in work.glob("model.onnx*"):
+                part.unlink()
+        report = ExportReport(
+            folder=target,
+            file=file.name,
+            format=format,
+            opset=opset,
+            size=sum(part.stat().st_size for part in work.glob(f"{file.name}*")),
+            size_fp32=size_fp32,
+            largest_difference=difference,
+            measured=measured,
+        )
+        _write_json(work / "preprocessing.json", describe_input(model, processor, example, report))
+        _write_json(work / "export.json", report.describe() | {"note": DISCLAIMER})
+        work.chmod(0o755)
+        os.replace(work, target)  # an empty folder gives way
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        for module in before:
+            module.training = True
+    return report
+
+
+def describe_input(
+    model: Any, processor: Any, example: Tensor, report: ExportReport
+) -> dict[str, Any]:
+    """Everything that turns an image into the graph's input, and its output into probabilities."""
+    transform, config = processor.image_processor, model.config
+    size = transform.size
+    resize: dict[str, Any] | None = None
+    if transform.do_resize:
+        keys = ("shortest_edge",) if size["shortest_edge"] else ("height", "width")
+        resize = {key: int(size[key]) for key in keys}
+        resize |= {"resample": Image.Resampling(int(transform.resample)).name.lower()}
+        resize |= {"antialias": True}
+    crop: dict[str, Any] | None = None
+    if getattr(transform, "do_center_crop", False):
+        crop = {key: int(transform.crop_size[key]) for key in ("height", "width")}
+        # An odd margin is halved to the even number, or down; a smaller image is padded with black.
+        crop |= {"odd_margin": "to_even" if processor.torchvision_crop else "down"}
+    normalised = bool(transform.do_normalize)
+    return {
+        "note": DISCLAIMER,
+        "file": report.file,
+        "format": report.format,
+        "opset": report.opset,
+        "input": {
+            "name": _INPUT,
+            "dtype": "float32",
+            "shape": ["batch", *example.shape[1:]],
+            "layout": "NCHW",
+            "channel_order": "RGB",
+        },
+        "preprocessing": {
+            "resize": resize,
+            "center_crop": crop,
+            "rescale": float(transform.rescale_factor) if transform.do_rescale else None,
+            "mean": list(map(float, transform.image_mean)) if normalised else None,
+            "std": list(map(float, transform.image_std)) if normalised else None,
+        },
+        "mpp": config.mpp,
+        "output": {
+            "name": _OUTPUT,
+            "classes": _names(model),
+            "probabilities": "softmax",
+            "temperature": config.temperature,
+            "prior_shift": config.prior_shift,
+            "calibration_in_graph": True,
+        },
+        "backbone": config.backbone_name,
+        "license": config.backbone_license,
+        "synthetic": config.synthetic,
+    }
+
+
+# ------------------------------------------------------------------------------ what can be done
+
+
+def _check_request(model: Any, format: str) -> None:
+    if format not in get_args(Format):
+        raise GloVLMError(
+            f"Unknown format '{format}': expected {' or '.join(get_args(Format))}."
+            f"{nearest(format, get_args(Format))}"
+        )
+    config = model.config
+    licence = read_licence(config)
+    if licence.locked:
+        why = "gated" if licence.gated else f"licensed {licence.stated}, without derivatives"
+        raise GloVLMError(
+            f"'{licence.base}' is {why}, and a graph holds its weights in a form that is easily "
+            "passed on: use the model where it is. No option overrides this."
+        )
+    if getattr(model.head, "needs_model", False):
+        raise GloVLMError(
+            "This head reads every class text anew for each image (method cocoop), so the text "
+            "tower would run inside the graph once an image and class: use the model itself, or "
+            "export one of another method."
+        )
+    if getattr(config, "context", None):
+        raise GloVLMError(
+            "Context-guided layers (method convlm) cannot be traced into one graph: use the model "
+            "itself, or export one of another method."
+        )
+    if "siglip2" in config.backbone_config.model_type:
+        raise GloVLMError(
+            "SigLIP 2 takes each image in a shape of its own, and a graph has one input shape: use "
+            "the model itself, or a backbone of one image size."
+        )
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise GloVLMError(
+            f"Exporting needs the package {error.name}: pip install 'hf-glovlm[export]'."
+        ) from None
+
+
+def _check_folder(target: Path) -> Path:
+    target = target.expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise GloVLMError(
+            f"Expected a new or empty folder for the graph, found {target} in use: choose another."
+        )
+    return target
+
+
+def _names(model: Any) -> list[str]:
+    return [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
+
+
+def _images(
+    model: Any, data: "Dataset | None", name: str
+) -> tuple[list[Image.Image], NDArray[np.int64] | None, str, bool]:
+    """Images to measure on, their class numbers (-1 unknown), their name, and if they are drawn."""
+    names = _names(model)
+    if data is not None:
+        if not len(data):
+            raise GloVLMError("There are no images to measure on: give a folder with images in it.")
+        found = [open_image(value) for value in column(data, "image")]
+        labels = None
+        if "label" in data.column_names:
+            known = data.features["label"].names
+            index = [names.index(label) if label in names else -1 for label in known]
+            labels = np.array([index[k] for k in column(data, "label")], np.int64)
+        return found, labels, name or "data", bool(model.config.synthetic)
+    drawn = render_cohort(DRAWN_PATIENTS, DRAWN_EACH, seed=4242)
+    labels = None
+    if set(names) <= set(CLASSES):
+        drawn = [phantom for phantom in drawn if phantom.class_name in names]
+        labels = np.array([names.index(phantom.class_name) for phantom in drawn], np.int64)
+    return [phantom.image for phantom in drawn], labels, "drawings", True
+
+
+# -------------------------------------------------------------------------------------- the graph
+
+
+class _Logits(nn.Module):
+    """The forward pass with one input and one output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        logits: Tensor = self.model(pixel_values=pixel_values).logits
+        return logits
+
+
+def _write_graph(model: Any, example: Tensor, path: Path) -> int:
+    """Export the model for batches of any size; returns the version of the operators."""
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _trace(_Logits(model).eval(), example),
+                input_names=[_INPUT],
+                output_names=[_OUTPUT],
+                verbose=False,
+            )
+            assert program is not None  # it is returned where no file is named
+            weights = sum(w.numel() * w.element_size() for w in model.parameters())
+            program.save(path, external_data=weights > _PROTOBUF_LIMIT)
+    except (RuntimeError, ValueError, TypeError) as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
+        raise GloVLMError(
+            f"This model cannot be written as one graph ({first.strip()}): use the model itself."
+        ) from error
+    return int(program.model.opset_imports[""])
+
+
+def _trace(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+    shapes = {_INPUT: {0: torch.export.Dim("batch", min=1)}}
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=shapes)
+    except RuntimeError:  # `len(tensor)` is a number to it; the slower way reads the code itself
+        return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter and the quantiser say about themselves."""
+    names = ("onnxscript", "torch.onnx", "onnx_ir", "torch.export")
+    loggers = [logging.getLogger(name) for name in (*names, None)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for kind in (DeprecationWarning, FutureWarning, UserWarning):
+                warnings.filterwarnings("ignore", category=kind, module=r"(torch|onnx|copyreg)")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _quantise(source: Path, target: Path) -> None:
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = onnx.load(source)
+    # Shapes that the exporter noted are those from before it optimised; they are inferred anew.
+    del graph.graph.value_info[:]
+    with _quiet():
+        quantize_dynamic(
+            graph,
+            target,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            weight_type=QuantType.QInt8,
+            use_external_data_format=source.with_name(f"{source.name}.data").is_file(),
+        )
+
+
+def _annotate(path: Path, model: Any) -> None:
+    """Keep in the graph what must not be lost, its classes and what it is not for, and no more.
+
+    The exporter notes at each node which line of which file it comes from, with the folders of this
+    machine.
+    """
+    import onnx
+
+    proto = onnx.load(path, load_external_data=False)
+    graph = proto.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for tensor in graph.initializer:
+        del tensor.metadata_props[:]
+    onnx.helper.set_model_props(
+        proto, {"note": DISCLAIMER, "classes": json.dumps(_names(model), ensure_ascii=False)}
+    )
+    proto.doc_string = DISCLAIMER
+    onnx.save(proto, path)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- checked and measured
+
+
+Classifier = Callable[[Tensor], Floats]
+
+
+def _of_model(model: Any) -> Classifier:
+    def classify(pixels: Tensor) -> Floats:
+        with torch.no_grad():
+            logits: Floats = model(pixel_values=pixels).logits.double().numpy()
+        return logits
+
+    return classify
+
+
+def _of_graph(path: Path) -> Classifier:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()  # as many as the model has
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def classify(pixels: Tensor) -> Floats:
+        logits: Floats = session.run([_OUTPUT], {_INPUT: pixels.numpy()})[0].astype(np.float64)
+        return logits
+
+    return classify
+
+
+def _prepare(processor: Any, images: Sequence[Image.Image]) -> Tensor:
+    pixels: Tensor = processor(images=list(images), return_tensors="pt")[_INPUT].float()
+    return pixels
+
+
+def _largest_difference(
+    model: Any, path: Path, processor: Any, example: Tensor, images: Sequence[Image.Image]
+) -> float:
+    """Over noise and images, in batches of several sizes; not a number counts as infinite."""
+    noise = torch.randn(5, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    batches = [noise[:1], noise, _prepare(processor, images)]
+    graph, plain = _of_graph(path), _of_model(model)
+    difference = max(float(np.abs(graph(batch) - plain(batch)).max()) for batch in batches)
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def _measure(
+    graph: Classifier,
+    before: Classifier,
+    processor: Any,
+    images: Sequence[Image.Image],
+    labels: NDArray[np.int64] | None,
+    *,
+    source: str,
+    synthetic: bool,
+    compared_with: Literal["model", "onnx"],
+    batch: int = 8,
+    repeats: int = 15,
+) -> Measured:
+    """Both on the same images; timed by turns, so that both meet the same machine."""
+    said: list[list[Floats]] = [[], []]
+    for start in range(0, len(images), batch):
+        pixels = _prepare(processor, images[start : start + batch])
+        for logits, classify in zip(said, (graph, before), strict=True):
+            logits.append(classify(pixels))
+    new, old = (_softmax(np.concatenate(logits)) for logits in said)
+    pixels = _prepare(processor, images[:batch])
+    seconds: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        for times, classify in zip(seconds, (graph, before), strict=True):
+            started = time.perf_counter()
+            classify(pixels)
+            times.append(time.perf_counter() - started)
+    taken = min(seconds[0])  # what else the machine does only adds to it
+    right: list[float | None] = [None, None]
+    if labels is not None and (labels >= 0).any():
+        known = labels >= 0
+        right = [float((p.argmax(1) == labels)[known].mean()) for p in (new, old)]
+    return Measured(
+        images=len(images),
+        source=source,
+        synthetic=synthetic,
+        compared_with=compared_with,
+        agreement=float((new.argmax(1) == old.argmax(1)).mean()),
+        largest_probability_difference=float(np.abs(new - old).max()),
+        accuracy=right[0],
+        accuracy_before=right[1],
+        speed_ratio=min(seconds[1]) / taken,
+        milliseconds=1000 * taken / len(pixels),
+        batch=len(pixels),
+    )
+
+
+def _softmax(logits: Floats) -> Floats:
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    probabilities: Floats = powers / powers.sum(1, keepdims=True)
+    return probabilities
