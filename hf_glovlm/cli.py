@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from typer import Argument, Option
 
-from .cli_publish import card, explain, export, push
+from .cli_publish import card, explain, explain_check, export, push
 from .cli_slides import caption, crops, get, mil, slide
 from .console import (
     Notes,
@@ -194,14 +194,15 @@ def evaluate(
     check_output(predictions)
 
     from .data import check_dataset, group_rows, load_dataset
-    from .inference import load_classifier, resolve_device
+    from .hub import load_model
+    from .inference import resolve_device
     from .runs import describe_environment, measure
     from .scale import check_scale
 
     quiet_libraries()
     place = resolve_device(device)
     rows = _choose_split(load_dataset(data), split)
-    classifier, processor, run = load_classifier(model)
+    classifier, processor, run = load_model(model)
     known = [str(name) for name in classifier.config.id2label.values()]
     unknown = next((name for name in rows.features["label"].names if name not in known), None)
     if unknown:
@@ -270,12 +271,13 @@ def predict(
     places = _list_images(images)
 
     from .answers import answer_columns
-    from .inference import load_classifier, resolve_device
+    from .hub import load_model
+    from .inference import resolve_device
     from .scale import check_scale, describe_scale
 
     quiet_libraries()
     place = resolve_device(device)
-    loaded = load_classifier(model)[:2]
+    loaded = load_model(model)[:2]
     readable, found = places, _image_rows(places, mpp)
     scale, adapted = check_scale(*loaded, found, allow=allow_scale), loaded[0].config.mpp
     if (scale == "unknown") != (adapted is None):
@@ -338,7 +340,7 @@ def study(
         raise typer.Exit(1)
 
 
-ELSEWHERE: list[Callable[..., None]] = [slide, mil, explain, card, push, export]
+ELSEWHERE: list[Callable[..., None]] = [slide, mil, explain, explain_check, card, push, export]
 for _command in ELSEWHERE:
     app.command()(_command)
 ABOUT_DATA: list[Callable[..., None]] = [caption, crops, get]

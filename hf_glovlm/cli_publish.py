@@ -1,15 +1,17 @@
 """The commands of `glovlm` that show a model to others: card, Hub, export, heat maps."""
 
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from .console import note, print_json, print_rows, print_table, quiet_libraries
 from .errors import GloVLMError
-from .flags import DeviceFlag, JsonFlag, ModelArgument, Text
+from .flags import DeviceFlag, JsonFlag, ModelArgument, Text, Texts
 
-__all__ = ["card", "explain", "export", "push"]
+__all__ = ["card", "explain", "explain_check", "export", "push"]
 
 RunArgument = Annotated[Path, Argument(help="A run's folder.")]
 ReasonFlag = Annotated[Text, Option(help="Why the base's licence allows it; the card says it.")]
@@ -117,17 +119,20 @@ def explain(
         str, Option(help="gradient, rollout, similarity, occlusion or kept.")
     ] = "gradient",
     target: Annotated[Text, Option("--class", help="Explained class. (the predicted)")] = None,
-    text: Annotated[Text, Option(help="For similarity: a text in place of the class's.")] = None,
+    text: Annotated[Text, Option(help="A text to explain, in place of a class.")] = None,
+    masks: Annotated[Path | None, Option(help="Folder of masks, white is glomerulus.")] = None,
+    window: Annotated[int, Option(min=1, help="Occlusion: side of the blank, patches.")] = 1,
     opacity: Annotated[float, Option(min=0, max=1, help="Of the heat.")] = 0.5,
     device: DeviceFlag = "auto",
     as_json: JsonFlag = False,
 ) -> None:
-    """Draw what a model looks at, beside its scores with the middle and the rest blanked."""
-    from .explain import explain_files
-    from .inference import load_classifier, resolve_device
+    """Draw what a model looks at, beside its scores with the glomerulus and the rest blanked."""
+    from .explain import explain_files, load_masks
+    from .hub import load_model
+    from .inference import resolve_device
 
     quiet_libraries()
-    classifier, processor, _ = load_classifier(model)
+    classifier, processor, _ = load_model(model)
     classifier.to(resolve_device(device))
     rows = explain_files(
         classifier,
@@ -137,9 +142,78 @@ def explain(
         method=method,
         target=target,
         text=text,
+        masks=load_masks(masks, images) if masks else None,
+        window=window,
         opacity=opacity,
         on_image=lambda done, total: note(f"{done} of {total} images"),
     )
-    shown = [name for name in ("image", "target", "score") if rows and name in rows[0]]
+    shown = [
+        name
+        for name in ("file_name", "target", "score", "glomerulus_blanked", "context_blanked")
+        if name in rows[0]
+    ]
     print_rows("Heat maps. Research use only, not for diagnosis", rows, shown, as_json)
     note(f"figures and scores are in {output_dir}")
+
+
+def explain_check(
+    model: ModelArgument,
+    data: Annotated[str, Option(help="Images with their groups.")],
+    masks: Annotated[Path, Option(help="Folder of their masks, white is glomerulus.")],
+    methods: Annotated[Texts, Option("--method", help="Of `explain`; all by default.")] = None,
+    curves: Annotated[bool, Option(help="Deletion and insertion, too.")] = False,
+    window: Annotated[int, Option(min=1, help="Occlusion: side of the blank, patches.")] = 1,
+    device: DeviceFlag = "auto",
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure heat maps: heat inside the glomerulus against its area, over unseen groups."""
+    from .data import all_rows, group_rows, load_dataset
+    from .data.folder import column
+    from .explain import evaluate_maps, load_masks
+    from .hub import load_model
+    from .inference import resolve_device
+
+    quiet_libraries()
+    classifier, processor, run = load_model(model)
+    classifier.to(resolve_device(device))
+    rows = all_rows(load_dataset(data))
+    seen = set((run or {}).get("data", {}).get("support_groups_sha256", ()))
+    groups = group_rows(rows).ids
+    unseen = [i for i, g in enumerate(groups) if sha256(g.encode()).hexdigest() not in seen]
+    if len(unseen) < len(rows):
+        note(f"{len(rows) - len(unseen)} images of groups that the model learned from: left out")
+    if not unseen:
+        raise GloVLMError("The model learned from every group in these data: give others.")
+    rows = rows.select(unseen)
+    found = evaluate_maps(
+        classifier,
+        processor,
+        column(rows, "image"),
+        load_masks(masks, column(rows, "file_name")),
+        [groups[i] for i in unseen],
+        methods=methods,
+        curves=curves,
+        window=window,
+        on_image=lambda done, total: note(f"{done} of {total} images"),
+    )
+    if as_json:
+        print_json(found)
+        return
+    measures = ("heat", "area", "excess", "ratio", "deletion_gain", "insertion_gain")
+    header = ["method", "images", "groups", *(m for m in measures if _has(found, m))]
+    table = [
+        [name, str(said["images"]), str(said["groups"]), *(_range(said[m]) for m in header[3:])]
+        for name, said in found["methods"].items()
+    ]
+    print_table("Heat maps", header, table)
+    for name, why in found["not_applicable"].items():
+        note(f"{name}: {why}")
+
+
+def _has(found: Mapping[str, Any], measure: str) -> bool:
+    return all(measure in said for said in found["methods"].values())
+
+
+def _range(entry: Mapping[str, Any]) -> str:
+    low, high = entry["ci95"]
+    return f"{entry['value']:.3f} [{low:.3f}, {high:.3f}]"

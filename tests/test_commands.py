@@ -232,6 +232,29 @@ def test_explain_draws_a_figure_an_image(run_folder: Path, tmp_path: Path, glovl
     assert "gradient" in said.err
 
 
+def test_explain_check_measures_groups_that_were_not_learned_from(
+    run_folder: Path, tmp_path: Path, glovlm: Glovlm
+) -> None:
+    data = tiny_images(tmp_path / "data", per_class=8, groups=4)  # the run's own
+    for path in data.rglob("*.png"):
+        mask = tmp_path / "masks" / path.relative_to(data)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        down, across = np.mgrid[:40, :40]
+        inside = np.hypot(down - 20, across - 20) < 12
+        Image.fromarray((255 * inside).astype(np.uint8)).save(mask)
+    said = glovlm(
+        "explain-check", run_folder, "--data", data, "--masks", tmp_path / "masks",
+        "--method", "gradient", "--json",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert "learned from" in said.err
+    found = json.loads(said.out)["methods"]["gradient"]
+    assert 0 < found["images"] < 24
+    assert found["excess"]["value"] == pytest.approx(
+        found["heat"]["value"] - found["area"]["value"]
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -63,6 +63,27 @@ def load_published(
         ) from error
 
 
+def load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
+    """Load a run's folder, its `model/`, or whatever `push` published, whole or in parts.
+
+    Args:
+        name: A folder or a Hub id.
+
+    Returns:
+        What `inference.load_classifier` returns; results are known of folders alone.
+
+    Raises:
+        GloVLMError: There is nothing, or something else.
+    """
+    from ..inference import load_classifier
+
+    folder = Path(name).expanduser()
+    parts = (folder / PARTS).is_file()
+    if not parts and (folder.exists() or not _HUB_ID.fullmatch(name)):
+        return load_classifier(name)
+    return *load_published(name), None
+
+
 def stage_parts(stage: Path, run: Run, what: Part) -> None:
     """Write what was learned beside the base, after checking that base and it are the model.
 
