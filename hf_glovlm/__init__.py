@@ -11,11 +11,36 @@ __version__ = "0.1.0"
 
 # The command `glovlm` brings in what a command needs when it needs it: its help is instant.
 if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
+    from . import explain
     from .adapters import METHODS, target_modules
+    from .answers import (
+        borrow,
+        describe_classes,
+        describe_image_scale,
+        describe_limits,
+        give_answers,
+        reword,
+    )
     from .backbones import BACKBONES, load_backbone
-    from .data import check_dataset, draw_episode, load_classes, load_dataset, load_episode
+    from .data import (
+        check_dataset,
+        draw_episode,
+        load_classes,
+        load_dataset,
+        load_episode,
+        open_image,
+    )
+    from .data.phantoms import render_cohort
     from .errors import GloVLMError
-    from .inference import FeatureCache, Predictions, embed_images, embed_prompts, predict
+    from .inference import (
+        FeatureCache,
+        Predictions,
+        embed_images,
+        embed_prompts,
+        load_classifier,
+        predict,
+    )
+    from .leave_out import MemoryCache, frozen_methods, leave_patients_out
     from .metrics import compute_metrics, paired_differences
     from .model import (
         GloVLMConfig,
@@ -36,22 +61,35 @@ __all__ = [
     "GloVLMForImageClassification",
     "GloVLMModel",
     "GloVLMProcessor",
+    "MemoryCache",
     "Predictions",
     "TrainConfig",
     "__version__",
     "adapt",
     "adapt_features",
+    "borrow",
     "check_dataset",
     "compute_metrics",
+    "describe_classes",
+    "describe_image_scale",
+    "describe_limits",
     "draw_episode",
     "embed_images",
     "embed_prompts",
+    "explain",
+    "frozen_methods",
+    "give_answers",
+    "leave_patients_out",
     "load_backbone",
     "load_classes",
+    "load_classifier",
     "load_dataset",
     "load_episode",
+    "open_image",
     "paired_differences",
     "predict",
+    "render_cohort",
+    "reword",
     "run",
     "target_modules",
 ]

@@ -1,0 +1,183 @@
+"""How well a handful of labelled images serves: adapt without one patient, predict that patient.
+
+For methods on frozen features alone: every image is encoded once and kept in memory, so that as
+many adaptations as there are patients take seconds.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .adapters import METHODS, FeatureMethod, HeadMethod
+from .answers import borrow
+from .data.folder import column
+from .errors import GloVLMError, nearest
+from .inference import FeatureCache, Predictions, predict
+from .metrics import compute_metrics
+from .training import adapt
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .data import ClassInfo
+
+NO_ESTIMATE = "Performance cannot be estimated from this upload: "
+MIN_PATIENTS = 2  # of a class, so that one is left to learn from
+
+
+class MemoryCache(FeatureCache):
+    """Features of one piece of work, in memory: nothing is written."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[tuple[str, bytes], NDArray[np.float32]] = {}
+
+    def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """Look up features; see `FeatureCache.get`."""
+        found = {image: self._vectors.get((encoder, image)) for image in images}
+        return {image: vector for image, vector in found.items() if vector is not None}
+
+    def put(
+        self, encoder: str, images: Sequence[bytes], features: NDArray[np.float32], name: str = ""
+    ) -> None:
+        """Keep features; see `FeatureCache.put`."""
+        self._vectors.update({(encoder, i): v for i, v in zip(images, features, strict=True)})
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What leaving out one patient at a time came to.
+
+    Args:
+        sentence: For a person; where nothing could be measured, why.
+        patients: How many were left out; 0 where nothing could be measured.
+        results: As `compute_metrics` returns it, over all left-out images; `None` without.
+        predictions: Of the left-out images, in the order of the rows; `None` without.
+    """
+
+    sentence: str
+    patients: int = 0
+    results: dict[str, Any] | None = None
+    predictions: Predictions | None = None
+
+
+def frozen_methods() -> dict[str, str]:
+    """Methods that learn from labelled images on frozen towers, with what trains in each."""
+    return {
+        name: method.trains
+        for name, method in METHODS.items()
+        if isinstance(method, FeatureMethod | HeadMethod)
+        and not method.transductive
+        and name != "zero_shot"
+    }
+
+
+def leave_patients_out(
+    model: Any,
+    processor: Any,
+    method: str,
+    rows: "Dataset",
+    patients: Sequence[str] | None,
+    *,
+    classes: "Sequence[ClassInfo] | None" = None,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    cache: FeatureCache | None = None,
+    on_patient: Callable[[int, int], None] | None = None,
+) -> LeftOut:
+    """Adapt on all patients but one, predict that one, and measure all the left-out images.
+
+    Args:
+        model: A `GloVLMModel`; it stays as it is.
+        processor: Its processor.
+        method: A name of `frozen_methods()`.
+        rows: Labelled rows with `image` and `label` (a `ClassLabel`).
+        patients: Patient of each row; an empty one is not known.
+        classes: Names and prompts in label order.
+        settings: Of the method.
+        seed: Of every adaptation.
+        cache: Keeps features of the towers; by default in memory, and gone afterwards.
+        on_patient: Told how many patients are done, of how many.
+
+    Returns:
+        Metrics with intervals over patients; or, where patients are not known or a class has fewer
+        than two, the sentence that says so.
+
+    Raises:
+        GloVLMError: The method does not work on frozen features; what `adapt` raises.
+    """
+    if method not in frozen_methods():
+        raise GloVLMError(
+            f"Leaving patients out is for methods on frozen features, not for '{method}': expected "
+            f"{', '.join(frozen_methods())}.{nearest(method, frozen_methods())}"
+        )
+    names: list[str] = rows.features["label"].names
+    labels = np.array(column(rows, "label"), np.int64)
+    reason = _why_not(labels, names, patients)
+    if reason or patients is None:
+        return LeftOut(NO_ESTIMATE + reason)
+    store = MemoryCache() if cache is None else cache
+    order = sorted(set(patients))
+    group = np.array([order.index(patient) for patient in patients])
+    probabilities = np.empty((len(rows), len(names)))
+    logits = np.empty((len(rows), len(names)), np.float32)
+    options: dict[str, Any] = {"classes": classes, "settings": settings, "seed": seed}
+    for k in range(len(order)):
+        kept, left = np.flatnonzero(group != k), np.flatnonzero(group == k)
+        adapted = adapt(
+            borrow(model), method, rows.select(kept), processor=processor, cache=store, **options
+        )
+        said = predict(adapted.model, processor, rows.select(left), cache=store)
+        probabilities[left], logits[left] = said.probabilities, said.logits
+        if on_patient is not None:
+            on_patient(k + 1, len(order))
+    results = compute_metrics(labels, probabilities, groups=patients, class_names=names, seed=seed)
+    known = "file_name" in rows.column_names
+    predictions = Predictions(
+        probabilities=probabilities,
+        logits=logits,
+        class_names=names,
+        file_names=[str(n) for n in (column(rows, "file_name") if known else range(len(rows)))],
+        groups=list(patients),
+        labels=labels,
+    )
+    return LeftOut(_tell(results, len(order)), len(order), results, predictions)
+
+
+def _why_not(labels: NDArray[np.int64], names: list[str], patients: Sequence[str] | None) -> str:
+    """Why nothing can be measured; empty where it can."""
+    if patients is None or not any(patient.strip() for patient in patients):
+        return (
+            "no patient ids were given, and images of one patient resemble each other. Give the "
+            "patient of every image, and one patient at a time is left out."
+        )
+    if len(patients) != len(labels) or not all(patient.strip() for patient in patients):
+        known = sum(bool(patient.strip()) for patient in patients)
+        return f"the patient is known of {known} of {len(labels)} images; give that of every image."
+    for k, name in enumerate(names):
+        held = len({patient for patient, y in zip(patients, labels, strict=True) if y == k})
+        if held < MIN_PATIENTS:
+            return (
+                f"leaving a patient out takes at least {MIN_PATIENTS} patients of every class, and "
+                f"'{name}' has {held}."
+            )
+    return ""
+
+
+def _tell(results: Mapping[str, Any], patients: int) -> str:
+    said = []
+    for key, title in (("balanced_accuracy", "balanced accuracy"), ("macro_auc", "macro-AUC")):
+        entry = results["metrics"][key]
+        if entry["value"] is None:
+            continue
+        text = f"{title} {entry['value']:.2f}"
+        if entry["ci95"] is not None:
+            text += " (95% interval over patients {:.2f} to {:.2f})".format(*entry["ci95"])
+        said.append(text)
+    note = results["metrics"]["balanced_accuracy"]["note"]
+    return (
+        f"Each of {patients} patients was predicted by a model that learned from the others, "
+        f"{results['n']} images in all: {', '.join(said)}." + (f" Note: {note}." if note else "")
+    )
