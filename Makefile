@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint clean
+.PHONY: help demo space test lint browser clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,13 +21,26 @@ help:  ## this list
 demo: $(READY)  ## the main job on drawings: no network and no data needed
 	@$(VENV)/bin/glovlm demo
 
-test: lint  ## the lint, then every test
+space: $(READY)  ## the page of spaces/glomeruli, on this machine alone, with mini
+	@GLOVLM_ALLOW_FOLDERS=1 $(VENV)/bin/python spaces/glomeruli/app.py
+
+test: lint browser  ## the lint, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist worksteal --durations=10 $(PYTEST_ARGS)
 
 lint: $(READY)  ## style and types
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
+
+# The page is tested in a real browser. Without one those tests say so and are skipped.
+browser:
+	@if ! command -v chromium >/dev/null; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium; \
+		else \
+			echo "No chromium here: the tests of the page in a browser are skipped. Install the system package chromium to run them." >&2; \
+		fi; \
+	fi
 
 clean:  ## remove the environment and every cache
 	@[ ! -f "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"

@@ -1,0 +1,378 @@
+"""What the page's buttons and the endpoints do; what one open page holds."""
+
+import html
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pages
+from shelf import Loaded, Settings, Shelf
+from uploads import MAX_BATCH, Upload, draw_examples, read_patients, read_uploads, take_files
+from work import (
+    MAX_CLASSES,
+    Taught,
+    ask_in_words,
+    classify,
+    draw_heat,
+    read_words,
+    teach,
+    to_csv,
+    to_table,
+    zip_model,
+)
+
+from hf_glovlm import GloVLMError, describe_classes, describe_limits
+
+Files = list[dict[str, Any]] | None  # as Gradio hands them on, not preprocessed
+ADAPTED = "adapted here"
+MOST_PROBABLE = "the most probable class"
+CHUNK = 32  # images of a batch between two signs of progress
+
+
+class Session:
+    """What one open page holds, in memory alone: images, labelled images, an adapted model."""
+
+    def __init__(self) -> None:
+        self.images: list[Upload] = []
+        self.support: dict[int, list[Upload]] = {}
+        self.taught: Taught | None = None
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show what is wrong with an input as a sentence, escaped, and nothing of the code."""
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except GloVLMError as error:
+            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
+
+    return call
+
+
+class Desk:
+    """What the page's buttons and the endpoints do.
+
+    Args:
+        settings: What the machine's owner allows.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.shelf = Shelf(settings)
+
+    def find(self, name: str | None, session: Session | None = None) -> Loaded:
+        """A model by name; `adapted here` is the session's own."""
+        if name == ADAPTED:
+            if session is None or session.taught is None:
+                raise GloVLMError("No model was adapted on this page yet: see the tab Adapt.")
+            return session.taught.loaded
+        return self.shelf.get(name)
+
+    # --------------------------------------------------------------------------- the page
+
+    def choose_model(self, name: str, session: Session) -> tuple[Any, ...]:
+        """Load a model and say what it is; its classes go to the heat map and to own words."""
+        loaded = self.find(name, session)
+        if loaded.classifier is None:
+            return pages.show_model(loaded), "", gr.update(), gr.update()
+        config = loaded.classifier.config
+        names = [str(label) for label in config.id2label.values()]
+        targets = gr.Dropdown(choices=[MOST_PROBABLE, *names], value=MOST_PROBABLE)
+        texts = config.prompts or [[name.replace("_", " ")] for name in names]
+        words = "\n".join(f"{n}: {' | '.join(t)}" for n, t in zip(names, texts, strict=True))
+        return pages.show_model(loaded), pages.show_words(config), targets, words
+
+    def use_adapted(self, session: Session) -> tuple[Any, ...]:
+        """Choose the session's own model."""
+        return ADAPTED, *self.choose_model(ADAPTED, session)
+
+    def add_images(self, files: Files, session: Session) -> tuple[Any, ...]:
+        """Put uploads into the tray."""
+        session.images, refused = read_uploads(take_files(files), session.images)
+        return None, session, *self._tray(session, refused)
+
+    def add_examples(self, session: Session) -> tuple[Any, ...]:
+        """Put a drawing of each class into the tray."""
+        there = {image.name for image in session.images}
+        drawings = draw_examples()[:5]
+        session.images = [*session.images, *(d for d in drawings if d.name not in there)]
+        return session, *self._tray(session)
+
+    def remove_images(self, session: Session) -> tuple[Any, ...]:
+        """Forget the tray."""
+        session.images = []
+        return session, *self._tray(session)
+
+    def _tray(self, session: Session, refused: list[str] | None = None) -> tuple[Any, ...]:
+        names = [image.name for image in session.images]
+        choice = gr.Dropdown(choices=names, value=names[0] if names else None)
+        return pages.show_tray(session.images, refused or []), choice
+
+    def classify(self, name: str, mpp: str, session: Session) -> str:
+        """Classify the tray."""
+        said = classify(self.find(name, session), session.images, _number(mpp))
+        support = session.taught.support if name == ADAPTED and session.taught else []
+        return pages.show_answers(said, session.images, support)
+
+    def heat(self, name: str, image: str, method: str, target: str, session: Session) -> str:
+        """Draw a heat map of one image of the tray."""
+        chosen = next((i for i in session.images if i.name == image), None)
+        if chosen is None:
+            raise GloVLMError("Choose one of the images above for a heat map.")
+        asked = None if target == MOST_PROBABLE else target
+        return pages.show_heat(draw_heat(self.find(name, session), chosen, method, asked))
+
+    def own_words(self, name: str, words: str, session: Session) -> str:
+        """Classify the tray with other classes and prompts."""
+        loaded = ask_in_words(self.find(name, session), read_words(words))
+        return pages.show_answers(classify(loaded, session.images), session.images)
+
+    def compare(self, name: str, other: str, session: Session) -> str:
+        """Classify the tray with two models."""
+        both = [self.find(name, session), self.find(other, session)]
+        said = [classify(loaded, session.images) for loaded in both]
+        return pages.show_pair([loaded.name for loaded in both], said, session.images)
+
+    def batch(
+        self, name: str, files: Files, session: Session,
+        progress: gr.Progress = gr.Progress(),  # noqa: B008 - how Gradio finds it
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """Classify many images into a CSV."""
+        loaded = self.find(name, session)
+        images, refused = read_uploads(take_files(files), limit=MAX_BATCH)
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(images), CHUNK):
+            progress(start / len(images), f"{start} of {len(images)} images")
+            rows += to_table(classify(loaded, images[start : start + CHUNK]))
+        if not rows and not refused:
+            raise GloVLMError("There are no images yet: drop some into the box of this tab.")
+        limits = describe_limits(loaded.ask().config)
+        table = to_csv(rows, refused, limits)
+        download = gr.DownloadButton(value=str(write_text(table)), interactive=True)
+        return None, pages.show_batch(rows, refused, limits), download
+
+    def add_support(self, place: int, files: Files, session: Session) -> tuple[Any, ...]:
+        """Put uploads into a class's box."""
+        kept = session.support.get(place, ())
+        session.support[place], refused = read_uploads(take_files(files), kept)
+        return None, session, pages.show_tray(session.support[place], refused)
+
+    def fill_support(self, session: Session) -> tuple[Any, ...]:
+        """Fill the boxes with drawings of four drawn patients."""
+        labels = list(dict.fromkeys(d.label for d in draw_examples()))
+        drawings = {x: [d for d in draw_examples() if d.label == x] for x in labels}
+        session.support = dict(enumerate(drawings.values()))
+        names = [*labels, *[""] * (MAX_CLASSES - len(labels))]
+        trays = [pages.show_tray(session.support.get(k, [])) for k in range(MAX_CLASSES)]
+        return session, *names, *trays
+
+    def clear_support(self, session: Session) -> tuple[Any, ...]:
+        """Empty the boxes."""
+        session.support = {}
+        return session, *[""] * MAX_CLASSES, *[pages.show_tray([])] * MAX_CLASSES
+
+    def adapt(
+        self, name: str, method: str, by_name: bool, table: Files,
+        session: Session, *names: str, progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """Adapt the chosen model to the boxes, estimate, and offer the model's folder."""
+        boxes = {k: images for k, images in session.support.items() if images}
+        given = [names[k].strip() for k in boxes]
+        if len(set(given)) < len(given) or "" in given:
+            raise GloVLMError("Give every class that has images a name of its own.")
+        support = {names[k].strip(): images for k, images in boxes.items()}
+        given_table = take_files(table)
+        patients = read_patients(given_table[0][1]) if given_table else {}
+        if by_name:
+            support = {label: [_from_name(i) for i in part] for label, part in support.items()}
+        session.taught = teach(
+            self.find(name, session), support, method, patients, lambda p, what: progress(p, what)
+        )
+        limits = describe_limits(session.taught.loaded.ask().config)
+        try:
+            path = zip_model(session.taught, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
+            download = gr.DownloadButton(value=str(path), interactive=True)
+        except GloVLMError as error:
+            limits = [str(error), *limits]
+            download = gr.DownloadButton(interactive=False)
+        shown = pages.show_taught(
+            session.taught.estimate, session.taught.results, session.taught.notes, limits
+        )
+        choices = [*self.settings.choices, ADAPTED]
+        return session, None, shown, download, *[gr.Dropdown(choices=choices)] * 2
+
+    # ----------------------------------------------------------------------- the endpoints
+
+    def api_describe(self, model: str = "") -> dict[str, Any]:
+        """What a model is: its classes with prompts and definitions, and its limits.
+
+        Args:
+            model: A Hub id or a known backbone; the page's own when empty.
+        """
+        loaded = self.shelf.get(model)
+        config = loaded.ask().config
+        classes = [
+            {**vars(words), "prompts": list(words.prompts)} for words in describe_classes(config)
+        ]
+        return {"model": loaded.name, "classes": classes, "limits": describe_limits(config)}
+
+    def api_classify(
+        self, files: list[dict[str, Any]], model: str = "", mpp: float | None = None
+    ) -> dict[str, Any]:
+        """Classify images: probabilities, conformal set and abstention, a sentence each.
+
+        Args:
+            files: Images, each by `handle_file`.
+            model: A Hub id or a known backbone; the page's own when empty.
+            mpp: Micrometres per pixel, if known.
+        """
+        images, refused = read_uploads(take_files(files))
+        return self._say(self.shelf.get(model), images, refused, mpp)
+
+    def api_own_words(
+        self, files: list[dict[str, Any]], prompts: dict[str, list[str]], model: str = ""
+    ) -> dict[str, Any]:
+        """Classify images zero-shot with your own classes and prompts.
+
+        Args:
+            files: Images, each by `handle_file`.
+            prompts: Per class its prompts.
+            model: A Hub id or a known backbone; the page's own when empty.
+        """
+        images, refused = read_uploads(take_files(files))
+        words = {
+            name: [texts] if isinstance(texts, str) else texts for name, texts in prompts.items()
+        }
+        return self._say(ask_in_words(self.shelf.get(model), words), images, refused)
+
+    def api_compare(self, files: list[dict[str, Any]], model: str, other: str) -> dict[str, Any]:
+        """Classify images with two models.
+
+        Args:
+            files: Images, each by `handle_file`.
+            model: A Hub id or a known backbone; the page's own when empty.
+            other: The second one.
+        """
+        images, refused = read_uploads(take_files(files))
+        first, second = (self._say(self.shelf.get(m), images, refused) for m in (model, other))
+        pairs = zip(first["answers"], second["answers"], strict=True)
+        return {
+            "first": first,
+            "second": second,
+            "same": sum(a["label"] == b["label"] for a, b in pairs),
+        }
+
+    def api_batch(self, files: list[dict[str, Any]], model: str = "") -> str:
+        """Classify up to 500 images into the text of a CSV.
+
+        Args:
+            files: Images, each by `handle_file`.
+            model: A Hub id or a known backbone; the page's own when empty.
+        """
+        loaded = self.shelf.get(model)
+        images, refused = read_uploads(take_files(files), limit=MAX_BATCH)
+        parts = [images[i : i + CHUNK] for i in range(0, len(images), CHUNK)]
+        rows = [row for part in parts for row in to_table(classify(loaded, part))]
+        return to_csv(rows, refused, describe_limits(loaded.ask().config))
+
+    def api_heat_map(
+        self, file: dict[str, Any], method: str = "gradient", target: str = "", model: str = ""
+    ) -> dict[str, Any]:
+        """Draw a heat map: its values in rows and columns, with the scores beside it.
+
+        Args:
+            file: An image, by `handle_file`.
+            method: rollout, gradient, similarity, occlusion or kept.
+            target: A class; the most probable when empty.
+            model: A Hub id or a known backbone; the page's own when empty.
+        """
+        images, refused = read_uploads(take_files([file]))
+        if refused:
+            raise GloVLMError(refused[0])
+        heat = draw_heat(self.shelf.get(model), images[0], method, target)
+        return {**heat.about, "sentences": heat.sentences}
+
+    def api_adapt(
+        self,
+        files: list[dict[str, Any]],
+        labels: list[str],
+        method: str = "linear_probe",
+        patients: list[str] | None = None,
+        model: str = "",
+    ) -> dict[str, Any]:
+        """Adapt a model to labelled images: leave-one-patient-out metrics and the model as a zip.
+
+        Args:
+            files: Images, each by `handle_file`.
+            labels: Class of each image.
+            method: A method on frozen features, such as linear_probe or tip_adapter.
+            patients: Patient of each image, if known.
+            model: A Hub id or a known backbone; the page's own when empty.
+        """
+        images, refused = read_uploads(take_files(files), limit=MAX_CLASSES * 24)
+        if refused or len(labels) != len(images) or len(patients or labels) != len(images):
+            raise GloVLMError(" ".join(refused) or "Give one label, and one patient, an image.")
+        if patients:
+            pairs = zip(images, patients, strict=True)
+            images = [replace(image, patient=patient) for image, patient in pairs]
+        support: dict[str, list[Upload]] = {}
+        for image, label in zip(images, labels, strict=True):
+            support.setdefault(label, []).append(image)
+        taught = teach(self.shelf.get(model), support, method)
+        path = zip_model(taught, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
+        measured = taught.results["metrics"] if taught.results else None
+        file = gr.FileData(path=str(path), orig_name=path.name).model_dump()
+        return {
+            "estimate": taught.estimate,
+            "metrics": measured,
+            "notes": taught.notes,
+            "limits": describe_limits(taught.loaded.ask().config),
+            "model": file,
+        }
+
+    def _say(
+        self, loaded: Loaded, images: list[Upload], refused: list[str], mpp: float | None = None
+    ) -> dict[str, Any]:
+        if refused and not images:
+            raise GloVLMError(" ".join(refused))
+        said = classify(loaded, images, mpp)
+        answers = [vars(answer) for answer in said.answers]
+        return {
+            "model": loaded.name,
+            "answers": answers,
+            "refused": refused,
+            "scale": said.scale,
+            "limits": said.limits,
+        }
+
+
+def _number(text: str | None) -> float | None:
+    """A number that may be left out."""
+    if not text or not text.strip():
+        return None
+    try:
+        return float(text.replace(",", "."))
+    except ValueError:
+        raise GloVLMError(f"Expected a number such as 0.25, found '{text.strip()[:40]}'.") from None
+
+
+def _from_name(image: Upload) -> Upload:
+    """The patient from a file name such as `P012_3.png`."""
+    patient, line, _ = image.name.partition("_")
+    return replace(image, patient=patient) if line and not image.patient else image
+
+
+def write_text(text: str) -> Path:
+    """A file for one download; the page's clean-up removes it after some minutes."""
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(dir=folder)) / "predictions.csv"
+    path.write_text(text, encoding="utf-8")
+    return path

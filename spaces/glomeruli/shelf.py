@@ -1,0 +1,158 @@
+"""Which models may be used, and the two that were used last, in memory."""
+
+import os
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from uploads import CLASSES
+
+from hf_glovlm import (
+    BACKBONES,
+    GloVLMError,
+    load_backbone,
+    load_classes,
+    load_classifier,
+    reword,
+)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model, read only: whoever changes something borrows it.
+
+    Args:
+        name: As it was asked for.
+        towers: A `GloVLMModel`.
+        processor: Its processor.
+        classifier: With the head that adaptation left; of a bare backbone the zero-shot one for
+            `CLASSES`; `None` where there can be none.
+        why_not: Then, why.
+        lock: Held while texts are encoded: a tokenizer serves one at a time.
+    """
+
+    name: str
+    towers: Any
+    processor: Any
+    classifier: Any | None
+    why_not: str = ""
+    lock: Any = field(default_factory=Lock)
+
+    def ask(self) -> Any:
+        """The classifier.
+
+        Raises:
+            GloVLMError: There is none.
+        """
+        if self.classifier is None:
+            raise GloVLMError(self.why_not)
+        return self.classifier
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the machine's owner allows; read from the environment.
+
+    Args:
+        model: `GLOVLM_MODEL`, which the page starts with.
+        listed: `GLOVLM_MODELS`, separated by commas: if given, only these can be chosen.
+        folders: `GLOVLM_ALLOW_FOLDERS=1`: folders of this machine may be named. Only for a page
+            that nobody else can reach.
+    """
+
+    model: str = "mini"
+    listed: tuple[str, ...] = ()
+    folders: bool = False
+
+    @classmethod
+    def from_environment(cls) -> "Settings":
+        listed = os.environ.get("GLOVLM_MODELS", "").split(",")
+        return cls(
+            model=os.environ.get("GLOVLM_MODEL", "").strip() or "mini",
+            listed=tuple(name.strip() for name in listed if name.strip()),
+            folders=os.environ.get("GLOVLM_ALLOW_FOLDERS") == "1",
+        )
+
+    @property
+    def choices(self) -> list[str]:
+        """What the page offers."""
+        return list(dict.fromkeys([self.model, *(self.listed or ("mini",))]))
+
+    def check(self, name: str) -> None:
+        """Refuse a model that may not be used here, before anything is read.
+
+        Raises:
+            GloVLMError: It is not listed, or a folder of the server.
+        """
+        if name == self.model or name in self.listed:
+            return
+        if self.listed:
+            raise GloVLMError(
+                f"This page serves {', '.join(self.choices)}; '{name[:80]}' is not among them."
+            )
+        if self.folders or name in BACKBONES:
+            return
+        for part in name.split("+"):
+            known = part.strip() in BACKBONES
+            # What looks like a Hub id could still be a folder below the working directory.
+            if not known and (not HUB_ID.fullmatch(part.strip()) or Path(part.strip()).exists()):
+                raise GloVLMError(
+                    f"Expected a Hub id (owner/name) or a known backbone, found '{name[:80]}': "
+                    "folders can be named only where the page runs on your own machine."
+                )
+
+
+class Shelf:
+    """The models in memory, least recently used out first.
+
+    Args:
+        settings: What may be used.
+        size: How many.
+    """
+
+    def __init__(self, settings: Settings, size: int = 2) -> None:
+        self.settings = settings
+        self.size = size
+        self._models: OrderedDict[str, Loaded] = OrderedDict()
+        self._lock = Lock()
+
+    def get(self, name: str | None) -> Loaded:
+        """A model by name; the page's own for none.
+
+        Raises:
+            GloVLMError: It may not be used here, or cannot be loaded.
+        """
+        wanted = (name or "").strip() or self.settings.model
+        self.settings.check(wanted)
+        with self._lock:  # one loads at a time: memory is for `size` models and one more
+            if wanted not in self._models:
+                while len(self._models) >= self.size:
+                    self._models.popitem(last=False)
+                self._models[wanted] = _load(wanted)
+            self._models.move_to_end(wanted)
+            return self._models[wanted]
+
+
+def _load(name: str) -> Loaded:
+    if name not in BACKBONES and "+" not in name:
+        try:
+            classifier, processor, _ = load_classifier(name)
+            return Loaded(name, classifier.glovlm, processor, classifier)
+        except GloVLMError as error:
+            reason = error
+        try:
+            towers, processor = load_backbone(name)
+        except GloVLMError:
+            raise reason from None
+    else:
+        towers, processor = load_backbone(name)
+    words = {info.name: info.prompts for info in load_classes(CLASSES)}
+    try:
+        return Loaded(name, towers, processor, reword(towers, processor, words))
+    except GloVLMError as error:
+        return Loaded(name, towers, processor, None, str(error))

@@ -1,0 +1,384 @@
+"""What the page and its API do with images, without a page: plain values in and out."""
+
+import copy
+import csv
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL.Image import Image as Picture
+from shelf import Loaded, Settings
+from uploads import Upload, to_address
+
+from hf_glovlm import (
+    GloVLMError,
+    MemoryCache,
+    __version__,
+    adapt,
+    borrow,
+    describe_image_scale,
+    describe_limits,
+    embed_images,
+    explain,
+    frozen_methods,
+    give_answers,
+    leave_patients_out,
+    load_classes,
+    open_image,
+    predict,
+    reword,
+)
+
+BATCH = 8  # images decoded at a time
+SHOWN = 512  # pixels of a heat map on the page
+EXPLAINED = 1024  # pixels of the longer side of an image before a heat map
+MAX_CLASSES = 6
+Tell = Callable[[float, str], object]
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a classifier said about images.
+
+    Args:
+        answers: One an image.
+        scale: A sentence about micrometres per pixel.
+        limits: Sentences that belong beside every number.
+        neighbours: Per image the nearest support images, as `(row, class, cosine)`; empty where
+            the model keeps none.
+    """
+
+    answers: list[Any]
+    scale: str
+    limits: list[str]
+    neighbours: list[list[tuple[int, str, float]]]
+
+
+def make_rows(images: Sequence[Upload], mpp: float | None = None) -> Dataset:
+    """Images as a data set in memory."""
+    if not images:
+        raise GloVLMError("There are no images yet: drop some, or add the example drawings.")
+    if mpp is not None and not 0 < mpp < 100:
+        raise GloVLMError(f"Expected micrometres per pixel between 0 and 100, found {mpp:g}.")
+    columns: dict[str, list[Any]] = {
+        "image": [{"bytes": image.content, "path": image.name} for image in images],
+        "file_name": [image.name for image in images],
+        "mpp": [mpp] * len(images),
+    }
+    types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
+    return Dataset.from_dict(columns, Features(types))
+
+
+def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None) -> Said:
+    """Ask a model about images."""
+    model, processor, rows = loaded.ask(), loaded.processor, make_rows(images, mpp)
+    scale = describe_image_scale(model, processor, rows)
+    cache = MemoryCache()
+    said = predict(model, processor, rows, batch_size=BATCH, cache=cache)
+    neighbours: list[list[tuple[int, str, float]]] = []
+    if (model.config.head or {}).get("kind") == "cache":
+        features = embed_images(model.glovlm, processor, rows, cache=cache)
+        near = explain.nearest_support(model, features)
+        for row, labels, cosines in zip(
+            near.indices.tolist(), near.labels, near.cosines.tolist(), strict=True
+        ):
+            neighbours.append(list(zip(row, labels, cosines, strict=True)))
+    return Said(give_answers(said, model.config), scale, describe_limits(model.config), neighbours)
+
+
+def ask_in_words(loaded: Loaded, prompts: Mapping[str, Sequence[str]]) -> Loaded:
+    """The zero-shot classifier of a model's towers for someone's own classes and prompts."""
+    with loaded.lock:
+        classifier = reword(loaded.towers, loaded.processor, prompts)
+    return Loaded(f"{loaded.name}, own words", classifier.glovlm, loaded.processor, classifier)
+
+
+def read_words(text: str) -> dict[str, list[str]]:
+    """Read classes and prompts: a line a class, `name: prompt | another prompt`."""
+    prompts: dict[str, list[str]] = {}
+    for line in filter(str.strip, text.splitlines()):
+        name, colon, rest = line.partition(":")
+        if not colon:
+            raise GloVLMError(
+                f"Expected a class, a colon and its prompts in the line '{line.strip()[:80]}'."
+            )
+        if name.strip() in prompts:
+            raise GloVLMError(f"The class '{name.strip()}' stands there twice.")
+        prompts[name.strip()] = rest.split("|")
+    return prompts
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A heat map for a page.
+
+    Args:
+        image: The picture as a `data:` address.
+        colours: The map's colours, as large.
+        sentences: What belongs below it.
+        about: Scores and settings, and the values `[rows][columns]`.
+    """
+
+    image: str
+    colours: str
+    sentences: list[str]
+    about: dict[str, Any]
+
+
+def draw_heat(loaded: Loaded, image: Upload, method: str, target: str | None = None) -> Heat:
+    """Draw one heat map."""
+    picture: Picture = open_image({"path": image.name, "bytes": image.content})
+    picture.thumbnail((EXPLAINED, EXPLAINED))
+    # Attention is read by switching the towers' back end: on modules of one's own.
+    model = borrow(loaded.ask())
+    heat = explain.explain(model, loaded.processor, picture, method=method, target=target or None)
+    colours = explain.overlay(picture, heat, opacity=1.0)
+    about = heat.describe()
+    name = heat.target.replace("_", " ")
+    sentences = [
+        f"{explain.METHODS[method].title}, dark blue for the lowest value and yellow for the "
+        f"highest. A value is: {explain.METHODS[method].unit}.",
+        f"Probability of {name}: {heat.score:.2f}; with the glomerulus blanked "
+        f"{about['glomerulus_blanked']:.2f}; with its surroundings blanked "
+        f"{about['context_blanked']:.2f} (an ellipse in the middle stands in for the glomerulus).",
+        "A map shows what the model uses, not what is the matter with a glomerulus.",
+    ]
+    shown = []
+    for part in (picture, colours):
+        part.thumbnail((SHOWN, SHOWN))
+        shown.append(to_address(part))
+    values = heat.values.astype(float).round(6).tolist()
+    return Heat(shown[0], shown[1], sentences, {**about, "values": values})
+
+
+# ---------------------------------------------------------------------------------- adapting
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What came of adapting to a few labelled images.
+
+    Args:
+        loaded: The adapted model.
+        support: The images in the order in which it learned them.
+        estimate: Leave-one-patient-out in a sentence, or why there is none.
+        results: Its metrics, where measured.
+        notes: Sentences of the method.
+        card: A short card in Markdown.
+    """
+
+    loaded: Loaded
+    support: list[Upload]
+    estimate: str
+    results: dict[str, Any] | None
+    notes: list[str]
+    card: str
+
+
+def teach(
+    loaded: Loaded,
+    support: Mapping[str, Sequence[Upload]],
+    method: str,
+    patients: Mapping[str, str] | None = None,
+    tell: Tell = lambda share, what: None,
+) -> Taught:
+    """Adapt a model to labelled images, and leave out one patient at a time if they are known.
+
+    Args:
+        loaded: The model to start from; it stays as it is.
+        support: Images of each class.
+        method: A name of `frozen_methods()`.
+        patients: Of file names; what the images say themselves counts where this does not.
+        tell: Told how far it is, 0 to 1, and what is being done.
+    """
+    support = {name.strip(): list(images) for name, images in support.items() if images}
+    _check_support(support, method)
+    images = [image for part in support.values() for image in part]
+    known = [(patients or {}).get(image.name, image.patient).strip() for image in images]
+    labels = [name for name, part in support.items() for _ in part]
+    types = {
+        "image": Image(),
+        "label": ClassLabel(names=list(support)),
+        "file_name": Value("string"),
+    }
+    columns = {
+        "image": [{"bytes": image.content, "path": image.name} for image in images],
+        "label": labels,
+        "file_name": [image.name for image in images],
+    }
+    rows = Dataset.from_dict(columns, Features(types))
+    classes, cache = load_classes(list(support)), MemoryCache()
+    base = borrow(loaded.towers)  # what an earlier head was calibrated to is no longer true
+    base.config.temperature, base.config.prior_shift, base.config.calibration = 1.0, None, None
+    base.config.mpp = None
+    processor = copy.deepcopy(loaded.processor)  # a tokenizer serves one at a time
+    tell(0.05, "encoding images")
+    embed_images(base, processor, rows, batch_size=BATCH, cache=cache, project=False)
+    tell(0.2, f"adapting by {method}")
+
+    def show(row: Mapping[str, Any]) -> None:
+        tell(0.2 + 0.2 * row["epoch"] / row["epochs"], f"epoch {row['epoch']} of {row['epochs']}")
+
+    adapted = adapt(
+        borrow(base), method, rows,
+        processor=processor, classes=classes, cache=cache, on_epoch=show,
+    )  # fmt: skip
+    adapted.model.config.synthetic = all(image.drawing for image in images)
+    left_out = leave_patients_out(
+        base, processor, method, rows, known, classes=classes, cache=cache,
+        on_patient=lambda k, n: tell(0.4 + 0.6 * k / n, f"left out {k} of {n} patients"),
+    )  # fmt: skip
+    model = Loaded("adapted here", adapted.model.glovlm, processor, adapted.model)
+    card = _write_card(loaded.name, model, support, known, method, left_out.sentence)
+    return Taught(model, images, left_out.sentence, left_out.results, adapted.notes, card)
+
+
+def zip_model(taught: Taught, folder: Path, settings: Settings) -> Path:
+    """Write the adapted model as a zip, with its card.
+
+    Args:
+        taught: What is written.
+        folder: Takes a new folder for it, whose files the page removes after some minutes.
+        settings: On a page of one's own, nothing leaves the machine.
+
+    Raises:
+        GloVLMError: The licence of the base forbids to pass on what is made of it.
+    """
+    config = taught.loaded.ask().config
+    if "no-derivatives" in (config.backbone_restrictions or ()) and not settings.folders:
+        raise GloVLMError(
+            f"The licence of '{config.backbone_name}' ({config.backbone_license}) forbids to pass "
+            "on what is made from its weights, so there is no download here: run the page on your "
+            "own machine."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        model = place / "model"
+        taught.loaded.ask().save_pretrained(model)
+        taught.loaded.processor.save_pretrained(model)
+        fresh = place / ".glovlm-model.zip.tmp"
+        with zipfile.ZipFile(fresh, "w", zipfile.ZIP_STORED) as archive:  # weights do not shrink
+            for path in sorted(model.rglob("*")):
+                if path.is_file() and path.name != "README.md":
+                    archive.write(path, path.relative_to(place).as_posix())
+            archive.writestr("model/README.md", taught.card)
+        os.replace(fresh, place / "glovlm-model.zip")
+        shutil.rmtree(model)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return place / "glovlm-model.zip"
+
+
+def _check_support(support: Mapping[str, Sequence[Upload]], method: str) -> None:
+    if method not in frozen_methods():
+        raise GloVLMError(
+            f"Unknown method '{method[:80]}': expected one of {', '.join(frozen_methods())}."
+        )
+    if not 2 <= len(support) <= MAX_CLASSES or "" in support:
+        raise GloVLMError(
+            f"Expected 2 to {MAX_CLASSES} classes, each with a name and at least one image, found "
+            f"{len(support)}."
+        )
+    owner: dict[bytes, str] = {}
+    for name, images in support.items():
+        for image in images:
+            digest = hashlib.sha256(image.content).digest()
+            if owner.setdefault(digest, name) != name:
+                raise GloVLMError(
+                    f"{image.name} is labelled '{owner[digest]}' and '{name}': an image has one "
+                    "class."
+                )
+
+
+def _write_card(
+    base: str,
+    model: Loaded,
+    support: Mapping[str, Sequence[Upload]],
+    patients: Sequence[str],
+    method: str,
+    estimate: str,
+) -> str:
+    config = model.ask().config
+    licence = config.backbone_license or "not known"
+    drawings = " (drawings)" if config.synthetic else ""
+    counts = "\n".join(f"- {name}: {len(images)} images" for name, images in support.items())
+    known = len(set(filter(None, patients)))
+    limits = "\n".join(f"- {sentence}" for sentence in describe_limits(config))
+    # Names of files and patients stay out of it.
+    return f"""---
+library_name: transformers
+pipeline_tag: image-classification
+tags: [glomerulus, few-shot, not-for-diagnosis{", drawings" if config.synthetic else ""}]
+---
+# {base.rsplit("/", 1)[-1]} adapted by {method}{drawings}
+
+Made in the hf-glovlm Space with hf-glovlm {__version__}. Licence of the base: {licence}.
+
+## What it learned from{drawings}
+
+{counts}
+- patients: {known or "not known"}
+
+## How well it does{drawings}
+
+{estimate}
+
+{limits}
+
+## How to use it
+
+```python
+import hf_glovlm
+model, processor, _ = hf_glovlm.load_classifier("model")
+```
+"""
+
+
+# ----------------------------------------------------------------------------------- tables
+
+
+def to_table(said: Said) -> list[dict[str, Any]]:
+    """Answers as rows of plain values."""
+    rows = []
+    for answer in said.answers:
+        row: dict[str, Any] = {"file_name": answer.file_name, "predicted": answer.label}
+        row |= {f"p_{name}": round(p, 6) for name, p in answer.probabilities.items()}
+        if answer.classes is not None:
+            row["set"] = " or ".join(answer.classes) or "none"
+        if answer.answered is not None:
+            row["answers"] = "yes" if answer.answered else "no"
+        rows.append(row)
+    return rows
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]], refused: Sequence[str], limits: Sequence[str]) -> str:
+    """Rows as CSV; what was refused, and what belongs beside the numbers, stands in a last column.
+
+    A spreadsheet would run a name that begins like a formula, so such names get an apostrophe.
+    """
+    header = list(rows[0]) if rows else ["file_name"]
+    note = " ".join(limits)
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow([*header, "note"])
+    for row in rows:
+        writer.writerow([*(_plain(row[key]) for key in header), note])
+    for sentence in refused:
+        writer.writerow([*[""] * len(header), _plain(f"refused: {sentence}")])
+    return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return value

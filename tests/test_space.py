@@ -1,0 +1,485 @@
+"""The Space without a browser: what it takes and refuses, what it does, and its endpoints."""
+
+import csv
+import io
+import os
+import re
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import tiny
+import yaml
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from PIL import Image
+
+import hf_glovlm
+from hf_glovlm import GloVLMError, leave_out
+
+from space_page import SPACE, Served, serve  # isort: skip - puts the Space's modules on the path
+import pages
+import work
+from shelf import Settings, Shelf
+from uploads import (
+    check_name,
+    draw_examples,
+    read_patients,
+    read_upload,
+    read_uploads,
+    sweep,
+    take_files,
+)
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Shelf:
+    return Shelf(Settings())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("drawings")
+    for image in draw_examples():
+        (folder / image.name).write_bytes(image.content)
+    return sorted(folder.iterdir())
+
+
+# ------------------------------------------------------------------------------- what comes in
+
+
+def bomb_png(width: int, height: int) -> bytes:
+    """A PNG that says it is huge; its few bytes of data would unpack to a thousand times more."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checked = kind + data
+        return struct.pack(">I", len(data)) + checked + struct.pack(">I", zlib.crc32(checked))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(4_000_000), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def bomb_zip() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", bytes(8_000_000))
+    return stream.getvalue()
+
+
+def png(width: int = 40, height: int = 40, colour: str = "purple") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (width, height), colour).save(stream, "PNG")
+    return stream.getvalue()
+
+
+SVG = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
+BAD = {
+    "text.png": (b"this is not an image", "not an image"),
+    "huge.png": (bomb_png(20_000, 10_000), "pixels"),
+    "empty.png": (b"", "empty"),
+    "bomb.zip": (bomb_zip(), "not an image"),
+    "script.svg": (SVG, "not an image"),
+    "large.png": (png(5000, 4000), "16,000,000"),
+    "../../etc/cron.d/x.png": (png(), "plain file name"),
+    "..\\x.png": (png(), "plain file name"),
+    "..": (png(), "plain file name"),
+    "line\nbreak.png": (png(), "plain file name"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_upload_is_refused_with_a_sentence(name: str) -> None:
+    content, reason = BAD[name]
+    with pytest.raises(GloVLMError, match=re.escape(reason)) as caught:
+        read_upload(name, content)
+    assert len(str(caught.value).splitlines()) == 1
+    good, refused = read_uploads([(name, content), ("good.png", png())])
+    assert [image.name for image in good] == ["good.png"]
+    assert reason in refused[0]
+
+
+def test_limits_of_number_and_name() -> None:
+    some = [(f"{i}.png", png()) for i in range(4)]
+    images, refused = read_uploads([*some, some[0]], limit=3)
+    assert [i.name for i in images] == ["0.png", "1.png", "2.png"]
+    assert len(refused) == 2
+    again, refused = read_uploads([some[0], some[3]], images[:1])
+    assert [i.name for i in again] == ["0.png", "3.png"]
+    assert "there already" in refused[0]
+
+
+def test_uploads_are_read_once_and_nothing_else_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "upload"
+    folder.mkdir()
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    (folder / "a.png").write_bytes(b"content")
+    entry = {"path": str(folder / "a.png"), "orig_name": "b.png"}
+    assert take_files([entry]) == [("b.png", b"content")]
+    assert not (folder / "a.png").exists()
+    assert take_files([entry]) == [("b.png", b"content")]  # another's equal file, just read
+    with pytest.raises(GloVLMError, match="upload it again"):
+        take_files([{"path": str(folder / "c.png")}])
+    elsewhere = SPACE / "README.md"
+    for files in ([{"path": str(elsewhere)}], [{"path": f"{folder}/../../../x"}], ["a"], [{}]):
+        with pytest.raises(GloVLMError, match="uploaded files"):
+            take_files(files)  # type: ignore[arg-type]
+    assert elsewhere.exists()
+
+
+def test_what_lies_for_long_is_swept(tmp_path: Path) -> None:
+    for name, age in (("old/model.zip", 700), ("new/model.zip", 0)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"")
+        for path in (tmp_path / name, (tmp_path / name).parent):
+            os.utime(path, (time.time() - age,) * 2)
+    sweep(tmp_path, 600)
+    assert [p.name for p in tmp_path.rglob("*.zip")] == ["model.zip"]
+    assert (tmp_path / "new" / "model.zip").exists()
+    sweep(tmp_path, -1)
+    sweep(tmp_path, -1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_of_patients() -> None:
+    assert read_patients(b"\xef\xbb\xbffile_name,patient_id\na.png,P1\nb.png,\n") == {
+        "a.png": "P1",
+        "b.png": "",
+    }
+    for text, reason in (
+        (b"name,patient\na,b\n", "columns"),
+        (b"", "columns"),
+        (b"\xff\xfe\x00", "UTF-8"),
+        (b"file_name,patient_id\n../a.png,P1\n", "plain file name"),
+        (b"file_name,patient_id\na.png,P1\na.png,P2\n", "two patients"),
+    ):
+        with pytest.raises(GloVLMError, match=reason):
+            read_patients(text)
+    check_name("P012_3 (copy).png")
+
+
+# ---------------------------------------------------------------------------------- which model
+
+
+def test_which_models_may_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosted, own = Settings(), Settings(folders=True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "name").mkdir(parents=True)  # looks like a Hub id
+    names = (
+        str(tmp_path), "/etc/passwd", "..", "~/x", "owner/name", "a/../b", "plip+/etc", "../a/b",
+    )  # fmt: skip
+    for name in names:
+        with pytest.raises(GloVLMError, match="own machine"):
+            hosted.check(name)
+        own.check(name)
+    for name in ("mini", "someone/model", "vinid/plip", "plip"):
+        hosted.check(name)
+    listed = Settings(model="org/a", listed=("org/b",))
+    listed.check("org/a")
+    with pytest.raises(GloVLMError, match="not among them"):
+        listed.check("mini")
+    monkeypatch.setenv("GLOVLM_MODEL", "org/a")
+    monkeypatch.setenv("GLOVLM_MODELS", "org/b, org/c")
+    assert Settings.from_environment() == Settings("org/a", ("org/b", "org/c"), False)
+
+
+def test_two_models_stay_and_pairs_say_why(tmp_path: Path) -> None:
+    shelf = Shelf(Settings(folders=True))
+    mini = shelf.get("")
+    assert shelf.get("mini") is mini
+    pair = shelf.get(tiny.tiny_pair())
+    with pytest.raises(GloVLMError, match="never trained together"):
+        pair.ask()
+    assert "never trained together" in pages.show_model(pair)
+    shelf.get(str(tiny.tiny_clip()))
+    assert shelf.get("mini") is not mini  # the third has sent it away
+    with pytest.raises(GloVLMError):
+        shelf.get(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------- the work
+
+
+def test_answers_are_those_of_the_package(shelf: Shelf) -> None:
+    images, loaded = draw_examples()[:6], shelf.get("")
+    said = work.classify(loaded, images)
+    model, processor = hf_glovlm.load_backbone("mini")
+    words = {c.name: list(c.prompts) for c in hf_glovlm.load_classes(work_classes())}
+    inputs = processor(
+        images=[hf_glovlm.open_image({"bytes": i.content, "path": i.name}) for i in images],
+        return_tensors="pt",
+    )
+    texts = hf_glovlm.embed_prompts(model, processor, list(words.values()))
+    features = model.get_image_features(**inputs).pooler_output.detach().numpy()
+    features /= (features**2).sum(1, keepdims=True) ** 0.5
+    logits = model.logit_scale.exp().item() * features @ texts.T
+    assert [list(words)[k] for k in logits.argmax(1)] == [a.label for a in said.answers]
+    for answer in said.answers:
+        assert sum(answer.probabilities.values()) == pytest.approx(1)
+    page = pages.show_answers(said, images)
+    assert "Scores from drawings" in page
+    assert "not for diagnosis" in page
+
+
+def work_classes() -> list[str]:
+    from uploads import CLASSES
+
+    return list(CLASSES)
+
+
+def test_names_and_sentences_are_escaped(shelf: Shelf) -> None:
+    name = "<img src=x onerror=alert(1)>.png"
+    image = read_upload(name, png())
+    said = work.classify(shelf.get(""), [image])
+    shown = pages.show_tray([image], [name]) + pages.show_answers(said, [image])
+    assert "<img src=x" not in shown
+    assert work.to_csv([{"file_name": "=cmd()"}], [], []).splitlines()[1].startswith("'=cmd()")
+
+
+def test_own_words(shelf: Shelf) -> None:
+    loaded, images = shelf.get(""), draw_examples()[:3]
+    prompts = work.read_words("scar: a sclerotic glomerulus | collagen\n\nopen : viable glomerulus")
+    assert prompts == {"scar": [" a sclerotic glomerulus ", " collagen"], "open ": []} or prompts
+    said = work.classify(work.ask_in_words(loaded, prompts), images)
+    assert {a.label for a in said.answers} <= {"scar", "open"}
+    assert loaded.ask().config.num_labels == 5  # the shared model is as it was
+    for text, reason in (
+        ("a: x", "two classes"), ("a: x\nb", "colon"), ("a: x\na: y", "twice"),
+        ("a: x\nb: x", "share"), ("a: x\nb:", "has none"), ("a: x\nb: " + "y" * 2000, "1000"),
+    ):  # fmt: skip
+        with pytest.raises(GloVLMError, match=reason):
+            work.ask_in_words(loaded, work.read_words(text))
+
+
+@pytest.mark.parametrize("method", ["rollout", "gradient", "similarity", "occlusion"])
+def test_heat_maps(shelf: Shelf, method: str) -> None:
+    image = draw_examples()[3]
+    heat = work.draw_heat(shelf.get(""), image, method, "viable")
+    assert heat.about["target"] == "viable"
+    assert len(heat.about["values"]) == 8
+    assert "data:image/jpeg" in pages.show_heat(heat)
+
+
+def support() -> dict[str, list[Any]]:
+    labels = ("viable", "global_sclerosis")
+    return {x: [i for i in draw_examples() if i.label == x] for x in labels}
+
+
+def test_adapting_measures_by_patient_and_can_be_loaded(shelf: Shelf, tmp_path: Path) -> None:
+    told: list[float] = []
+    loaded = shelf.get("")
+    before = {k: v.clone() for k, v in loaded.towers.state_dict().items()}
+    taught = work.teach(loaded, support(), "tip_adapter", tell=lambda p, what: told.append(p))
+    assert told == sorted(told)
+    assert told[-1] == 1
+    assert taught.results is not None
+    assert taught.results["n_groups"] == 4
+    assert "Each of 4 patients" in taught.estimate
+    assert all((before[k] == v).all() for k, v in loaded.towers.state_dict().items())
+    assert all(weight.requires_grad for weight in loaded.towers.parameters())
+    said = work.classify(taught.loaded, draw_examples()[:2])
+    assert said.neighbours[0][0][0] == 0  # the nearest support image of the first is itself
+    assert draw_examples()[0].name in pages.show_answers(said, draw_examples()[:2], taught.support)
+    archive = zipfile.ZipFile(work.zip_model(taught, tmp_path, Settings()))
+    archive.extractall(tmp_path / "out")
+    everything = b"".join(archive.read(n) for n in archive.namelist() if "safetensors" not in n)
+    assert b"P001" not in everything
+    assert b"drawing_" not in everything
+    card = archive.read("model/README.md").decode()
+    assert taught.estimate in card
+    assert "not for diagnosis" in card
+    assert card.count("(drawings)") == 3
+    yaml.safe_load(card.split("---")[1])
+    again = Shelf(Settings(folders=True)).get(str(tmp_path / "out" / "model"))
+    repeat = work.classify(again, draw_examples()[:2])
+    for a, b in zip(said.answers, repeat.answers, strict=True):
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+
+
+def test_without_patients_nothing_is_claimed(shelf: Shelf) -> None:
+    unknown = {
+        label: [read_upload(f"{label}{i}.png", image.content) for i, image in enumerate(part)]
+        for label, part in support().items()
+    }
+    taught = work.teach(shelf.get(""), unknown, "prototype")
+    assert taught.results is None
+    assert "cannot be estimated from this upload: no patient ids" in taught.estimate
+    some = {image.name: "P1" for image in unknown["viable"]}
+    assert "of 4 of 8" in work.teach(shelf.get(""), unknown, "prototype", some).estimate
+    one = some | {image.name: f"P{i}" for i, image in enumerate(unknown["global_sclerosis"])}
+    estimate = work.teach(shelf.get(""), unknown, "prototype", one).estimate
+    assert "'viable' has 1" in estimate
+
+
+def test_what_cannot_be_adapted(shelf: Shelf) -> None:
+    both = support()
+    for given, method, reason in (
+        ({"a": both["viable"]}, "prototype", "2 to 6"),
+        ({"a": both["viable"], "b": both["viable"]}, "prototype", "one class"),
+        (both, "lora", "Unknown method"),
+        (both, "transclip", "Unknown method"),
+    ):
+        with pytest.raises(GloVLMError, match=reason):
+            work.teach(shelf.get(""), given, method)
+    assert {"linear_probe", "tip_adapter", "clip_adapter"} <= set(leave_out.frozen_methods())
+
+
+def test_no_derivatives_stay_on_the_machine(shelf: Shelf, tmp_path: Path) -> None:
+    taught = work.teach(shelf.get(""), support(), "prototype")
+    taught.loaded.ask().config.backbone_restrictions = ["no-derivatives"]
+    with pytest.raises(GloVLMError, match="forbids"):
+        work.zip_model(taught, tmp_path / "hosted", Settings())
+    assert not (tmp_path / "hosted").exists()
+    assert work.zip_model(taught, tmp_path / "own", Settings(folders=True)).is_file()
+
+
+# -------------------------------------------------------------------------------- the endpoints
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serve(tmp_path_factory.mktemp("space") / "uploads") as page:
+        yield page
+    assert list(page.folder.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def client(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Client:
+    return Client(
+        served.url, verbose=False, download_files=str(tmp_path_factory.mktemp("downloads"))
+    )
+
+
+def test_endpoints(client: Client, files: list[Path], served: Served) -> None:
+    two = [handle_file(str(path)) for path in files[:2]]
+    said = client.predict(two, api_name="/classify")
+    assert [a["file_name"] for a in said["answers"]] == [path.name for path in files[:2]]
+    assert said["limits"][-1] == "Research use only, not for diagnosis."
+    described = client.predict(api_name="/describe")
+    assert [c["name"] for c in described["classes"]] == list(said["answers"][0]["probabilities"])
+    words = {"a": ["a scar"], "b": ["an open glomerulus"]}
+    assert client.predict(two, words, api_name="/own_words")["answers"][0]["label"] in words
+    assert client.predict(two, "mini", "mini", api_name="/compare")["same"] == 2
+    table = list(csv.DictReader(io.StringIO(client.predict(two, api_name="/batch"))))
+    assert table[0]["predicted"] == said["answers"][0]["label"]
+    assert "drawings" in table[0]["note"]
+    heat = client.predict(two[0], api_name="/heat_map")
+    assert heat["target"] == said["answers"][0]["label"]
+    assert set(client.view_api(return_format="dict")["named_endpoints"]) == {
+        "/describe", "/classify", "/own_words", "/compare", "/batch", "/heat_map", "/adapt",
+    }  # fmt: skip
+
+
+def test_adapting_by_endpoint_leaves_no_image_behind(
+    client: Client, files: list[Path], served: Served
+) -> None:
+    chosen = [i for part in support().values() for i in part]
+    by_name = {path.name: path for path in files}
+    result = client.predict(
+        [handle_file(str(by_name[i.name])) for i in chosen],
+        [i.label for i in chosen],
+        "linear_probe",
+        [i.patient for i in chosen],
+        api_name="/adapt",
+    )
+    assert "Each of 4 patients" in result["estimate"]
+    assert "model/model.safetensors" in zipfile.ZipFile(result["model"]).namelist()
+    left = [path.name for path in served.folder.rglob("*") if path.is_file()]
+    assert left == ["glovlm-model.zip"]  # the images were read, then deleted
+
+
+@pytest.mark.parametrize("name", ["text.png", "huge.png", "empty.png", "bomb.zip", "script.svg"])
+def test_endpoints_refuse_with_the_same_sentence(client: Client, name: str, tmp_path: Path) -> None:
+    content, reason = BAD[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AppError, match=reason):
+        client.predict([handle_file(str(tmp_path / name))], api_name="/classify")
+
+
+def test_endpoints_read_no_files_of_the_server(client: Client, served: Served) -> None:
+    kept = SPACE / "requirements.txt"
+    with pytest.raises(AppError, match="uploaded files"):
+        client.predict([{"path": str(kept)}], api_name="/classify")
+    marked = {"path": str(kept), "meta": {"_type": "gradio.FileData"}}
+    answer = httpx.post(f"{served.url}gradio_api/call/classify", json={"data": [[marked]]})
+    event = httpx.get(f"{served.url}gradio_api/call/classify/{answer.json()['event_id']}").text
+    assert "event: error" in event
+    assert kept.exists()
+    with pytest.raises(AppError, match="Hub id"):
+        client.predict("/etc/passwd", api_name="/describe")
+
+
+def test_a_name_that_leads_elsewhere_and_a_file_that_is_too_large(served: Served) -> None:
+    url, folder = served.url, served.folder
+    answer = httpx.post(f"{url}gradio_api/upload", files={"files": ("../../evil.png", png())})
+    (place,) = answer.json()
+    assert Path(place).resolve().is_relative_to(folder.resolve())
+    Path(place).unlink()
+    with pytest.raises(GloVLMError, match="plain file name"):
+        read_upload("../../evil.png", png())
+    answer = httpx.post(f"{url}gradio_api/upload", files={"files": ("a.png", bytes(21 * 2**20))})
+    assert answer.status_code == 413
+
+
+def test_the_page_asks_nothing_of_other_servers(served: Served) -> None:
+    config = httpx.get(f"{served.url}config").json()
+    assert config["analytics_enabled"] is False
+    assert config["run_history"] is False
+    assert config["max_file_size"] == 20 * 2**20
+    css = httpx.get(f"{served.url}theme.css").text
+    assert set(re.findall(r"https?://[^/'\")]+", css)) <= {"http://www.w3.org"}  # a name space
+
+
+def test_a_session_that_nobody_uses_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which importing the page sets
+    import app
+
+    now = datetime.now()
+    holder = SimpleNamespace(
+        session_data={"old": 1, "new": 2},
+        time_last_used={"old": now - timedelta(hours=1), "new": now},
+    )
+    app.forget(SimpleNamespace(state_holder=holder), 1800)  # type: ignore[arg-type]
+    assert list(holder.session_data) == list(holder.time_last_used) == ["new"]
+
+
+# ---------------------------------------------------------------------------------- its README
+
+
+def test_the_readme_configures_the_space_and_its_example_runs(
+    served: Served, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gradio
+    from huggingface_hub import SpaceCardData
+    from huggingface_hub.repocard import RepoCard
+
+    text = (SPACE / "README.md").read_text(encoding="utf-8")
+    front = yaml.safe_load(text.split("---")[1])
+    assert isinstance(SpaceCardData(**front), SpaceCardData)
+    assert RepoCard(text).data.license == "apache-2.0"
+    assert front["sdk_version"] == gradio.__version__
+    assert (SPACE / front["app_file"]).is_file()
+    assert len(front["short_description"]) <= 60
+    assert "not for diagnosis" in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "glomerulus.png").write_bytes(files[0].read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("http://127.0.0.1:7860", served.url), {})
+
+
+def test_a_few_clients_at_once(served: Served, files: list[Path]) -> None:
+    from space_load import press
+
+    report = press(served.url, files[0], clients=4, seconds=1.0)
+    assert report["errors"] == []
+    assert report["answers"] >= 4
