@@ -683,6 +683,15 @@ def test_the_card_of_mini_is_written_where_asked(
         render_backbone_card({name: 1 for name in mini[0] if name != "accuracy"} | {"log": []})
 
 
+def test_the_cards_of_the_project_are_as_they_are_rendered(
+    mini: tuple[dict[str, Any], str],
+) -> None:
+    folder = Path(__file__).resolve().parent.parent / "model_cards"
+    assert (folder / "mini.md").read_text() == mini[1]
+    for card in folder.glob("*.md"):
+        assert "Not for diagnosis" in card.read_text()
+
+
 def test_a_card_can_go_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text(json.dumps(make_results()))

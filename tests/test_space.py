@@ -10,7 +10,9 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from datetime import datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +30,7 @@ from hf_glovlm import GloVLMError, leave_out
 from space_page import SPACE, Served, serve  # isort: skip - puts the Space's modules on the path
 import pages
 import work
+from gate import MAX_JSON
 from shelf import Settings, Shelf
 from uploads import (
     check_name,
@@ -417,6 +420,37 @@ def test_endpoints_read_no_files_of_the_server(client: Client, served: Served) -
     assert kept.exists()
     with pytest.raises(AppError, match="Hub id"):
         client.predict("/etc/passwd", api_name="/describe")
+
+
+def test_nothing_is_fetched_from_other_servers(served: Served) -> None:
+    """Gradio would download a file that is named by its URL; here somebody listens for that."""
+    asked: list[str] = []
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(404)
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
+        Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}/one.png"
+        marked = {"path": url, "meta": {"_type": "gradio.FileData"}}
+        for endpoint in ("call/classify", "run/classify", "queue/join"):
+            sent = {"data": [[marked]], "session_hash": "s", "fn_index": 0}
+            answer = httpx.post(f"{served.url}gradio_api/{endpoint}", json=sent)
+            assert answer.status_code == 400, endpoint
+            assert "upload the file" in answer.json()["detail"]
+        large = b'{"data": ["' + b"x" * MAX_JSON + b'"]}'
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(f"{served.url}gradio_api/call/describe", content=large, headers=headers)
+        assert answer.status_code == 413
+        other.shutdown()
+    assert asked == []
 
 
 def test_a_name_that_leads_elsewhere_and_a_file_that_is_too_large(served: Served) -> None:

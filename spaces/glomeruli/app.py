@@ -25,7 +25,9 @@ os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(
 import gradio as gr
 import pages
 from desk import MOST_PROBABLE, Desk, Session, told
+from gate import Gate
 from shelf import Settings
+from starlette.middleware import Middleware
 from uploads import MAX_BATCH, MAX_FILE, sweep
 from work import MAX_CLASSES
 
@@ -259,6 +261,7 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
             "footer_links": ["api"],
             "ssr_mode": False,
             "pwa": False,
+            "app_kwargs": {"middleware": [Middleware(Gate)]},
             **options,
         }
     )
