@@ -86,17 +86,23 @@ def hub() -> Iterator[Hub]:
 
 
 @pytest.fixture(autouse=True)
-def quiet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def quiet(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Nobody sleeps; how long one would have is kept."""
     waited: list[float] = []
     monkeypatch.setattr("time.sleep", waited.append)
-    if "hub" in request.fixturenames:
-        served: Hub = request.getfixturevalue("hub")
-        for kept in (served.repositories, served.blobs, served.faults, served.sent):
-            kept.clear()
-        served.requests.clear()
-        served.chunk = None
-    return waited
+    served = request.getfixturevalue("hub") if "hub" in request.fixturenames else None
+    if served is not None:
+        _forget(served)
+    yield waited
+    if served is not None:
+        _forget(served)  # runs may be made after this test, and no fault of it may hit them
+
+
+def _forget(served: Hub) -> None:
+    for kept in (served.repositories, served.blobs, served.faults, served.sent):
+        kept.clear()
+    served.requests.clear()
+    served.chunk = None
 
 
 @pytest.fixture(scope="module")
