@@ -1,7 +1,8 @@
 """The one error that is meant for a person: what was expected, what was found, what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
+from typing import Any
 
 
 class GloVLMError(ValueError):
@@ -27,3 +28,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return ""
     match = next(n for n in names if n.lower() == found[0])
     return f" Did you mean '{match}'?"
+
+
+def check_settings(
+    values: Mapping[str, Any], known: Collection[str], needed: Iterable[str]
+) -> None:
+    """Refuse a configuration with a setting that does not exist, or without one that it needs.
+
+    Args:
+        values: From YAML or flags.
+        known: All settings.
+        needed: Those without which nothing can be done.
+
+    Raises:
+        GloVLMError: Names the first that is unknown or missing.
+    """
+    for key in values:
+        if key not in known:
+            raise GloVLMError(f"Unknown setting '{key}' in the configuration.{nearest(key, known)}")
+    for key in needed:
+        if not values.get(key):
+            flag = key.replace("_", "-")
+            raise GloVLMError(f"A run needs {key}: give --{flag} or '{key}:' in the YAML file.")

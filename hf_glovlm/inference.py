@@ -441,7 +441,7 @@ def embed_images(
     key = encoder_key(model, processor) if cache is not None else ""
     vectors = cache.get(key, list(first)) if cache is not None else {}
     missing = [(digest, row) for digest, row in first.items() if digest not in vectors]
-    with _evaluating(model), _bar("Encoding images", len(missing), progress) as advance:
+    with evaluating(model), _bar("Encoding images", len(missing), progress) as advance:
         for start in range(0, len(missing), SHARD_ROWS):
             part = missing[start : start + SHARD_ROWS]
             wanted = [row for _, row in part]
@@ -489,7 +489,7 @@ def embed_prompts(
     encoded = {name: tensor.to(_device(model)) for name, tensor in encoded.items()}
     ends = np.cumsum([len(texts) for texts in prompts])
     prototypes, begin = [], 0
-    with _evaluating(model):
+    with evaluating(model):
         while begin < len(prompts):
             done = ends[begin - 1] if begin else 0
             end = max(begin + 1, int(np.searchsorted(ends, done + batch_size, side="right")))
@@ -626,17 +626,24 @@ def _move(model: torch.nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, full precision; afterwards each part is in the mode it was in."""
+def still(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards for each part the mode that it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        # The cache's key knows the dtype of the weights, not that of a loop that is going on.
-        with torch.inference_mode(), torch.autocast(_device(model).type, enabled=False):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """`still`, without gradients and in full precision."""
+    # The cache's key knows the dtype of the weights, not that of a loop that is going on.
+    plain = torch.autocast(_device(model).type, enabled=False)
+    with still(model), torch.inference_mode(), plain:
+        yield
 
 
 @contextmanager
@@ -842,7 +849,7 @@ def predict(
     features = embed_images(
         model.glovlm, processor, images, batch_size=batch_size, cache=cache, progress=progress
     )
-    with _evaluating(model):
+    with evaluating(model):
         tensor = torch.from_numpy(features).to(_device(model), model.dtype)
         head: Any = model.head
         logits = _array(model.classify_features(tensor))

@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from .card import render_card
 from .errors import GloVLMError
 from .inference import FeatureCache, Predictions, predict
 from .loop import write_text
+from .run_folder import claim, put_in_place, unfinished
 from .scale import describe_scale, known_scale
 from .train_config import TrainConfig
 from .training import Adapted, adapt
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from .data import ClassInfo, Episode
     from .data.check import DataReport
 
-UNFINISHED = "unfinished"  # the folder in which a run is made; there until it is complete
 OWN_FILES = (  # in the order in which they are put in place
     "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "log.jsonl",
     "README.md", "results.json",
@@ -112,7 +112,7 @@ def run(
     tell = on_event or (lambda kind, what: None)
     clock = _Clock()
     output = Path(config.output_dir).expanduser()
-    finished = _claim(output, config)
+    finished = claim(output, config, _INCIDENTAL)
     if finished is not None:
         return finished
 
@@ -141,7 +141,7 @@ def run(
     tell("stage", {"name": f"adapting: {config.method}"})
     test = rows.select(episode.test)
     cache = FeatureCache() if config.cache else None
-    with _unfinished(output, config, processes.main) as work:
+    with unfinished(output, config, processes.main) as work:
         adapted = adapt(
             model,
             method.name,
@@ -213,7 +213,7 @@ def run(
         if processes.main:
             _write_run(work, adapted if config.save_model else None, predictions, results)
             save_episodes(work / "episodes.json", [episode], rows, results["data"]["name"])
-            _finish(work, output)
+            put_in_place(work, output, OWN_FILES)
     processes.wait()
     return results
 
@@ -569,88 +569,6 @@ def _stains(rows: "Dataset") -> list[str] | None:
 def _synthetic(data: str) -> bool:
     """Whether a folder says of itself that it holds drawings (`write_cohort` leaves that mark)."""
     return (Path(data).expanduser() / "DRAWINGS").is_file()
-
-
-def _claim(output: Path, config: TrainConfig) -> dict[str, Any] | None:
-    """Make sure that the output folder may be written; return the results of a finished run."""
-    if output.exists() and not output.is_dir():
-        raise GloVLMError(f"--output-dir must be a folder; '{output}' is a file.")
-    begun = (output / UNFINISHED / "config.yaml").is_file()
-    finished = (output / "results.json").is_file() and (output / "config.yaml").is_file()
-    if not begun and not finished:
-        if output.is_dir() and any(output.iterdir()):
-            raise GloVLMError(
-                f"Output folder '{output}' holds files that are no run of ours: give an empty or a "
-                "new folder."
-            )
-        return None
-    if config.resume:
-        _check_same_run(output / UNFINISHED if begun else output, config)
-        return None if begun else json.loads((output / "results.json").read_text())
-    if not config.overwrite:
-        raise GloVLMError(
-            f"Output folder '{output}' already holds a run: give --overwrite to replace it, "
-            "--resume to go on with it, or another folder."
-        )
-    return None
-
-
-def _check_same_run(folder: Path, config: TrainConfig) -> None:
-    """Refuse to go on with a run that was begun with other settings."""
-    import yaml
-
-    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    other = [
-        f"{key} was {stored.get(key)!r} and is {value!r}"
-        for key, value in config.to_repeat().items()
-        if key not in _INCIDENTAL and stored.get(key) != value
-    ]
-    if other:
-        raise GloVLMError(
-            f"The run in '{folder}' was begun with other settings ({'; '.join(other)}): repeat its "
-            "config.yaml to go on with it, give --overwrite, or another folder."
-        )
-
-
-@contextmanager
-def _unfinished(output: Path, config: TrainConfig, main: bool) -> Iterator[Path]:
-    """The folder in which a run is made, so that a former one stays until the new one is complete.
-
-    It stays when the run is interrupted, for `--resume`, and goes when the input was at fault.
-    """
-    import yaml
-
-    work = output / UNFINISHED
-    fresh, new = not (config.resume and work.is_dir()), not output.exists()
-    if main:
-        if fresh:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        write_text(work / "config.yaml", yaml.safe_dump(config.to_repeat(), sort_keys=True))
-    try:
-        yield work
-    except GloVLMError:
-        if main and fresh:
-            shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # it holds something else
-                if new:
-                    output.rmdir()
-        raise
-
-
-def _finish(work: Path, output: Path) -> None:
-    """Put a complete run in its place; `results.json` goes last, so its presence means complete."""
-    (work / "checkpoint.safetensors").unlink(missing_ok=True)
-    (output / "results.json").unlink(missing_ok=True)
-    for name in OWN_FILES:
-        place = output / name
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
-        if (work / name).exists():
-            os.replace(work / name, place)
-    shutil.rmtree(work)
 
 
 def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from .adapters import FeatureMethod, get_method
-from .errors import GloVLMError, nearest
+from .errors import GloVLMError, check_settings, nearest
 from .objective import Loss
 
 _CHOICES = {
@@ -194,14 +194,5 @@ class TrainConfig:
         Raises:
             GloVLMError: A key is unknown (names the nearest) or a required one is missing.
         """
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise GloVLMError(
-                    f"Unknown setting '{key}' in the configuration.{nearest(key, known)}"
-                )
-        for key in ("data", "output_dir"):
-            if not values.get(key):
-                flag = key.replace("_", "-")
-                raise GloVLMError(f"A run needs {key}: give --{flag} or '{key}:' in the YAML file.")
+        check_settings(values, {f.name for f in fields(cls)}, ("data", "output_dir"))
         return cls(**values)

@@ -24,7 +24,7 @@ LAYERS = {
     1.5: {"backbones"},
     2: {"adapters", "inference", "card", "scale", "captions", "licences"},
     3: {"loop", "replay", "answers"},
-    3.5: {"objective"},
+    3.5: {"objective", "run_folder"},
     4: {"training", "train_config"},
     5: {"runs", "leave_out"},
     5.5: {"mil"},

@@ -5,7 +5,7 @@ import json
 import math
 import random
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,13 +45,7 @@ ADAMW = Recipe(lr=1e-2, epochs=5, batch_size=5, weight_decay=0.05)
 SGD = Recipe(lr=0.1, epochs=5, batch_size=4, optimizer="sgd", schedule="cosine", warmup_epochs=1)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its precision and device for the life of a process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ another texture. No number here says anything about tissue.
 """
 
 import csv
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from accelerate.state import AcceleratorState, GradientState
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from slides_made import write_slide
@@ -24,13 +22,7 @@ from hf_glovlm.slides.encoding import encode_slide, load_encoder
 SIDE = 96  # of a tile and of a lesion: what `mini` sees, pixel by pixel
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps its precision and device for the life of a process."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def lit(coords: NDArray[np.int64], lesions: list[tuple[int, ...]]) -> NDArray[np.bool_]:

@@ -33,7 +33,8 @@ from hf_glovlm.data.folder import column
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions, predict
 from hf_glovlm.model import GloVLMProcessor
-from hf_glovlm.runs import OWN_FILES, UNFINISHED, run
+from hf_glovlm.run_folder import UNFINISHED
+from hf_glovlm.runs import OWN_FILES, run
 from hf_glovlm.train_config import TrainConfig
 
 METRICS = {

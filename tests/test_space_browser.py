@@ -261,10 +261,10 @@ def test_models_by_name(visit: Visit, tmp_path: Path) -> None:
     model = page.locator("#model input")
     model.fill(str(tmp_path))
     model.press("Enter")
-    visit.wait("text=holds no model")
+    assert "--output-dir" in visit.wait("text=holds no model").inner_text()
     model.fill("hf_glovlm/nothing like this")
     model.press("Enter")
-    visit.wait("text=Expected a run's folder")
+    assert "Hub id" in visit.wait("text=Expected a run's folder").inner_text()
 
 
 @pytest.mark.parametrize(

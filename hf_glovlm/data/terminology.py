@@ -201,7 +201,8 @@ class Term:
     def describe(self) -> str:
         """One line for a table or a card; it says `unverified` where nobody checked."""
         sure = "" if self.verified else " UNVERIFIED."
-        return f"{self.name}: {self.definition} [{self.system}; {self.source}.{sure}]"
+        source = re.sub(r"[,;:.]\s*unverified\.?$", "", self.source)  # said once
+        return f"{self.name}: {self.definition} [{self.system}; {source}.{sure}]"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..data.folder import ImageValue
 from ..errors import GloVLMError
-from .maps import METHODS, Case, HeatMap, explain, still, take_case
+from ..inference import still
+from .maps import METHODS, Case, HeatMap, explain, take_case
 
 Curve = NDArray[np.float64]
 

@@ -4,8 +4,7 @@ A map tells what a model uses, not what is the matter with a glomerulus. Researc
 diagnosis.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.folder import ImageValue, open_image
 from ..errors import GloVLMError, nearest
-from ..inference import embed_prompts
+from ..inference import embed_prompts, still
 from ..model.heads import CacheHead
 from ..model.towers import TowerPair
 from .attention import read_attention, roll_out, weigh_by_gradient
@@ -426,18 +425,6 @@ def check_mask(mask: ArrayLike, image: Image.Image) -> Mask:
             f"{'no outside' if inside.all() else 'nothing inside'}: leave the mask out instead."
         )
     return inside
-
-
-@contextmanager
-def still(model: Any) -> Iterator[None]:
-    """Evaluation mode, and afterwards for each part the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # ---------------------------------------------------------------------------------- the methods

@@ -3,11 +3,9 @@
 import json
 import math
 import os
-import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from ..card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_r
 from ..errors import GloVLMError
 from ..loop import fit, seed_everything, world_size, write_text
 from ..metrics import compute_metrics
+from ..run_folder import claim, put_in_place, unfinished
 from .classifier import SlideClassifier, SlidePrediction
 from .cohort import BagSource, Cohort, Sides, read_cohort, split_cohort
 from .config import MilConfig
@@ -28,7 +27,6 @@ from .config import MilConfig
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-UNFINISHED = "unfinished"  # the folder in which a run is made; there until it is complete
 OWN_FILES = (  # in the order in which they are put in place
     "model", "attention", "predictions.parquet", "config.yaml", "log.jsonl", "README.md",
     "results.json",
@@ -77,7 +75,7 @@ def train_mil(
     clock = [time.perf_counter()]
     accelerator = _accelerate(config)
     output = Path(config.output_dir).expanduser()
-    finished = _claim(output, config)
+    finished = claim(output, config, _INCIDENTAL)
     accelerator.wait_for_everyone()
     if finished is not None:
         return finished
@@ -85,7 +83,10 @@ def train_mil(
     cohort = read_cohort(config)
     parts = split_cohort(cohort, config)
     clock.append(time.perf_counter())
-    with _unfinished(output, config, cohort.fingerprint, accelerator) as work:
+    accelerator.wait_for_everyone()
+    with unfinished(output, config, accelerator.is_main_process) as work:
+        accelerator.wait_for_everyone()
+        _keep_inputs(work, cohort.fingerprint, accelerator)
         found: dict[int, tuple[int, SlidePrediction]] = {}
         logs: list[list[dict[str, Any]]] = []
         for k, sides in enumerate(parts):
@@ -127,7 +128,7 @@ def train_mil(
             write_text(work / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             write_text(work / "README.md", render_card(results))
             write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
-            _finish(work, output)
+            put_in_place(work, output, OWN_FILES)
     accelerator.wait_for_everyone()
     return results
 
@@ -383,93 +384,15 @@ def _table(header: Sequence[str], rows: list[list[str]]) -> list[str]:
 # ------------------------------------------------------------------------------ the output folder
 
 
-def _claim(output: Path, config: MilConfig) -> dict[str, Any] | None:
-    """Make sure that the output folder may be written; return the results of a finished run."""
-    if output.exists() and not output.is_dir():
-        raise GloVLMError(f"--output-dir must be a folder; '{output}' is a file.")
-    begun = (output / UNFINISHED / "begun.json").is_file()
-    finished = (output / "results.json").is_file() and (output / "config.yaml").is_file()
-    if not begun and not finished:
-        if output.is_dir() and any(output.iterdir()):
-            raise GloVLMError(
-                f"Output folder '{output}' holds files that are no run of ours: give an empty or a "
-                "new folder."
-            )
-        return None
-    if config.overwrite or (begun and config.resume):
-        return None
-    if not config.resume:
+def _keep_inputs(work: Path, fingerprint: str, accelerator: "Accelerator") -> None:
+    """Refuse to go on with a run whose features or labels have changed since it was begun."""
+    place = work / "inputs.txt"
+    known = place.read_text(encoding="utf-8") if place.is_file() else fingerprint
+    accelerator.wait_for_everyone()  # all have read before one writes
+    if known != fingerprint:
         raise GloVLMError(
-            f"Output folder '{output}' already holds a run: give --overwrite to replace it, "
-            "--resume to go on with it, or another folder."
+            f"The features or labels have changed since the run in '{work}' was begun: give "
+            "--overwrite to start again, or another folder."
         )
-    results: dict[str, Any] = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    _check_same(output, results["config"], config)
-    return results
-
-
-def _check_same(folder: Path, stored: dict[str, Any], config: MilConfig) -> None:
-    """Refuse to go on with a run that was begun with other settings."""
-    other = [
-        f"{key} was {stored.get(key)!r} and is {value!r}"
-        for key, value in config.to_repeat().items()
-        if key not in _INCIDENTAL and stored.get(key) != value
-    ]
-    if other:
-        raise GloVLMError(
-            f"The run in '{folder}' was begun with other settings ({'; '.join(other)}): repeat its "
-            "config.yaml to go on with it, give --overwrite, or another folder."
-        )
-
-
-@contextmanager
-def _unfinished(
-    output: Path, config: MilConfig, fingerprint: str, accelerator: "Accelerator"
-) -> Iterator[Path]:
-    """The folder in which a run is made, so that a former one stays until the new one is complete.
-
-    It stays when the run is interrupted, for `--resume`, and goes when the input was at fault.
-    """
-    import yaml
-
-    work = output / UNFINISHED
-    begun = work / "begun.json"
-    fresh, new = not (config.resume and begun.is_file()), not output.exists()
-    if not fresh:
-        stored = json.loads(begun.read_text(encoding="utf-8"))
-        _check_same(work, stored["config"], config)
-        if stored["fingerprint"] != fingerprint:
-            raise GloVLMError(
-                f"The features or labels have changed since the run in '{work}' was begun: give "
-                "--overwrite to start again, or another folder."
-            )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and fresh:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_text(work / "config.yaml", yaml.safe_dump(config.to_repeat(), sort_keys=True))
-        facts = {"config": config.to_repeat(), "fingerprint": fingerprint}
-        write_text(begun, json.dumps(facts))
-    accelerator.wait_for_everyone()
-    try:
-        yield work
-    except GloVLMError:
-        if accelerator.is_main_process and fresh:
-            shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):  # it holds something else
-                if new:
-                    output.rmdir()
-        raise
-
-
-def _finish(work: Path, output: Path) -> None:
-    """Put a complete run in its place; `results.json` goes last, so its presence means complete."""
-    (output / "results.json").unlink(missing_ok=True)
-    for name in OWN_FILES:
-        place = output / name
-        if place.is_dir():
-            shutil.rmtree(place)
-        else:
-            place.unlink(missing_ok=True)
-        os.replace(work / name, place)
-    shutil.rmtree(work)
+    if accelerator.is_main_process:
+        write_text(place, fingerprint)

@@ -12,7 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,9 +113,7 @@ def encode_slide(
         GloVLMError: The slide cannot be read or shows no tissue, its scale does not go with the
             model's, what lies at `output_path` has other settings, or features are not finite.
     """
-    import torch
-
-    from ..inference import resolve_device
+    from ..inference import evaluating, resolve_device
 
     if batch_size < 1:
         raise GloVLMError(f"Expected a batch size of at least 1, found {batch_size}.")
@@ -148,7 +146,7 @@ def encode_slide(
             tell(resumed_at, len(grid))
             batches = _batches(slide, grid, processor, resumed_at, batch_size)
             # Closed before the slide is: its thread may still be reading.
-            with closing(batches), _evaluating(model), torch.inference_mode():
+            with closing(batches), evaluating(model):
                 for rows, inputs in batches:
                     features, scores = _encode(model, backbone, inputs, bool(classes))
                     writer.append(features, grid.coords[rows], scores)
@@ -424,18 +422,6 @@ def _encode(model: Any, backbone: Any, inputs: dict[str, Any], classify: bool) -
             f"'{like.device}': lower --batch-size; the run goes on where it stopped."
         ) from None
     return features.float().cpu().numpy(), None if logits is None else logits.float().cpu().numpy()
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """No dropout; afterwards each part is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _class_names(model: Any) -> list[str]:
