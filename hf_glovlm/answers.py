@@ -316,4 +316,4 @@ def _say_set(classes: Sequence[str], conformal: Mapping[str, Any]) -> str:
             "that the sets were fitted on."
         )
     named = " or ".join(classes).replace("_", " ")
-    return f"At a promise of {promise} it shows {named}."
+    return f"Prediction set at {promise}: {named}."

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 from space_page import Served, serve
 
+import hf_glovlm
+from hf_glovlm.data.phantoms import write_cohort
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from test_space import BAD, png  # noqa: E402
@@ -82,6 +85,13 @@ class Visit:
 
     def drop(self, box: str, files: list[Path]) -> None:
         self.page.locator(f"{box} input[type=file]").set_input_files([str(f) for f in files])
+
+    def label(self, by_class: dict[str, list[Path]]) -> None:
+        """Give each class of the tab Adapt its name and its four images."""
+        for k, (name, files) in enumerate(by_class.items()):
+            self.page.fill(f"#class-name-{k} input, #class-name-{k} textarea", name)
+            self.drop(f"#class-images-{k}", files)
+            self.wait(f"#class-tray-{k} img", 4)
 
     def width(self) -> int:
         """How wide the page's content is."""
@@ -189,10 +199,7 @@ def test_adapt_use_compare_and_batch(visit: Visit, drawings: list[Path], tmp_pat
     page = visit.page
     visit.open("Adapt")
     by_class = {x: [f for f in drawings if x in f.name] for x in ("viable", "global_sclerosis")}
-    for k, (name, files) in enumerate(by_class.items()):
-        page.fill(f"#class-name-{k} input, #class-name-{k} textarea", name)
-        visit.drop(f"#class-images-{k}", files)
-        visit.wait(f"#class-tray-{k} img", 4)
+    visit.label(by_class)
     visit.choose("#adapt-method", "tip_adapter:")
     page.click("#adapt-start")
     visit.wait("text=Performance cannot be estimated from this upload")
@@ -244,16 +251,60 @@ def test_adapt_use_compare_and_batch(visit: Visit, drawings: list[Path], tmp_pat
     table.write_text(
         "file_name,patient_id\n" + "".join(f"{f.name},{f.name[:4]}\n" for f in drawings)
     )
-    for k, (name, files) in enumerate(by_class.items()):
-        page.fill(f"#class-name-{k} input, #class-name-{k} textarea", name)
-        visit.drop(f"#class-images-{k}", files)
-        visit.wait(f"#class-tray-{k} img", 4)
+    visit.label(by_class)
     page.get_by_label("File names begin with the patient").uncheck()
     visit.drop("#patients-table", [table])
     visit.wait("#patients-table .file-preview, #patients-table table")
     visit.choose("#adapt-method", "prototype:")
     page.click("#adapt-start")
     playwright.expect(page.locator("#adapt-result")).to_contain_text("Each of 4", timeout=WAIT)
+
+
+def test_a_calibrated_model_shows_sets_and_abstains(
+    browser: Any, served: Served, tmp_path: Path
+) -> None:
+    data = write_cohort(tmp_path / "drawings", 40, 10, seed=123)
+    sets = {"calibration_groups": 10, "conformal": "aps", "max_risk": 0.25}
+    hf_glovlm.run(
+        hf_glovlm.TrainConfig(
+            data=str(data), method="linear_probe", shots=8, n_resamples=20,
+            output_dir=str(tmp_path / "run"), **sets,
+        )
+    )  # fmt: skip
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        visit = Visit(browser, served.url, width, scheme)
+        page = visit.page
+        model = page.locator("#model input")
+        model.fill(str(tmp_path / "run"))
+        model.press("Enter")
+        visit.wait("#about-model >> text=Calibrated on 100 images of 10 groups")
+        page.click("#examples")
+        visit.wait("#tray img", 5)
+        page.click("button#classify")
+        cards = visit.wait("#answers article", 5).all_inner_texts()
+        assert all("Prediction set at 90%: " in card or "No class fits" in card for card in cards)
+        silent = ["No answer: " in card for card in cards]
+        assert 0 < sum(silent) < 5, cards
+        promise = page.locator("#answers >> text=/Conformal sets .aps. promise 90%/")
+        playwright.expect(promise).to_be_hidden()
+        page.locator("#answers summary").click()
+        playwright.expect(promise).to_be_visible()
+        visit.shoot("calibrated")
+        visit.open("Batch")
+        page.locator("#batch-images input[type=file]").set_input_files(
+            [str(f) for f in sorted((data / "viable").iterdir())[:10]]
+        )
+        visit.wait("#batch-images .file-preview, #batch-images table")
+        page.click("#batch-run")
+        visit.wait("text=10 images classified, 0 refused.")
+        with page.expect_download() as waiting:
+            page.click("#batch-csv")
+        rows = list(csv.DictReader(Path(waiting.value.path()).read_text().splitlines()))
+        assert {"yes", "no"} >= {row["answers"] for row in rows}
+        assert all("set" in row for row in rows)
+        assert visit.width() <= width
+        visit.context.close()
+        assert visit.errors == visit.elsewhere == []
 
 
 def test_models_by_name(visit: Visit, tmp_path: Path) -> None:

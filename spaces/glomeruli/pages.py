@@ -52,8 +52,20 @@ def _list(sentences: Sequence[str]) -> str:
 
 
 def _mark(sentences: Sequence[str], kind: str = "mark") -> str:
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
-    return f'<div class="{kind}">{said}</div>' if sentences else ""
+    if not sentences:
+        return ""
+    # a calibrated model has much to say: on a phone it would push the answers out of sight
+    shown, folded, last = sentences, sentences[:0], sentences[:0]
+    if kind == "mark" and len(sentences) > 4:
+        shown, folded, last = sentences[:2], sentences[2:-1], sentences[-1:]
+    more = ""
+    if folded:
+        more = f"<details><summary>How far that goes</summary>{_paragraphs(folded)}</details>"
+    return f'<div class="{kind}">{_paragraphs(shown)}{more}{_paragraphs(last)}</div>'
+
+
+def _paragraphs(sentences: Sequence[str]) -> str:
+    return "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
 
 
 def _bars(probabilities: dict[str, float]) -> str:
