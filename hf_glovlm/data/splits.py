@@ -12,7 +12,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -501,7 +500,8 @@ def draw_episode(
     groups = groups or group_rows(rows)
     present = set(np.unique(labels).tolist())
     wanted = _per_class(shots, names, present)
-    split = partial(split_groups, class_names=names, allow_fewer=allow_fewer)
+    ids = np.asarray(groups.ids, dtype=object)
+    drawing = _Drawing(labels, ids, names, seed, draw, allow_fewer)
     if "split" in rows.column_names:
         given = np.asarray(column(rows, "split"))
         pool, reserve, test = (np.flatnonzero(given == side) for side in SPLIT_ORDER)
@@ -509,72 +509,29 @@ def draw_episode(
         if len(present) < 2:
             raise GloVLMError("expected images of at least two classes, found 1; add another.")
     else:
-        pool, test = split(
-            labels, groups.ids, seed=(seed, draw, _SPLIT), test_fraction=test_fraction
-        )
+        pool, test = drawing.split(np.arange(len(labels)), _SPLIT, test_fraction)
         reserve = np.empty(0, dtype=np.int64)
-    if validation_shots < 0:
-        raise GloVLMError(f"expected 0 or more validation shots, found {validation_shots}.")
-    if validation_shots and not len(reserve):
-        inner = [groups.ids[row] for row in pool]
-        try:
-            kept, aside = split(
-                labels[pool], inner, seed=(seed, draw, _RESERVE), test_fraction=1 / 3
-            )
-        except GloVLMError as error:
-            raise GloVLMError(
-                f"no groups of the support pool can be set aside for validation: {error}"
-            ) from None
-        pool, reserve = pool[kept], pool[aside]
-    ids = np.asarray(groups.ids, dtype=object)
-    if calibration_groups < 0:
-        raise GloVLMError(f"expected 0 or more calibration groups, found {calibration_groups}.")
-    calibration = np.empty(0, dtype=np.int64)
-    pool_name = "the support pool"
+    pool, reserve = drawing.for_validation(pool, reserve, validation_shots)
+    pool, calibration = drawing.for_calibration(pool, calibration_groups, wanted, shots_from)
+    where = "the support pool"
     if calibration_groups:
-        found = len(set(ids[pool]))
-        if calibration_groups >= found:
-            raise GloVLMError(
-                f"the support pool has {found} groups, so {calibration_groups} cannot be set aside "
-                f"for calibration; ask for {found - 1} at most, or add patients or slides."
-            )
-        # A class that the support does not take must not leave the pool altogether either.
-        needed = np.array([max(wanted[name], 1) for name in names])
-        rng = _rng((seed, draw, _CALIBRATION))
-        one_group = shots_from == "one_group"
-        taken = _set_aside(labels[pool], ids[pool], calibration_groups, needed, one_group, rng)
-        pool, calibration = pool[~taken], pool[taken]
-        pool_name += f" without its {calibration_groups} calibration groups"
+        where += f" without its {calibration_groups} calibration groups"
+    if shots_from == "one_group":
+        where = f"the largest group of {where}"
     support: list[int] = []
     validation: list[int] = []
     for k, name in enumerate(names):
-        here = pool[labels[pool] == k]
-        order = _ordering(here, ids[here], shots_from, _rng((seed, draw, _SUPPORT, k)))
-        where = pool_name
-        if shots_from == "one_group":
-            where = f"the largest group of {where}"
-        support += _take(order, wanted[name], f"class {name}: {where}", allow_fewer)
+        support += drawing.take(pool, k, wanted[name], shots_from, _SUPPORT, where)
         if validation_shots and k in present:
-            here = reserve[labels[reserve] == k]
-            order = _ordering(here, ids[here], "spread", _rng((seed, draw, _VALIDATION, k)))
-            where = f"class {name}: the validation pool"
-            validation += _take(order, validation_shots, where, allow_fewer)
-    assert_disjoint(
-        groups.ids, support=support, validation=validation, calibration=calibration, test=test
-    )
+            validation += drawing.take(
+                reserve, k, validation_shots, "spread", _VALIDATION, "the validation pool"
+            )
+    sides = {"support": tuple(support), "validation": tuple(validation)}
+    sides |= {"calibration": tuple(calibration.tolist()), "test": tuple(test.tolist())}
+    assert_disjoint(groups.ids, **sides)
     most = max(wanted.values())
-    return Episode(
-        name=f"{shots_from}-{most}",
-        draw=draw,
-        shots=most,
-        seed=seed,
-        sampler=shots_from,
-        group_column=groups.column,
-        support=tuple(support),
-        validation=tuple(validation),
-        test=tuple(test.tolist()),
-        calibration=tuple(calibration.tolist()),
-    )
+    name = f"{shots_from}-{most}"
+    return Episode(name, draw, most, seed, shots_from, groups.column, **sides)
 
 
 def reserve_calibration(
@@ -702,13 +659,77 @@ def _ordering(
     return [rows[turn] for turn in range(longest) for rows in images.values() if turn < len(rows)]
 
 
-def _take(order: list[int], k: int, where: str, allow_fewer: bool) -> list[int]:
-    if len(order) < k:
-        found = f"{where} holds {len(order)} images, {k} were asked for"
-        if not allow_fewer:
-            raise GloVLMError(f"{found}; ask for fewer shots, or allow fewer (--allow-fewer).")
-        logger.warning("%s: all of them are taken.", found)
-    return order[:k]
+@dataclass(frozen=True)
+class _Drawing:
+    """Labelled rows in groups, and the draw that chooses among them."""
+
+    labels: Indices
+    ids: NDArray[np.object_]
+    names: Sequence[str]
+    seed: int
+    draw: int
+    allow_fewer: bool
+
+    def split(self, rows: Indices, stream: int, test_fraction: float) -> tuple[Indices, Indices]:
+        """The rows that stay and those that go, by group, with every class on both sides."""
+        stay, go = split_groups(
+            self.labels[rows],
+            self.ids[rows].tolist(),
+            seed=(self.seed, self.draw, stream),
+            test_fraction=test_fraction,
+            class_names=self.names,
+            allow_fewer=self.allow_fewer,
+        )
+        return rows[stay], rows[go]
+
+    def for_validation(self, pool: Indices, reserve: Indices, n: int) -> tuple[Indices, Indices]:
+        """The pool and the reserve: a third of the pool's groups where none is given and n > 0."""
+        if n < 0:
+            raise GloVLMError(f"expected 0 or more validation shots, found {n}.")
+        if n == 0 or len(reserve):
+            return pool, reserve
+        try:
+            return self.split(pool, _RESERVE, 1 / 3)
+        except GloVLMError as error:
+            raise GloVLMError(
+                f"no groups of the support pool can be set aside for validation: {error}"
+            ) from None
+
+    def for_calibration(
+        self, pool: Indices, n: int, shots: Mapping[str, int], shots_from: ShotsFrom
+    ) -> tuple[Indices, Indices]:
+        """The pool without n of its groups, and these; enough for the shots stays where it can."""
+        if n < 0:
+            raise GloVLMError(f"expected 0 or more calibration groups, found {n}.")
+        if n == 0:
+            return pool, np.empty(0, dtype=np.int64)
+        ids = self.ids[pool]
+        found = len(set(ids))
+        if n >= found:
+            raise GloVLMError(
+                f"the support pool has {found} groups, so {n} cannot be set aside for calibration; "
+                f"ask for {found - 1} at most, or add patients or slides."
+            )
+        # A class that the support does not take must not leave the pool altogether either.
+        needed = np.array([max(shots[name], 1) for name in self.names])
+        one_group = shots_from == "one_group"
+        rng = _rng((self.seed, self.draw, _CALIBRATION))
+        aside = _set_aside(self.labels[pool], ids, n, needed, one_group, rng)
+        return pool[~aside], pool[aside]
+
+    def take(
+        self, side: Indices, k: int, n: int, shots_from: ShotsFrom, stream: int, where: str
+    ) -> list[int]:
+        """The first n rows of class k on a side, in the order drawn."""
+        here = side[self.labels[side] == k]
+        rng = _rng((self.seed, self.draw, stream, k))
+        order = _ordering(here, self.ids[here], shots_from, rng)
+        if len(order) < n:
+            found = f"class {self.names[k]}: {where} holds {len(order)} images, {n} were asked for"
+            if not self.allow_fewer:
+                raise GloVLMError(f"{found}; ask for fewer shots, or allow fewer (--allow-fewer).")
+            logger.warning("%s: all of them are taken.", found)
+        return order[:n]
 
 
 def split_hash(rows: "Dataset", episode: Episode) -> str:
