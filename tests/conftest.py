@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import Glovlm, Said
 from hypothesis import HealthCheck, settings
 
 # The libraries read these once, on import, so they are set before any test file is read. Each
@@ -61,6 +62,19 @@ def fresh_accelerate() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def glovlm(capsys: pytest.CaptureFixture[str]) -> Glovlm:
+    """Run the command in this process, as the entry point does."""
+    from hf_glovlm import cli
+
+    def run(*arguments: object) -> Said:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return Said(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -12,37 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from command_line import Glovlm, Said
 from PIL import Image
 from tiny import CLASSES, tiny_clip, tiny_images
 
 from hf_glovlm import cli, console
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error:")]
-
-
-Glovlm = Callable[..., Said]
-
-
-@pytest.fixture
-def glovlm(capsys: pytest.CaptureFixture[str]) -> Glovlm:
-    """Run the command in this process, as the entry point does."""
-
-    def run(*arguments: object) -> Said:
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        return Said(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import csv
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from command_line import Glovlm
 from PIL import Image
 from slide_model import outline, train, write_outlines
 from slides_made import write_slide
@@ -15,28 +15,6 @@ from tiny import tiny_bert, tiny_clip, tiny_images
 
 from hf_glovlm import cli
 from hf_glovlm.data.bags import BagWriter
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Glovlm = Callable[..., Said]
-
-
-@pytest.fixture
-def glovlm(capsys: pytest.CaptureFixture[str]) -> Glovlm:
-    """Run the command in this process, as the entry point does."""
-
-    def run(*arguments: object) -> Said:
-        capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
-        return Said(code, *capsys.readouterr())
-
-    return run
-
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

@@ -1,0 +1,17 @@
+"""What the command `glovlm` says when a test runs it in this process: the fixture `glovlm`."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.err.splitlines() if line.startswith("error:")]
+
+
+Glovlm = Callable[..., Said]
