@@ -15,6 +15,7 @@ __all__ = ["card", "explain", "explain_check", "export", "push"]
 
 RunArgument = Annotated[Path, Argument(help="A run's folder.")]
 ReasonFlag = Annotated[Text, Option(help="Why the base's licence allows it; the card says it.")]
+WindowFlag = Annotated[int, Option(min=1, help="Occlusion: side of the blank, patches.")]
 
 
 def card(
@@ -121,7 +122,7 @@ def explain(
     target: Annotated[Text, Option("--class", help="Explained class. (the predicted)")] = None,
     text: Annotated[Text, Option(help="A text to explain, in place of a class.")] = None,
     masks: Annotated[Path | None, Option(help="Folder of masks, white is glomerulus.")] = None,
-    window: Annotated[int, Option(min=1, help="Occlusion: side of the blank, patches.")] = 1,
+    window: WindowFlag = 1,
     opacity: Annotated[float, Option(min=0, max=1, help="Of the heat.")] = 0.5,
     device: DeviceFlag = "auto",
     as_json: JsonFlag = False,
@@ -162,7 +163,7 @@ def explain_check(
     masks: Annotated[Path, Option(help="Folder of their masks, white is glomerulus.")],
     methods: Annotated[Texts, Option("--method", help="Of `explain`; all by default.")] = None,
     curves: Annotated[bool, Option(help="Deletion and insertion, too.")] = False,
-    window: Annotated[int, Option(min=1, help="Occlusion: side of the blank, patches.")] = 1,
+    window: WindowFlag = 1,
     device: DeviceFlag = "auto",
     as_json: JsonFlag = False,
 ) -> None:

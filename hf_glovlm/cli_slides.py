@@ -33,13 +33,15 @@ from .flags import (
 
 __all__ = ["caption", "crops", "get", "mil", "slide"]
 
+MppFlag = Annotated[Real, Option(help="Micrometres per pixel, if the file lacks it.")]
+
 
 def slide(
     context: typer.Context,
     model: ModelArgument,
     slides: Annotated[list[Path], Argument(help="Slides: SVS, TIFF, QPTIFF, DICOM.")],
     output_dir: Annotated[str, Option(help="Takes the results; a stopped run goes on there.")],
-    mpp: Annotated[Real, Option(help="Micrometres per pixel, if the file lacks it.")] = None,
+    mpp: MppFlag = None,
     tile_mpp: Annotated[Real, Option(help="Of the tiles. (the model's own)")] = None,
     tile_size: Annotated[Whole, Option(help="In pixels. (the model's input)")] = None,
     overlap: Annotated[float, Option(help="Part of its side a tile shares.")] = 0.0,
@@ -182,7 +184,7 @@ def crops(
     slide: Annotated[Path, Argument(help="A slide or a region image.")],
     annotations: Annotated[Path, Argument(help="GeoJSON of QuPath, or a mask with --colours.")],
     output_dir: Annotated[Path, Option(help="Folder of crops; other slides in it stay.")],
-    mpp: Annotated[Real, Option(help="Micrometres per pixel, if the file lacks it.")] = None,
+    mpp: MppFlag = None,
     margin: Annotated[float, Option(help="Side of a crop over the object's longer side.")] = 1.25,
     label_property: Annotated[Text, Option(help="The property that holds the class.")] = None,
     colours: Annotated[Text, Option(help="Of a mask: green=viable,red=sclerosed.")] = None,
