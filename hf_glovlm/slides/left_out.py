@@ -5,7 +5,9 @@ over the slide's own unlabelled objects, undoes a part of that, and may add nois
 of the two weighs more is a matter of measurement.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -94,62 +96,29 @@ def count_left_out(
         GloVLMError: A length or name is wrong, fewer than two slides are large enough, or the
             other slides lack shots.
     """
-    x, y = np.asarray(features), np.asarray(labels)
-    ids = np.array([str(slide) for slide in slides], dtype=object)
-    if x.ndim != 2 or y.shape != x.shape[:1] or ids.shape != y.shape or y.dtype.kind not in "iu":
-        raise GloVLMError(
-            f"Expected features [n, dim] with a class number and a slide each, found {x.shape}, "
-            f"{y.shape} and {len(ids)}."
-        )
-    names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else list(class_names)
+    objects = _labelled(features, labels, slides, class_names)
+    names = objects.class_names
     target = names[-1] if target is None else target
-    wanted: list[str] = [name for name in CORRECTIONS if name in {"counted", *corrections}]
     for name, known in [(target, names), *((c, CORRECTIONS) for c in corrections)]:
         if name not in known:
             raise GloVLMError(
                 f"Expected one of {', '.join(known)}, found '{name}'.{nearest(name, known)}"
             )
-    sizes = {slide: int((ids == slide).sum()) for slide in dict.fromkeys(ids)}
-    tested = sorted(slide for slide, n in sizes.items() if n >= min_objects)
-    if len(tested) < 2 or len(sizes) < 3 or draws < 1:
-        raise GloVLMError(
-            f"Expected three slides, two of them with {min_objects} objects or more, and a draw; "
-            f"found {len(sizes)} slides, {len(tested)} so large, {draws} draws."
-        )
-    column, k = names.index(target), len(names)
-    percent = {name: np.empty((len(tested), draws)) for name in wanted}
-    fell_back = {name: np.zeros((len(tested), draws)) for name in wanted}
-    used = dict.fromkeys(wanted, 0.0)
+    wanted = [name for name in CORRECTIONS if name in {"counted", *corrections}]
+    column, tested = names.index(target), _large_enough(objects.slides, min_objects, draws)
+    fit = _fitting(objects, method, settings, seed)
+    found: list[list[dict[str, _Estimate]]] = []
     for i, slide in enumerate(tested):
         if on_slide is not None:
             on_slide(slide, i, len(tested))
-        inside = ids == slide
-        others = [other for other in sizes if other != slide]
+        found.append([])
         for draw in range(draws):
-            support = _draw_support(y, ids, slide, names, shots, seed, draw, shots_from)
-            fit = _fitting(x, y, method, settings, seed)
-            p = fit(support)(inside)
-            calls = np.bincount(p.argmax(axis=1), minlength=k) / len(p)
-            found = {"counted": calls, "expected": p.mean(axis=0)}
-            if "em" in wanted:
-                found["em"] = estimate_prior(p).prior
-            matrices: dict[str, Ints] = {}
-            if {"adjusted", "adjusted_all"} & set(wanted):
-                left_out = others if "adjusted_all" in wanted else np.unique(ids[support])
-                matrices = _confusions_left_out(fit, y, ids, support, left_out, k)
-            for name, matrix in matrices.items():
-                smooth = matrix + PRIOR_COUNT
-                informative = is_informative(smooth)
-                found[name] = adjust_fractions(calls, smooth) if informative else calls
-                if name in wanted:
-                    fell_back[name][i, draw] = not informative
-            for name in wanted:
-                percent[name][i, draw] = 100 * found[name][column]
-                used[name] += (int((~inside).sum()) if name == "adjusted_all" else len(support)) / (
-                    len(tested) * draws
-                )
-    truth = np.array([100 * np.mean(y[ids == slide] == column) for slide in tested])
-    rows = _summarised(percent, truth, fell_back, used, n_resamples, seed)
+            support = _draw_support(
+                objects.labels, objects.slides, slide, names, shots, seed, draw, shots_from
+            )
+            found[i].append(_estimates(objects, slide, column, support, fit, wanted))
+    own_labels = [objects.labels[objects.slides == slide] for slide in tested]
+    truth = np.array([100 * np.mean(own == column) for own in own_labels])
     return {
         "target": target,
         "shots": shots,
@@ -159,13 +128,61 @@ def count_left_out(
         "method": method,
         "shots_from": shots_from,
         "seed": seed,
-        "estimates": rows,
+        "estimates": _summarised(found, truth, n_resamples, seed),
         "slides": [
-            {"slide": slide, "n": sizes[slide], "truth": float(truth[i])}
-            | {name: float(percent[name][i].mean()) for name in wanted}
+            {"slide": slide, "n": len(own_labels[i]), "truth": float(truth[i])}
+            | {name: float(np.mean([each[name].percent for each in found[i]])) for name in wanted}
             for i, slide in enumerate(tested)
         ],
     }
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """Labelled objects of several slides."""
+
+    features: NDArray[Any]
+    labels: Ints
+    slides: NDArray[np.object_]
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """What one way to count says of the percentage of a class on a slide."""
+
+    percent: float
+    labels_used: int
+    fell_back: bool
+
+
+def _labelled(
+    features: ArrayLike,
+    labels: ArrayLike,
+    slides: Sequence[str],
+    class_names: Sequence[str] | None,
+) -> _Objects:
+    x, y = np.asarray(features), np.asarray(labels)
+    ids = np.array([str(slide) for slide in slides], dtype=object)
+    if x.ndim != 2 or y.shape != x.shape[:1] or ids.shape != y.shape or y.dtype.kind not in "iu":
+        raise GloVLMError(
+            f"Expected features [n, dim] with a class number and a slide each, found {x.shape}, "
+            f"{y.shape} and {len(ids)}."
+        )
+    names = [str(k) for k in range(int(y.max()) + 1)] if class_names is None else list(class_names)
+    return _Objects(x, y, ids, names)
+
+
+def _large_enough(slides: NDArray[np.object_], min_objects: int, draws: int) -> list[str]:
+    """The slides that are left out in turn, sorted."""
+    sizes = Counter(slides)
+    tested = sorted(slide for slide, n in sizes.items() if n >= min_objects)
+    if len(tested) < 2 or len(sizes) < 3 or draws < 1:
+        raise GloVLMError(
+            f"Expected three slides, two of them with {min_objects} objects or more, and a draw; "
+            f"found {len(sizes)} slides, {len(tested)} so large, {draws} draws."
+        )
+    return tested
 
 
 def _draw_support(
@@ -200,11 +217,13 @@ Predict = Callable[[Any], Floats]  # rows -> probabilities [m, K]
 
 
 def _fitting(
-    features: NDArray[Any], labels: Ints, method: str, settings: Mapping[str, Any] | None, seed: int
+    objects: _Objects, method: str, settings: Mapping[str, Any] | None, seed: int
 ) -> Callable[[Ints], Predict]:
     """What fits a method on some rows and then classifies others."""
     from ..calibration.inputs import softmax
     from ..training import adapt_features
+
+    features, labels = objects.features, objects.labels
 
     def fit(support: Ints) -> Predict:
         adapted = adapt_features(
@@ -215,13 +234,40 @@ def _fitting(
     return fit
 
 
-def _confusions_left_out(
-    fit: Callable[[Ints], Predict],
-    labels: Ints,
-    ids: NDArray[np.object_],
+def _estimates(
+    objects: _Objects,
+    slide: str,
+    column: int,
     support: Ints,
-    left_out: Sequence[str] | NDArray[np.object_],
-    n_classes: int,
+    fit: Callable[[Ints], Predict],
+    wanted: Sequence[str],
+) -> dict[str, _Estimate]:
+    """Every estimate that is wanted of one class on a slide, from one support."""
+    inside = objects.slides == slide
+    p = fit(support)(inside)
+    calls = np.bincount(p.argmax(axis=1), minlength=len(objects.class_names)) / len(p)
+    fractions = {"counted": calls, "expected": p.mean(axis=0)}
+    if "em" in wanted:
+        fractions["em"] = estimate_prior(p).prior
+    fell_back: set[str] = set()
+    if {"adjusted", "adjusted_all"} & set(wanted):
+        left_out = np.unique(objects.slides[~inside if "adjusted_all" in wanted else support])
+        for name, matrix in _confusions_left_out(fit, objects, support, left_out).items():
+            smooth = matrix + PRIOR_COUNT
+            if is_informative(smooth):
+                fractions[name] = adjust_fractions(calls, smooth)
+            else:
+                fractions[name] = calls
+                fell_back.add(name)
+    used = dict.fromkeys(wanted, len(support)) | {"adjusted_all": int((~inside).sum())}
+    return {
+        name: _Estimate(100 * fractions[name][column], used[name], name in fell_back)
+        for name in wanted
+    }
+
+
+def _confusions_left_out(
+    fit: Callable[[Ints], Predict], objects: _Objects, support: Ints, left_out: Iterable[str]
 ) -> dict[str, Ints]:
     """Confusion matrices of slides that a fit on the support without their own rows classifies.
 
@@ -230,17 +276,18 @@ def _confusions_left_out(
     Returns:
         `adjusted` over the rows of the support, `adjusted_all` over all rows of the slides.
     """
+    labels, n_classes = objects.labels, len(objects.class_names)
     table = np.zeros((2, n_classes, n_classes), np.int64)
     whole: Predict | None = None
     for slide in left_out:
-        kept = support[ids[support] != slide]
+        kept = support[objects.slides[support] != slide]
         if len(np.unique(labels[kept])) < n_classes:
             continue
         if len(kept) < len(support):
             predict = fit(kept)
         else:
             predict = whole = whole or fit(support)
-        rows = np.flatnonzero(ids == slide)
+        rows = np.flatnonzero(objects.slides == slide)
         calls = predict(rows).argmax(axis=1)
         shown = np.isin(rows, support)
         table[0] += confusion_counts(labels[rows[shown]], calls[shown], n_classes)
@@ -249,14 +296,9 @@ def _confusions_left_out(
 
 
 def _summarised(
-    percent: Mapping[str, Floats],
-    truth: Floats,
-    fell_back: Mapping[str, Floats],
-    used: Mapping[str, float],
-    n_resamples: int,
-    seed: int,
+    found: Sequence[Sequence[Mapping[str, _Estimate]]], truth: Floats, n_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row an estimate, from per cent `[slides, draws]`; every interval over slides."""
+    """One row an estimate, from those of each slide and draw; every interval over slides."""
     drawn = np.random.default_rng(seed).integers(len(truth), size=(n_resamples, len(truth)))
 
     def entry(by_slide: Floats) -> dict[str, Any]:
@@ -264,6 +306,11 @@ def _summarised(
         ci95 = None if bounds is None else bounds.tolist()
         return {"value": float(by_slide.mean()), "ci95": ci95}
 
+    percent = {
+        name: np.array([[each[name].percent for each in draws] for draws in found])
+        for name in found[0][0]
+    }
+    every = [each for draws in found for each in draws]
     off = {name: values - truth[:, None] for name, values in percent.items()}
     error = {name: np.abs(values).mean(axis=1) for name, values in off.items()}
     free = truth == 0
@@ -271,13 +318,13 @@ def _summarised(
         {
             "name": name,
             "what": CORRECTIONS[name],
-            "labels_used": round(used[name]),
+            "labels_used": round(sum(each[name].labels_used / len(every) for each in every)),
             "transductive": name == "em",
             "error": entry(error[name]),
             "bias": entry(off[name].mean(axis=1)),
             "against_counted": entry(error[name] - error["counted"]),
             "reads_high": float((values[free] >= READS_HIGH).mean()) if free.any() else None,
-            "fell_back": float(fell_back[name].mean()),
+            "fell_back": float(np.mean([each[name].fell_back for each in every])),
         }
         for name, values in percent.items()
     ]
