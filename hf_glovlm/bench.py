@@ -214,13 +214,8 @@ def bench_encode(
         GloVLMError: Weights or features differ from those of the bare module, or the backbone is a
             pair, of which transformers has no bare module.
     """
-    import torch
-    from transformers import AutoModel
-
     from .backbones import load_backbone
-    from .conversion import join_merges
     from .data import open_image
-    from .inference import embed_images
 
     model, processor = load_backbone(backbone) if backbone else _random_clip(shape or Shape())
     if model.config.is_pair:
@@ -228,83 +223,120 @@ def bench_encode(
             f"Encoding is timed against one bare module of transformers; '{backbone}' is a pair of "
             "two: give a dual encoder (clip-vit-b-16, plip, ...)."
         )
+    what = backbone or f"{model.config.backbone_config.model_type} of random weights"
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "saved"
-        model.backbone.save_pretrained(folder)
-        processor.image_processor.save_pretrained(folder)
-        processor.tokenizer.save_pretrained(folder)
-        if not backbone:
-            _grow_tokenizer(folder / "tokenizer.json", vocabulary)
-        join_merges(folder)  # as a converted checkpoint lies on disk
-
-        def load_bare() -> Any:
-            return AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-
-        def load_ours() -> Any:
-            return load_backbone(str(folder))[0]
-
-        bare, model = load_bare(), load_ours()
-        pairs = zip(bare.state_dict().values(), model.backbone.state_dict().values(), strict=True)
-        different = sum(not torch.equal(one, other) for one, other in pairs)
-        _same(0, different, 0, "the number of loaded tensors that differ")
-        load = _shortest_in_turn([load_bare, load_ours], 3 * repeats)  # short, so more often
-
+        _save_as_converted(model, processor, folder, None if backbone else vocabulary)
+        bare, model = _load_bare(folder), _load_ours(folder)
+        rows = _bench_load(bare, model, folder, what, repeats)
         images = _jpegs(Path(place) / "jpegs", n_files, side)
         batches = [
             dict(processor(images=[open_image(v) for v in part["image"]], return_tensors="pt"))
             for part in images.iter(batch_size=batch_size)
         ]
+        rows += _bench_tower(bare, model, batches, what, repeats)
+        what += f", {n_files} JPEG files of {side} px"
+        rows += _bench_files(model, processor, images, batches, what, repeats)
+    return rows
 
-        def pool_bare(batch: dict[str, Any]) -> Any:
-            with torch.inference_mode():
-                return bare.vision_model(**batch).pooler_output
 
-        def pool_ours(batch: dict[str, Any]) -> Any:
-            with torch.inference_mode():
-                return model.pool_images(**batch)
+def _save_as_converted(model: Any, processor: Any, folder: Path, vocabulary: int | None) -> None:
+    """Save a backbone as a converted checkpoint lies on disk, its tokenizer grown where asked."""
+    from .conversion import join_merges
 
-        def encode_tensors() -> Any:
-            return torch.cat([pool_ours(batch) for batch in batches]).numpy()
+    model.backbone.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    if vocabulary is not None:
+        _grow_tokenizer(folder / "tokenizer.json", vocabulary)
+    join_merges(folder)
 
-        def encode_files() -> Any:
-            return embed_images(model, processor, images, batch_size=batch_size, project=False)
 
-        gap = (pool_bare(batches[0]) - pool_ours(batches[0])).abs().max()
-        _same(0, float(gap), 0, "the largest difference from the bare module's features")
-        gap = np.abs(encode_tensors() - encode_files()).max()
-        _same(0, float(gap), 1e-5, "the largest difference of features from files and tensors")
-        # One batch, often: short timings in turn meet the same machine.
-        one = [partial(pool, batches[0]) for pool in (pool_bare, pool_ours)]
-        batch = _shortest_in_turn(one, repeats * len(batches))
-        whole = _shortest_in_turn([encode_tensors, encode_files], repeats)
-    what = backbone or f"{model.config.backbone_config.model_type} of random weights"
-    n, of, threads = len(batches[0]["pixel_values"]), n_files, torch.get_num_threads()
-    files = f"{what}, {n_files} JPEG files of {side} px, {threads} threads"
+def _load_bare(folder: Path) -> Any:
+    import torch
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def _load_ours(folder: Path) -> Any:
+    from .backbones import load_backbone
+
+    return load_backbone(str(folder))[0]
+
+
+def _bench_load(bare: Any, model: Any, folder: Path, what: str, repeats: int) -> list[Row]:
+    """Loading the folder that both were loaded from, which must have given the same weights."""
+    import torch
+
+    pairs = zip(bare.state_dict().values(), model.backbone.state_dict().values(), strict=True)
+    different = sum(not torch.equal(one, other) for one, other in pairs)
+    _same(0, different, 0, "the number of loaded tensors that differ")
+    ways = [partial(load, folder) for load in (_load_bare, _load_ours)]
+    plain, ours = _shortest_in_turn(ways, 3 * repeats)  # short, so more often
+    said = f"{what}: load_backbone of it, with tokenizer, as converted; ratio: times the time"
     return [
-        _row("encode.load_bare", load[0], "s", None, f"{what}: from_pretrained of a folder"),
-        _row(
-            "encode.load",
-            load[1],
-            "s",
-            load[1] / load[0],
-            f"{what}: load_backbone of it, with tokenizer, as converted; ratio: times the time",
-        ),
-        _row("encode.bare", n / batch[0], "images/s", None, f"{what}: bare tower, a batch of {n}"),
-        _row(
-            "encode.tensors",
-            n / batch[1],
-            "images/s",
-            batch[0] / batch[1],
-            f"{what}: through GloVLMModel; ratio: part of the bare tower's rate",
-        ),
-        _row("encode.preprocessed", of / whole[0], "images/s", None, f"{files}: from tensors"),
-        _row(
-            "encode.files",
-            of / whole[1],
-            "images/s",
-            whole[0] / whole[1],
-            f"{files}: from disk; ratio: part of the rate from tensors",
-        ),
+        _row("encode.load_bare", plain, "s", None, f"{what}: from_pretrained of a folder"),
+        _row("encode.load", ours, "s", ours / plain, said),
+    ]
+
+
+def _bench_tower(
+    bare: Any, model: Any, batches: Sequence[dict[str, Any]], what: str, repeats: int
+) -> list[Row]:
+    """Features of prepared images, from the bare module and through `GloVLMModel`."""
+    import torch
+
+    def pool_bare() -> Any:
+        with torch.inference_mode():
+            return bare.vision_model(**batches[0]).pooler_output
+
+    def pool_ours() -> Any:
+        with torch.inference_mode():
+            return model.pool_images(**batches[0])
+
+    gap = float((pool_bare() - pool_ours()).abs().max())
+    _same(0, gap, 0, "the largest difference from the bare module's features")
+    # One batch, often: short timings in turn meet the same machine.
+    plain, ours = _shortest_in_turn([pool_bare, pool_ours], repeats * len(batches))
+    n = len(batches[0]["pixel_values"])
+    said = f"{what}: through GloVLMModel; ratio: part of the bare tower's rate"
+    return [
+        _row("encode.bare", n / plain, "images/s", None, f"{what}: bare tower, a batch of {n}"),
+        _row("encode.tensors", n / ours, "images/s", plain / ours, said),
+    ]
+
+
+def _bench_files(
+    model: Any,
+    processor: Any,
+    images: Any,
+    batches: Sequence[dict[str, Any]],
+    what: str,
+    repeats: int,
+) -> list[Row]:
+    """Features of images on disk, and of the batches that they become."""
+    import torch
+
+    from .inference import embed_images
+
+    batch_size = len(batches[0]["pixel_values"])
+
+    def encode_tensors() -> Any:
+        with torch.inference_mode():
+            return torch.cat([model.pool_images(**batch) for batch in batches]).numpy()
+
+    def encode_files() -> Any:
+        return embed_images(model, processor, images, batch_size=batch_size, project=False)
+
+    gap = float(np.abs(encode_tensors() - encode_files()).max())
+    _same(0, gap, 1e-5, "the largest difference of features from files and tensors")
+    plain, ours = _shortest_in_turn([encode_tensors, encode_files], repeats)
+    n, what = len(images), f"{what}, {torch.get_num_threads()} threads"
+    said = f"{what}: from disk; ratio: part of the rate from tensors"
+    return [
+        _row("encode.preprocessed", n / plain, "images/s", None, f"{what}: from tensors"),
+        _row("encode.files", n / ours, "images/s", plain / ours, said),
     ]
 
 
