@@ -6,7 +6,6 @@ As a script, this file is what each of two processes runs.
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from by_hand import CLASSES, NAMES, pixels
 from datasets import Dataset
+from fresh_process import load_without_the_package
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_distributed import furthest, launch
@@ -609,34 +609,8 @@ def test_it_learns(rows: Dataset, backbones: dict[str, str], tmp_path: Path) -> 
     assert raw.log[-1]["loss"] < 0.85 * raw.log[0]["loss"]
 
 
-REMOTE = """
-import json, sys
-from pathlib import Path
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_glovlm":
-            raise ImportError("hf_glovlm is hidden")
-
-sys.meta_path.insert(0, Hidden())
-import torch
-from PIL import Image
-from transformers import AutoModelForImageClassification, AutoProcessor, pipeline
-
-result = {}
-for folder in map(Path, sys.argv[1:]):
-    image = Image.open(folder / "image.png")
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor(images=[image], return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs).logits[0]
-    kept = [k.tolist() for k in model.glovlm.kept_patches(inputs["pixel_values"])]
-    classify = pipeline("image-classification", model=str(folder), trust_remote_code=True)
-    found = {row["label"]: row["score"] for row in classify(image)}
-    result[folder.name] = [logits.tolist(), kept, found]
-assert "hf_glovlm" not in sys.modules
-print(json.dumps(result))
+KEPT = """
+found["kept"] = [k.tolist() for k in model.glovlm.kept_patches(inputs["pixel_values"])]
 """
 
 
@@ -671,33 +645,17 @@ def test_it_is_the_same_when_loaded_with_the_package_and_without(
     assert again.context.to_text[0][0].weight.equal(
         runs["clip-0"].model.glovlm.context.to_text[0][0].weight
     )
-    run = subprocess.run(
-        [sys.executable, "-c", REMOTE, *(str(tmp_path / name) for name in runs)],
-        cwd=tmp_path,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    result = load_without_the_package([tmp_path / name for name in runs], tmp_path, KEPT)
     for name, adapted in runs.items():
         inputs = adapted.processor(images=[rows[0]["image"]], return_tensors="pt")
         with torch.no_grad():
             expected = adapted.model(**inputs).logits[0]
-        found, kept, scores = result[name]
-        assert found == expected.tolist()
+        found = result[name]
+        assert found["logits"] == expected.tolist()
         mine = adapted.model.glovlm.kept_patches(inputs["pixel_values"])
-        assert kept == [k.tolist() for k in mine]
+        assert found["kept"] == [k.tolist() for k in mine]
         probabilities = dict(zip(NAMES, expected.softmax(0).tolist(), strict=True))
-        assert scores == pytest.approx(probabilities, abs=1e-5)
+        assert found["scores"] == pytest.approx(probabilities, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------ two processes

@@ -3,11 +3,9 @@
 import base64
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from fresh_process import run_without_the_package
 from hub_server import TOKEN, Fault, Hub, Repository, serve
 from PIL import Image
 from safetensors import safe_open
@@ -36,12 +35,6 @@ FOLDER = "Station-7B-Biopsies"
 SCRIPT = """
 import json, sys
 
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_glovlm":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Hidden())
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor, pipeline
@@ -311,32 +304,16 @@ def test_the_card_says_what_is_inherited_and_how_to_load_it(
 # ------------------------------------------------------------------------------------- and back
 
 
-def _elsewhere(home: Path, *arguments: str, **environment: str) -> dict[str, Any]:
-    """A fresh process without this package."""
-    known = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k != "PYTHONPATH"}
-    own = {"HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        env={**known, **own, **environment},
-        capture_output=True,
-        text=True,
-        cwd=home,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def test_loaded_by_id_without_the_package_then_offline(
     hub: Hub, runs: dict[str, Path], picture: Path, tmp_path: Path
 ) -> None:
     report = _push(runs, "lora", "lab/merged")
     assert report.commit is not None
     hub.repositories["lab/merged"].commit("main", {}, "later, all is gone")  # the pin holds
-    arguments = ("lab/merged", report.commit, str(picture))
-    online = _elsewhere(tmp_path, *arguments, HF_ENDPOINT=hub.url)
-    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
-    offline = _elsewhere(tmp_path, *arguments, **nowhere)
+    arguments = ("lab/merged", report.commit, picture)
+    load = partial(run_without_the_package, SCRIPT, *arguments, home=tmp_path)
+    online = load(HF_ENDPOINT=hub.url)
+    offline = load(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
     assert online == offline
     logits = _logits(runs["lora"], picture)
     close = {"rtol": 0, "atol": 1e-6}

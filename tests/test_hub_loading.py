@@ -1,10 +1,7 @@
 """The real client of the Hub loads every published layout by id, resumes, and works offline."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +10,7 @@ from typing import Any
 import published
 import pytest
 import torch
+from fresh_process import run_script
 from hub_server import TOKEN, Hub, serve
 from huggingface_hub import hf_hub_download
 from tiny import tiny_bert, tiny_clip, tiny_dinov2, tiny_siglip
@@ -137,20 +135,9 @@ def hub(folders: dict[str, Path]) -> Iterator[Hub]:
 
 
 def _load(home: Path, names: list[str], **environment: str) -> dict[str, Any]:
-    known = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    own = {"HF_HOME": str(home / "hub"), "GLOVLM_CACHE": str(home / "glovlm")}
-    own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    own = {"GLOVLM_CACHE": str(home / "glovlm")}
     own |= {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *names],
-        env={**known, **own, **environment},
-        capture_output=True,
-        text=True,
-        cwd=home,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_script(SCRIPT, *names, home=home, **own, **environment)
 
 
 @pytest.fixture(scope="module")

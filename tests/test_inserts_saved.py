@@ -1,8 +1,5 @@
 """What the methods between the blocks leave behind loads and predicts as any other model."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 from by_hand import CLASSES, IMAGES, NAMES, pixels
 from datasets import Dataset
+from fresh_process import load_without_the_package
 from tiny import tiny_clip, tiny_images, tiny_pair
 
 from hf_glovlm.backbones import load_backbone
@@ -123,65 +121,24 @@ def test_the_same_seed_gives_the_same_model(name: str, runs: dict[str, Any], row
     assert all(value.equal(state[key]) for key, value in again.model.state_dict().items())
 
 
-REMOTE = """
-import json, sys
-from pathlib import Path
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_glovlm":
-            raise ImportError("hf_glovlm is hidden")
-
-sys.meta_path.insert(0, Hidden())
-import torch
-from PIL import Image
-from transformers import AutoModelForImageClassification, AutoProcessor, pipeline
-
-result = {}
-for folder in map(Path, sys.argv[1:]):
-    image = Image.open(folder / "image.png")
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-    with torch.no_grad():
-        logits = model(**processor(images=[image], return_tensors="pt")).logits[0]
-        prompts = processor.encode_prompts(model.config.prompts)
-        texts = model.glovlm.class_prototypes(**prompts)
-    classify = pipeline("image-classification", model=str(folder), trust_remote_code=True)
-    found = {row["label"]: row["score"] for row in classify(image)}
-    result[folder.name] = [logits.tolist(), texts.tolist(), found]
-assert "hf_glovlm" not in sys.modules
-print(json.dumps(result))
+TEXTS = """
+prompts = processor.encode_prompts(model.config.prompts)
+found["texts"] = model.glovlm.class_prototypes(**prompts).tolist()
 """
 
 
 def test_remote_code_without_the_package(runs: dict[str, Any], tmp_path: Path) -> None:
     chosen = ("vpt-pair", "adapter-clip", "maple-clip", "cocoop-pair")
-    run = subprocess.run(
-        [sys.executable, "-c", REMOTE, *(str(runs[name][1]) for name in chosen)],
-        cwd=tmp_path,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    result = load_without_the_package([runs[name][1] for name in chosen], tmp_path, TEXTS)
     for name in chosen:
         adapted, folder = runs[name]
-        logits, texts, found = result[folder.name]
+        found = result[folder.name]
         inputs = adapted.processor(images=[IMAGE], return_tensors="pt")
         prompts = adapted.processor.encode_prompts(adapted.model.config.prompts)
         with torch.no_grad():
             expected = adapted.model(**inputs).logits[0]
             prototypes = adapted.model.glovlm.class_prototypes(**prompts)
-        assert logits == expected.tolist()
-        assert texts == prototypes.tolist()
+        assert found["logits"] == expected.tolist()
+        assert found["texts"] == prototypes.tolist()
         probabilities = dict(zip(NAMES, expected.softmax(0).tolist(), strict=True))
-        assert found == pytest.approx(probabilities, abs=1e-5), name
+        assert found["scores"] == pytest.approx(probabilities, abs=1e-5), name

@@ -1,8 +1,5 @@
 """The model equals the bare transformers modules it wraps, and comes back from disk unchanged."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fresh_process import load_without_the_package
 from PIL import Image
 from tiny import (
     CONTEXT,
@@ -391,42 +389,16 @@ def test_a_folder_in_half_precision(
     assert model.get_image_features(**pixels(loaded[1])).pooler_output.dtype == torch.float32
 
 
-REMOTE = """
-import json, sys
-from pathlib import Path
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "hf_glovlm":
-            raise ImportError("hf_glovlm is hidden")
-
-sys.meta_path.insert(0, Hidden())
-import numpy as np, torch
-from PIL import Image
-from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor, pipeline
-
-result = {}
-for folder in map(Path, sys.argv[1:]):
-    image = Image.open(folder / "image.png")
-    options = {"trust_remote_code": True}
-    processor = AutoProcessor.from_pretrained(folder, **options)
-    model = AutoModelForImageClassification.from_pretrained(folder, **options)
-    towers = AutoModel.from_pretrained(folder, **options)
-    inputs = processor(images=[image], return_tensors="pt")
-    with torch.no_grad():
-        logits = model(**inputs).logits
-        text = towers.class_prototypes(**processor.encode_prompts(model.config.prompts))
-    classify = pipeline("image-classification", model=str(folder), **options)
-    compare = pipeline("zero-shot-image-classification", model=str(folder), **options)
-    result[folder.name] = {
-        "logits": logits[0].tolist(),
-        "prototypes": text.tolist(),
-        "image-classification": classify(image),
-        "zero-shot": compare(image, candidate_labels=["viable", "sclerosed"]),
-        "module": type(model).__module__.split(".")[0],
-    }
-assert "hf_glovlm" not in sys.modules
-print(json.dumps(result))
+TOWERS = """
+from transformers import AutoModel
+towers = AutoModel.from_pretrained(folder, trust_remote_code=True)
+prompts = processor.encode_prompts(model.config.prompts)
+found["prototypes"] = towers.class_prototypes(**prompts).tolist()
+task = "zero-shot-image-classification"
+compare = pipeline(task, model=str(folder), trust_remote_code=True)
+rows = compare(image, candidate_labels=["viable", "sclerosed"])
+found["compared"] = [row["label"] for row in rows]
+found["module"] = type(model).__module__.split(".")[0]
 """
 
 
@@ -447,34 +419,16 @@ def test_remote_code_without_the_package(tmp_path: Path) -> None:
             expected[name] = saved(**inputs).logits[0].tolist(), text.tolist()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    run = subprocess.run(
-        [sys.executable, "-c", REMOTE, *map(str, folders)],
-        cwd=elsewhere,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "home"),
-            "HF_MODULES_CACHE": str(tmp_path / "modules"),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.splitlines()[-1])
+    result = load_without_the_package(folders, elsewhere, TOWERS)
     for name, (logits, text) in expected.items():
         found = result[name]
         assert found["module"] == "transformers_modules"
         assert found["logits"] == logits
         assert found["prototypes"] == text
-        best = found["image-classification"][0]
-        assert best["label"] == NAMES[int(np.argmax(logits))]
-        assert best["score"] == pytest.approx(
-            float(torch.tensor(logits).softmax(0).max()), abs=1e-5
-        )
-        assert {row["label"] for row in found["zero-shot"]} == {"viable", "sclerosed"}
+        probabilities = dict(zip(NAMES, torch.tensor(logits).softmax(0).tolist(), strict=True))
+        assert found["scores"] == pytest.approx(probabilities, abs=1e-5)
+        assert next(iter(found["scores"])) == NAMES[int(np.argmax(logits))]
+        assert set(found["compared"]) == {"viable", "sclerosed"}
 
 
 # ---------------------------------------------------------------------------------- pipelines
