@@ -13,13 +13,9 @@ from tiny import tiny_clip, tiny_pair, tiny_siglip, tiny_siglip2
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from hf_glovlm.adapters import METHODS, TowerMethod, Tuning
 from hf_glovlm.backbones import load_backbone
-from hf_glovlm.data import ClassInfo
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
 
-NAMES = ("mesangial", "sclerosed", "viable")
-CLASSES = [ClassInfo(n, n, (f"a {n} glomerulus", f"this photo shows {n}")) for n in NAMES]
 WORDS = ["a", "photo", "of", "a"]
 # Of several shapes, so that SigLIP 2 has images with patches that only pad.
 IMAGES = [
@@ -55,13 +51,6 @@ def loaded(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, Any]:
     """A frozen backbone with a joint space, as `adapt` hands it to a method."""
     model, processor = copy.deepcopy(_backbone(name))
     return model.to(dtype).requires_grad_(False), processor
-
-
-def attach(name: str, model: Any, processor: Any, **config: Any) -> Tuning:
-    """Let a method attach itself, with three classes."""
-    method = METHODS[name]
-    assert isinstance(method, TowerMethod)
-    return method.attach(model, processor, CLASSES, method.configure(config))
 
 
 def pixels(processor: Any, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

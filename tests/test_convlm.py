@@ -18,7 +18,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from by_hand import CLASSES, NAMES, pixels
+from attaching import CLASSES, NAMES
+from by_hand import pixels
 from datasets import Dataset
 from fresh_process import load_without_the_package
 from safetensors import safe_open

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from by_hand import CLASSES, IMAGES, NAMES, pixels
+from attaching import CLASSES, NAMES
+from by_hand import IMAGES, pixels
 from datasets import Dataset
 from fresh_process import load_without_the_package
 from tiny import tiny_clip, tiny_images, tiny_pair

@@ -7,19 +7,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from attaching import attach
 from tiny import tiny_clip, tiny_pair, tiny_siglip, tiny_siglip2
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from hf_glovlm.adapters import METHODS, Recipe, TowerMethod, Tuning, give_joint_space, tower_layers
+from hf_glovlm.adapters import Recipe, Tuning, give_joint_space, tower_layers
 from hf_glovlm.backbones import load_backbone
-from hf_glovlm.data import ClassInfo
 from hf_glovlm.loop import TensorSource, fit
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
 from hf_glovlm.replay import Replay, frozen_blocks, record_tower
 
-NAMES = ("mesangial", "sclerosed", "viable")
-CLASSES = [ClassInfo(n, n, (f"a {n} glomerulus", f"this photo shows {n}")) for n in NAMES]
 LABELS = torch.arange(11) % 3
 RECIPE = Recipe(lr=1e-3, epochs=4, batch_size=4, schedule="cosine", final_lr=0.01)
 
@@ -40,12 +38,6 @@ def deep_clip(layers: int = 4) -> tuple[Any, Any]:
         torch.manual_seed(1)
         model = GloVLMModel(GloVLMConfig(backbone_config=config), backbone=CLIPModel(config))
     return model.eval().requires_grad_(False), load()[1]
-
-
-def attach(name: str, model: Any, processor: Any, **settings: Any) -> Tuning:
-    method = METHODS[name]
-    assert isinstance(method, TowerMethod)
-    return method.attach(model, processor, CLASSES, method.configure(settings))
 
 
 class Step(nn.Module):

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from attaching import attach
 from tiny import CONTEXT, tiny_clip, tiny_pair, tiny_siglip, tiny_siglip2
 from torch import nn
 
-from hf_glovlm.adapters import METHODS, TowerMethod, Tuning, give_joint_space, tower_layers
+from hf_glovlm.adapters import METHODS, give_joint_space, tower_layers
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import ClassInfo
 from hf_glovlm.model.modeling_glovlm import TEXT_CHUNK
@@ -26,12 +27,6 @@ def load(make: Any) -> tuple[Any, Any]:
     if make is tiny_pair:
         give_joint_space(model, torch.randn(6, 64), torch.arange(6) % 3, torch.randn(3, 32))
     return model.requires_grad_(False), processor
-
-
-def attach(name: str, model: Any, processor: Any, classes: list[ClassInfo]) -> Tuning:
-    method = METHODS[name]
-    assert isinstance(method, TowerMethod)
-    return method.attach(model, processor, classes, method.configure({}))
 
 
 def many(classes: int) -> list[ClassInfo]:

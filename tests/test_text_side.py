@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attaching import CLASSES, NAMES, PROMPTS, SGD, attach, trained_names
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,9 +50,6 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.objective import TowerStep
 from hf_glovlm.training import adapt
 
-NAMES = ("mesangial", "sclerosed", "viable")
-CLASSES = [ClassInfo(n, n, (f"a {n} glomerulus", f"this photo shows {n}")) for n in NAMES]
-PROMPTS = [list(c.prompts) for c in CLASSES]
 METHOD_NAMES = ("prompt_tuning", "kgcoop", "prograd", "biomedcoop")
 FROM_WORDS = ("kgcoop", "prograd", "biomedcoop")
 Array = NDArray[np.float64]
@@ -70,28 +68,10 @@ def unit(*shape: int) -> torch.Tensor:
     return nn.functional.normalize(torch.randn(*shape), dim=-1)
 
 
-def attach(
-    name: str,
-    model: Any,
-    processor: Any,
-    classes: Sequence[ClassInfo] = CLASSES,
-    **chosen: Any,
-) -> Tuning:
-    method = METHODS[name]
-    assert isinstance(method, TowerMethod)
-    return method.attach(model, processor, classes, method.configure(chosen))
-
-
 def context_of(tuning: Tuning) -> nn.Parameter:
     (context,) = tuning.groups[0]["params"]
     assert isinstance(context, nn.Parameter)
     return context
-
-
-def trained_names(model: nn.Module, tuning: Tuning) -> list[set[str]]:
-    """Names of what trains, one set for each optimiser group."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    return [{names[id(p)] for p in group["params"]} for group in tuning.groups]
 
 
 def text_features(model: Any, encoded: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -128,16 +108,6 @@ def double(tensor: torch.Tensor) -> Array:
 
 # -------------------------------------------------------------------------------- pinned constants
 
-SGD = {
-    "weight_decay": 5e-4,
-    "optimizer": "sgd",
-    "schedule": "cosine",
-    "final_lr": 0.0,
-    "warmup_epochs": 1,
-    "warmup_lr": 1e-5,
-    "steps": None,
-    "by_step": False,
-}
 COOP = {**SGD, "lr": 2e-3, "batch_size": 32}
 EPOCHS = ((1, 50), (2, 100), (4, 100), (8, 200), (16, 200))
 RECIPES: list[tuple[str, int, dict[str, Any]]] = [
@@ -561,6 +531,21 @@ def attached() -> dict[str, tuple[Any, Tuning]]:
     return found
 
 
+def class_means(prompts: list[Array]) -> Array:
+    """A unit vector for each class."""
+    return np.stack([rows_unit(p.mean(0)) for p in prompts])
+
+
+def divergence_by_hand(
+    model: Any, own: list[Array], state: StepState, temperature: float = 1.0
+) -> Array:
+    """For each image, from the zero-shot prediction to that of the step."""
+    zero_shot = float(model.logit_scale.exp()) * double(state.features) @ class_means(own).T
+    p, q = softmax(zero_shot / temperature), softmax(double(state.logits) / temperature)
+    result: Array = (p * np.log(p / q)).sum(1)
+    return result
+
+
 @given(data=st.data())
 def test_kgcoop_adds_the_distance_to_the_hand_made_texts(
     own: list[Array], attached: dict[str, tuple[Any, Tuning]], data: st.DataObject
@@ -568,7 +553,7 @@ def test_kgcoop_adds_the_distance_to_the_hand_made_texts(
     state = data.draw(states())
     _, tuning = attached["kgcoop"]
     assert tuning.penalty is not None
-    t, h = double(state.prototypes), np.stack([rows_unit(p.mean(0)) for p in own])
+    t, h = double(state.prototypes), class_means(own)
     expected = 8.0 * (1 - np.mean([t[k] @ h[k] for k in range(3)]))
     assert tuning.penalty(state).item() == pytest.approx(expected, abs=1e-5)
 
@@ -580,11 +565,7 @@ def test_prograd_is_guided_by_the_zero_shot_predictions(
     state = data.draw(states())
     model, tuning = attached["prograd"]
     assert tuning.guide is not None
-    h = np.stack([rows_unit(p.mean(0)) for p in own])
-    p = softmax(float(model.logit_scale.exp()) * double(state.features) @ h.T)
-    q = softmax(double(state.logits))
-    kept = state.weight.numpy() > 0
-    expected = (p * np.log(p / q)).sum(1)[kept].mean()
+    expected = divergence_by_hand(model, own, state)[state.weight.numpy() > 0].mean()
     assert tuning.guide(state).item() == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
@@ -595,11 +576,8 @@ def test_a_temperature_softens_both_softmaxes(temperature: float, own: list[Arra
     features, prototypes = unit(5, 24), unit(3, 24)
     logits = 7 * features @ prototypes.T
     state = StepState(features, prototypes, logits, torch.zeros(5).long(), torch.ones(5))
-    h = np.stack([rows_unit(p.mean(0)) for p in own])
-    p = softmax(float(model.logit_scale.exp()) * double(features) @ h.T / temperature)
-    q = softmax(double(logits) / temperature)
     assert tuning.guide is not None
-    expected = (p * np.log(p / q)).sum(1).mean()
+    expected = divergence_by_hand(model, own, state, temperature).mean()
     assert tuning.guide(state).item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -643,8 +621,7 @@ def biomedcoop_by_hand(
     scores = np.array([np.mean([max(scale * row @ c for c in one) for row in f]) for one in sets])
     kept = kept_by_the_paper(scores, tau)
     teacher = rows_unit(np.mean([one for one, k in zip(sets, kept, strict=True) if k], axis=0))
-    mean = np.stack([rows_unit(p.mean(0)) for p in prompts])
-    consistency = ((double(state.prototypes) - mean) ** 2).mean()
+    consistency = ((double(state.prototypes) - class_means(prompts)) ** 2).mean()
     p = softmax(scale * f @ teacher.T)
     q = softmax(double(state.logits)[state.weight.numpy() > 0])
     distillation = (p * np.log(p / q)).sum() / p.size

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attaching import PROMPTS, attach, trained_names, vit_b_16
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny import tiny_clip, tiny_pair, tiny_siglip, tiny_siglip2
@@ -26,14 +27,10 @@ from hf_glovlm.adapters import (
 from hf_glovlm.adapters.tuners import UNSUITABLE, find_tuner, tuner_names
 from hf_glovlm.adapters.weights import target_modules
 from hf_glovlm.backbones import load_backbone
-from hf_glovlm.data import ClassInfo
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.loop import _optimizer, learning_rate, plan
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
 
-NAMES = ("mesangial", "sclerosed", "viable")
-CLASSES = [ClassInfo(n, n, (f"a {n} glomerulus", f"this photo shows {n}")) for n in NAMES]
-PROMPTS = [list(c.prompts) for c in CLASSES]
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
@@ -48,18 +45,6 @@ def pair() -> tuple[Any, Any]:
     texts = nn.functional.normalize(torch.randn(3, 32), dim=-1)
     give_joint_space(model, torch.randn(6, 64), LABELS, texts)
     return model.requires_grad_(False), processor
-
-
-def attach(name: str, model: Any, processor: Any, **settings: Any) -> Tuning:
-    method = METHODS[name]
-    assert isinstance(method, TowerMethod)
-    return method.attach(model, processor, CLASSES, method.configure(settings))
-
-
-def trained_names(model: nn.Module, tuning: Tuning) -> list[set[str]]:
-    """Names of what trains, one set for each optimiser group."""
-    names = {id(p): n for n, p in model.named_parameters()}
-    return [{names[id(p)] for p in group["params"]} for group in tuning.groups]
 
 
 def of_size(width: int, text_width: int) -> GloVLMModel:
@@ -290,27 +275,8 @@ def test_an_adapted_map_is_the_old_one_plus_the_scaled_product(
 
 
 def test_clip_lora_trains_184320_numbers_of_a_vit_b_16_clip() -> None:
+    model = vit_b_16()
     with torch.device("meta"):
-        stock = CLIPModel(
-            CLIPConfig(
-                vision_config={
-                    "hidden_size": 768,
-                    "intermediate_size": 3072,
-                    "num_hidden_layers": 12,
-                    "num_attention_heads": 12,
-                    "patch_size": 16,
-                },
-                text_config={
-                    "hidden_size": 512,
-                    "intermediate_size": 2048,
-                    "num_hidden_layers": 12,
-                    "num_attention_heads": 8,
-                },
-                projection_dim=512,
-            )
-        )
-        model = GloVLMModel(GloVLMConfig(backbone_config=stock.config), backbone=stock)
-        model.requires_grad_(False)
         tuning = attach("clip_lora", model, None)
     assert sum(p.numel() for g in tuning.groups for p in g["params"]) == 184_320
     (names,) = trained_names(model, tuning)
