@@ -28,6 +28,7 @@ __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "
 
 COMPARED = ("macro_auc", "balanced_accuracy")
 SUMMARISED = ("balanced_accuracy", "macro_auc", "macro_f1", "ece")
+RECALL_ROWS = 60  # of the table of groups in the report that people read
 RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
 _OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
 _OF_CELL |= {"overwrite", "resume", "save_model"}
@@ -565,12 +566,17 @@ def _render_section(
         )
 
     yield f"### Recall in each of the {unit}, mean over the draws that test it{drawings}"
+    # Of hundreds of groups of an image or two a recall each says nothing: the largest are shown.
+    recall = section["recall"]
+    largest = sorted(range(len(recall)), key=lambda i: -recall[i]["n"])[:RECALL_ROWS]
     rows = []
-    for row in section["recall"]:
+    for row in (recall[i] for i in sorted(largest)):
         cells = [row["methods"].get(name) for name in names]
         shown = [f"{c['mean']:.2f} ({c['n_draws']})" if c else "" for c in cells]
         rows.append([row["group"], row["class"], str(row["n"]), *shown])
     yield _markdown(["group", "class", "images", *(f"{n} (draws)" for n in names)], rows)
+    if len(recall) > len(rows):
+        yield f"The {len(rows)} largest of {len(recall)} rows; the others are in `report.json`."
 
 
 def _paired(versus: Mapping[str, Any] | None) -> list[str]:

@@ -137,6 +137,23 @@ def test_the_report_states_what_a_number_needs(finished: tuple[Path, dict[str, A
     assert "too few groups" in text  # of 6 patients
 
 
+def test_the_report_shows_the_largest_groups(
+    finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, report = finished
+    rows = report["sections"][0]["recall"]
+    assert "largest of" not in render_report(report)
+    monkeypatch.setattr("hf_glovlm.study.RECALL_ROWS", 3)
+    report = report | {"sections": [report["sections"][0] | {"recall": [
+        row | {"n": 1 + i} for i, row in enumerate(rows)
+    ]}]}  # fmt: skip
+    text = render_report(report)
+    assert f"The 3 largest of {len(rows)} rows" in text
+    for i, row in enumerate(rows):
+        line = f"| {row['group']} | {row['class']} | {1 + i} |"
+        assert (line in text) is (i >= len(rows) - 3)
+
+
 def test_headings_of_drawings_say_so(data: Path, tmp_path: Path) -> None:
     drawn = Path(shutil.copytree(data, tmp_path / "drawn"))
     (drawn / "DRAWINGS").touch()
