@@ -355,71 +355,38 @@ def _classify_encoded(
     """Write a slide's files into a folder; returns its entry in the results."""
     names = tools.class_names
     tiles = _read_tiles(encoded.path, names)
-    columns: dict[str, NDArray[Any]] = {}
-    said: dict[str, Any] = {}
-    if names:
-        columns |= {f"p_{name}": tiles.probabilities[:, k] for k, name in enumerate(names)}
-        said = _pool(tiles, config, names)
-    if tools.aggregator is not None:
-        prediction = tools.aggregator.predict(read_bag(encoded.path))
-        if prediction.attention is not None:
-            columns["attention"] = prediction.attention
-        for k, name in enumerate(tools.slide_class_names):
-            columns[f"score_{name}"] = prediction.tile_scores[:, k]
-        said |= {
-            "label": prediction.label,
-            "probabilities": prediction.probabilities,
-            "pooling": tools.aggregator.aggregator.name,
-            "notes": prediction.notes,
-        }
-    notes = said.pop("notes", ())
-    target = config.heatmap_class or said["label"]
-
-    # The bag does not hold it, and it follows from the slide and the bag's settings.
-    grid = lay_tiles(
-        slide,
-        find_tissue(slide),
-        tile_size=tiles.size,
-        mpp=tiles.mpp,
-        overlap=config.overlap,
-        min_tissue=config.min_tissue,
-    )
+    verdict = _judge(tiles, encoded.path, config, tools)
+    target = config.heatmap_class or verdict.said["label"]
+    heat = _heat(target, verdict.columns, config, tools)
     place: tuple[Any, int] = (tiles.coords, tiles.extent)
     called = [names[k] for k in tiles.probabilities.argmax(axis=1)] if names else None
-    write_tiles(work / "tiles.parquet", *place, grid.tissue_fraction, columns, called)
-    if tools.aggregator is None:
-        heat, limits, meaning = columns[f"p_{target}"], (0.0, 1.0), f"probability of {target}"
-        threshold = config.threshold
-    else:
-        heat, meaning, threshold = columns[f"score_{target}"], f"spoke for {target}", 0.0
-        most = float(np.abs(heat).max()) or 1.0
-        limits = (-most, most)
+    tissue = _tissue_fraction(slide, tiles, config)
+    write_tiles(work / "tiles.parquet", *place, tissue, verdict.columns, called)
     draw_heatmap(
         work / "heatmap.png",
         slide.thumbnail(HEATMAP_SIDE),
         slide.size,
         *place,
-        heat,
+        heat.values,
         title=f"{task.name}: {target}",
-        value_name=meaning,
-        limits=limits,
+        value_name=heat.meaning,
+        limits=heat.limits,
         mpp=slide.mpp,
     )
     squares = write_tile_geojson(
         work / "tiles.geojson",
         *place,
-        heat,
-        threshold=threshold,
-        columns=columns,
-        labels=called or [target] * len(heat),
+        heat.values,
+        threshold=heat.threshold,
+        columns=verdict.columns,
+        labels=called or [target] * len(heat.values),
     )
-    flags = [*encoded.flags, *notes]
-    counts, more = _count(task, slide, tiles.probabilities, config, tools, work)
+    counts, notes = _count(task, slide, tiles.probabilities, config, tools, work)
     return {
         "slide": task.name,
         "status": "done",
-        **said,
-        "n_tiles": len(heat),
+        **verdict.said,
+        "n_tiles": len(tiles.coords),
         "tile_size": tiles.size,
         "tile_mpp": tiles.mpp,
         "input_mpp": encoded.input_mpp,
@@ -429,8 +396,59 @@ def _classify_encoded(
         "heatmap_class": target,
         "squares": squares,
         "counts": counts,
-        "flags": _shown_flags([*flags, *more], task, config),
+        "flags": _shown_flags([*encoded.flags, *verdict.notes, *notes], task, config),
     }
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What is said of a slide and of its tiles, by pooling or by an aggregator."""
+
+    said: dict[str, Any]  # of the slide, as its results have it
+    columns: dict[str, NDArray[Any]]  # of the tiles
+    notes: Sequence[str] = ()
+
+
+def _judge(tiles: "_Tiles", bag: Path, config: SlideConfig, tools: _Tools) -> _Verdict:
+    """Pool what the classifier says of the tiles; an aggregator, if given, has the last word."""
+    names = tools.class_names
+    columns: dict[str, NDArray[Any]] = {}
+    columns |= {f"p_{name}": tiles.probabilities[:, k] for k, name in enumerate(names)}
+    said = _pool(tiles, config, names) if names else {}
+    if tools.aggregator is None:
+        return _Verdict(said, columns)
+    prediction = tools.aggregator.predict(read_bag(bag))
+    if prediction.attention is not None:
+        columns["attention"] = prediction.attention
+    for k, name in enumerate(tools.slide_class_names):
+        columns[f"score_{name}"] = prediction.tile_scores[:, k]
+    said |= {
+        "label": prediction.label,
+        "probabilities": prediction.probabilities,
+        "pooling": tools.aggregator.aggregator.name,
+    }
+    return _Verdict(said, columns, prediction.notes)
+
+
+@dataclass(frozen=True)
+class _Heat:
+    """A value of each tile, and how it is shown."""
+
+    values: NDArray[Any]
+    meaning: str
+    limits: tuple[float, float]
+    threshold: float  # of a tile that becomes a square
+
+
+def _heat(
+    target: str, columns: Mapping[str, NDArray[Any]], config: SlideConfig, tools: _Tools
+) -> _Heat:
+    if tools.aggregator is None:
+        values = columns[f"p_{target}"]
+        return _Heat(values, f"probability of {target}", (0.0, 1.0), config.threshold)
+    values = columns[f"score_{target}"]
+    most = float(np.abs(values).max()) or 1.0
+    return _Heat(values, f"spoke for {target}", (-most, most), 0.0)
 
 
 def _pool(tiles: "_Tiles", config: SlideConfig, names: Sequence[str]) -> dict[str, Any]:
@@ -510,6 +528,18 @@ def _read_tiles(path: Path, names: Sequence[str]) -> _Tiles:
         size=int(about["tile_size"]),
         mpp=about["tile_mpp"],
     )
+
+
+def _tissue_fraction(slide: Slide, tiles: _Tiles, config: SlideConfig) -> NDArray[np.float32]:
+    """Of each tile. The bag does not hold it; it follows from the slide and the bag's settings."""
+    return lay_tiles(
+        slide,
+        find_tissue(slide),
+        tile_size=tiles.size,
+        mpp=tiles.mpp,
+        overlap=config.overlap,
+        min_tissue=config.min_tissue,
+    ).tissue_fraction
 
 
 def _shown_flags(flags: Sequence[str], task: _Task, config: SlideConfig) -> list[str]:
