@@ -1,6 +1,7 @@
 """Three classes, a method that attaches itself to a model, and what of the model then trains."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,6 +25,13 @@ SGD = {  # CoOp's, which its successors kept
     "steps": None,
     "by_step": False,
 }
+
+
+def default_recipe(name: str, shots: int) -> dict[str, Any]:
+    """How a method trains where nothing else is chosen."""
+    method = METHODS[name]
+    assert isinstance(method, TowerMethod)
+    return asdict(method.recipe(shots, method.configure({})))
 
 
 def attach(

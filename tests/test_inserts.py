@@ -4,13 +4,12 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from attaching import NAMES, SGD, attach, vit_b_16
+from attaching import NAMES, SGD, attach, default_recipe, vit_b_16
 from by_hand import (
     BACKBONES,
     IMAGES,
@@ -34,7 +33,7 @@ from tiny import tiny_clip
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel, SwinConfig, SwinModel
 
-from hf_glovlm.adapters import METHODS, TowerMethod, Tuning
+from hf_glovlm.adapters import METHODS, Tuning
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import encoder_key
@@ -534,11 +533,9 @@ SETTINGS = {
 @pytest.mark.parametrize("shots", [1, 4, 16])
 @pytest.mark.parametrize("name", MINE)
 def test_recipes_and_settings_are_the_published_ones(name: str, shots: int) -> None:
-    method = METHODS[name]
-    assert isinstance(method, TowerMethod)
-    recipe = asdict(method.recipe(shots, method.configure({})))
+    recipe = default_recipe(name, shots)
     assert {key: recipe[key] for key in RECIPES[name]} == RECIPES[name]
-    assert method.describe()["settings"] == SETTINGS[name]
+    assert METHODS[name].describe()["settings"] == SETTINGS[name]
 
 
 # ------------------------------------------------------------------------------------- refusals

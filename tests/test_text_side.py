@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attaching import CLASSES, NAMES, PROMPTS, SGD, attach, trained_names
+from attaching import CLASSES, NAMES, PROMPTS, SGD, attach, default_recipe, trained_names
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel, PreTrainedTokenizerFast
 
-from hf_glovlm.adapters import METHODS, StepState, TowerMethod, Tuning, give_joint_space
+from hf_glovlm.adapters import METHODS, StepState, Tuning, give_joint_space
 from hf_glovlm.adapters.text import (
     ContextConfig,
     ContextEmbedding,
@@ -146,9 +145,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 
 @pytest.mark.parametrize(("name", "shots", "expected"), RECIPES)
 def test_recipes_are_the_published_ones(name: str, shots: int, expected: dict[str, Any]) -> None:
-    method = METHODS[name]
-    assert isinstance(method, TowerMethod)
-    recipe = asdict(method.recipe(shots, method.configure({})))
+    recipe = default_recipe(name, shots)
     assert {key: recipe[key] for key in expected} == expected
 
 

@@ -1,7 +1,7 @@
 """Methods inside the towers: what trains, with which numbers, and that it saves as it trained."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attaching import PROMPTS, attach, trained_names, vit_b_16
+from attaching import PROMPTS, attach, default_recipe, trained_names, vit_b_16
 from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from tiny import tiny_clip, tiny_pair, tiny_siglip, tiny_siglip2
@@ -146,9 +146,7 @@ SETTINGS: dict[str, Mapping[str, Any]] = {
 
 @pytest.mark.parametrize(("name", "shots", "expected"), RECIPES)
 def test_recipes_are_the_published_ones(name: str, shots: int, expected: dict[str, Any]) -> None:
-    method = METHODS[name]
-    assert isinstance(method, TowerMethod)
-    recipe = asdict(method.recipe(shots, method.configure({})))
+    recipe = default_recipe(name, shots)
     assert {key: recipe[key] for key in expected} == expected
 
 
