@@ -23,6 +23,7 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from .calibration.inputs import softmax
 from .data.folder import open_image
 from .errors import GloVLMError, nearest
 
@@ -431,8 +432,7 @@ def embed_images(
         GloVLMError: An image cannot be decoded, its features are not finite, or one image alone
             does not fit into memory.
     """
-    if device is not None:
-        _move(model, resolve_device(device))
+    _move(model, device)
     rows = _Rows(images)
     digests = rows.digests()
     first: dict[bytes, int] = {}
@@ -621,8 +621,10 @@ def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _move(model: torch.nn.Module, device: torch.device) -> None:
-    model.to(device)
+def _move(model: torch.nn.Module, device: "str | torch.device | None") -> None:
+    """Put a model where it is to compute; by default it stays where it is."""
+    if device is not None:
+        model.to(resolve_device(device))
 
 
 @contextmanager
@@ -841,8 +843,7 @@ def predict(
     Raises:
         GloVLMError: A label is no class of the model; and what `embed_images` raises.
     """
-    if device is not None:
-        _move(model, resolve_device(device))
+    _move(model, device)
     id2label: Any = model.config.id2label
     names = [str(id2label[k]) for k in range(len(id2label))]
     labels = _labels(images, names)
@@ -862,10 +863,9 @@ def predict(
             "The head returned logits that are not finite: the model's training diverged; train it "
             "again with a lower learning rate."
         )
-    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf))
     known = "file_name" in images.column_names
     return Predictions(
-        probabilities=powers / powers.sum(1, keepdims=True),
+        probabilities=softmax(logits.astype(np.float64)),
         logits=logits,
         class_names=names,
         file_names=[str(n) for n in (images["file_name"] if known else range(len(images)))],
