@@ -7,17 +7,33 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .adapters import FeatureMethod, Method, get_method
 from .backbones import known_rows, load_backbone, pretraining_notes
+from .calibration import (
+    Calibration,
+    ConformalThresholds,
+    calibrate,
+    check_items,
+    conformal_sets,
+    declared_prior,
+    estimate_prior,
+    measure_abstention,
+    measure_sets,
+    prior_shift,
+)
+from .calibration.inputs import softmax
 from .card import render_card
 from .errors import GloVLMError
-from .inference import FeatureCache, Predictions, predict
+from .inference import FeatureCache, Predictions, embed_images, predict, resolve_device
 from .loop import write_text
 from .run_folder import claim, put_in_place, unfinished
 from .scale import describe_scale, known_scale
@@ -25,12 +41,9 @@ from .train_config import TrainConfig
 from .training import Adapted, adapt
 
 if TYPE_CHECKING:
-    import numpy as np
     from accelerate import Accelerator
     from datasets import Dataset, DatasetDict
-    from numpy.typing import NDArray
 
-    from .calibration import Calibration
     from .data import ClassInfo, Episode
     from .data.check import DataReport
 
@@ -106,9 +119,6 @@ def run(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
-    from .data import group_rows, load_classes, save_episodes
-    from .data.folder import column
-
     tell = on_event or (lambda kind, what: None)
     clock = _Clock()
     output = Path(config.output_dir).expanduser()
@@ -118,111 +128,160 @@ def run(
 
     tell("stage", {"name": "checking the data"})
     loader = loader or Loader()
-    dataset, report = loader.data(config.data)
-    rows, episode = _choose_episode(dataset, config)
-    names: list[str] = rows.features["label"].names
-    classes = load_classes(names, source=config.data, prompts=config.prompts, stain=config.stain)
-    groups = group_rows(rows, group_column=episode.group_column)
-    labels = column(rows, "label")
-    summary = episode.summary(labels, groups.ids, names)
-    shift = _declared_shift(config, names)
-    if episode.calibration and config.conformal:
-        _check_calibration(episode, labels, names, config)
-    tell("episode", summary)
+    task = _read_task(config, loader)
+    tell("episode", task.summary)
     clock.lap("data")
 
     tell("stage", {"name": "loading the backbone"})
-    method = get_method(config.method)
-    processes = _Processes(config, method)
+    processes = _Processes(config, task.method)
     model, processor = loader.backbone(config.backbone)
     model.to(processes.device)
     clock.lap("load")
 
     tell("stage", {"name": f"adapting: {config.method}"})
-    test = rows.select(episode.test)
-    cache = FeatureCache() if config.cache else None
     with unfinished(output, config, processes.main) as work:
-        adapted = adapt(
-            model,
-            method.name,
-            rows.select(episode.support),
-            processor=processor,
-            classes=classes,
-            settings=config.method_config,
-            recipe=config.recipe_overrides(),
-            loss=config.loss,
-            validation=rows.select(episode.validation) if episode.validation else None,
-            query=test.select_columns(["image"]) if method.transductive else None,
-            groups=[groups.ids[i] for i in episode.support],
-            cross_validate=config.cross_validate,
-            max_steps=config.max_steps,
-            seed=config.seed,
-            augment=config.augment,
-            accumulate=config.accumulate,
-            clip_norm=config.clip_norm,
-            accelerator=processes.accelerator,
-            cache=cache,
-            output_dir=work,
-            resume=config.resume,
-            on_epoch=lambda row: tell("epoch", row),
-        )
-        images = adapted.processor.image_processor
-        adapted.model.config.mpp = known_scale(images, rows.select(episode.support))
+        adapted = _adapt(model, processor, task, processes, work, partial(tell, "epoch"))
         clock.lap("adapt")
 
         tell("stage", {"name": "predicting the test images"})
-        frozen = cache if adapted.frozen_tower else None
-        calibrated = None
-        if episode.calibration:
-            calibrated = _calibrate(
-                adapted, rows, episode, groups.ids, config, processes, frozen, shift
-            )
-        if shift is not None:
-            adapted.model.config.prior_shift = shift
-        predictions = processes.predict(
-            adapted, test, [groups.ids[i] for i in episode.test], frozen
-        )
-        further = _further_results(adapted, predictions, test, frozen, config)
+        calibrated = _calibrate(adapted, task, processes)
+        test, groups = task.side("test")
+        predictions = processes.predict(adapted, test, groups)
+        further = _further_results(adapted, predictions, test, processes.cache_for(adapted), config)
         clock.lap("predict")
+
         tell("stage", {"name": "measuring"})
         measured = measure(predictions, n_resamples=config.n_resamples, seed=config.seed)
         clock.lap("metrics")
 
         results = {
             "config": config.to_repeat(),
-            "data": _describe_data(
-                config, report, rows, labels, groups.ids, episode, classes, summary
-            )
-            | {"mpp": describe_scale(adapted.model.config.mpp)},
+            "data": _describe_data(task) | {"mpp": describe_scale(adapted.model.config.mpp)},
             **measured,
-            **_describe_adapted(adapted, method, config),
+            **_describe_adapted(adapted, task),
             **further,
             **_subgroups(predictions, test, config),
             **({} if calibrated is None else {"calibration": _describe_calibration(calibrated)}),
-            "notes": [
-                *episode_notes(episode),
-                *adapted.notes,
-                *(calibrated.notes if calibrated is not None else ()),
-                *_pretraining_notes(adapted, config, rows),
-            ],
-            "synthetic": bool(adapted.model.config.synthetic or _synthetic(config.data)),
+            "notes": _notes(adapted, task, calibrated),
+            "synthetic": adapted.model.config.synthetic,
             "timing": clock.report(),
             "environment": describe_environment(processes.device, processes.count),
         }
-        adapted.model.config.synthetic = results["synthetic"]
         if processes.main:
-            _write_run(work, adapted if config.save_model else None, predictions, results)
-            save_episodes(work / "episodes.json", [episode], rows, results["data"]["name"])
+            _write_run(work, adapted, predictions, results, task)
             put_in_place(work, output, OWN_FILES)
     processes.wait()
     return results
 
 
-def _describe_adapted(adapted: Adapted, method: Method, config: TrainConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Task:
+    """What is to be learned and from what: the data of a run, read, checked and split.
+
+    Attributes:
+        config: What to do.
+        method: How to adapt.
+        report: What is known of the data.
+        rows: All of them.
+        episode: On which side each row stands.
+        labels: Class number of each row.
+        groups: Patient, case or slide of each row.
+        classes: Names and prompts, in label order.
+        summary: Labels and groups per class, as events and results state them.
+        shift: What a declared prevalence adds to the logits, if one is declared.
+    """
+
+    config: TrainConfig
+    method: Method
+    report: "DataReport"
+    rows: "Dataset"
+    episode: "Episode"
+    labels: Sequence[int]
+    groups: Sequence[str]
+    classes: Sequence["ClassInfo"]
+    summary: dict[str, Any]
+    shift: list[float] | None
+
+    def side(self, name: str) -> tuple["Dataset", list[str]]:
+        """The rows on one side of the split, and the group of each."""
+        index = getattr(self.episode, name)
+        return self.rows.select(index), [self.groups[i] for i in index]
+
+
+def _read_task(config: TrainConfig, loader: Loader) -> _Task:
+    """Read and split the data, and refuse what cannot be done before a backbone is loaded."""
+    from .data import group_rows, load_classes
+    from .data.folder import column
+
+    dataset, report = loader.data(config.data)
+    rows, episode = _choose_episode(dataset, config)
+    names: list[str] = rows.features["label"].names
+    classes = load_classes(names, source=config.data, prompts=config.prompts, stain=config.stain)
+    groups = group_rows(rows, group_column=episode.group_column).ids
+    labels = column(rows, "label")
+    task = _Task(
+        config=config,
+        method=get_method(config.method),
+        report=report,
+        rows=rows,
+        episode=episode,
+        labels=labels,
+        groups=groups,
+        classes=classes,
+        summary=episode.summary(labels, groups, names),
+        shift=_declared_shift(config, names),
+    )
+    if episode.calibration and config.conformal:
+        _check_calibration(episode, labels, names, config)
+    return task
+
+
+def _adapt(
+    model: Any,
+    processor: Any,
+    task: _Task,
+    processes: "_Processes",
+    work: Path,
+    on_epoch: Callable[[dict[str, Any]], None],
+) -> Adapted:
+    """Adapt to the task; the model keeps the scale of its images, and whether they are drawings."""
+    config = task.config
+    support, groups = task.side("support")
+    adapted = adapt(
+        model,
+        task.method.name,
+        support,
+        processor=processor,
+        classes=task.classes,
+        settings=config.method_config,
+        recipe=config.recipe_overrides(),
+        loss=config.loss,
+        validation=task.side("validation")[0] if task.episode.validation else None,
+        query=task.side("test")[0].select_columns(["image"]) if task.method.transductive else None,
+        groups=groups,
+        cross_validate=config.cross_validate,
+        max_steps=config.max_steps,
+        seed=config.seed,
+        augment=config.augment,
+        accumulate=config.accumulate,
+        clip_norm=config.clip_norm,
+        accelerator=processes.accelerator,
+        cache=processes.cache,
+        output_dir=work,
+        resume=config.resume,
+        on_epoch=on_epoch,
+    )
+    about = adapted.model.config
+    about.mpp = known_scale(adapted.processor.image_processor, support)
+    about.synthetic = bool(about.synthetic or _synthetic(config.data))
+    return adapted
+
+
+def _describe_adapted(adapted: Adapted, task: _Task) -> dict[str, Any]:
     """Method, backbone and training, as the results state them."""
     model = adapted.model.config
     return {
-        "method": method.describe() | {"settings": asdict(adapted.settings)},
+        "method": task.method.describe() | {"settings": asdict(adapted.settings)},
         "backbone": {
             "name": model.backbone_name,
             "revision": model.backbone_revision,
@@ -234,23 +293,26 @@ def _describe_adapted(adapted: Adapted, method: Method, config: TrainConfig) -> 
             "recipe": asdict(adapted.recipe) if adapted.recipe else None,
             "epochs_run": len(adapted.log),
             "final_loss": adapted.log[-1]["loss"] if adapted.log else None,
-            "loss": config.loss,
+            "loss": task.config.loss,
             "facts": adapted.facts,
         },
     }
 
 
 def _write_run(
-    work: Path, adapted: Adapted | None, predictions: Predictions, results: dict[str, Any]
+    work: Path, adapted: Adapted, predictions: Predictions, results: dict[str, Any], task: _Task
 ) -> None:
-    """Write model (`None`: not kept), predictions, card and results."""
-    if adapted is not None:
+    """Write model, if it is to be kept, predictions, card, results and the split."""
+    from .data import save_episodes
+
+    if task.config.save_model:
         adapted.save(work / "model")
     else:
         shutil.rmtree(work / "adapter", ignore_errors=True)
     predictions.save(work / "predictions.parquet")
     write_text(work / "README.md", render_card(results))
     write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
+    save_episodes(work / "episodes.json", [task.episode], task.rows, results["data"]["name"])
 
 
 def measure(predictions: Predictions, *, n_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
@@ -290,7 +352,7 @@ def _subgroups(
     return {"subgroups": found} if found else {}
 
 
-def _describe_calibration(calibrated: "Calibration") -> dict[str, Any]:
+def _describe_calibration(calibrated: Calibration) -> dict[str, Any]:
     return {"temperature": calibrated.temperature, **calibrated.facts}
 
 
@@ -298,8 +360,6 @@ def _declared_shift(config: TrainConfig, names: Sequence[str]) -> list[float] | 
     """What a declared prevalence adds to the logits."""
     if config.prior is None or isinstance(config.prior, str):
         return None
-    from .calibration import declared_prior, prior_shift
-
     return [float(value) for value in prior_shift(declared_prior(config.prior, names))]
 
 
@@ -307,8 +367,6 @@ def _check_calibration(
     episode: "Episode", labels: Sequence[int], names: Sequence[str], config: TrainConfig
 ) -> None:
     """Refuse, before anything is trained, sets for which there are too few images."""
-    from .calibration import check_items
-
     check_items(
         [labels[i] for i in episode.calibration],
         names,
@@ -318,36 +376,32 @@ def _check_calibration(
     )
 
 
-def _calibrate(
-    adapted: Adapted,
-    rows: "Dataset",
-    episode: "Episode",
-    groups: Sequence[str],
-    config: TrainConfig,
-    processes: "_Processes",
-    cache: FeatureCache | None,
-    shift: list[float] | None,
-) -> "Calibration":
-    """Fit temperature, sets and abstention on groups that the method never saw; they are kept."""
-    from .calibration import calibrate
+def _calibrate(adapted: Adapted, task: _Task, processes: "_Processes") -> Calibration | None:
+    """Fit temperature, sets and abstention on groups that the method never saw, if there are any.
 
-    held_out = [groups[i] for i in episode.calibration]
-    said = processes.predict(adapted, rows.select(episode.calibration), held_out, cache)
-    assert said.labels is not None  # rows of a labelled set
-    found = calibrate(
-        said.logits,
-        said.labels,
-        held_out,
-        said.class_names,
-        temperature=config.temperature,
-        conformal=config.conformal,
-        alpha=config.alpha,
-        per_class=config.per_class,
-        max_risk=config.max_risk,
-        shift=shift,
-    )
-    adapted.model.config.temperature = found.temperature
-    adapted.model.config.calibration = found.to_dict()
+    The model keeps these, and what a declared prevalence adds.
+    """
+    config, model, found = task.config, adapted.model.config, None
+    if task.episode.calibration:
+        rows, groups = task.side("calibration")
+        said = processes.predict(adapted, rows, groups)
+        assert said.labels is not None  # rows of a labelled set
+        found = calibrate(
+            said.logits,
+            said.labels,
+            groups,
+            said.class_names,
+            temperature=config.temperature,
+            conformal=config.conformal,
+            alpha=config.alpha,
+            per_class=config.per_class,
+            max_risk=config.max_risk,
+            shift=task.shift,
+        )
+        model.temperature = found.temperature
+        model.calibration = found.to_dict()
+    if task.shift is not None:
+        model.prior_shift = task.shift
     return found
 
 
@@ -363,82 +417,93 @@ def _further_results(
     Where a method or a prior looked at the unlabelled test images, the predictions are replaced by
     what it says about these.
     """
-    import numpy as np
+    found: dict[str, Any] = {}
+    if adapted.query_logits is not None:
+        found["transductive"] = _take_query_answers(adapted, predictions, adapted.query_logits)
+    if adapted.variants:
+        found["prompt_sets"] = _spread_over_prompts(adapted, predictions, test, cache)
+    if config.prior is not None:
+        found["prior_correction"] = _correct_prior(adapted, predictions, config.prior)
+    return found | _measure_answers(predictions, adapted.model.config.calibration or {})
 
-    from .inference import embed_images
+
+def _take_query_answers(
+    adapted: Adapted, predictions: Predictions, answers: torch.Tensor
+) -> dict[str, Any]:
+    """Put what a transductive method says about the test images in place of the predictions."""
+    found = {
+        "query_images": len(predictions.logits),
+        "saved_model_alone": _point_values(predictions, predictions.logits),
+    }
+    logits = answers.float().numpy()
+    shift = adapted.model.config.prior_shift  # a declared one; the saved model has it already
+    _replace_logits(predictions, logits if shift is None else logits + np.float32(shift))
+    predictions.similarities = None
+    return found
+
+
+def _spread_over_prompts(
+    adapted: Adapted, predictions: Predictions, test: "Dataset", cache: FeatureCache | None
+) -> dict[str, Any]:
+    """How far the metrics of the heads that other prompts gave lie apart."""
+    features = torch.from_numpy(
+        embed_images(adapted.model.glovlm, adapted.processor, test, cache=cache)
+    )
+    with torch.inference_mode():
+        values = [_point_values(predictions, head(features).numpy()) for head in adapted.variants]
+    return {"sets": len(values)} | {
+        name: {
+            "median": float(np.median([v[name] for v in values])),
+            "quartiles": np.quantile([v[name] for v in values], (0.25, 0.75)).tolist(),
+            "range": [min(v[name] for v in values), max(v[name] for v in values)],
+        }
+        for name in ("accuracy", "balanced_accuracy", "macro_auc", "macro_f1")
+    }
+
+
+def _correct_prior(
+    adapted: Adapted, predictions: Predictions, prior: Mapping[str, float] | str
+) -> dict[str, Any]:
+    """Say which prevalence the predictions are corrected for; estimate it first, where asked to."""
+    assumes = {"assumes": "a uniform prior of the model, as k shots imply"}
+    if not isinstance(prior, str):  # declared: the model had it when it predicted
+        return assumes | {"how": "declared", "prevalence": prior}
+    n = len(predictions.logits)
+    estimated = estimate_prior(predictions.probabilities)
+    shift = prior_shift(estimated.prior)
+    adapted.model.config.prior_shift = [float(value) for value in shift]
+    _replace_logits(predictions, predictions.logits + shift.astype(np.float32))
+    adapted.notes.append(
+        f"The prevalence was estimated from the {n} unlabelled test images together: these "
+        "results are transductive."
+    )
+    return assumes | {
+        "how": "em",
+        "transductive": True,
+        "query_images": n,
+        "iterations": estimated.iterations,
+        "converged": estimated.converged,
+        "prevalence": dict(zip(predictions.class_names, map(float, estimated.prior), strict=True)),
+    }
+
+
+def _point_values(predictions: Predictions, logits: NDArray[np.floating[Any]]) -> dict[str, Any]:
+    """The metrics of other logits for the images of labelled predictions, without intervals."""
     from .metrics import compute_metrics
 
-    labels = predictions.labels
-    assert labels is not None  # callers predict labelled rows
-    found: dict[str, Any] = {}
+    assert predictions.labels is not None  # callers predict labelled rows
+    probabilities = softmax(logits.astype(np.float64))
+    measured = compute_metrics(predictions.labels, probabilities, n_resamples=0)
+    return {name: m["value"] for name, m in measured["metrics"].items()}
 
-    def point_values(logits: "NDArray[np.floating[Any]]") -> dict[str, Any]:
-        measured = compute_metrics(labels, softmax(logits), n_resamples=0)
-        return {name: m["value"] for name, m in measured["metrics"].items()}
 
-    if adapted.query_logits is not None:
-        found["transductive"] = {
-            "query_images": len(predictions.logits),
-            "saved_model_alone": point_values(predictions.logits),
-        }
-        answers = adapted.query_logits.float().numpy()
-        shift = adapted.model.config.prior_shift  # a declared one; the saved model has it already
-        predictions.logits = answers if shift is None else answers + np.float32(shift)
-        predictions.probabilities = softmax(predictions.logits)
-        predictions.similarities = None
-    if adapted.variants:
-        features = torch.from_numpy(
-            embed_images(adapted.model.glovlm, adapted.processor, test, cache=cache)
-        )
-        with torch.inference_mode():
-            values = [point_values(head(features).numpy()) for head in adapted.variants]
-        found["prompt_sets"] = {"sets": len(values)} | {
-            name: {
-                "median": float(np.median([v[name] for v in values])),
-                "quartiles": np.quantile([v[name] for v in values], (0.25, 0.75)).tolist(),
-                "range": [min(v[name] for v in values), max(v[name] for v in values)],
-            }
-            for name in ("accuracy", "balanced_accuracy", "macro_auc", "macro_f1")
-        }
-    if config.prior is not None:
-        prior = config.prior
-        found["prior_correction"] = {"assumes": "a uniform prior of the model, as k shots imply"}
-        if isinstance(prior, str):
-            from .calibration import estimate_prior, prior_shift
-
-            estimated = estimate_prior(predictions.probabilities)
-            shift = prior_shift(estimated.prior)
-            adapted.model.config.prior_shift = [float(value) for value in shift]
-            predictions.logits = predictions.logits + shift.astype(np.float32)
-            predictions.probabilities = softmax(predictions.logits)
-            prior = dict(zip(predictions.class_names, map(float, estimated.prior), strict=True))
-            found["prior_correction"] |= {
-                "how": "em",
-                "transductive": True,
-                "query_images": len(predictions.logits),
-                "iterations": estimated.iterations,
-                "converged": estimated.converged,
-            }
-            adapted.notes.append(
-                f"The prevalence was estimated from the {len(predictions.logits)} unlabelled test "
-                "images together: these results are transductive."
-            )
-        else:
-            found["prior_correction"]["how"] = "declared"
-        found["prior_correction"]["prevalence"] = prior
-    found |= _measure_answers(predictions, adapted.model.config.calibration or {})
-    return found
+def _replace_logits(predictions: Predictions, logits: NDArray[np.float32]) -> None:
+    predictions.logits = logits
+    predictions.probabilities = softmax(logits.astype(np.float64))
 
 
 def _measure_answers(predictions: Predictions, calibration: Mapping[str, Any]) -> dict[str, Any]:
     """How sets and abstention do on the test images; the risk-coverage area of any model."""
-    from .calibration import (
-        ConformalThresholds,
-        conformal_sets,
-        measure_abstention,
-        measure_sets,
-    )
-
     assert predictions.labels is not None  # callers predict labelled rows
     found: dict[str, Any] = {}
     abstention = calibration.get("abstention")
@@ -452,15 +517,6 @@ def _measure_answers(predictions: Predictions, calibration: Mapping[str, Any]) -
             sets, predictions.labels, predictions.class_names, predictions.groups
         )
     return found
-
-
-def softmax(logits: "NDArray[np.floating[Any]]") -> "NDArray[np.float64]":
-    """Probabilities `[n, K]` in float64."""
-    import numpy as np
-
-    powers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True, initial=-np.inf))
-    probabilities: NDArray[np.float64] = powers / powers.sum(1, keepdims=True)
-    return probabilities
 
 
 def _choose_episode(dataset: Any, config: TrainConfig) -> tuple["Dataset", "Episode"]:
@@ -495,6 +551,16 @@ def episode_notes(episode: "Episode") -> list[str]:
     return notes
 
 
+def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> list[str]:
+    """Every sentence that belongs beside the numbers."""
+    return [
+        *episode_notes(task.episode),
+        *adapted.notes,
+        *(calibrated.notes if calibrated is not None else ()),
+        *_pretraining_notes(adapted, task.config, task.rows),
+    ]
+
+
 def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -> list[str]:
     """Sentences about where the task lies inside or outside of what the backbone saw before."""
     from .data.folder import column
@@ -515,20 +581,14 @@ def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -
     return list(dict.fromkeys(notes))
 
 
-def _describe_data(
-    config: TrainConfig,
-    report: Any,
-    rows: "Dataset",
-    labels: Sequence[int],
-    groups: Sequence[str],
-    episode: "Episode",
-    classes: Sequence["ClassInfo"],
-    summary: dict[str, Any],
-) -> dict[str, Any]:
+def _describe_data(task: _Task) -> dict[str, Any]:
+    """Where the rows come from and how they are split, as the results state it."""
     from hashlib import sha256
 
     from .data import split_hash
 
+    config, episode, classes = task.config, task.episode, task.classes
+    labels, groups = task.labels, task.groups
     learned = (*episode.support, *episode.validation, *episode.calibration)
     sides = {
         "support": episode.support,
@@ -539,8 +599,8 @@ def _describe_data(
     return {
         "name": Path(config.data).name,
         "hub_id": None if Path(config.data).expanduser().exists() else config.data,
-        "stain": config.stain or _stains(rows),
-        "fingerprint": report.fingerprint,
+        "stain": config.stain or _stains(task.rows),
+        "fingerprint": task.report.fingerprint,
         "classes": [asdict(c) | {"prompts": list(c.prompts)} for c in classes],
         "counts": {
             side: {c.name: sum(1 for i in index if labels[i] == k) for k, c in enumerate(classes)}
@@ -548,12 +608,12 @@ def _describe_data(
         },
         "groups": {side: len({groups[i] for i in index}) for side, index in sides.items()},
         "group_column": episode.group_column,
-        "split_hash": split_hash(rows, episode),
+        "split_hash": split_hash(task.rows, episode),
         "shots": episode.shots,
         "sampler": episode.sampler,
-        "support": summary,
+        "support": task.summary,
         "support_groups_sha256": sorted({sha256(groups[i].encode()).hexdigest() for i in learned}),
-        "notes": list(report.notes),
+        "notes": list(task.report.notes),
     }
 
 
@@ -597,8 +657,6 @@ def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
 
 def _in_order(parts: list[tuple[list[int], Predictions]]) -> Predictions:
     """Put the shares of all processes back into the order of the test rows."""
-    import numpy as np
-
     order = np.argsort(np.concatenate([index for index, _ in parts]))
 
     def joined(name: str) -> Any:
@@ -638,11 +696,13 @@ class _Clock:
 
 
 class _Processes:
-    """One process or many: Accelerate is only brought in for methods that train."""
+    """Where a run computes: one process or many, on which device, with which stored features.
+
+    Accelerate is only brought in for methods that train.
+    """
 
     def __init__(self, config: TrainConfig, method: Method) -> None:
-        from .inference import resolve_device
-
+        self.cache = FeatureCache() if config.cache else None
         self.accelerator: Accelerator | None = None
         if isinstance(method, FeatureMethod) and "LOCAL_RANK" not in os.environ:
             self.device = resolve_device(config.device)
@@ -672,9 +732,11 @@ class _Processes:
             if self.accelerator.trackers:
                 self.accelerator.end_training()
 
-    def predict(
-        self, adapted: "Adapted", test: "Dataset", groups: list[str], cache: FeatureCache | None
-    ) -> Predictions:
+    def cache_for(self, adapted: Adapted) -> FeatureCache | None:
+        """Stored features, where the vision tower is as it came."""
+        return self.cache if adapted.frozen_tower else None
+
+    def predict(self, adapted: Adapted, test: "Dataset", groups: list[str]) -> Predictions:
         """Predict every row exactly once, each process its share, and put them back in order."""
         mine = list(range(self.rank, len(test), self.count))
         part = predict(
@@ -682,7 +744,7 @@ class _Processes:
             adapted.processor,
             test.select(mine),
             device=self.device,
-            cache=cache,
+            cache=self.cache_for(adapted),
             groups=[groups[i] for i in mine],
         )
         if self.count == 1:
