@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .data.folder import column, open_image
 from .data.phantoms import CLASSES, render_cohort
 from .errors import GloVLMError, nearest
-from .inference import load_classifier
+from .inference import load_classifier, still
 from .licences import read_licence
 
 if TYPE_CHECKING:
@@ -177,19 +177,15 @@ def export_classifier(
     tell = on_stage or (lambda text: None)
     _check_request(model, format)
     target = _check_folder(Path(output_dir))
-    images, labels, source, synthetic = _images(model, data, data_name)
-    before = [module for module in model.modules() if module.training]
-    model.eval()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    sample = _images(model, data, data_name)
+    with still(model), _whole_or_nothing(target) as work:
         tell("exporting")
         plain = work / "model.onnx"
-        example = _prepare(processor, images[:2])
+        example = _prepare(processor, sample.images[:2])
         opset = _write_graph(model, example, plain)
         _annotate(plain, model)
         tell("checking")
-        difference = _largest_difference(model, plain, processor, example, images[:16])
+        difference = _largest_difference(model, plain, processor, example, sample.images[:16])
         if not difference <= tolerance:
             raise GloVLMError(
                 f"The exported graph differs from the model by {difference:.2g} in a logit, at "
@@ -203,35 +199,24 @@ def export_classifier(
             _quantise(plain, file)
         tell("measuring")
         measured = _measure(
-            *(_of_graph(file), compared, processor, images, labels),
-            source=source,
-            synthetic=synthetic,
+            *(_of_graph(file), compared, processor, sample),
             compared_with="onnx" if format == "int8" else "model",
         )
-        size_fp32 = sum(part.stat().st_size for part in work.glob("model.onnx*"))
-        if file != plain:
-            for part in work.glob("model.onnx*"):
-                part.unlink()
         report = ExportReport(
             folder=target,
             file=file.name,
             format=format,
             opset=opset,
-            size=sum(part.stat().st_size for part in work.glob(f"{file.name}*")),
-            size_fp32=size_fp32,
+            size=_size(file),
+            size_fp32=_size(plain),
             largest_difference=difference,
             measured=measured,
         )
+        if file != plain:
+            for part in _parts(plain):
+                part.unlink()
         _write_json(work / "preprocessing.json", describe_input(model, processor, example, report))
         _write_json(work / "export.json", report.describe() | {"note": DISCLAIMER})
-        work.chmod(0o755)
-        os.replace(work, target)  # an empty folder gives way
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    finally:
-        for module in before:
-            module.training = True
     return report
 
 
@@ -339,14 +324,35 @@ def _check_folder(target: Path) -> Path:
     return target
 
 
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place when all went well, and else goes."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        os.replace(work, target)  # an empty folder gives way
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
 def _names(model: Any) -> list[str]:
     return [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
 
 
-def _images(
-    model: Any, data: "Dataset | None", name: str
-) -> tuple[list[Image.Image], NDArray[np.int64] | None, str, bool]:
-    """Images to measure on, their class numbers (-1 unknown), their name, and if they are drawn."""
+class _Sample(NamedTuple):
+    """What is measured on."""
+
+    images: list[Image.Image]
+    labels: NDArray[np.int64] | None  # class numbers, -1 unknown
+    source: str
+    synthetic: bool
+
+
+def _images(model: Any, data: "Dataset | None", name: str) -> _Sample:
+    """The images of the data, or drawings."""
     names = _names(model)
     if data is not None:
         if not len(data):
@@ -357,13 +363,13 @@ def _images(
             known = data.features["label"].names
             index = [names.index(label) if label in names else -1 for label in known]
             labels = np.array([index[k] for k in column(data, "label")], np.int64)
-        return found, labels, name or "data", bool(model.config.synthetic)
+        return _Sample(found, labels, name or "data", bool(model.config.synthetic))
     drawn = render_cohort(DRAWN_PATIENTS, DRAWN_EACH, seed=4242)
     labels = None
     if set(names) <= set(CLASSES):
         drawn = [phantom for phantom in drawn if phantom.class_name in names]
         labels = np.array([names.index(phantom.class_name) for phantom in drawn], np.int64)
-    return [phantom.image for phantom in drawn], labels, "drawings", True
+    return _Sample([phantom.image for phantom in drawn], labels, "drawings", True)
 
 
 # -------------------------------------------------------------------------------------- the graph
@@ -467,6 +473,15 @@ def _annotate(path: Path, model: Any) -> None:
     onnx.save(proto, path)
 
 
+def _parts(graph: Path) -> list[Path]:
+    """The graph's file, and that of its weights where they lie beside it."""
+    return list(graph.parent.glob(f"{graph.name}*"))
+
+
+def _size(graph: Path) -> int:
+    return sum(part.stat().st_size for part in _parts(graph))
+
+
 def _write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -521,16 +536,14 @@ def _measure(
     graph: Classifier,
     before: Classifier,
     processor: Any,
-    images: Sequence[Image.Image],
-    labels: NDArray[np.int64] | None,
+    sample: _Sample,
     *,
-    source: str,
-    synthetic: bool,
     compared_with: Literal["model", "onnx"],
     batch: int = 8,
     repeats: int = 15,
 ) -> Measured:
     """Both on the same images; timed by turns, so that both meet the same machine."""
+    images, labels, source, synthetic = sample
     said: list[list[Floats]] = [[], []]
     for start in range(0, len(images), batch):
         pixels = _prepare(processor, images[start : start + batch])
