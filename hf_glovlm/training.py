@@ -18,6 +18,7 @@ from .adapters import (
     Recipe,
     Support,
     TowerMethod,
+    Tuning,
     class_means,
     get_method,
     give_joint_space,
@@ -119,9 +120,13 @@ class _Training:
     options: dict[str, Any]
     replay: bool = True
 
-    def recipe(self, own: Recipe, n: int) -> tuple[Recipe, list[str]]:
+    def recipe(
+        self, method: HeadMethod | TowerMethod, labels: Tensor, config: Any
+    ) -> tuple[Recipe, list[str]]:
         """The method's recipe with what the user overrides, cut if it is too long."""
-        recipe = Recipe(**{**asdict(own), **self.overrides})
+        n = len(labels)
+        shots = int(labels.bincount().max()) if n else 0
+        recipe = Recipe(**{**asdict(method.recipe(shots, config)), **self.overrides})
         recipe = replace(recipe, batch_size=min(recipe.batch_size, max(n, 1)))
         if "epochs" in self.overrides:
             recipe = replace(recipe, steps=None)
@@ -138,6 +143,62 @@ class _Training:
         from accelerate import Accelerator
 
         return Accelerator(cpu=self.device.type == "cpu")
+
+    def adapter_folder(self) -> Path | None:
+        """Where an adapter alone goes, emptied; `None` where this process writes nothing."""
+        folder: Path | None = self.options["output_dir"]
+        main = self.accelerator is None or self.accelerator.is_main_process
+        if folder is None or not main:
+            return None
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        return folder / "adapter"
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of a task, and the model that encodes them."""
+
+    model: Any
+    processor: Any
+    classes: Sequence["ClassInfo"]
+    support: "Dataset"
+    labels: Tensor
+    validation: "Dataset | None"
+    query: "Dataset | None"
+    augment: bool
+    device: torch.device
+    cache: FeatureCache | None
+
+    def embed(self, images: "Dataset", project: bool) -> Tensor:
+        """Features of some of them, each encoded once."""
+        found = embed_images(
+            self.model, self.processor, images,
+            device=self.device, cache=self.cache, project=project,
+        )  # fmt: skip
+        return torch.from_numpy(found)
+
+    def embed_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
+        """One prototype a class."""
+        return torch.from_numpy(embed_prompts(self.model, self.processor, prompts))
+
+
+@dataclass
+class _Found:
+    """What a method on features came to."""
+
+    fitted: Fitted
+    config: Any
+    recipe: Recipe | None
+    log: list[dict[str, Any]]
+    trained: int
+
+
+@dataclass
+class _Outcome(_Found):
+    """What any method came to, before the model is put together."""
+
+    prompts: list[list[str]]
+    frozen_tower: bool
 
 
 def adapt(
@@ -202,8 +263,6 @@ def adapt(
             NaN.
     """
     from .data import load_classes
-    from .data.folder import column
-    from .model import GloVLMForImageClassification
 
     if isinstance(model, str):
         model, processor = load_backbone(model)
@@ -211,88 +270,91 @@ def adapt(
     config = chosen.configure(settings or {})
     if classes is None:
         classes = load_classes(support.features["label"].names)
-    labels = torch.tensor(column(support, "label"), dtype=torch.long)
+    labels = _labels(support)
     _check_support(chosen, labels, [c.name for c in classes])
-    if chosen.name == "zero_shot" and not model.has_joint_space:
+    _check_settings(chosen, model, recipe, augment, cross_validate)
+
+    device = accelerator.device if accelerator is not None else next(model.parameters()).device
+    model.to(device).requires_grad_(False)
+    seed_everything(seed)
+    images = _Images(
+        model, processor, classes, support, labels, validation, query, augment, device, cache
+    )
+    options: dict[str, Any] = {
+        "seed": seed,
+        "clip_norm": clip_norm,
+        "accumulate": accumulate,
+        "output_dir": Path(output_dir) if output_dir is not None else None,
+        "resume": resume,
+        "on_epoch": on_epoch,
+    }
+    training = _Training(recipe or {}, max_steps, accelerator, device, options, replay)
+    if isinstance(chosen, TowerMethod):
+        outcome = _adapt_towers(images, chosen, config, loss, training)
+    else:
+        left_out = groups if cross_validate else None
+        outcome = _adapt_on_features(images, chosen, config, training, left_out)
+    return _put_together(images, outcome)
+
+
+def _check_settings(
+    method: Method,
+    model: Any,
+    recipe: Mapping[str, Any] | None,
+    augment: bool,
+    cross_validate: bool,
+) -> None:
+    """Refuse zero-shot where it would be chance, and settings that would change nothing."""
+    if method.name == "zero_shot" and not model.has_joint_space:
         raise GloVLMError(
             f"'{model.config.backbone_name}' joins two encoders that were never trained together: "
             "zero-shot would be chance. Use a method that learns from the labelled images "
             "(linear_probe, lora), or a backbone with a joint space (mini, plip)."
         )
-    device = accelerator.device if accelerator is not None else next(model.parameters()).device
-    model.to(device).requires_grad_(False)
-    seed_everything(seed)
-    folder = Path(output_dir) if output_dir is not None else None
-    options: dict[str, Any] = {
-        "seed": seed,
-        "clip_norm": clip_norm,
-        "accumulate": accumulate,
-        "output_dir": folder,
-        "resume": resume,
-        "on_epoch": on_epoch,
-    }
-    training = _Training(recipe or {}, max_steps, accelerator, device, options, replay)
-
-    def embed(images: "Dataset", project: bool) -> Tensor:
-        return torch.from_numpy(
-            embed_images(model, processor, images, device=device, cache=cache, project=project)
+    inside = isinstance(method, TowerMethod)
+    if cross_validate and inside:
+        raise GloVLMError(
+            f"Method '{method.name}' has no setting to choose by leaving groups out: use "
+            "--validation-shots to stop early, or leave --cross-validate out."
+        )
+    if recipe and isinstance(method, FeatureMethod):
+        raise GloVLMError(
+            f"Method '{method.name}' is solved, not trained in epochs: it has no "
+            f"{', '.join(recipe)} to set. Leave that out, or see `glovlm methods --json` for its "
+            "settings."
+        )
+    if augment and not inside:
+        raise GloVLMError(
+            f"Method '{method.name}' works on features that are computed once, so --augment would "
+            "change nothing: leave it out, or use a method inside the towers (lora)."
         )
 
-    if isinstance(chosen, TowerMethod):
-        if cross_validate:
-            raise GloVLMError(
-                f"Method '{method}' has no setting to choose by leaving groups out: use "
-                "--validation-shots to stop early, or leave --cross-validate out."
-            )
-        images = _Images(support, validation, labels, classes, augment, embed)
-        adapted = _adapt_towers(model, processor, chosen, config, images, loss, training)
-    else:
-        if recipe and isinstance(chosen, FeatureMethod):
-            raise GloVLMError(
-                f"Method '{method}' is solved, not trained in epochs: it has no {', '.join(recipe)}"
-                " to set. Leave that out, or see `glovlm methods --json` for its settings."
-            )
-        if augment:
-            raise GloVLMError(
-                f"Method '{method}' works on features that are computed once, so --augment would "
-                "change nothing: leave it out, or use a method inside the towers (lora)."
-            )
-        held_out = None
-        if validation is not None:
-            held_out = (
-                embed(validation, not chosen.on_pooled or _linear_projection(model) is None),
-                torch.tensor(column(validation, "label"), dtype=torch.long),
-            )
-        given = _describe_support(
-            model, processor, chosen, config, classes, support, query, held_out, embed, seed
-        )
-        found = _fit_features(
-            chosen, config, given, training, model, groups if cross_validate else None,
-            stands_in=chosen.needs_text and not model.has_joint_space,
-        )  # fmt: skip
-        prompts = chosen.prompts(classes, config)
-        adapted = _Outcome(**vars(found), prompts=prompts, frozen_tower=True)
 
-    names = [c.name for c in classes]
+def _put_together(images: _Images, outcome: _Outcome) -> Adapted:
+    """The backbone with its head, classes and prompts, and how it came about."""
+    from .model import GloVLMForImageClassification
+
+    model, fitted = images.model, outcome.fitted
+    names = [c.name for c in images.classes]
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: k for k, name in enumerate(names)}
     model.config.problem_type = "single_label_classification"
-    model.config.prompts = adapted.prompts
+    model.config.prompts = outcome.prompts
     model.requires_grad_(True)
-    head = adapted.fitted.head.requires_grad_(True).to(device, model.dtype)
+    head = fitted.head.requires_grad_(True).to(images.device, model.dtype)
     classifier = GloVLMForImageClassification(model.config, glovlm=model, head=head)
     return Adapted(
         model=classifier.eval(),
-        processor=processor,
-        settings=adapted.config,
-        recipe=adapted.recipe,
-        log=adapted.log,
-        trainable_parameters=adapted.trained,
-        frozen_tower=adapted.frozen_tower,
-        notes=adapted.fitted.notes,
-        facts=adapted.fitted.facts,
-        query_logits=adapted.fitted.query_logits,
-        variants=adapted.fitted.variants,
+        processor=images.processor,
+        settings=outcome.config,
+        recipe=outcome.recipe,
+        log=outcome.log,
+        trainable_parameters=outcome.trained,
+        frozen_tower=outcome.frozen_tower,
+        notes=fitted.notes,
+        facts=fitted.facts,
+        query_logits=fitted.query_logits,
+        variants=fitted.variants,
     )
 
 
@@ -335,26 +397,14 @@ def adapt_features(
             f"or a method on features ({fitting})."
         )
     features = _matrix(support_features, "support_features")
-    labels = torch.as_tensor(support_labels)
-    if labels.is_floating_point() or labels.shape != features.shape[:1]:
-        raise GloVLMError(
-            f"Expected {len(features)} whole class numbers as support_labels, found "
-            f"{tuple(labels.shape)} of {labels.dtype}."
-        )
-    labels = labels.long()
+    labels = _whole_numbers(support_labels, len(features))
     prototypes = None if text_features is None else _matrix(text_features, "text_features")
     if prototypes is not None and prototypes.shape[1] != features.shape[1]:
         raise GloVLMError(
             f"Image and text features must have one width; found {features.shape[1]} and "
             f"{prototypes.shape[1]}."
         )
-    lowest, highest = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
-    num_classes = highest + 1 if prototypes is None else len(prototypes)
-    if lowest < 0 or highest >= num_classes:
-        raise GloVLMError(
-            f"Class numbers go from 0 to {num_classes - 1} (one row of text_features a class); "
-            f"found {lowest} to {highest}."
-        )
+    num_classes = _count_classes(labels, prototypes)
     _check_support(chosen, labels, [f"class {k}" for k in range(num_classes)])
     if chosen.name == "zero_shot" and prototypes is None:
         raise GloVLMError("Method 'zero_shot' compares with class texts: give text_features.")
@@ -382,73 +432,82 @@ def adapt_features(
     )
 
 
+def _whole_numbers(labels: Any, n: int) -> Tensor:
+    """Class numbers `[n]`, whatever they came as."""
+    numbers = torch.as_tensor(labels)
+    if numbers.is_floating_point() or numbers.shape != (n,):
+        raise GloVLMError(
+            f"Expected {n} whole class numbers as support_labels, found {tuple(numbers.shape)} of "
+            f"{numbers.dtype}."
+        )
+    return numbers.long()
+
+
+def _count_classes(labels: Tensor, prototypes: Tensor | None) -> int:
+    """How many classes there are: the rows of the texts if there are any, else by the labels."""
+    lowest, highest = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
+    num_classes = highest + 1 if prototypes is None else len(prototypes)
+    if lowest < 0 or highest >= num_classes:
+        raise GloVLMError(
+            f"Class numbers go from 0 to {num_classes - 1} (one row of text_features a class); "
+            f"found {lowest} to {highest}."
+        )
+    return num_classes
+
+
 # ------------------------------------------------------------------------- methods on features
 
 
-@dataclass
-class _Found:
-    """What a method on features came to."""
-
-    fitted: Fitted
-    config: Any
-    recipe: Recipe | None
-    log: list[dict[str, Any]]
-    trained: int
-
-
-@dataclass
-class _Outcome(_Found):
-    """What any method came to, before the model is put together."""
-
-    prompts: list[list[str]]
-    frozen_tower: bool
-
-
-def _describe_support(
-    model: Any,
-    processor: Any,
+def _adapt_on_features(
+    images: _Images,
     method: Method,
     config: Any,
-    classes: Sequence["ClassInfo"],
-    support: "Dataset",
-    query: "Dataset | None",
-    validation: tuple[Tensor, Tensor] | None,
-    embed: Callable[["Dataset", bool], Tensor],
-    seed: int,
-) -> Support:
-    """The support as a method on features sees it."""
-    from .data.folder import column
+    training: _Training,
+    groups: Sequence[str] | None,
+) -> _Outcome:
+    """Encode every image once and fit a head; the vision tower stays as it is."""
+    given = _describe_support(images, method, config, training.options["seed"])
+    stands_in = method.needs_text and not images.model.has_joint_space
+    found = _fit_features(
+        method, config, given, training, images.model, groups, stands_in=stands_in
+    )
+    prompts = method.prompts(images.classes, config)
+    return _Outcome(**vars(found), prompts=prompts, frozen_tower=True)
 
-    projection = _linear_projection(model)
-    pooled = method.on_pooled and projection is not None
-    labels = torch.tensor(column(support, "label"), dtype=torch.long)
+
+def _describe_support(images: _Images, method: Method, config: Any, seed: int) -> Support:
+    """The support as a method on features sees it."""
+    model, support, labels = images.model, images.support, images.labels
+    projection = _linear_projection(model) if method.on_pooled else None
+    project = projection is None
+    validation = None
+    if images.validation is not None:
+        validation = images.embed(images.validation, project), _labels(images.validation)
     features = torch.zeros(0, model.config.image_feature_dim)
     if len(support):
-        features = embed(support, not pooled)
+        features = images.embed(support, project)
     prototypes, single, scale = None, None, model.logit_scale.exp().item()
     if method.needs_text and model.has_joint_space:
-        prompts = method.prompts(classes, config)
-        prototypes = torch.from_numpy(embed_prompts(model, processor, prompts))
+        prompts = method.prompts(images.classes, config)
+        prototypes = images.embed_texts(prompts)
         if method.needs_prompt_features:
-            each = torch.from_numpy(
-                embed_prompts(model, processor, [[text] for texts in prompts for text in texts])
-            )
+            each = images.embed_texts([[text] for texts in prompts for text in texts])
             single = list(each.split([len(texts) for texts in prompts]))
     elif method.needs_text:
-        projected = embed(support, True) if pooled else features
-        prototypes, scale = class_means(projected, labels, len(classes)), 100.0
+        projected = features if project else images.embed(support, True)
+        prototypes, scale = class_means(projected, labels, len(images.classes)), 100.0
         single = list(prototypes.unsqueeze(1))
     return Support(
         features=features,
         labels=labels,
-        num_classes=len(classes),
+        num_classes=len(images.classes),
         prototypes=prototypes,
         logit_scale=scale,
         seed=seed,
-        query=embed(query, not pooled) if query is not None else None,
+        query=images.embed(images.query, project) if images.query is not None else None,
         prompt_features=single,
-        projection=_float(projection.weight) if pooled and projection is not None else None,
-        projection_bias=_float(projection.bias) if pooled and projection is not None else None,
+        projection=None if projection is None else _float(projection.weight),
+        projection_bias=None if projection is None else _float(projection.bias),
         validation=validation,
     )
 
@@ -477,9 +536,7 @@ def _fit_features(
         if groups is not None:
             raise _nothing_to_choose(method)
         head = method.build(given, config).to(training.device)
-        recipe, cut = training.recipe(
-            method.recipe(_shots(given.labels), config), len(given.labels)
-        )
+        recipe, cut = training.recipe(method, given.labels, config)
         notes += cut
         trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
         log = _fit_head(method, head, given, config, recipe, training)
@@ -590,66 +647,24 @@ def _fit_head(
 # ------------------------------------------------------------------- methods inside the towers
 
 
-@dataclass
-class _Images:
-    """The labelled images of a method inside the towers."""
-
-    support: "Dataset"
-    validation: "Dataset | None"
-    labels: Tensor
-    classes: Sequence["ClassInfo"]
-    augment: bool
-    embed: Callable[["Dataset", bool], Tensor]
-
-
 def _adapt_towers(
-    model: Any,
-    processor: Any,
-    method: TowerMethod,
-    config: Any,
-    images: _Images,
-    loss: Loss,
-    training: _Training,
+    images: _Images, method: TowerMethod, config: Any, loss: Loss, training: _Training
 ) -> _Outcome:
     """Attach a method to the towers, train it, and take the class prototypes it ends with."""
-    notes: list[str] = []
-    facts: dict[str, Any] = {}
-    prompts = method.prompts(images.classes, config)
-    vectors = prototypes = None
+    model, processor, classes = images.model, images.processor, images.classes
+    pair = None
     if model.config.is_pair:
-        vectors = images.embed(images.support, False)
-        prototypes = torch.from_numpy(embed_prompts(model, processor, prompts))
-        if not model.has_joint_space:
-            give_joint_space(model, vectors, images.labels, prototypes)
-            facts["joint_space"] = False
-            notes.append(
-                "The towers had no joint space: the projection started from a ridge fit on the "
-                "support and trained."
-            )
-    tuning = method.attach(model, processor, images.classes, config)
+        pair = _start_pair(images, method.prompts(classes, config))
+    tuning = method.attach(model, processor, classes, config)
     if tuning.look_at is not None:
         tuning.look_at(images.support)
-    accumulate = training.options["accumulate"]
-    if tuning.whole_batch and (accumulate > 1 or loss != "prototypes"):
-        raise GloVLMError(
-            f"Method '{method.name}' needs whole batches and loss 'prototypes': found accumulate "
-            f"{accumulate}, loss '{loss}'. Leave both as they are by default."
-        )
-    alone = tuning.image_prototypes is not None or tuning.around_images is not None
-    if (alone or tuning.raw_logits) and loss != "prototypes":
-        raise GloVLMError(f"Method '{method.name}' knows loss 'prototypes' only; found '{loss}'.")
+    _check_loss(method, tuning, loss, training.options["accumulate"])
     step = TowerStep(model, processor, tuning, loss)
-    if vectors is not None and prototypes is not None and tuning.image_prototypes is None:
-        start = step.current_prototypes().detach().cpu().float()
-        if not torch.allclose(start, prototypes, atol=1e-2):  # new tokens moved the targets
-            refit_projection(model, vectors, images.labels, start)
-        elif "joint_space" in facts and model.context is not None and model.context.blocks:
-            # What is pooled now comes out of blocks that the fit did not see.
-            pooled = embed_images(
-                model, processor, images.support, device=training.device, project=False
-            )
-            refit_projection(model, torch.from_numpy(pooled), images.labels, prototypes)
-    source, held_out = _sources(images, processor, tuning.trains_vision, vectors)
+    if pair is not None and tuning.image_prototypes is None:
+        pair.follow(images, step.current_prototypes().detach().cpu().float())
+
+    pooled = None if pair is None else pair.pooled
+    source, held_out = _sources(images, tuning.trains_vision, pooled)
     accelerator = training.accelerate()
     if training.replay:
         with accelerator.autocast():  # as the blocks would run at every step
@@ -657,7 +672,7 @@ def _adapt_towers(
                 source, held_out = _replayed(step, source, held_out)
             if tuning.image_prototypes is None:
                 step.replay_texts()
-    recipe, cut = training.recipe(method.recipe(_shots(images.labels), config), len(images.labels))
+    recipe, cut = training.recipe(method, images.labels, config)
     log = fit(
         step,
         tuning.groups,
@@ -670,23 +685,78 @@ def _adapt_towers(
         **training.options,
     )
     trained = sum(p.numel() for group in tuning.groups for p in group["params"])
-    folder = training.options["output_dir"]
-    main = training.accelerator is None or training.accelerator.is_main_process
-    adapter = folder / "adapter" if folder and method.saves_adapter and main else None
-    if adapter is not None:
-        shutil.rmtree(adapter, ignore_errors=True)
+
     step.stop_replay()
     if tuning.finish is not None:
-        tuning.finish(adapter)
-    if tuning.head is not None:
-        head = tuning.head()
-    else:
-        with torch.no_grad():
-            final = step.current_prototypes().cpu().float()
-        scale = 1.0 if tuning.raw_logits else model.logit_scale.exp().item()
-        head = prototype_head(final, scale, raw=tuning.raw_logits)
-    fitted = Fitted(head, [*notes, *cut, *tuning.notes], facts)
+        tuning.finish(training.adapter_folder() if method.saves_adapter else None)
+    head = tuning.head() if tuning.head is not None else _head_of_prototypes(step)
+    fitted = Fitted(head, [*cut, *tuning.notes])
+    if pair is not None and pair.bridged:
+        fitted.facts["joint_space"] = False
+        fitted.notes.insert(
+            0,
+            "The towers had no joint space: the projection started from a ridge fit on the "
+            "support and trained.",
+        )
     return _Outcome(fitted, config, recipe, log, trained, tuning.prompts, not tuning.trains_vision)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two encoders side by side as they are before a method is attached.
+
+    Args:
+        pooled: Vectors of the support `[n, width]`.
+        prototypes: Unit class texts `[K, dim]`.
+        bridged: Whether there was no joint space, so that the projection is a ridge fit from the
+            one to the other.
+    """
+
+    pooled: Tensor
+    prototypes: Tensor
+    bridged: bool
+
+    def follow(self, images: _Images, prototypes: Tensor) -> None:
+        """Start the projection anew where what is attached moved the texts, or what is pooled."""
+        model = images.model
+        if not torch.allclose(prototypes, self.prototypes, atol=1e-2):  # new tokens moved them
+            refit_projection(model, self.pooled, images.labels, prototypes)
+        elif self.bridged and model.context is not None and model.context.blocks:
+            # What is pooled now comes out of blocks that the fit did not see.
+            pooled = replace(images, cache=None).embed(images.support, False)
+            refit_projection(model, pooled, images.labels, self.prototypes)
+
+
+def _start_pair(images: _Images, prompts: Sequence[Sequence[str]]) -> _Pair:
+    """Encode support and texts, and give the pair a joint space if it has none."""
+    model = images.model
+    pooled = images.embed(images.support, False)
+    prototypes = images.embed_texts(prompts)
+    bridged = not model.has_joint_space
+    if bridged:
+        give_joint_space(model, pooled, images.labels, prototypes)
+    return _Pair(pooled, prototypes, bridged)
+
+
+def _check_loss(method: TowerMethod, tuning: Tuning, loss: Loss, accumulate: int) -> None:
+    """Refuse a loss, or a batch in parts, that what a method adds to the loss does not go with."""
+    if tuning.whole_batch and (accumulate > 1 or loss != "prototypes"):
+        raise GloVLMError(
+            f"Method '{method.name}' needs whole batches and loss 'prototypes': found accumulate "
+            f"{accumulate}, loss '{loss}'. Leave both as they are by default."
+        )
+    alone = tuning.image_prototypes is not None or tuning.around_images is not None
+    if (alone or tuning.raw_logits) and loss != "prototypes":
+        raise GloVLMError(f"Method '{method.name}' knows loss 'prototypes' only; found '{loss}'.")
+
+
+def _head_of_prototypes(step: TowerStep) -> nn.Module:
+    """The class prototypes as the towers stand now, as a head."""
+    with torch.no_grad():
+        prototypes = step.current_prototypes().cpu().float()
+    raw = step.tuning.raw_logits
+    scale = 1.0 if raw else step.model.logit_scale.exp().item()
+    return prototype_head(prototypes, scale, raw=raw)
 
 
 def _replayed(
@@ -705,29 +775,25 @@ def _replayed(
 
 
 def _sources(
-    images: _Images, processor: Any, trains_vision: bool, vectors: Tensor | None
+    images: _Images, trains_vision: bool, pooled: Tensor | None
 ) -> tuple[BatchSource, BatchSource | None]:
     """Where training and validation batches come from: pixels, or vectors of a frozen tower."""
-    from .data.folder import column
-
+    processor, validation = images.processor, images.validation
     held_out: BatchSource | None = None
-    truth = None
-    if images.validation is not None:
-        truth = torch.tensor(column(images.validation, "label"), dtype=torch.long)
     if trains_vision:
-        if truth is not None:
-            held_out = ImageSource(images.validation, truth, processor)
+        if validation is not None:
+            held_out = ImageSource(validation, _labels(validation), processor)
         return ImageSource(images.support, images.labels, processor, images.augment), held_out
     if images.augment:
         raise GloVLMError(
             "This method leaves the vision tower as it is, so each image is encoded once and "
             "--augment would change nothing: leave it out."
         )
-    if vectors is None:
-        vectors = images.embed(images.support, False)
-    if truth is not None:
-        held_out = TensorSource(images.embed(images.validation, False), truth)
-    return TensorSource(vectors, images.labels), held_out
+    if pooled is None:
+        pooled = images.embed(images.support, False)
+    if validation is not None:
+        held_out = TensorSource(images.embed(validation, False), _labels(validation))
+    return TensorSource(pooled, images.labels), held_out
 
 
 def refit_projection(model: Any, pooled: Tensor, labels: Tensor, prototypes: Tensor) -> None:
@@ -743,6 +809,12 @@ def refit_projection(model: Any, pooled: Tensor, labels: Tensor, prototypes: Ten
 
 
 # ------------------------------------------------------------------------------------- shared
+
+
+def _labels(rows: "Dataset") -> Tensor:
+    from .data.folder import column
+
+    return torch.tensor(column(rows, "label"), dtype=torch.long)
 
 
 def _linear_projection(model: Any) -> nn.Linear | None:
@@ -763,10 +835,6 @@ def _check_support(method: Method, labels: Tensor, names: Sequence[str]) -> None
             f"Method '{method.name}' needs at least one labelled image of every class; none of: "
             f"{', '.join(empty)}. Label some, or leave the class out."
         )
-
-
-def _shots(labels: Tensor) -> int:
-    return int(labels.bincount().max()) if len(labels) else 0
 
 
 def _methods() -> list[tuple[str, Method]]:
