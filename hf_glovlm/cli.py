@@ -203,22 +203,11 @@ def evaluate(
     place = resolve_device(device)
     rows = _choose_split(load_dataset(data), split)
     classifier, processor, run = load_model(model)
-    known = [str(name) for name in classifier.config.id2label.values()]
-    unknown = next((name for name in rows.features["label"].names if name not in known), None)
-    if unknown:
-        raise GloVLMError(
-            f"The label '{unknown}' is no class of this model, which knows {', '.join(known)}."
-            f"{nearest(unknown, known)}"
-        )
+    known = _check_labels(classifier, rows)
     report = check_dataset({"all": rows})
     report.raise_problems()
     groups = group_rows(rows)
-    seen = _count_seen(run, rows, groups)
-    if seen and not allow_seen:
-        raise GloVLMError(
-            f"The model learned from {seen} of the {len(set(groups.ids))} groups in these data, so "
-            "the numbers would flatter it: leave them out, or give --allow-seen."
-        )
+    seen = _check_unseen(run, rows, groups, allow=allow_seen)
     scale = check_scale(classifier, processor, rows, allow=allow_scale)
     said = _classify((classifier, processor), rows, batch_size, place, groups.ids)
     results = {
@@ -650,6 +639,31 @@ def _classify(
     bar, cache = sys.stderr.isatty(), FeatureCache()
     options = {"batch_size": batch_size, "device": device, "groups": groups}
     return predict(*loaded, rows, cache=cache, progress=bar, **options)
+
+
+def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
+    """The classes of a model; refuses rows with a label that is none of them."""
+    known = [str(name) for name in classifier.config.id2label.values()]
+    unknown = next((name for name in rows.features["label"].names if name not in known), None)
+    if unknown:
+        raise GloVLMError(
+            f"The label '{unknown}' is no class of this model, which knows {', '.join(known)}."
+            f"{nearest(unknown, known)}"
+        )
+    return known
+
+
+def _check_unseen(
+    run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups", *, allow: bool
+) -> int:
+    """How many groups of the rows a model has learned from; refuses any, unless allowed."""
+    seen = _count_seen(run, rows, groups)
+    if seen and not allow:
+        raise GloVLMError(
+            f"The model learned from {seen} of the {len(set(groups.ids))} groups in these data, so "
+            "the numbers would flatter it: leave them out, or give --allow-seen."
+        )
+    return seen
 
 
 def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups") -> int:
