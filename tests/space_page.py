@@ -1,7 +1,6 @@
 """The Space in a process of its own on a free port, for the tests that talk to it."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -60,12 +59,13 @@ def serve(folder: Path, **environment: str) -> Iterator[Served]:
         try:
             yield Served(_wait(process, port, log.name), folder, process.pid)
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # as a container is stopped
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+                raise
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, log: str) -> str:

@@ -7,6 +7,7 @@ only, not for diagnosis.
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 import time
 from datetime import datetime
@@ -268,4 +269,6 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 
 
 if __name__ == "__main__":
+    # Containers are stopped by SIGTERM: like Ctrl-C it must leave nothing of an upload behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     launch(build())
