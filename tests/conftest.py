@@ -3,10 +3,12 @@
 import os
 import random
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Glovlm, Said
@@ -51,6 +53,33 @@ def seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _asked_of_others() -> Iterator[list[str]]:
+    """The other machines that anything in this process looked for; it finds none of them."""
+    asked: list[str] = []
+    look_up = socket.getaddrinfo
+
+    def look_up_here(host: Any, *arguments: Any, **options: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        if name and name not in ("localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname()):
+            asked.append(name)
+            raise socket.gaierror(socket.EAI_NONAME, f"tests are offline and looked for {name}")
+        return look_up(host, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", look_up_here)
+        yield asked
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaves(_asked_of_others: list[str]) -> Iterator[None]:
+    """No test, and no fixture that it set up, looks for another machine."""
+    yield
+    asked = sorted(set(_asked_of_others))
+    _asked_of_others.clear()
+    assert asked == []
 
 
 @pytest.fixture

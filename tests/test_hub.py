@@ -13,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from fresh_process import run_without_the_package
 from hub_server import TOKEN, Fault, Hub, Repository, serve
 from PIL import Image
@@ -72,6 +73,8 @@ def hub() -> Iterator[Hub]:
             patch.setattr(constants, "HF_HUB_OFFLINE", False)
             patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
             patch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
+            # transformers keeps a client of its own, with the endpoint of its first use
+            patch.setattr(transformers.utils.hub, "_hf_api", None)
             huggingface_hub.utils.disable_progress_bars()
             yield served
             huggingface_hub.utils.enable_progress_bars()
