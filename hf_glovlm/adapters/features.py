@@ -93,18 +93,24 @@ def fit_logistic(
 
     n, dim = features.shape
     rows = 1 if num_classes == 2 else num_classes
+    # In numpy like the solver: torch's threads and those of its BLAS would wait for each other.
+    images, known = features.numpy(), np.eye(num_classes)[labels.numpy()]
 
-    def all_classes(values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([-values, values]) / 2 if rows == 1 else values
+    def all_classes(values: Any) -> Any:
+        return np.concatenate([-values, values]) / 2 if rows == 1 else values
 
     def objective(point: Any) -> tuple[float, Any]:
-        values = torch.from_numpy(point).reshape(rows, dim + 1).clone().requires_grad_()
+        values = point.reshape(rows, dim + 1)
         weight, bias = values[:, :dim], values[:, dim]
-        logits = features @ all_classes(weight).T + all_classes(bias)
-        loss = nn.functional.cross_entropy(logits, labels) + weight.square().sum() / (2 * C * n)
-        loss.backward()
-        assert values.grad is not None
-        return loss.item(), values.grad.reshape(-1).numpy()
+        logits = images @ all_classes(weight).T + all_classes(bias)
+        logits -= logits.max(1, keepdims=True)
+        total = np.exp(logits).sum(1, keepdims=True)
+        loss = (np.log(total) - (known * logits).sum(1, keepdims=True)).mean()
+        slope = (np.exp(logits) / total - known) / n
+        if rows == 1:
+            slope = (slope[:, 1:] - slope[:, :1]) / 2
+        grad = np.concatenate([slope.T @ images + weight / (C * n), slope.sum(0)[:, None]], 1)
+        return float(loss + np.square(weight).sum() / (2 * C * n)), grad.reshape(-1)
 
     found = minimize(
         objective,
@@ -113,8 +119,9 @@ def fit_logistic(
         method="L-BFGS-B",
         options={"maxiter": max_iter, "maxls": 50, "gtol": 1e-4, "ftol": 64 * 2.0**-52},
     )
-    values = torch.from_numpy(found.x).reshape(rows, dim + 1)
-    return all_classes(values[:, :dim]), all_classes(values[:, dim])
+    values = found.x.reshape(rows, dim + 1)
+    weight, bias = all_classes(values[:, :dim]), all_classes(values[:, dim])
+    return torch.from_numpy(weight.copy()), torch.from_numpy(bias.copy())
 
 
 # ------------------------------------------------------------------------------------------- LP++
