@@ -124,17 +124,15 @@ class Hub:
         return {path.name: path.read_bytes() for path in sorted(paths)}
 
 
-_PORT: dict[str, int] = {}
-
-
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
     """Serve until the block ends; `hub.url` is the endpoint."""
-    _Handler.hub = hub  # of all, since a client may still talk over a connection of before
-    # One port a process: libraries keep the endpoint that they saw first, and pytest-xdist may set
-    # a module's server up more than once.
-    server = ThreadingHTTPServer(("127.0.0.1", _PORT.get("first", 0)), _Handler)
-    _PORT["first"] = server.server_address[1]
+
+    class Handler(_Handler):
+        pass
+
+    Handler.hub = hub
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
