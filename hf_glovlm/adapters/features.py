@@ -104,9 +104,10 @@ def fit_logistic(
         weight, bias = values[:, :dim], values[:, dim]
         logits = images @ all_classes(weight).T + all_classes(bias)
         logits -= logits.max(1, keepdims=True)
-        total = np.exp(logits).sum(1, keepdims=True)
+        powers = np.exp(logits)
+        total = powers.sum(1, keepdims=True)
         loss = (np.log(total) - (known * logits).sum(1, keepdims=True)).mean()
-        slope = (np.exp(logits) / total - known) / n
+        slope = (powers / total - known) / n
         if rows == 1:
             slope = (slope[:, 1:] - slope[:, :1]) / 2
         grad = np.concatenate([slope.T @ images + weight / (C * n), slope.sum(0)[:, None]], 1)
