@@ -242,7 +242,7 @@ def bench_encode(
 
 def _save_as_converted(model: Any, processor: Any, folder: Path, vocabulary: int | None) -> None:
     """Save a backbone as a converted checkpoint lies on disk, its tokenizer grown where asked."""
-    from .conversion import join_merges
+    from .backbones.conversion import join_merges
 
     model.backbone.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)

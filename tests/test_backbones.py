@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, tiny_bert, tiny_clip, tiny_dinov2, tiny_pair, tiny_siglip, tiny_siglip2
 from transformers import AutoModel, AutoTokenizer
 
-from hf_glovlm import backbones
 from hf_glovlm.backbones import (
     BACKBONES,
     NOT_VERIFIED,
     convert_backbone,
     known_rows,
     load_backbone,
+    loading,
     pretraining_notes,
 )
 from hf_glovlm.cli import main
@@ -278,7 +278,7 @@ def test_the_table() -> None:
         assert (row.text_context > 0) == (row.kind != "vision")
         assert all((row.pretrained_on, row.license, row.citation, row.magnification))
         assert row.gated or not row.no_derivatives
-        assert row.layout in published.LAYOUTS or row.layout in backbones._NATIVE
+        assert row.layout in published.LAYOUTS or row.layout in loading._NATIVE
         assert ("non-commercial" in row.restrictions) == row.non_commercial
         assert row.page == (row.hub_id and f"https://huggingface.co/{row.hub_id}")
     # What the issue of a licence turns on is not left to a slip.
@@ -406,7 +406,7 @@ def test_the_origin_of_converted_weights_travels(tmp_path: Path) -> None:
 def test_a_licence_is_said_once_a_process(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbones, "_told", set())
+    monkeypatch.setattr(loading, "_told", set())
     convert_backbone(str(published.uni(tmp_path / "uni")), tmp_path / "made")
     origin = {"hub_id": "MahmoodLab/UNI", "revision": "0" * 40}
     (tmp_path / "made" / "backbone.json").write_text(json.dumps(origin))

@@ -22,9 +22,8 @@ from transformers import (
     CLIPTextModel,
 )
 
-from hf_glovlm import conversion
-from hf_glovlm.backbones import load_backbone
-from hf_glovlm.conversion import KINDS, convert_checkpoint, convert_tensors, read_tensors
+from hf_glovlm.backbones import conversion, load_backbone
+from hf_glovlm.backbones.conversion import KINDS, convert_checkpoint, convert_tensors, read_tensors
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.model.towers import append_class_token
 

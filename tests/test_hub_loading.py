@@ -17,7 +17,7 @@ from tiny import tiny_bert, tiny_clip, tiny_dinov2, tiny_siglip
 from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from hf_glovlm.backbones import BACKBONES, load_backbone
-from hf_glovlm.checkpoints import Checkpoint
+from hf_glovlm.backbones.checkpoints import Checkpoint
 from hf_glovlm.errors import GloVLMError
 
 # Name by which it is loaded: the Hub ids that are read.

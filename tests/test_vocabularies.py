@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from hf_glovlm.conversion import vocabularies
+from hf_glovlm.backbones.conversion import vocabularies
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import GloVLMError
+from ...errors import GloVLMError
 from .moving import Converted
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"

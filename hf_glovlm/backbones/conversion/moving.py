@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
-from ..errors import GloVLMError
+from ...errors import GloVLMError
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Move:
         from transformers import AutoModel
         from transformers.initialization import no_init_weights
 
-        from ..model import GloVLMModel
+        from ...model import GloVLMModel
 
         with torch.device("meta"), no_init_weights():
             is_pair = config.model_type == "glovlm"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import GloVLMError
+from ...errors import GloVLMError
 from .moving import Move
 
 _QKV = ("q_proj", "k_proj", "v_proj")

@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
-from .errors import GloVLMError
+from ..errors import GloVLMError
 
 ORIGIN = "backbone.json"  # beside converted weights: which checkpoint and commit they come from
 _CLIP_TOKENIZER = "openai/clip-vit-base-patch32"

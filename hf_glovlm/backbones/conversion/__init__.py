@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import GloVLMError, nearest
+from ...errors import GloVLMError, nearest
 from .kinds import CONVERTERS, DROPPED, recognise
 from .moving import Converted, Move
 from .vocabularies import find_tokenizer, join_merges, read_json
@@ -198,7 +198,7 @@ def _write(converted: Converted, tokenizer: Any, name: str, folder: Path) -> Non
     """Write a converted checkpoint as `from_pretrained` reads it."""
     from transformers import CLIPImageProcessor
 
-    from ..model import GloVLMProcessor
+    from ...model import GloVLMProcessor
 
     model = converted.model
     is_pair = model.config.model_type == "glovlm"

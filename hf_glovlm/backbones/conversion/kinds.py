@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import GloVLMError
+from ...errors import GloVLMError
 from .moving import Converted, Move
 from .towers import (
     assumed,
@@ -98,7 +98,7 @@ def _convert_open_clip(move: Move, published: Mapping[str, Any]) -> Converted:
     """CLIP's layout; or CoCa's, which adds attentional pooling and a class token behind texts."""
     from transformers import CLIPConfig, CLIPVisionConfig
 
-    from ..model import GloVLMConfig
+    from ...model import GloVLMConfig
 
     stated = _model_cfg(published)
     prefix = "text." if "text.token_embedding.weight" in move else ""
@@ -163,7 +163,7 @@ def _convert_open_clip(move: Move, published: Mapping[str, Any]) -> Converted:
 
 def _convert_conch(move: Move, published: Mapping[str, Any]) -> Converted:
     """CONCH: a timm trunk with attentional pooling, CoCa's text tower."""
-    from ..model import GloVLMConfig
+    from ...model import GloVLMConfig
 
     stated = _model_cfg(published)
     vision = stated.get("vision_cfg", {})
@@ -193,7 +193,7 @@ def _convert_conch(move: Move, published: Mapping[str, Any]) -> Converted:
 
 def _convert_biomedclip(move: Move, published: Mapping[str, Any]) -> Converted:
     """open_clip's timm trunk and BERT, a linear layer and two behind them."""
-    from ..model import GloVLMConfig
+    from ...model import GloVLMConfig
 
     stated = _model_cfg(published)
     text = stated.get("text_cfg", {})
@@ -237,7 +237,7 @@ def _convert_biomedclip(move: Move, published: Mapping[str, Any]) -> Converted:
 
 def _convert_keep(move: Move, published: Mapping[str, Any]) -> Converted:
     """KEEP: a timm ViT with LayerScale and two linear layers, a BERT with its pooler."""
-    from ..model import GloVLMConfig
+    from ...model import GloVLMConfig
 
     vision_config = vit_config(move, "visual.", published.get("vision_config", {}))
     text_config = bert_config(move, "text.", published.get("text_config", {}))

@@ -1,0 +1,32 @@
+"""Backbones: the table of pretrained towers, and loading one by name, Hub id, folder or pair."""
+
+from .loading import DUAL_ENCODERS, MINI, convert_backbone, load_backbone
+from .table import (
+    BACKBONES,
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    NOT_VERIFIED,
+    Backbone,
+    known_rows,
+    pretraining_notes,
+)
+
+__all__ = [
+    "BACKBONES",
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "DUAL_ENCODERS",
+    "HALF",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MINI",
+    "NOT_VERIFIED",
+    "Backbone",
+    "convert_backbone",
+    "known_rows",
+    "load_backbone",
+    "pretraining_notes",
+]
