@@ -12,7 +12,6 @@ __version__ = "0.1.0"
 # The command `glovlm` brings in what a command needs when it needs it: its help is instant.
 if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
     from . import explain
-    from .adapters import METHODS, target_modules
     from .answers import (
         borrow,
         describe_classes,
@@ -41,6 +40,7 @@ if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
         predict,
     )
     from .leave_out import MemoryCache, frozen_methods, leave_patients_out
+    from .methods import METHODS, target_modules
     from .metrics import compute_metrics, paired_differences
     from .model import (
         GloVLMConfig,

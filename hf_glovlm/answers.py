@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .adapters import prototype_head
 from .calibration import ConformalThresholds, conformal_sets, describe_sets
 from .data.terminology import find_term
 from .errors import GloVLMError
 from .inference import Predictions, embed_prompts
+from .model.heads import prototype_head
 from .scale import check_scale, describe_scale
 
 if TYPE_CHECKING:

@@ -467,7 +467,7 @@ def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     """A step of prompt tuning at the length of the longest prompt, and at the full context."""
     import torch
 
-    from .adapters import TowerMethod, get_method
+    from .methods import TowerMethod, get_method
     from .objective import TowerStep
 
     found = []
@@ -516,7 +516,7 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     """Class texts of a text tower that does not change, encoded once or at every step."""
     import torch
 
-    from .adapters import Tuning
+    from .methods import Tuning
     from .objective import TowerStep
 
     model, processor = _random_clip(shape)
@@ -592,7 +592,7 @@ def _bench_search(n_classes: int, shots: int, dim: int, rows: int, loop_pairs: i
     """Tip-Adapter's search over 200 betas and 20 alphas, and the double loop that it replaces."""
     import torch
 
-    from .adapters.free import TIP_ALPHAS, TIP_BETAS, search_tip_adapter
+    from .methods.closed_form import TIP_ALPHAS, TIP_BETAS, search_tip_adapter
 
     features, labels, keys, owners, texts = _clusters(n_classes, shots, dim, rows)
     values = torch.nn.functional.one_hot(owners, n_classes).float()
@@ -623,7 +623,7 @@ def _bench_search(n_classes: int, shots: int, dim: int, rows: int, loop_pairs: i
 
 def _bench_training_free(n_classes: int, shots: int, dim: int, repeats: int) -> list[Row]:
     """Every training-free method on bare features."""
-    from .adapters import METHODS
+    from .methods import METHODS
     from .training import adapt_features
 
     query, _, features, labels, texts = _clusters(n_classes, shots, dim, 500)

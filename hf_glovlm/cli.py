@@ -403,7 +403,7 @@ def pretrain(
 @app.command()
 def methods(as_json: JsonFlag = False) -> None:
     """List the adaptation methods."""
-    from .adapters import METHODS
+    from .methods import METHODS
 
     rows = [method.describe() for method in METHODS.values()]
     print_rows(
@@ -459,8 +459,8 @@ def backbones_modules(
     as_json: JsonFlag = False,
 ) -> None:
     """Name the linear maps of a backbone's blocks, as PEFT's target_modules takes them."""
-    from .adapters import target_modules
     from .backbones import load_backbone
+    from .methods import target_modules
 
     quiet_libraries()
     model, _ = load_backbone(name)

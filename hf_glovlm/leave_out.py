@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapters import METHODS, FeatureMethod, HeadMethod
 from .answers import borrow
 from .data.folder import column
 from .errors import GloVLMError, nearest
 from .inference import FeatureCache, Predictions, predict
+from .methods import METHODS, FeatureMethod, HeadMethod
 from .metrics import compute_metrics
 from .training import adapt
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .adapters import Recipe
 from .errors import GloVLMError
+from .methods import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

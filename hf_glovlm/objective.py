@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .adapters import StepState, Tuning
 from .loop import gather, world_size
+from .methods import StepState, Tuning
 from .model.context import ContextGuide
 from .model.prompts import TEXT_CHUNK
 from .replay import Replay, record_tower

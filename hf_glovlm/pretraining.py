@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapters import Recipe
 from .errors import GloVLMError
 from .loop import fit, gather, seed_everything, write_text
+from .methods import Recipe
 from .objective import infonce
 
 CARD = """---

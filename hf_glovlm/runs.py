@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .adapters import FeatureMethod, Method, get_method
 from .backbones import known_rows, load_backbone, pretraining_notes
 from .calibration import (
     Calibration,
@@ -35,6 +34,7 @@ from .card import render_card
 from .errors import GloVLMError
 from .inference import FeatureCache, Predictions, embed_images, predict, resolve_device
 from .loop import write_text
+from .methods import FeatureMethod, Method, get_method
 from .run_folder import claim, put_in_place, unfinished
 from .scale import describe_scale, known_scale
 from .train_config import TrainConfig

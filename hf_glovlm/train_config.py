@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from .adapters import FeatureMethod, get_method
 from .errors import GloVLMError, check_settings, nearest
+from .methods import FeatureMethod, get_method
 from .objective import Loss
 
 _CHOICES = {

@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import (
+from .backbones import load_backbone
+from .errors import GloVLMError
+from .inference import FeatureCache, embed_images, embed_prompts
+from .loop import BatchSource, ImageSource, TensorSource, fit, plan, seed_everything
+from .methods import (
     FeatureMethod,
     Fitted,
     Fold,
@@ -19,16 +23,10 @@ from .adapters import (
     Support,
     TowerMethod,
     Tuning,
-    class_means,
     get_method,
     give_joint_space,
-    prototype_head,
 )
-from .backbones import load_backbone
-from .errors import GloVLMError
-from .inference import FeatureCache, embed_images, embed_prompts
-from .loop import BatchSource, ImageSource, TensorSource, fit, plan, seed_everything
-from .model.heads import ClassWeights
+from .model.heads import ClassWeights, class_means, prototype_head
 from .objective import HeadStep, Loss, TowerStep
 
 if TYPE_CHECKING:
@@ -838,7 +836,7 @@ def _check_support(method: Method, labels: Tensor, names: Sequence[str]) -> None
 
 
 def _methods() -> list[tuple[str, Method]]:
-    from .adapters import METHODS
+    from .methods import METHODS
 
     return list(METHODS.items())
 

@@ -9,8 +9,8 @@ from tiny import CLASSES as NAMES
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from hf_glovlm.adapters import METHODS, TowerMethod, Tuning
 from hf_glovlm.data import ClassInfo
+from hf_glovlm.methods import METHODS, TowerMethod, Tuning
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
 
 CLASSES = [ClassInfo(n, n, (f"a {n} glomerulus", f"this photo shows {n}")) for n in NAMES]

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from hf_glovlm.adapters import METHODS, FeatureMethod, Fitted, Fold, HeadMethod, Support
-from hf_glovlm.adapters.contract import linear_head, score_logits
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.methods import METHODS, FeatureMethod, Fitted, Fold, HeadMethod, Support
+from hf_glovlm.methods.contract import score_logits
+from hf_glovlm.model.heads import linear_head
 from hf_glovlm.training import AdaptedFeatures, _leave_groups_out, adapt, adapt_features
 
 ON_FEATURES = [n for n, m in METHODS.items() if isinstance(m, FeatureMethod | HeadMethod)]

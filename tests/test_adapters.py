@@ -20,7 +20,9 @@ from transformers import (
     CLIPModel,
 )
 
-from hf_glovlm.adapters import (
+from hf_glovlm.backbones import load_backbone
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.methods import (
     METHODS,
     FeatureMethod,
     Fitted,
@@ -28,11 +30,9 @@ from hf_glovlm.adapters import (
     Support,
     get_method,
     give_joint_space,
-    prototype_head,
 )
-from hf_glovlm.adapters.contract import register
-from hf_glovlm.backbones import load_backbone
-from hf_glovlm.errors import GloVLMError
+from hf_glovlm.methods.contract import register
+from hf_glovlm.model.heads import prototype_head
 
 
 def clip() -> tuple[Any, Any]:

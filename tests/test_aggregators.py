@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_glovlm.adapters.aggregators import (
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.mil.aggregators import (
     AGGREGATORS,
     Aggregator,
     build_aggregator,
     nystrom_attention,
 )
-from hf_glovlm.errors import GloVLMError
 
 DIM, CLASSES = 12, 3
 SMALL: dict[str, dict[str, Any]] = {

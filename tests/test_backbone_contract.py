@@ -12,9 +12,9 @@ from PIL import Image
 from tiny import tiny_bert, tiny_clip, tiny_dinov2, tiny_pair, tiny_siglip, tiny_siglip2
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from hf_glovlm.adapters import get_method
 from hf_glovlm.backbones import BACKBONES, Backbone, load_backbone
 from hf_glovlm.data import ClassInfo
+from hf_glovlm.methods import get_method
 
 CLASSES = [ClassInfo(name, name, (f"a {name} glomerulus",)) for name in ("viable", "sclerosed")]
 TEXTS = ["a viable glomerulus", "a pathology image of segmental sclerosis, PAS stain", "crescent"]

@@ -13,7 +13,6 @@ from tiny import tiny_clip, tiny_pair, tiny_siglip2
 from tokenizers import Tokenizer
 
 from hf_glovlm import inference
-from hf_glovlm.adapters import METHODS
 from hf_glovlm.bench import (
     Shape,
     _grow_tokenizer,
@@ -26,6 +25,7 @@ from hf_glovlm.bench import (
     run_benches,
 )
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.methods import METHODS
 from hf_glovlm.metrics import compute_metrics
 from hf_glovlm.model import GloVLMModel
 

@@ -27,9 +27,9 @@ from transformers import (
     ViTConfig,
 )
 
-from hf_glovlm.adapters import target_modules
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.inference import encoder_key
+from hf_glovlm.methods import target_modules
 from hf_glovlm.model import ContextGuide, GloVLMConfig, GloVLMModel
 from hf_glovlm.model.context import keep_count
 

@@ -35,13 +35,13 @@ from transformers import (
 )
 
 from hf_glovlm import training
-from hf_glovlm.adapters import METHODS, Recipe, TowerMethod, Tuning, give_joint_space
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.bench import Shape, _block_operations, bench_context
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import predict
 from hf_glovlm.loop import TensorSource, _optimizer, draw_order, fit, learning_rate, plan
+from hf_glovlm.methods import METHODS, Recipe, TowerMethod, Tuning, give_joint_space
 from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.objective import HeadStep, TowerStep
 from hf_glovlm.training import Adapted, adapt

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair
 from torch import Tensor, nn
 
-from hf_glovlm.adapters import Recipe
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.inference import Predictions
 from hf_glovlm.loop import TensorSource, fit
+from hf_glovlm.methods import Recipe
 from hf_glovlm.objective import HeadStep
 from hf_glovlm.runs import run
 from hf_glovlm.train_config import TrainConfig

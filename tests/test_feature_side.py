@@ -17,23 +17,17 @@ from sklearn.linear_model import LogisticRegression
 from tiny import tiny_clip, tiny_pair
 from torch import nn
 
-from hf_glovlm.adapters import (
-    METHODS,
-    Fold,
-    HeadMethod,
-    Support,
-    give_joint_space,
-)
-from hf_glovlm.adapters.features import (
+from hf_glovlm.backbones import load_backbone
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.loop import TensorSource, fit
+from hf_glovlm.methods import METHODS, Fold, HeadMethod, Support, give_joint_space
+from hf_glovlm.methods.closed_form import TIP_ALPHAS, TIP_BETAS
+from hf_glovlm.methods.heads import (
     WHOLE_SUPPORT,
     LpPlusPlusConfig,
     lp_plus_plus_path,
     lp_plus_plus_rates,
 )
-from hf_glovlm.adapters.free import TIP_ALPHAS, TIP_BETAS
-from hf_glovlm.backbones import load_backbone
-from hf_glovlm.errors import GloVLMError
-from hf_glovlm.loop import TensorSource, fit
 from hf_glovlm.model.heads import (
     CacheHead,
     MLPHead,

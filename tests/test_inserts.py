@@ -33,10 +33,10 @@ from tiny import tiny_clip
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel, SwinConfig, SwinModel
 
-from hf_glovlm.adapters import METHODS, Tuning
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import encoder_key
+from hf_glovlm.methods import METHODS, Tuning
 from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.model.heads import build_head, describe_head
 from hf_glovlm.model.prompts import (

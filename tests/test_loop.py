@@ -24,7 +24,6 @@ from tiny import tiny_clip, tiny_images
 from torch import Tensor, nn
 
 from hf_glovlm import loop
-from hf_glovlm.adapters import Recipe
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
@@ -38,6 +37,7 @@ from hf_glovlm.loop import (
     world_size,
     write_text,
 )
+from hf_glovlm.methods import Recipe
 from hf_glovlm.model import MLPHead
 from hf_glovlm.training import HeadStep
 

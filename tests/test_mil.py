@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from hf_glovlm.adapters.aggregators import AGGREGATORS
 from hf_glovlm.data.bags import Bag, BagWriter, read_bag
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.mil import MilConfig, apply_mil, load_aggregator, train_mil
+from hf_glovlm.mil.aggregators import AGGREGATORS
 from hf_glovlm.mil.cohort import Bags, BagSource, read_cohort, split_cohort
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -12,9 +12,9 @@ from tiny import tiny_clip, tiny_pair, tiny_siglip, tiny_siglip2
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
-from hf_glovlm.adapters import Recipe, Tuning, give_joint_space, tower_layers
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.loop import TensorSource, fit
+from hf_glovlm.methods import Recipe, Tuning, give_joint_space, tower_layers
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
 from hf_glovlm.replay import Replay, frozen_blocks, record_tower
 

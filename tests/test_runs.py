@@ -19,7 +19,6 @@ from tiny import CLASSES, tiny_bert, tiny_clip, tiny_dinov2, tiny_images, tiny_p
 from transformers import AutoModelForImageClassification
 
 from hf_glovlm import inference, runs
-from hf_glovlm.adapters import METHODS, FeatureMethod
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import (
     all_rows,
@@ -32,6 +31,7 @@ from hf_glovlm.data import (
 from hf_glovlm.data.folder import column
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions, predict
+from hf_glovlm.methods import METHODS, FeatureMethod
 from hf_glovlm.model import GloVLMProcessor
 from hf_glovlm.run_folder import UNFINISHED
 from hf_glovlm.runs import OWN_FILES, run

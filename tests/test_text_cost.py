@@ -10,9 +10,9 @@ from attaching import attach
 from tiny import CONTEXT, tiny_clip, tiny_pair, tiny_siglip, tiny_siglip2
 from torch import nn
 
-from hf_glovlm.adapters import METHODS, give_joint_space, tower_layers
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import ClassInfo
+from hf_glovlm.methods import METHODS, give_joint_space, tower_layers
 from hf_glovlm.model.modeling_glovlm import TEXT_CHUNK
 from hf_glovlm.objective import TowerStep
 

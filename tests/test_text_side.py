@@ -29,8 +29,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel, PreTrainedTokenizerFast
 
-from hf_glovlm.adapters import METHODS, StepState, Tuning, give_joint_space
-from hf_glovlm.adapters.text import (
+from hf_glovlm.backbones import load_backbone
+from hf_glovlm.data import ClassInfo, all_rows, load_dataset
+from hf_glovlm.data.terminology import described_prompts
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.methods import METHODS, StepState, Tuning, give_joint_space
+from hf_glovlm.methods.context_tokens import (
     ContextConfig,
     ContextEmbedding,
     context_length,
@@ -42,10 +46,6 @@ from hf_glovlm.adapters.text import (
     unit_means,
     within,
 )
-from hf_glovlm.backbones import load_backbone
-from hf_glovlm.data import ClassInfo, all_rows, load_dataset
-from hf_glovlm.data.terminology import described_prompts
-from hf_glovlm.errors import GloVLMError
 from hf_glovlm.objective import TowerStep
 from hf_glovlm.training import adapt
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from hf_glovlm.adapters import METHODS, FeatureMethod
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.methods import METHODS, FeatureMethod
 from hf_glovlm.train_config import TrainConfig
 
 SOLVED = [name for name, method in METHODS.items() if isinstance(method, FeatureMethod)]

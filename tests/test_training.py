@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 
 from hf_glovlm import inference
-from hf_glovlm.adapters import METHODS, HeadMethod, TowerMethod, give_joint_space
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import ClassInfo, all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import FeatureCache, embed_images, predict
+from hf_glovlm.methods import METHODS, HeadMethod, TowerMethod, give_joint_space
 from hf_glovlm.model import GloVLMModel, GloVLMProcessor
 from hf_glovlm.objective import HeadStep, TowerStep, infonce
 from hf_glovlm.training import Adapted, adapt

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from hf_glovlm.adapters import METHODS, FeatureMethod, Fitted, Fold, Support, free
-from hf_glovlm.adapters.free import (
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.methods import METHODS, FeatureMethod, Fitted, Fold, Support, closed_form
+from hf_glovlm.methods.closed_form import (
     TIP_ALPHAS,
     TIP_BETAS,
     apply_precision,
@@ -21,7 +22,6 @@ from hf_glovlm.adapters.free import (
     neighbour_graph,
     search_tip_adapter,
 )
-from hf_glovlm.errors import GloVLMError
 from hf_glovlm.model.heads import CacheHead, build_head, describe_head
 
 Array = NDArray[np.float64]
@@ -110,8 +110,8 @@ def test_only_what_the_papers_search_is_searched() -> None:
     assert TIP_BETAS[:2] == pytest.approx((0.1, 0.1345))
     assert TIP_ALPHAS[:2] == pytest.approx((0.1, 0.245))
     assert (TIP_BETAS[-1], TIP_ALPHAS[-1]) == pytest.approx((6.9655, 2.855))
-    assert (free.OUTER_STEPS, free.INNER_STEPS) == (10, 5)
-    assert (free.LIKELIHOOD_WEIGHT, free.NEIGHBOUR_WEIGHT) == (1 / 50, 50 / 6)
+    assert (closed_form.OUTER_STEPS, closed_form.INNER_STEPS) == (10, 5)
+    assert (closed_form.LIKELIHOOD_WEIGHT, closed_form.NEIGHBOUR_WEIGHT) == (1 / 50, 50 / 6)
 
 
 # -------------------------------------------------------------------------------------- zero-shot
@@ -360,7 +360,7 @@ def test_the_published_search_equals_the_double_loop_whatever_the_chunk(
     counts, best = double_loop(*arrays, TIP_BETAS, TIP_ALPHAS)
     tensors = [torch.from_numpy(x) for x in arrays]
     for cells in (1, 200 * 3 * 11, 2**20):
-        monkeypatch.setattr(free, "CELLS", cells)
+        monkeypatch.setattr(closed_form, "CELLS", cells)
         assert (count_hits(*tensors, TIP_BETAS, TIP_ALPHAS).numpy() == counts).all()
     assert search_tip_adapter(*tensors) == best
     assert len(np.unique(counts.sum(2))) > 5  # the grid matters here
@@ -471,7 +471,9 @@ def test_transclip_is_that_of_its_paper(
 
 
 def test_transclip_takes_the_published_inner_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(free, "OUTER_STEPS", 1)  # ten of them converge with fewer inner ones too
+    monkeypatch.setattr(
+        closed_form, "OUTER_STEPS", 1
+    )  # ten of them converge with fewer inner ones too
     support = make((4, 4, 4), scale=5.0, queries=30)
     labelled = fit("transclip", support).query_logits
     assert labelled is not None
@@ -528,7 +530,7 @@ def test_neighbours_are_joined_both_ways_and_never_to_themselves(
 ) -> None:
     features = torch.from_numpy(unit(np.random.randn(23, 6)))
     whole = neighbour_graph(features, 3).to_dense()
-    monkeypatch.setattr(free, "CHUNK", 5)
+    monkeypatch.setattr(closed_form, "CHUNK", 5)
     assert torch.equal(neighbour_graph(features, 3).to_dense(), whole)
     assert torch.allclose(whole, whole.T)
     assert whole.diagonal().eq(0).all()

@@ -16,7 +16,10 @@ from tiny import tiny_clip, tiny_pair, tiny_siglip, tiny_siglip2
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel
 
-from hf_glovlm.adapters import (
+from hf_glovlm.backbones import load_backbone
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.loop import _optimizer, learning_rate, plan
+from hf_glovlm.methods import (
     METHODS,
     StepState,
     TowerMethod,
@@ -24,11 +27,8 @@ from hf_glovlm.adapters import (
     give_joint_space,
     tower_layers,
 )
-from hf_glovlm.adapters.tuners import UNSUITABLE, find_tuner, tuner_names
-from hf_glovlm.adapters.weights import target_modules
-from hf_glovlm.backbones import load_backbone
-from hf_glovlm.errors import GloVLMError
-from hf_glovlm.loop import _optimizer, learning_rate, plan
+from hf_glovlm.methods.fine_tuning import target_modules
+from hf_glovlm.methods.peft_tuners import UNSUITABLE, find_tuner, tuner_names
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])

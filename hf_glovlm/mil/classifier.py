@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..adapters.aggregators import Aggregator, build_aggregator
 from ..data.bags import Bag
 from ..errors import GloVLMError
 from ..loop import write_text
+from .aggregators import Aggregator, build_aggregator
 
 # What a bag says of its tiles: features of another model are refused, other tiles are noted.
 FINGERPRINT = "fingerprint"

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from ..adapters.aggregators import build_aggregator
 from ..errors import GloVLMError, check_settings
+from .aggregators import build_aggregator
 
 _PRECISIONS = ("no", "fp16", "bf16")
 _DEVICES = ("auto", "cpu")

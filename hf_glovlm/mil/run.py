@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..adapters import Recipe
-from ..adapters.aggregators import Aggregator, build_aggregator
 from ..card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 from ..errors import GloVLMError
 from ..loop import fit, seed_everything, world_size, write_text
+from ..methods import Recipe
 from ..metrics import compute_metrics
 from ..run_folder import claim, put_in_place, unfinished
+from .aggregators import Aggregator, build_aggregator
 from .classifier import SlideClassifier, SlidePrediction
 from .cohort import BagSource, Cohort, Sides, read_cohort, split_cohort
 from .config import MilConfig

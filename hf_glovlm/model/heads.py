@@ -221,3 +221,41 @@ def describe_head(head: nn.Module) -> dict[str, Any]:
         known = ", ".join(sorted(HEADS))
         raise ValueError(f"A head is one of {known}; found {type(head).__name__}.")
     return {"kind": head.kind, **head.describe()}
+
+
+def prototype_head(prototypes: Tensor, scale: float, *, raw: bool = False) -> ClassWeights:
+    """Put class prototypes `[K, dim]` into a head: scaled cosines, no bias.
+
+    With `raw`, dot products with the unit prototypes: the image side is not normalised.
+    """
+    dim, classes = prototypes.shape[1], len(prototypes)
+    head = ClassWeights(dim, classes, normalize=not raw, cosine=not raw)
+    with torch.no_grad():
+        head.weight.copy_(nn.functional.normalize(prototypes, dim=-1))
+        head.scale.fill_(scale)
+    return head
+
+
+def linear_head(weight: Tensor, bias: Tensor) -> ClassWeights:
+    """Put weights `[K, dim]` and bias `[K]` into a head on L2-normalised features."""
+    head = ClassWeights(weight.shape[1], len(weight), normalize=True)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    return head
+
+
+def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Unit means of the L2-normalised features of each class.
+
+    Args:
+        features: `[n, dim]`.
+        labels: `[n]`, every class at least once.
+        num_classes: Number of classes K.
+
+    Returns:
+        `[K, dim]`.
+    """
+    unit = nn.functional.normalize(features, dim=-1)
+    total = unit.new_zeros(num_classes, unit.shape[1]).index_add(0, labels, unit)
+    return nn.functional.normalize(total, dim=-1)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GloVLMError
-from ..model.heads import CacheHead
-from .contract import FeatureMethod, Fitted, Fold, Support, linear_head, prototype_head, register
+from ..model.heads import CacheHead, linear_head, prototype_head
+from .contract import FeatureMethod, Fitted, Fold, Support, register
 
 # Tip-Adapter's search on ImageNet: 200 values of beta up to 7, 20 of alpha up to 3.
 TIP_BETAS = tuple(0.1 + i * (7 - 0.1) / 200 for i in range(200))

@@ -12,7 +12,7 @@ from ..data.catalog import ClassInfo
 from ..data.terminology import described_prompts, terms_of
 from ..errors import GloVLMError, nearest
 from .contract import Recipe, StepState, TowerMethod, Tuning, register
-from .weights import save_and_merge, trained_projection, wrap_with_peft
+from .fine_tuning import save_and_merge, trained_projection, wrap_with_peft
 
 PROMPT_SOURCES = ("terminology", "classes")
 

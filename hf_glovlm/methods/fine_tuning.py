@@ -15,7 +15,7 @@ from torch import nn
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError
 from .contract import Recipe, TowerMethod, Tuning, register
-from .tuners import (
+from .peft_tuners import (
     AdaLoraBudget,
     build_config,
     describe_tuner,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError
 from ..model.prompts import ConditionalPromptHead, LayerTokens, tower_blocks
+from .context_tokens import ContextEmbedding, coop_recipe, find_embedding, free_token_ids
 from .contract import Recipe, TowerMethod, Tuning, register
-from .text import ContextEmbedding, coop_recipe, find_embedding, free_token_ids
-from .weights import trained_projection
+from .fine_tuning import trained_projection
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GloVLMError
-from ..model.heads import ClassWeights, MLPHead, ProjectedHead, ResidualHead
-from .contract import (
-    FeatureMethod,
-    Fitted,
-    HeadMethod,
-    Recipe,
-    Support,
+from ..model.heads import (
+    ClassWeights,
+    MLPHead,
+    ProjectedHead,
+    ResidualHead,
     linear_head,
     prototype_head,
-    register,
-    score_logits,
 )
-from .free import TipAdapterConfig, cache_head, search_tip_adapter
+from .closed_form import TipAdapterConfig, cache_head, search_tip_adapter
+from .contract import FeatureMethod, Fitted, HeadMethod, Recipe, Support, register, score_logits
 
 WARM_COSINE: dict[str, Any] = {"schedule": "cosine", "warmup_epochs": 1, "warmup_lr": 1e-5}
 COSINE_BY_STEP: dict[str, Any] = {"schedule": "cosine", "by_step": True, "eps": 1e-4}

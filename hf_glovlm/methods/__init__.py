@@ -1,7 +1,7 @@
 """Adaptation methods, grouped by what they touch: one table, one contract, one result class."""
 
 # Importing lists the methods, in the order of the table.
-from . import free, features, text, inserts, weights, context  # noqa: F401, I001
+from . import closed_form, heads, context_tokens, layers, fine_tuning, convlm  # noqa: F401, I001
 from .contract import (
     METHODS,
     FeatureMethod,
@@ -14,12 +14,10 @@ from .contract import (
     Support,
     TowerMethod,
     Tuning,
-    class_means,
     get_method,
     give_joint_space,
-    prototype_head,
 )
-from .weights import target_modules, tower_layers
+from .fine_tuning import target_modules, tower_layers
 
 __all__ = [
     "METHODS",
@@ -33,10 +31,8 @@ __all__ = [
     "Support",
     "TowerMethod",
     "Tuning",
-    "class_means",
     "get_method",
     "give_joint_space",
-    "prototype_head",
     "target_modules",
     "tower_layers",
 ]

@@ -16,7 +16,7 @@ from ..errors import GloVLMError, nearest
 from ..model.context import ContextGuide, GuidedPass
 from ..model.prompts import tower_blocks
 from .contract import Recipe, StepState, TowerMethod, Tuning, register
-from .weights import _without_gradient
+from .fine_tuning import _without_gradient
 
 if TYPE_CHECKING:
     from datasets import Dataset
