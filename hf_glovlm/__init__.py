@@ -12,14 +12,6 @@ __version__ = "0.1.0"
 # The command `glovlm` brings in what a command needs when it needs it: its help is instant.
 if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
     from . import explain
-    from .answers import (
-        borrow,
-        describe_classes,
-        describe_image_scale,
-        describe_limits,
-        give_answers,
-        reword,
-    )
     from .backbones import BACKBONES, load_backbone
     from .data import (
         check_dataset,
@@ -39,7 +31,16 @@ if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
         load_classifier,
         predict,
     )
-    from .leave_out import MemoryCache, frozen_methods, leave_patients_out
+    from .inference.cache import MemoryCache
+    from .inference.sentences import (
+        borrow,
+        describe_classes,
+        describe_image_scale,
+        describe_limits,
+        give_answers,
+        reword,
+    )
+    from .leave_out import frozen_methods, leave_patients_out
     from .methods import METHODS, target_modules
     from .metrics import compute_metrics, paired_differences
     from .model import (

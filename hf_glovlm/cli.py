@@ -196,8 +196,8 @@ def evaluate(
     from .data import check_dataset, group_rows, load_dataset
     from .hub import load_model
     from .inference import resolve_device
+    from .inference.scale import check_scale
     from .runs import describe_environment, measure
-    from .scale import check_scale
 
     quiet_libraries()
     place = resolve_device(device)
@@ -259,10 +259,10 @@ def predict(
         raise GloVLMError(f"--mpp must be above 0; found {mpp:g}.")
     places = _list_images(images)
 
-    from .answers import answer_columns
     from .hub import load_model
     from .inference import resolve_device
-    from .scale import check_scale, describe_scale
+    from .inference.scale import check_scale, describe_scale
+    from .inference.sentences import answer_columns
 
     quiet_libraries()
     place = resolve_device(device)
@@ -708,7 +708,7 @@ def _list_images(places: Sequence[Path]) -> dict[str, Path]:
 def _image_rows(found: Mapping[str, Path], mpp: float | None) -> "Dataset":
     from datasets import Dataset, Features, Image, Value
 
-    from .scale import listed_mpp
+    from .inference.scale import listed_mpp
 
     types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
     scales = listed_mpp(found.values()) if mpp is None else [mpp] * len(found)

@@ -159,8 +159,8 @@ def caption(
     overwrite: Annotated[bool, Option(help="Write captions anew.")] = False,
 ) -> None:
     """Write a caption for every image with an image-to-text model; goes on where it stopped."""
-    from .captions import QUESTION, write_captions
     from .inference import resolve_device
+    from .inference.captioning import QUESTION, write_captions
 
     quiet_libraries()
     done = write_captions(

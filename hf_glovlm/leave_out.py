@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .answers import borrow
 from .data.folder import column
 from .errors import GloVLMError, nearest
-from .inference import FeatureCache, Predictions, predict
+from .inference import FeatureCache, MemoryCache, Predictions, predict
+from .inference.sentences import borrow
 from .methods import METHODS, FeatureMethod, HeadMethod
 from .metrics import compute_metrics
 from .training import adapt
@@ -26,24 +26,6 @@ if TYPE_CHECKING:
 
 NO_ESTIMATE = "Performance cannot be estimated from this upload: "
 MIN_PATIENTS = 2  # of a class, so that one is left to learn from
-
-
-class MemoryCache(FeatureCache):
-    """Features of one piece of work, in memory: nothing is written."""
-
-    def __init__(self) -> None:
-        self._vectors: dict[tuple[str, bytes], NDArray[np.float32]] = {}
-
-    def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """Look up features; see `FeatureCache.get`."""
-        found = {image: self._vectors.get((encoder, image)) for image in images}
-        return {image: vector for image, vector in found.items() if vector is not None}
-
-    def put(
-        self, encoder: str, images: Sequence[bytes], features: NDArray[np.float32], name: str = ""
-    ) -> None:
-        """Keep features; see `FeatureCache.put`."""
-        self._vectors.update({(encoder, i): v for i, v in zip(images, features, strict=True)})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ import torch
 from datasets import Dataset
 
 from hf_glovlm import GloVLMError, adapt, leave_out, load_backbone, load_dataset, predict
-from hf_glovlm.answers import (
+from hf_glovlm.calibration import abstention_threshold, fit_conformal
+from hf_glovlm.inference import Predictions
+from hf_glovlm.inference.cache import MemoryCache
+from hf_glovlm.inference.sentences import (
     RESEARCH_ONLY,
     answer_columns,
     borrow,
@@ -21,9 +24,7 @@ from hf_glovlm.answers import (
     give_answers,
     reword,
 )
-from hf_glovlm.calibration import abstention_threshold, fit_conformal
-from hf_glovlm.inference import Predictions
-from hf_glovlm.leave_out import MemoryCache, leave_patients_out
+from hf_glovlm.leave_out import leave_patients_out
 
 NAMES = ["big_scar", "viable", "other"]
 

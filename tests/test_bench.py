@@ -12,7 +12,6 @@ from PIL import Image
 from tiny import tiny_clip, tiny_pair, tiny_siglip2
 from tokenizers import Tokenizer
 
-from hf_glovlm import inference
 from hf_glovlm.bench import (
     Shape,
     _grow_tokenizer,
@@ -25,6 +24,7 @@ from hf_glovlm.bench import (
     run_benches,
 )
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference import prediction
 from hf_glovlm.methods import METHODS
 from hf_glovlm.metrics import compute_metrics
 from hf_glovlm.model import GloVLMModel
@@ -90,7 +90,7 @@ def test_what_differs_is_not_timed(broken: str, said: str, monkeypatch: pytest.M
         monkeypatch.setattr(GloVLMModel, broken, lambda self, **kw: plain(self, **kw) + 1e-3)
     else:
         white = Image.new("RGB", (48, 48), "white")
-        monkeypatch.setattr(inference, broken, lambda value: white)
+        monkeypatch.setattr(prediction, broken, lambda value: white)
     with pytest.raises(GloVLMError, match=said):
         bench_encode(shape=TINY, vocabulary=900, **FEW)
 

@@ -33,10 +33,10 @@ from transformers import (
     ViTModel,
 )
 
-from hf_glovlm import captions
-from hf_glovlm.captions import QUESTION, load_captioner, write_captions
 from hf_glovlm.data.folder import column, load_dataset
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference import captioning
+from hf_glovlm.inference.captioning import QUESTION, load_captioner, write_captions
 
 TEMPLATE = (
     "{% for message in messages %}user : {% for part in message['content'] %}"
@@ -211,7 +211,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(
         options = {"model": made("blip"), "batch_size": 2, "max_new_tokens": 5, "output": target}
         described: list[int] = []
         if name == "killed":
-            real = captions.Captioner.describe
+            real = captioning.Captioner.describe
 
             def dying(self, images, tokens, real=real, described=described):
                 if len(described) == 2:
@@ -220,10 +220,10 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(
                 return real(self, images, tokens)
 
             before = (data / "metadata.csv").read_bytes()
-            monkeypatch.setattr(captions.Captioner, "describe", dying)
+            monkeypatch.setattr(captioning.Captioner, "describe", dying)
             with pytest.raises(KeyboardInterrupt):
                 write_captions(data, **options)
-            monkeypatch.setattr(captions.Captioner, "describe", real)
+            monkeypatch.setattr(captioning.Captioner, "describe", real)
             assert (data / "metadata.csv").read_bytes() == before
             journal = next((target or data / "x").parent.glob(".*.captions.jsonl"))
             with journal.open("a") as stream:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from PIL import Image as Pillow
 from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair, tiny_siglip, tiny_siglip2
 
-from hf_glovlm import inference
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import (
@@ -29,6 +28,7 @@ from hf_glovlm.inference import (
     embed_prompts,
     encoder_key,
     predict,
+    prediction,
     resolve_device,
 )
 from hf_glovlm.model import ClassWeights, GloVLMForImageClassification, GloVLMModel, MLPHead
@@ -163,13 +163,13 @@ def test_equal_content_is_encoded_once(clip: tuple[Any, Any], rows: Dataset) -> 
 def test_decoding_runs_beside_the_tower(
     clip: tuple[Any, Any], rows: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    threads, decode = set(), inference.open_image
+    threads, decode = set(), prediction.open_image
 
     def spy(value: Any) -> Any:
         threads.add(threading.get_ident())
         return decode(value)
 
-    monkeypatch.setattr(inference, "open_image", spy)
+    monkeypatch.setattr(prediction, "open_image", spy)
     embed_images(*clip, rows, batch_size=2)
     assert threads
     assert threading.get_ident() not in threads
@@ -296,7 +296,7 @@ def test_a_warm_cache_decodes_and_encodes_nothing(
     def never(value: Any) -> Any:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(inference, "open_image", never)
+    monkeypatch.setattr(prediction, "open_image", never)
     np.testing.assert_array_equal(
         full[::-1], embed_images(*any_pair, rows.select(range(8, -1, -1)), cache=cache)
     )
@@ -551,7 +551,7 @@ def test_a_thousand_features_load_fast(cache: FeatureCache) -> None:
 def test_an_interrupted_run_keeps_what_it_has(
     clip: tuple[Any, Any], rows: Dataset, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "SHARD_ROWS", 4)
+    monkeypatch.setattr(prediction, "SHARD_ROWS", 4)
     pool, calls = GloVLMModel.pool_images, []
 
     def interrupted(self: Any, **kwargs: Any) -> torch.Tensor:

@@ -18,7 +18,7 @@ import yaml
 from tiny import CLASSES, tiny_bert, tiny_clip, tiny_dinov2, tiny_images, tiny_pair
 from transformers import AutoModelForImageClassification
 
-from hf_glovlm import inference, runs
+from hf_glovlm import runs
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import (
     all_rows,
@@ -30,7 +30,7 @@ from hf_glovlm.data import (
 )
 from hf_glovlm.data.folder import column
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.inference import Predictions, predict
+from hf_glovlm.inference import Predictions, predict, prediction
 from hf_glovlm.methods import METHODS, FeatureMethod
 from hf_glovlm.model import GloVLMProcessor
 from hf_glovlm.run_folder import UNFINISHED
@@ -611,13 +611,13 @@ def test_a_second_run_encodes_nothing_again(
 ) -> None:
     monkeypatch.setenv("GLOVLM_CACHE", str(tmp_path / "cache"))
     encoded: list[int] = []
-    plain = inference._encode
+    plain = prediction._encode
 
     def noting(model: Any, processor: Any, rows: Any, wanted: Any, *rest: Any) -> Any:
         encoded.append(len(wanted))
         return plain(model, processor, rows, wanted, *rest)
 
-    monkeypatch.setattr(inference, "_encode", noting)
+    monkeypatch.setattr(prediction, "_encode", noting)
     pair = tiny_pair()
     run(make(images, tmp_path / "a", backbone=pair))
     assert sum(encoded) == 6 + 12

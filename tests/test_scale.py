@@ -18,7 +18,13 @@ from transformers import AutoImageProcessor
 
 from hf_glovlm.cli import main
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.scale import check_scale, describe_scale, input_mpp, known_scale, listed_mpp
+from hf_glovlm.inference.scale import (
+    check_scale,
+    describe_scale,
+    input_mpp,
+    known_scale,
+    listed_mpp,
+)
 
 CLIP = AutoImageProcessor.from_pretrained(tiny_clip())  # shorter side to 32, then a crop
 SIGLIP = AutoImageProcessor.from_pretrained(tiny_siglip())  # squashed to 32 x 32

@@ -19,11 +19,10 @@ from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair, tiny_siglip
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 
-from hf_glovlm import inference
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import ClassInfo, all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.inference import FeatureCache, embed_images, predict
+from hf_glovlm.inference import FeatureCache, embed_images, predict, prediction
 from hf_glovlm.methods import METHODS, HeadMethod, TowerMethod, give_joint_space
 from hf_glovlm.model import GloVLMModel, GloVLMProcessor
 from hf_glovlm.objective import HeadStep, TowerStep, infonce
@@ -762,7 +761,7 @@ def test_given_classes_name_the_prompts(rows: Dataset) -> None:
     adapted = quick("zero_shot", "clip", rows, classes=classes)
     assert adapted.model.config.prompts == [["viable"], ["a", "b"], ["c"]]
     head = adapted.model.head.weight
-    expected = inference.embed_prompts(*backbone("clip"), [["viable"], ["a", "b"], ["c"]])
+    expected = prediction.embed_prompts(*backbone("clip"), [["viable"], ["a", "b"], ["c"]])
     assert np.abs(head.detach().numpy() - expected).max() < 1e-6
 
 
@@ -773,7 +772,7 @@ def test_the_head_holds_the_texts_as_the_adapted_towers_see_them(rows: Dataset) 
         settings = {"logits": "cosine"} if method == "convlm" else {}
         adapted = quick(method, "clip", pick(rows, 2, 2, 2), settings=settings)
         prompts = adapted.model.config.prompts
-        texts = inference.embed_prompts(adapted.model.glovlm, adapted.processor, prompts)
+        texts = prediction.embed_prompts(adapted.model.glovlm, adapted.processor, prompts)
         assert np.abs(adapted.model.head.weight.detach().numpy() - texts).max() < 1e-5
         assert adapted.model.head.cosine
         scale = adapted.model.glovlm.logit_scale.exp().item()

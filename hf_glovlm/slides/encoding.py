@@ -23,7 +23,7 @@ from ..data.bags import BagWriter
 from ..data.tiles import TileGrid, find_tissue, lay_tiles
 from ..data.wsi import Slide, open_slide, slide_name
 from ..errors import GloVLMError
-from ..scale import MAX_RATIO, describe_scale, input_mpp
+from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from PIL import Image
 from ..data.annotations import SlideObject, overlap, write_geojson
 from ..errors import GloVLMError
 from ..inference import predict
-from ..scale import MAX_RATIO, describe_scale, input_mpp
+from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from .data.folder import column
-from .errors import GloVLMError
+from ..data.folder import column
+from ..errors import GloVLMError
 
 if TYPE_CHECKING:
     from datasets import Dataset

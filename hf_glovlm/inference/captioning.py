@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data.folder import column, load_dataset, open_image
-from .data.terminology import match_key
-from .errors import GloVLMError
+from ..data.folder import column, load_dataset, open_image
+from ..data.terminology import match_key
+from ..errors import GloVLMError
 
 if TYPE_CHECKING:
     import torch

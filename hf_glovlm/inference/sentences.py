@@ -14,17 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from .calibration import ConformalThresholds, conformal_sets, describe_sets
-from .data.terminology import find_term
-from .errors import GloVLMError
-from .inference import Predictions, embed_prompts
-from .model.heads import prototype_head
+from ..calibration import ConformalThresholds, conformal_sets, describe_sets
+from ..data.terminology import find_term
+from ..errors import GloVLMError
+from ..model.heads import prototype_head
+from .prediction import Predictions, embed_prompts
 from .scale import check_scale, describe_scale
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .model import GloVLMForImageClassification
+    from ..model import GloVLMForImageClassification
 
 RESEARCH_ONLY = "Research use only, not for diagnosis."
 MAX_PROMPT = 1000  # characters; towers read far less
@@ -216,7 +216,7 @@ def reword(
         GloVLMError: The towers share no space of images and texts; fewer than two classes; a class
             without a text; a text of two classes.
     """
-    from .model import GloVLMForImageClassification
+    from ..model import GloVLMForImageClassification
 
     if not model.has_joint_space:
         raise GloVLMError(

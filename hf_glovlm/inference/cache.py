@@ -1,0 +1,358 @@
+"""Feature cache: pooled vectors of frozen towers, kept between runs or in memory.
+
+They come from patients' images: `FeatureCache` says where they lie.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+
+from ..errors import GloVLMError
+
+if TYPE_CHECKING:
+    from ..model import GloVLMModel, GloVLMProcessor
+
+# Part of every key: raise it when decoding or pooling changes what comes out for the same input.
+CACHE_VERSION = 1
+
+logger = logging.getLogger("hf_glovlm")
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """One encoder's features in the cache.
+
+    Args:
+        key: Folder name; see `encoder_key`.
+        name: What the encoder is called, for people.
+        images: Number of stored vectors.
+        size: Bytes on disk.
+        created: Seconds since the epoch.
+        last_used: Seconds since the epoch.
+    """
+
+    key: str
+    name: str
+    images: int
+    size: int
+    created: float
+    last_used: float
+
+
+class FeatureCache:
+    """Pooled vision features on disk: one folder per encoder, safetensors shards that only grow.
+
+    Each shard holds `features` float32 `[n, width]`, `keys` (16 bytes an image) and a checksum. It
+    is written to a temporary file and renamed, so any number of processes may share the cache; a
+    damaged shard is reported, removed and computed again. The features come from patients' images:
+    treat the folder as you treat those (it is made readable for its owner only).
+
+    Args:
+        folder: Where; by default the environment variable `GLOVLM_CACHE`, else
+            `~/.cache/glovlm/features`.
+        max_bytes: Above this size the encoders that were not used for longest are removed.
+    """
+
+    def __init__(self, folder: str | Path | None = None, max_bytes: int = 2 * 2**30) -> None:
+        place = folder or os.environ.get("GLOVLM_CACHE") or "~/.cache/glovlm/features"
+        self.folder = Path(place).expanduser()
+        self.max_bytes = max_bytes
+
+    def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """Look up features.
+
+        Args:
+            encoder: Key of the encoder.
+            images: Keys of images, 16 bytes each.
+
+        Returns:
+            Vector `[width]` of each image that is there.
+        """
+        wanted, found = set(images), dict[bytes, NDArray[np.float32]]()
+        for shard in self._shards(encoder):
+            if not wanted:
+                break
+            for key, vector in _read_shard(shard, wanted):
+                found[key] = vector
+                wanted.discard(key)
+        if found:
+            self._touch(encoder)
+        return found
+
+    def put(
+        self, encoder: str, images: Sequence[bytes], features: NDArray[np.float32], name: str = ""
+    ) -> None:
+        """Store features `[n, width]` of images; a full or read-only disk is only a warning.
+
+        Args:
+            encoder: Key of the encoder.
+            images: Keys of the `n` images, 16 bytes each.
+            features: Finite float32 `[n, width]`.
+            name: What the encoder is called, for people.
+        """
+        from safetensors.numpy import save_file
+
+        keys = np.frombuffer(b"".join(images), np.uint8).reshape(len(images), 16)
+        features = np.ascontiguousarray(features, np.float32)
+        folder = self.folder / encoder
+        shard = folder / f"{uuid.uuid4().hex}.safetensors"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            about = folder / "about.json"
+            if not about.is_file():
+                text = json.dumps({"name": name, "created": time.time()})
+                _write(about, lambda path: path.write_text(text, encoding="utf-8"))
+            tensors: dict[str, NDArray[Any]] = {"features": features, "keys": keys}
+            metadata = {"checksum": _checksum(keys, features)}
+            _write(shard, lambda path: save_file(tensors, path, metadata))
+            self._touch(encoder)
+            self._evict(shard)
+        except OSError as error:
+            logger.warning(
+                "Features cannot be cached in %s (%s); going on without. Set GLOVLM_CACHE to a "
+                "folder that can be written.",
+                self.folder,
+                error,
+            )
+
+    def entries(self) -> list[CacheEntry]:
+        """List the encoders in the cache, the one used last first."""
+        entries = []
+        for used, folder in self._encoders():
+            try:
+                about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+                entries.append(
+                    CacheEntry(
+                        key=folder.name,
+                        name=str(about["name"]),
+                        images=sum(map(_count_rows, self._shards(folder.name))),
+                        size=_size(folder),
+                        created=float(about["created"]),
+                        last_used=used,
+                    )
+                )
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # being removed by another process, or not ours
+        return entries[::-1]
+
+    def clear(self, encoder: str | None = None) -> int:
+        """Remove one encoder's features, or all.
+
+        Args:
+            encoder: Its key (or an unambiguous beginning); all encoders when not given.
+
+        Returns:
+            Bytes freed.
+
+        Raises:
+            GloVLMError: No encoder or more than one has a key that begins so.
+        """
+        folders = [folder for _, folder in self._encoders()]
+        if encoder is not None:
+            folders = [f for f in folders if f.name.startswith(encoder)]
+            if len(folders) != 1:
+                raise GloVLMError(
+                    f"Expected the key of one encoder in {self.folder}, found {len(folders)} that "
+                    f"begin with '{encoder}'; `glovlm cache` lists them."
+                )
+        freed = sum(map(_size, folders))
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        return freed
+
+    def _shards(self, encoder: str) -> list[Path]:
+        return sorted((self.folder / encoder).glob("*.safetensors"))
+
+    def _encoders(self) -> list[tuple[float, Path]]:
+        """The encoders' folders with when they were used last, the longest ago first."""
+        found = []
+        for about in self.folder.glob("*/about.json"):
+            with suppress(OSError):  # removed meanwhile
+                found.append((about.stat().st_mtime, about.parent))
+        return sorted(found)
+
+    def _touch(self, encoder: str) -> None:
+        """Say that an encoder was used now; its `about.json` carries the time."""
+        with suppress(OSError):
+            os.utime(self.folder / encoder / "about.json")
+
+    def _evict(self, newest: Path) -> None:
+        """Remove whole encoders, then older shards of the current one, until the rest fits."""
+        sizes = {folder: _size(folder) for _, folder in self._encoders()}
+        excess = sum(sizes.values()) - self.max_bytes
+        for folder, size in sizes.items():
+            if excess > 0 and folder != newest.parent:
+                shutil.rmtree(folder, ignore_errors=True)
+                excess -= size
+        for shard in sorted(newest.parent.glob("*.safetensors"), key=lambda p: p.stat().st_mtime):
+            if excess > 0 and shard != newest:
+                excess -= shard.stat().st_size
+                shard.unlink(missing_ok=True)
+
+
+def _read_shard(shard: Path, wanted: set[bytes]) -> list[tuple[bytes, NDArray[np.float32]]]:
+    """Read the wanted vectors of a shard; a damaged one is reported and removed."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="numpy") as file:
+            keys = np.ascontiguousarray(file.get_tensor("keys"))
+            rows = {bytes(key): row for row, key in enumerate(keys)}
+            hits = sorted((row, key) for key, row in rows.items() if key in wanted)
+            if not hits:
+                return []
+            features = np.ascontiguousarray(file.get_tensor("features"))
+            if (file.metadata() or {}).get("checksum") != _checksum(keys, features):
+                raise ValueError("its checksum does not match")
+        # Copies, so that one wanted row does not keep a whole shard in memory.
+        return [(key, features[row].copy()) for row, key in hits]
+    except FileNotFoundError:
+        return []  # removed by another process since it was listed
+    except (SafetensorError, OSError, ValueError) as error:
+        logger.warning(
+            "A shard of the feature cache is damaged (%s: %s); its images are encoded again.",
+            shard,
+            error,
+        )
+        with suppress(OSError):
+            shard.unlink()
+        return []
+
+
+def _count_rows(shard: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, framework="numpy") as file:
+            return int(file.get_slice("keys").get_shape()[0])
+    except (SafetensorError, OSError):
+        return 0
+
+
+def _checksum(keys: NDArray[np.uint8], features: NDArray[np.float32]) -> str:
+    digest = xxhash.xxh3_64(repr((keys.shape, features.shape, features.dtype)).encode())
+    digest.update(keys.data)
+    digest.update(features.data)
+    return str(digest.hexdigest())
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for path in folder.glob("*"):
+        with suppress(OSError):  # removed meanwhile
+            total += path.stat().st_size
+    return total
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file so that it is there completely or not at all."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
+    """Name everything that decides the pooled vector of an image, as one hash.
+
+    That is every weight but those of the text tower and the projections, the vision tower's
+    configuration, pooling, dtype, and the image transform with the versions of the libraries that
+    carry it out. Two models that differ in projection,
+    head or prompts alone share their features.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    config: Any = model.config
+    vision = config.backbone_config.vision_config.to_dict()
+    images = processor.image_processor
+    about = {
+        "version": CACHE_VERSION,
+        "libraries": [version(name) for name in ("pillow", "torchvision", "transformers")],
+        "vision": {k: v for k, v in vision.items() if k not in _NOT_IN_KEY},
+        "pooling": [config.vision_pooling, config.normalize_pooled] if config.is_pair else None,
+        "transform": [
+            type(images).__name__,
+            {k: v for k, v in images.to_dict().items() if k not in _NOT_IN_KEY},
+        ],
+    }
+    if processor.torchvision_crop:
+        about["crop"] = "torchvision"
+    if config.context:  # which patches are dropped is no weight
+        about["context"] = config.context
+    digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        if _decides_pooling(name):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, layer in model.named_modules():
+        # The switch and the scale of a PEFT layer are no weights. A transformers model has a method
+        # of that name, hence the property.
+        tuned = isinstance(getattr(type(layer), "disable_adapters", None), property)
+        if tuned and _decides_pooling(name):
+            state = (layer.disable_adapters, layer.active_adapters, vars(layer).get("scaling"))
+            digest.update(f"{name} {state}".encode())
+    return str(digest.hexdigest())
+
+
+def _decides_pooling(name: str) -> bool:
+    """Whether a part of the model comes before the projection; unknown parts are taken to."""
+    after = ("backbone.text_model.", "visual_projection", "text_projection", "logit_")
+    return not any(part in name for part in after)
+
+
+# Where a configuration came from, not what it computes. sdpa and eager agree to float noise.
+_NOT_IN_KEY = frozenset(
+    {
+        "_attn_implementation",
+        "_name_or_path",
+        "_processor_class",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "dtype",
+        "id2label",
+        "label2id",
+        "processor_class",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+
+
+class MemoryCache(FeatureCache):
+    """Features of one piece of work, in memory: nothing is written."""
+
+    def __init__(self) -> None:
+        self._vectors: dict[tuple[str, bytes], NDArray[np.float32]] = {}
+
+    def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+        """Look up features; see `FeatureCache.get`."""
+        found = {image: self._vectors.get((encoder, image)) for image in images}
+        return {image: vector for image, vector in found.items() if vector is not None}
+
+    def put(
+        self, encoder: str, images: Sequence[bytes], features: NDArray[np.float32], name: str = ""
+    ) -> None:
+        """Keep features; see `FeatureCache.put`."""
+        self._vectors.update({(encoder, i): v for i, v in zip(images, features, strict=True)})
