@@ -468,7 +468,7 @@ def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     import torch
 
     from .methods import TowerMethod, get_method
-    from .objective import TowerStep
+    from .training.losses import TowerStep
 
     found = []
     for tokens in (16, 4):
@@ -517,7 +517,7 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     import torch
 
     from .methods import Tuning
-    from .objective import TowerStep
+    from .training.losses import TowerStep
 
     model, processor = _random_clip(shape)
     for parameter in model.requires_grad_(False).backbone.visual_projection.parameters():

@@ -33,7 +33,7 @@ def check_output(path: Path | None) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Write a file whole or not at all, in a folder that is made if need be."""
-    from .loop import write_text
+    from .files import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GloVLMError
-from .loop import fit, gather, seed_everything, write_text
+from .files import write_text
 from .methods import Recipe
-from .objective import infonce
+from .training.loop import fit, gather, seed_everything
+from .training.losses import infonce
 
 CARD = """---
 license: apache-2.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .errors import GloVLMError
-from .loop import write_text
+from .files import write_text
 
 UNFINISHED = "unfinished"  # there until the run is complete
 

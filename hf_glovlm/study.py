@@ -18,8 +18,8 @@ from statistics import median
 from typing import Any
 
 from .errors import GloVLMError, nearest
+from .files import write_text
 from .inference import Predictions
-from .loop import write_text
 from .metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
 from .runs import Loader, run
 from .train_config import TrainConfig

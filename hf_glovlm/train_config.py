@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .errors import GloVLMError, check_settings, nearest
 from .methods import FeatureMethod, get_method
-from .objective import Loss
+from .training.losses import Loss
 
 _CHOICES = {
     "shots_from": ("spread", "random", "one_group"),

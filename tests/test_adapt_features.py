@@ -15,7 +15,8 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.methods import METHODS, FeatureMethod, Fitted, Fold, HeadMethod, Support
 from hf_glovlm.methods.contract import score_logits
 from hf_glovlm.model.heads import linear_head
-from hf_glovlm.training import AdaptedFeatures, _leave_groups_out, adapt, adapt_features
+from hf_glovlm.training import AdaptedFeatures, adapt, adapt_features
+from hf_glovlm.training.adaptation import _leave_groups_out
 
 ON_FEATURES = [n for n, m in METHODS.items() if isinstance(m, FeatureMethod | HeadMethod)]
 WITH_LABELS = [n for n in ON_FEATURES if n != "zero_shot"]

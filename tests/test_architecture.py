@@ -17,14 +17,14 @@ PACKAGE = "hf_glovlm"
 # `backbones` may import `model`, hence the half step; the package root,
 # which gathers the public names, stands below the two doors to the command line.
 LAYERS = {
-    0: {"errors"},
+    0: {"errors", "files"},
     1: {"model", "data", "metrics", "calibration"},
     1.5: {"backbones"},
     2: {"methods", "card", "licences"},
     2.5: {"inference"},
-    3: {"loop", "replay"},
-    3.5: {"objective", "run_folder"},
-    4: {"training", "train_config"},
+    3.5: {"run_folder"},
+    4: {"training"},
+    4.5: {"train_config"},
     5: {"runs", "leave_out"},
     5.5: {"mil"},
     6: {"study", "bench", "demo", "hub", "pretraining", "slides", "explain", "export"},
@@ -189,7 +189,11 @@ def test_the_rules_hold() -> None:
 BAD = [
     ("metrics.py", "from .data import load_dataset", "must not import 'data'"),
     ("data/folder.py", "from ..model import GloVLMModel", "must not import 'model'"),
-    ("data/folder.py", "def _f():\n    import hf_glovlm.training", "must not import 'training'"),
+    (
+        "data/folder.py",
+        "def _f():\n    import hf_glovlm.training",
+        "must not import 'training'",
+    ),
     ("methods/heads.py", "from .. import inference", "must not import 'inference'"),
     ("training.py", "from hf_glovlm import adapt", "must not import '__init__'"),
     ("backbones/table.py", "from ..data import load_classes", "must not import 'data'"),

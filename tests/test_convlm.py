@@ -34,17 +34,16 @@ from transformers import (
     ViTModel,
 )
 
-from hf_glovlm import training
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.bench import Shape, _block_operations, bench_context
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import predict
-from hf_glovlm.loop import TensorSource, _optimizer, draw_order, fit, learning_rate, plan
 from hf_glovlm.methods import METHODS, Recipe, TowerMethod, Tuning, give_joint_space
 from hf_glovlm.model import GloVLMForImageClassification
-from hf_glovlm.objective import HeadStep, TowerStep
-from hf_glovlm.training import Adapted, adapt
+from hf_glovlm.training import Adapted, adapt, adaptation
+from hf_glovlm.training.loop import TensorSource, _optimizer, draw_order, fit, learning_rate, plan
+from hf_glovlm.training.losses import HeadStep, TowerStep
 
 LABELS = torch.tensor([0, 1, 2, 2, 1])
 PLAIN = {"context": "none", "keep": 1.0}
@@ -579,13 +578,13 @@ def test_blocks_on_a_frozen_tower_start_from_tokens_that_were_recorded_once(
     name: str, rows: Dataset, backbones: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources: list[str] = []
-    plain = training.fit
+    plain = adaptation.fit
 
     def noted(step: Any, groups: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
         sources.append(type(source).__name__)
         return plain(step, groups, source, *args, **kwargs)
 
-    monkeypatch.setattr(training, "fit", noted)
+    monkeypatch.setattr(adaptation, "fit", noted)
     runs = [quick(backbones[name], rows, settings={"blocks": 2}, replay=r) for r in (True, False)]
     assert sources == ["TensorSource", "ImageSource"]
     assert furthest(*(weights(r) for r in runs)) < 1e-5

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.inference import Predictions
-from hf_glovlm.loop import TensorSource, fit
 from hf_glovlm.methods import Recipe
-from hf_glovlm.objective import HeadStep
 from hf_glovlm.runs import run
 from hf_glovlm.train_config import TrainConfig
 from hf_glovlm.training import adapt
+from hf_glovlm.training.loop import TensorSource, fit
+from hf_glovlm.training.losses import HeadStep
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Batches of 5, 5 and 3 rows, all odd.
@@ -148,7 +148,7 @@ class Whole(HeadStep):
     """A head that all processes train together."""
 
     def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
-        from hf_glovlm.loop import world_size
+        from hf_glovlm.training.loop import world_size
 
         return world_size() * super().forward(inputs, labels, weight, total)
 

@@ -19,7 +19,6 @@ from torch import nn
 
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.loop import TensorSource, fit
 from hf_glovlm.methods import METHODS, Fold, HeadMethod, Support, give_joint_space
 from hf_glovlm.methods.closed_form import TIP_ALPHAS, TIP_BETAS
 from hf_glovlm.methods.heads import (
@@ -36,8 +35,9 @@ from hf_glovlm.model.heads import (
     build_head,
     describe_head,
 )
-from hf_glovlm.objective import HeadStep
 from hf_glovlm.training import adapt_features
+from hf_glovlm.training.loop import TensorSource, fit
+from hf_glovlm.training.losses import HeadStep
 
 Array = NDArray[Any]
 

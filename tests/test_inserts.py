@@ -47,7 +47,7 @@ from hf_glovlm.model.prompts import (
     tower_blocks,
     widen_mask,
 )
-from hf_glovlm.objective import TowerStep
+from hf_glovlm.training.losses import TowerStep
 
 MINE = ("vpt", "adapter", "maple", "cocoop")
 

@@ -23,11 +23,14 @@ from safetensors import safe_open
 from tiny import tiny_clip, tiny_images
 from torch import Tensor, nn
 
-from hf_glovlm import loop
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.loop import (
+from hf_glovlm.files import write_text
+from hf_glovlm.methods import Recipe
+from hf_glovlm.model import MLPHead
+from hf_glovlm.training import loop
+from hf_glovlm.training.loop import (
     ImageSource,
     TensorSource,
     fit,
@@ -35,11 +38,8 @@ from hf_glovlm.loop import (
     learning_rate,
     seed_everything,
     world_size,
-    write_text,
 )
-from hf_glovlm.methods import Recipe
-from hf_glovlm.model import MLPHead
-from hf_glovlm.training import HeadStep
+from hf_glovlm.training.losses import HeadStep
 
 ADAMW = Recipe(lr=1e-2, epochs=5, batch_size=5, weight_decay=0.05)
 SGD = Recipe(lr=0.1, epochs=5, batch_size=4, optimizer="sgd", schedule="cosine", warmup_epochs=1)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from hf_glovlm.backbones import load_backbone
-from hf_glovlm.loop import TensorSource, fit
 from hf_glovlm.methods import Recipe, Tuning, give_joint_space, tower_layers
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
-from hf_glovlm.replay import Replay, frozen_blocks, record_tower
+from hf_glovlm.training.frozen_cache import Replay, frozen_blocks, record_tower
+from hf_glovlm.training.loop import TensorSource, fit
 
 LABELS = torch.arange(11) % 3
 RECIPE = Recipe(lr=1e-3, epochs=4, batch_size=4, schedule="cosine", final_lr=0.01)

@@ -14,7 +14,7 @@ from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import ClassInfo
 from hf_glovlm.methods import METHODS, give_joint_space, tower_layers
 from hf_glovlm.model.modeling_glovlm import TEXT_CHUNK
-from hf_glovlm.objective import TowerStep
+from hf_glovlm.training.losses import TowerStep
 
 TEXTS = [["viable."], ["a globally sclerosed glomerulus, PAS stain."], ["mesangial expansion."]]
 TEXT_SIDE = [n for n, m in METHODS.items() if m.family == "text side"]

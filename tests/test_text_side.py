@@ -46,8 +46,8 @@ from hf_glovlm.methods.context_tokens import (
     unit_means,
     within,
 )
-from hf_glovlm.objective import TowerStep
 from hf_glovlm.training import adapt
+from hf_glovlm.training.losses import TowerStep
 
 METHOD_NAMES = ("prompt_tuning", "kgcoop", "prograd", "biomedcoop")
 FROM_WORDS = ("kgcoop", "prograd", "biomedcoop")

@@ -25,8 +25,8 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import FeatureCache, embed_images, predict, prediction
 from hf_glovlm.methods import METHODS, HeadMethod, TowerMethod, give_joint_space
 from hf_glovlm.model import GloVLMModel, GloVLMProcessor
-from hf_glovlm.objective import HeadStep, TowerStep, infonce
 from hf_glovlm.training import Adapted, adapt
+from hf_glovlm.training.losses import HeadStep, TowerStep, infonce
 
 BACKBONES: dict[str, Callable[[], Any]] = {"clip": tiny_clip, "pair": tiny_pair}
 TOWER = [name for name, m in METHODS.items() if isinstance(m, TowerMethod)]

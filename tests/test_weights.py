@@ -18,7 +18,6 @@ from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetModel
 
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.loop import _optimizer, learning_rate, plan
 from hf_glovlm.methods import (
     METHODS,
     StepState,
@@ -30,6 +29,7 @@ from hf_glovlm.methods import (
 from hf_glovlm.methods.fine_tuning import target_modules
 from hf_glovlm.methods.peft_tuners import UNSUITABLE, find_tuner, tuner_names
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
+from hf_glovlm.training.loop import _optimizer, learning_rate, plan
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..data.bags import Bag
 from ..errors import GloVLMError
-from ..loop import write_text
+from ..files import write_text
 from .aggregators import Aggregator, build_aggregator
 
 # What a bag says of its tiles: features of another model are refused, other tiles are noted.

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from ..card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 from ..errors import GloVLMError
-from ..loop import fit, seed_everything, world_size, write_text
+from ..files import write_text
 from ..methods import Recipe
 from ..metrics import compute_metrics
 from ..run_folder import claim, put_in_place, unfinished
+from ..training.loop import fit, seed_everything, world_size
 from .aggregators import Aggregator, build_aggregator
 from .classifier import SlideClassifier, SlidePrediction
 from .cohort import BagSource, Cohort, Sides, read_cohort, split_cohort

@@ -24,8 +24,8 @@ from ..data.bags import read_bag
 from ..data.tiles import find_tissue, lay_tiles
 from ..data.wsi import Slide, name_flags, open_slide, slide_name
 from ..errors import GloVLMError, nearest
+from ..files import write_text
 from ..inference import load_classifier, resolve_device
-from ..loop import write_text
 from ..mil import SlideClassifier, load_aggregator
 from .cases import count_cases, read_cases
 from .config import SlideConfig

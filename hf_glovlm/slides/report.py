@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ..data.annotations import box_object, write_geojson
-from ..loop import write_text
+from ..files import write_text
 from .counting import NOT_A_SCORE
 
 __all__ = [

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import GloVLMError
-from .methods import tower_layers
+from ..errors import GloVLMError
+from ..methods import tower_layers
 
 KEEP_BYTES = 2**30  # most memory that the recorded states of one tower may take
 CHUNK = 32  # rows that go through the tower together while they are recorded

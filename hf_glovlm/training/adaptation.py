@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .backbones import load_backbone
-from .errors import GloVLMError
-from .inference import FeatureCache, embed_images, embed_prompts
-from .loop import BatchSource, ImageSource, TensorSource, fit, plan, seed_everything
-from .methods import (
+from ..backbones import load_backbone
+from ..errors import GloVLMError
+from ..inference import FeatureCache, embed_images, embed_prompts
+from ..methods import (
     FeatureMethod,
     Fitted,
     Fold,
@@ -26,14 +25,15 @@ from .methods import (
     get_method,
     give_joint_space,
 )
-from .model.heads import ClassWeights, class_means, prototype_head
-from .objective import HeadStep, Loss, TowerStep
+from ..model.heads import ClassWeights, class_means, prototype_head
+from .loop import BatchSource, ImageSource, TensorSource, fit, plan, seed_everything
+from .losses import HeadStep, Loss, TowerStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
 
-    from .data import ClassInfo
+    from ..data import ClassInfo
 
 MIN_GROUPS_TO_CHOOSE = 4  # a class; leave-one-out on fewer was measured to tell nothing
 
@@ -260,7 +260,7 @@ def adapt(
         GloVLMError: A class has no image, the method needs what is not there, or the loss became
             NaN.
     """
-    from .data import load_classes
+    from ..data import load_classes
 
     if isinstance(model, str):
         model, processor = load_backbone(model)
@@ -330,7 +330,7 @@ def _check_settings(
 
 def _put_together(images: _Images, outcome: _Outcome) -> Adapted:
     """The backbone with its head, classes and prompts, and how it came about."""
-    from .model import GloVLMForImageClassification
+    from ..model import GloVLMForImageClassification
 
     model, fitted = images.model, outcome.fitted
     names = [c.name for c in images.classes]
@@ -810,7 +810,7 @@ def refit_projection(model: Any, pooled: Tensor, labels: Tensor, prototypes: Ten
 
 
 def _labels(rows: "Dataset") -> Tensor:
-    from .data.folder import column
+    from ..data.folder import column
 
     return torch.tensor(column(rows, "label"), dtype=torch.long)
 
@@ -836,7 +836,7 @@ def _check_support(method: Method, labels: Tensor, names: Sequence[str]) -> None
 
 
 def _methods() -> list[tuple[str, Method]]:
-    from .methods import METHODS
+    from ..methods import METHODS
 
     return list(METHODS.items())
 
@@ -864,7 +864,7 @@ def _validator(
     """Macro-AUC on the validation images, for early stopping; `None` without validation."""
     if source is None:
         return None
-    from .metrics import compute_metrics
+    from ..metrics import compute_metrics
 
     labels = source.labels.numpy()
 

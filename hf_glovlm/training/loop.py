@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .errors import GloVLMError
-from .methods import Recipe
+from ..errors import GloVLMError
+from ..files import write_text
+from ..methods import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -81,7 +82,7 @@ class ImageSource:
         return torch.stack(rows)
 
     def _transform(self, i: int) -> Tensor:
-        from .data import open_image
+        from ..data import open_image
 
         image = open_image(self.rows[i]["image"])
         if self.augment:
@@ -470,10 +471,3 @@ def seed_everything(seed: int, *more: int) -> None:
     random.seed(mixed)
     np.random.seed(mixed)  # noqa: NPY002 - libraries draw from it
     torch.manual_seed(mixed)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)

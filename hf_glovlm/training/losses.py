@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..methods import StepState, Tuning
+from ..model.context import ContextGuide
+from ..model.prompts import TEXT_CHUNK
+from .frozen_cache import Replay, record_tower
 from .loop import gather, world_size
-from .methods import StepState, Tuning
-from .model.context import ContextGuide
-from .model.prompts import TEXT_CHUNK
-from .replay import Replay, record_tower
 
 Loss = Literal["prototypes", "infonce", "infonce_published"]
 
@@ -89,7 +89,7 @@ class TowerStep(nn.Module):
         if self.texts_replay is not None:
             replay, states = self.texts_replay
             with replay.play(states):
-                return self.model.class_prototypes(**self.text)  # type: ignore[no-any-return]
+                return self.model.class_prototypes(**self.text)
         prototypes: Tensor = self.model.class_prototypes(**self.text)
         return prototypes
 
