@@ -194,9 +194,9 @@ def evaluate(
     check_output(predictions)
 
     from .data import check_dataset, group_rows, load_dataset
-    from .hub import load_model
     from .inference import resolve_device
     from .inference.scale import check_scale
+    from .publish.adapter_only import load_model
     from .runs import describe_environment, measure
 
     quiet_libraries()
@@ -259,10 +259,10 @@ def predict(
         raise GloVLMError(f"--mpp must be above 0; found {mpp:g}.")
     places = _list_images(images)
 
-    from .hub import load_model
     from .inference import resolve_device
     from .inference.scale import check_scale, describe_scale
     from .inference.sentences import answer_columns
+    from .publish.adapter_only import load_model
 
     quiet_libraries()
     place = resolve_device(device)
@@ -347,8 +347,8 @@ def demo(
     as_json: JsonFlag = False,
 ) -> None:
     """Do the whole job on drawings of glomeruli: no network, no data, under two minutes."""
-    from .card import METRIC_HEADER, metric_rows
     from .demo import remove_demo, run_demo
+    from .publish.card import METRIC_HEADER, metric_rows
 
     folder = output_dir or Path("glovlm-demo")
     if output_dir is None:

@@ -23,7 +23,7 @@ def card(
     output: Annotated[Path | None, Option(help="The file. (README.md in the folder)")] = None,
 ) -> None:
     """Write the model card of a run again, from its results; or that of a pretrained backbone."""
-    from .card import write_card
+    from .publish.card import write_card
 
     note(f"the card is in {write_card(run, output)}")
 
@@ -40,7 +40,7 @@ def push(
     as_json: JsonFlag = False,
 ) -> None:
     """Publish a run on the Hub in one commit. No image, path, patient or slide id ever leaves."""
-    from .hub import push as send
+    from .publish.upload import push as send
 
     quiet_libraries()
     done = send(
@@ -77,9 +77,10 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a run as an ONNX graph, fp32 or int8, or as a plain CLIP checkpoint."""
-    from .export import export_model
-    from .hub import check_publishing, export_clip
     from .inference import load_classifier
+    from .publish.licences import check_publishing
+    from .publish.onnx_graph import export_model
+    from .publish.plain_clip import export_clip
 
     quiet_libraries()
     if form == "clip":
@@ -87,18 +88,23 @@ def export(
             raise GloVLMError("--data is measured on by --format onnx or int8; leave it out here.")
         note(f"the CLIP checkpoint is in {export_clip(run, output_dir, reason=reason)}")
         return
-    check_publishing(load_classifier(str(run))[0].config, "export", reason)
-    rows = None
+    config = load_classifier(str(run))[0].config
+    check_publishing(config, "export", reason)
     if data is not None:
         from .data import all_rows, load_dataset
 
         rows = all_rows(load_dataset(data))
+    else:
+        from .data.phantoms import render_dataset
+
+        rows = render_dataset(list(config.label2id))
     done = export_model(
         run,
         output_dir,
         format=form,
         data=rows,
-        data_name=Path(data).name if data else "",
+        data_name=Path(data).name if data else "drawings",
+        synthetic=data is None,
         on_stage=note,
     )
     if as_json:
@@ -106,9 +112,10 @@ def export(
         return
     facts = [[key, str(value)] for key, value in done.describe().items() if key != "measured"]
     print_table("Export", ["", ""], facts)
-    facts = [[key, str(value)] for key, value in vars(done.measured).items()]
-    mark = " (drawings: a test of software, no result)" if done.measured.synthetic else ""
-    print_table(f"Measured{mark}", ["", ""], facts)
+    if done.measured is not None:
+        facts = [[key, str(value)] for key, value in vars(done.measured).items()]
+        mark = " (drawings: a test of software, no result)" if done.measured.synthetic else ""
+        print_table(f"Measured{mark}", ["", ""], facts)
     note(f"graph and preprocessing are in {output_dir}")
 
 
@@ -129,8 +136,8 @@ def explain(
 ) -> None:
     """Draw what a model looks at, beside its scores with the glomerulus and the rest blanked."""
     from .explain import explain_files, load_masks
-    from .hub import load_model
     from .inference import resolve_device
+    from .publish.adapter_only import load_model
 
     quiet_libraries()
     classifier, processor, _ = load_model(model)
@@ -171,8 +178,8 @@ def explain_check(
     from .data import all_rows, group_rows, load_dataset
     from .data.folder import column
     from .explain import evaluate_maps, load_masks
-    from .hub import load_model
     from .inference import resolve_device
+    from .publish.adapter_only import load_model
 
     quiet_libraries()
     classifier, processor, run = load_model(model)

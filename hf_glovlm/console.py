@@ -135,7 +135,7 @@ def event_text(kind: str, what: Mapping[str, Any]) -> str:
 
 def print_metrics(results: Mapping[str, Any]) -> None:
     """What a training learned from, where there was one, and how well the model did."""
-    from .card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
+    from .publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 
     drawings, data = "drawings, " if results["synthetic"] else "", results["data"]
     unit = group_unit(data["group_column"])

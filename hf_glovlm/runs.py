@@ -30,12 +30,12 @@ from .calibration import (
     prior_shift,
 )
 from .calibration.inputs import softmax
-from .card import render_card
 from .errors import GloVLMError
 from .files import write_text
 from .inference import FeatureCache, Predictions, embed_images, predict, resolve_device
 from .inference.scale import describe_scale, known_scale
 from .methods import FeatureMethod, Method, get_method
+from .publish.card import render_card
 from .run_folder import claim, put_in_place, unfinished
 from .train_config import TrainConfig
 from .training import Adapted, adapt

@@ -14,19 +14,19 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from tiny import tiny_clip, tiny_images
 
-import hf_glovlm.card
+import hf_glovlm.publish.card
 from hf_glovlm.backbones import BACKBONES, MINI
 from hf_glovlm.calibration import measure_abstention, measure_sets
-from hf_glovlm.card import (
+from hf_glovlm.data.phantoms import render_phantom
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.metrics import compute_metrics, compute_subgroups
+from hf_glovlm.publish.card import (
     group_unit,
     metric_rows,
     render_backbone_card,
     render_card,
     write_card,
 )
-from hf_glovlm.data.phantoms import render_phantom
-from hf_glovlm.errors import GloVLMError
-from hf_glovlm.metrics import compute_metrics, compute_subgroups
 from hf_glovlm.runs import run
 from hf_glovlm.train_config import TrainConfig
 
@@ -315,7 +315,7 @@ def test_every_number_comes_from_the_results(changes: dict[str, Any]) -> None:
 
 def test_the_test_of_numbers_can_fail() -> None:
     """The template holds no number of its own, and a made-up one would be noticed."""
-    template = Path(hf_glovlm.card.__file__).with_name("model_card_template.md").read_text()
+    template = Path(hf_glovlm.publish.card.__file__).with_name("model_card_template.md").read_text()
     assert not NUMBER.findall(template)
     assert not {"0.999", "17.5", "61"} & (numbers_in(make_results(full=True)) | CITED)
 

@@ -17,16 +17,12 @@ from PIL import Image
 from test_explain import classifier
 from tiny import CLASSES, tiny_clip, tiny_images
 
-from hf_glovlm import adapt, export, load_dataset
-from hf_glovlm.data.phantoms import render_cohort
+from hf_glovlm import adapt, load_dataset
+from hf_glovlm.data.phantoms import render_cohort, render_dataset
 from hf_glovlm.data.splits import all_rows
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.export import ExportReport, export_classifier, export_model
-
-
-@pytest.fixture(autouse=True)
-def few_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "DRAWN_PATIENTS", 3)
+from hf_glovlm.publish import onnx_graph
+from hf_glovlm.publish.onnx_graph import ExportReport, export_classifier, export_model
 
 
 def ask(folder: Path, pixels: Any) -> Any:
@@ -46,7 +42,10 @@ def _exported(name: str) -> tuple[Any, Any, Path, ExportReport]:
     model.config.temperature, model.config.prior_shift = 0.5, [0.1, -0.2, 0.3]
     model.train()
     folder = tiny_clip().parent / f"export-{name}"
-    report = export_classifier(model, processor, folder)
+    data = render_dataset(list(model.config.label2id), patients=3)
+    report = export_classifier(
+        model, processor, folder, data=data, data_name="drawings", synthetic=True
+    )
     assert model.training
     assert model.head.training
     return model.eval(), processor, folder, report
@@ -170,7 +169,7 @@ def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         shutil.copy(folder / "model.onnx", path)
         return 20
 
-    monkeypatch.setattr(export, "_write_graph", stale)
+    monkeypatch.setattr(onnx_graph, "_write_graph", stale)
     export_classifier(model, processor, tmp_path / "same")
     for change in (1e-2, float("nan")):
         model.head.weight.data = before * (1 + change)
@@ -252,7 +251,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_write_graph", stop)
+    monkeypatch.setattr(onnx_graph, "_write_graph", stop)
     with pytest.raises(KeyboardInterrupt):
         export_classifier(model, processor, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -284,13 +283,20 @@ def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         export_classifier(model, processor, tmp_path / "out")
 
 
-def test_drawings_have_labels_where_the_classes_are_theirs() -> None:
-    model, _ = classifier("pair")
-    names = ["viable", "ischemic"]
-    model.config.id2label = dict(enumerate(names))
-    images, labels, source, synthetic = export._images(model, None, "")
-    assert labels is not None
-    assert len(images) == len(labels) == 12
-    drawn = [p for p in render_cohort(3, 10, seed=4242) if p.class_name in names]
-    assert [names[k] for k in labels] == [p.class_name for p in drawn]
-    assert (source, synthetic) == ("drawings", True)
+@pytest.mark.parametrize("names", [["viable", "ischemic"], ["viable", "crescentic"]])
+def test_synthetic_images_have_labels_where_the_classes_can_be_drawn(names: list[str]) -> None:
+    rows = render_dataset(names, patients=3)
+    drawn = render_cohort(3, 10, seed=4242)
+    known = set(names) <= {p.class_name for p in drawn}
+    assert known == (names[1] == "ischemic") == ("label" in rows.column_names)
+    expected = [p.class_name for p in drawn if not known or p.class_name in names]
+    assert len(rows) == len(expected)
+    if known:
+        assert [names[k] for k in rows["label"]] == expected
+
+
+def test_without_data_the_graph_is_checked_and_nothing_is_measured(tmp_path: Path) -> None:
+    report = export_classifier(*classifier("pair"), tmp_path / "out")
+    assert report.largest_difference <= 1e-4
+    assert report.measured is None
+    assert told(tmp_path / "out", "export")["measured"] is None

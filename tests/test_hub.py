@@ -22,8 +22,10 @@ from tiny import CLASSES, tiny_bert, tiny_clip, tiny_dinov2, tiny_images
 from transformers import AutoModel, AutoModelForImageClassification, AutoProcessor
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.hub import PushReport, export_clip, load_model, load_published, push
 from hf_glovlm.inference import load_classifier
+from hf_glovlm.publish.adapter_only import load_model, load_published
+from hf_glovlm.publish.plain_clip import export_clip
+from hf_glovlm.publish.upload import PushReport, push
 from hf_glovlm.runs import run
 from hf_glovlm.train_config import TrainConfig
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.hub import push
-from hf_glovlm.hub.answers import seconds_asked
-from hf_glovlm.hub.files import Identifiers
-from hf_glovlm.hub.staging import clean
+from hf_glovlm.publish.hub_errors import seconds_asked
+from hf_glovlm.publish.identifiers import Identifiers
+from hf_glovlm.publish.staging import clean
+from hf_glovlm.publish.upload import push
 
 
 @given(

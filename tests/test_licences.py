@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.licences import check_publishing, describe_licence, read_licence
+from hf_glovlm.publish.licences import check_publishing, describe_licence, read_licence
 
 CLIP = "openai/clip-vit-base-patch32"
 REASON = "The authors agreed in writing that heads may be shared."

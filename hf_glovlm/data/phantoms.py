@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,9 @@ from PIL import Image
 
 from ..errors import GloVLMError, nearest
 from .captions import write_caption
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = [
     "CLASSES",
@@ -765,6 +768,31 @@ def render_cohort(
             name = classes[(i * per_patient + j) % len(classes)]
             phantoms.append(render_phantom(name, seed=image_seed, size=size, patient=patient))
     return phantoms
+
+
+def render_dataset(class_names: Sequence[str], patients: int = 20, each: int = 10) -> "Dataset":
+    """Synthetic images as a data set, to try a model of these classes on.
+
+    Args:
+        class_names: Classes of the model. If all of them can be drawn, only they are, with labels;
+            otherwise every class is drawn, without.
+        patients: Synthetic patients.
+        each: Images of each.
+
+    Returns:
+        Rows with `image`, and with `label` where the classes are known.
+    """
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    drawn = render_cohort(patients, each, seed=4242)
+    columns: dict[str, list[Any]] = {}
+    features: dict[str, Any] = {"image": Image()}
+    if set(class_names) <= set(CLASSES):
+        drawn = [phantom for phantom in drawn if phantom.class_name in class_names]
+        columns["label"] = [phantom.class_name for phantom in drawn]
+        features["label"] = ClassLabel(names=list(class_names))
+    columns["image"] = [phantom.image for phantom in drawn]
+    return Dataset.from_dict(columns, features=Features(features))
 
 
 def write_cohort(

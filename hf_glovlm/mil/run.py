@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 from ..errors import GloVLMError
 from ..files import write_text
 from ..methods import Recipe
 from ..metrics import compute_metrics
+from ..publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 from ..run_folder import claim, put_in_place, unfinished
 from ..training.loop import fit, seed_everything, world_size
 from .aggregators import Aggregator, build_aggregator

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .backbones import BACKBONES, NOT_VERIFIED, Backbone, known_rows
-from .errors import GloVLMError
+from ..backbones import BACKBONES, NOT_VERIFIED, Backbone, known_rows
+from ..errors import GloVLMError
 
 __all__ = ["Licence", "Part", "check_publishing", "describe_licence", "read_licence"]
 

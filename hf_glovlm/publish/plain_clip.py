@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 from ..errors import GloVLMError
-from ..licences import check_publishing, describe_licence
-from .files import bullets, read_json, read_run, without_places, write_json
+from .identifiers import bullets, read_json, read_run, without_places, write_json
+from .licences import check_publishing, describe_licence
 
 _LAST_CALL = (
     "max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id",

@@ -23,16 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .data.folder import column, open_image
-from .data.phantoms import CLASSES, render_cohort
-from .errors import GloVLMError, nearest
-from .inference import load_classifier, still
+from ..data.folder import column, open_image
+from ..errors import GloVLMError, nearest
+from ..inference import load_classifier, still
 from .licences import read_licence
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .model import GloVLMForImageClassification, GloVLMProcessor
+    from ..model import GloVLMForImageClassification, GloVLMProcessor
 
 __all__ = ["ExportReport", "Format", "Measured", "export_classifier", "export_model"]
 
@@ -41,7 +40,6 @@ Floats = NDArray[np.float64]
 
 TOLERANCE = 1e-4  # of logits in fp32
 DISCLAIMER = "Research use only, not for diagnosis."
-DRAWN_PATIENTS, DRAWN_EACH = 20, 10  # drawings to measure on, where no data are given
 _PROTOBUF_LIMIT = 1_900_000_000  # bytes of one file; larger weights lie beside it
 _INPUT, _OUTPUT = "pixel_values", "logits"
 
@@ -52,8 +50,8 @@ class Measured:
 
     Args:
         images: How many.
-        source: What they are: the name of the data, or `drawings`.
-        synthetic: Whether they are drawings: then the numbers test software, and are no result.
+        source: The name of the data.
+        synthetic: Whether these are synthetic images: then the numbers test software only.
         compared_with: What was exported (`model`) or quantised (`onnx`).
         agreement: Share of the images that get the same class.
         largest_probability_difference: Over images and classes.
@@ -89,8 +87,8 @@ class ExportReport:
         opset: ONNX operators' version.
         size: Bytes of the graph, weights included.
         size_fp32: Bytes of the graph in fp32.
-        largest_difference: Of the fp32 graph's logits from the model's, on noise and on drawings.
-        measured: On images.
+        largest_difference: Of the fp32 graph's logits from the model's, on noise and data.
+        measured: On the data's images; `None` without data.
     """
 
     folder: Path
@@ -100,7 +98,7 @@ class ExportReport:
     size: int
     size_fp32: int
     largest_difference: float
-    measured: Measured
+    measured: Measured | None
 
     def describe(self) -> dict[str, Any]:
         """For a JSON file: without the folder."""
@@ -114,6 +112,7 @@ def export_model(
     format: Format = "onnx",
     data: "Dataset | None" = None,
     data_name: str = "",
+    synthetic: bool = False,
     tolerance: float = TOLERANCE,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -123,8 +122,9 @@ def export_model(
         source: A run's folder, its `model/`, or a Hub id.
         output_dir: A folder that is new or empty.
         format: `onnx` (fp32) or `int8`.
-        data: Labelled rows to measure on; drawings when not given.
+        data: Labelled rows to measure on; without them nothing is measured.
         data_name: What to call these.
+        synthetic: Whether these are synthetic images.
         tolerance: Most that a logit of the fp32 graph may differ.
         on_stage: Told what happens.
     """
@@ -136,6 +136,7 @@ def export_model(
         format=format,
         data=data,
         data_name=data_name,
+        synthetic=synthetic,
         tolerance=tolerance,
         on_stage=on_stage,
     )
@@ -149,6 +150,7 @@ def export_classifier(
     format: Format = "onnx",
     data: "Dataset | None" = None,
     data_name: str = "",
+    synthetic: bool = False,
     tolerance: float = TOLERANCE,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -164,9 +166,10 @@ def export_classifier(
         output_dir: A folder that is new or empty. It takes `model.onnx` or `model_int8.onnx`,
             `preprocessing.json` and `export.json`.
         format: `onnx` (fp32) or `int8`.
-        data: Rows with `image`, and `label` (a ClassLabel) where known, to measure on; drawings
-            when not given.
+        data: Rows with `image`, and `label` (a ClassLabel) where known, to measure on; without them
+            the graph is only checked, on noise.
         data_name: What to call these.
+        synthetic: Whether these are synthetic images.
         tolerance: Most that a logit of the fp32 graph may differ from the model's.
         on_stage: Told what happens.
 
@@ -177,15 +180,16 @@ def export_classifier(
     tell = on_stage or (lambda text: None)
     _check_request(model, format)
     target = _check_folder(Path(output_dir))
-    sample = _images(model, data, data_name)
+    sample = None if data is None else _images(model, data, data_name, synthetic)
     with still(model), _whole_or_nothing(target) as work:
         tell("exporting")
         plain = work / "model.onnx"
-        example = _prepare(processor, sample.images[:2])
+        images = [Image.new("RGB", (64, 64))] * 2 if sample is None else sample.images
+        example = _prepare(processor, images[:2])
         opset = _write_graph(model, example, plain)
         _annotate(plain, model)
         tell("checking")
-        difference = _largest_difference(model, plain, processor, example, sample.images[:16])
+        difference = _largest_difference(model, plain, processor, example, images[:16])
         if not difference <= tolerance:
             raise GloVLMError(
                 f"The exported graph differs from the model by {difference:.2g} in a logit, at "
@@ -197,11 +201,13 @@ def export_classifier(
             tell("quantising")
             file, compared = work / "model_int8.onnx", _of_graph(plain)
             _quantise(plain, file)
-        tell("measuring")
-        measured = _measure(
-            *(_of_graph(file), compared, processor, sample),
-            compared_with="onnx" if format == "int8" else "model",
-        )
+        measured = None
+        if sample is not None:
+            tell("measuring")
+            measured = _measure(
+                *(_of_graph(file), compared, processor, sample),
+                compared_with="onnx" if format == "int8" else "model",
+            )
         report = ExportReport(
             folder=target,
             file=file.name,
@@ -351,25 +357,17 @@ class _Sample(NamedTuple):
     synthetic: bool
 
 
-def _images(model: Any, data: "Dataset | None", name: str) -> _Sample:
-    """The images of the data, or drawings."""
-    names = _names(model)
-    if data is not None:
-        if not len(data):
-            raise GloVLMError("There are no images to measure on: give a folder with images in it.")
-        found = [open_image(value) for value in column(data, "image")]
-        labels = None
-        if "label" in data.column_names:
-            known = data.features["label"].names
-            index = [names.index(label) if label in names else -1 for label in known]
-            labels = np.array([index[k] for k in column(data, "label")], np.int64)
-        return _Sample(found, labels, name or "data", bool(model.config.synthetic))
-    drawn = render_cohort(DRAWN_PATIENTS, DRAWN_EACH, seed=4242)
+def _images(model: Any, data: "Dataset", name: str, synthetic: bool) -> _Sample:
+    """The images of the data, with the model's number of each one's class."""
+    if not len(data):
+        raise GloVLMError("There are no images to measure on: give a folder with images in it.")
+    images = [open_image(value) for value in column(data, "image")]
     labels = None
-    if set(names) <= set(CLASSES):
-        drawn = [phantom for phantom in drawn if phantom.class_name in names]
-        labels = np.array([names.index(phantom.class_name) for phantom in drawn], np.int64)
-    return _Sample([phantom.image for phantom in drawn], labels, "drawings", True)
+    if "label" in data.column_names:
+        names, known = _names(model), data.features["label"].names
+        index = [names.index(label) if label in names else -1 for label in known]
+        labels = np.array([index[k] for k in column(data, "label")], np.int64)
+    return _Sample(images, labels, name or "data", synthetic or bool(model.config.synthetic))
 
 
 # -------------------------------------------------------------------------------------- the graph

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GloVLMError
-from ..licences import Part
-from .answers import refusal
-from .files import BESIDE, PARTS, Run, check_repo_id, read_json, without_places, write_json
+from .hub_errors import refusal
+from .identifiers import BESIDE, PARTS, Run, check_repo_id, read_json, without_places, write_json
+from .licences import Part
 
 if TYPE_CHECKING:
     from torch import Tensor

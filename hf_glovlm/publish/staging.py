@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..card import render_card
 from ..errors import GloVLMError
-from ..licences import Part, describe_licence
-from .files import (
+from .adapter_only import stage_parts
+from .card import render_card
+from .identifiers import (
     MODEL_FILES,
     SHARD,
     Identifiers,
@@ -23,7 +23,7 @@ from .files import (
     without_places,
     write_json,
 )
-from .parts import stage_parts
+from .licences import Part, describe_licence
 
 _PATH = re.compile(r"(?<![\w./])(?:~?/|[A-Za-z]:[\\/])[\w.-]+[\\/]")
 _FIGURES = ("calibration", "confusion_matrix", "per_class", "reliability", "risk_coverage")
@@ -198,7 +198,7 @@ def _finish_card(text: str, config: Any, repo_id: str, what: Part, reason: str |
     use = (
         f"This repository holds {held}; the weights of `{config.backbone_name}` are loaded from "
         f"their own page, at commit `{config.backbone_revision}`, with your own access.\n\n"
-        "```python\nfrom PIL import Image\nfrom hf_glovlm.hub import load_published\n\n"
+        "```python\nfrom PIL import Image\nfrom hf_glovlm.publish import load_published\n\n"
         f'classify, processor = load_published("{repo_id}")\n'
         'image = Image.open("glomerulus.png").convert("RGB")\n'
         'logits = classify(**processor(images=image, return_tensors="pt")).logits\n```\n\n'

@@ -14,9 +14,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .backbones import MINI, NOT_VERIFIED, known_rows
-from .errors import GloVLMError
-from .metrics import METRICS
+from ..backbones import MINI, NOT_VERIFIED, known_rows
+from ..errors import GloVLMError
+from ..metrics import METRICS
 
 __all__ = [
     "CLASS_HEADER",
