@@ -40,7 +40,6 @@ if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
         give_answers,
         reword,
     )
-    from .leave_out import frozen_methods, leave_patients_out
     from .methods import METHODS, target_modules
     from .metrics import compute_metrics, paired_differences
     from .model import (
@@ -50,7 +49,8 @@ if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
         GloVLMProcessor,
     )
     from .runs import run
-    from .train_config import TrainConfig
+    from .runs.config import TrainConfig
+    from .runs.cross_validation import frozen_methods, leave_patients_out
     from .training import adapt, adapt_features
 
 __all__ = [

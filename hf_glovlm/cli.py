@@ -160,7 +160,7 @@ def train(
     values = read_settings(config, given, settings or [])
 
     from .runs import run
-    from .train_config import TrainConfig
+    from .runs.config import TrainConfig
 
     checked = TrainConfig.from_mapping(typed(values, get_type_hints(TrainConfig)))
     quiet_libraries()
@@ -194,10 +194,11 @@ def evaluate(
     check_output(predictions)
 
     from .data import check_dataset, group_rows, load_dataset
+    from .environment import describe_environment
     from .inference import resolve_device
     from .inference.scale import check_scale
     from .publish.adapter_only import load_model
-    from .runs import describe_environment, measure
+    from .runs import measure
 
     quiet_libraries()
     place = resolve_device(device)
@@ -311,7 +312,7 @@ def study(
 ) -> None:
     """Compare methods, paired, over label draws. Exit code 1 if a cell failed."""
     from .data.terminology import read_yaml
-    from .study import StudyConfig, render_report, run_study
+    from .runs.study import StudyConfig, render_report, run_study
 
     def tell(kind: str, what: Mapping[str, Any]) -> None:
         error = f" ({what['error']})" if what.get("error") else ""
@@ -577,8 +578,8 @@ def env(as_json: JsonFlag = False) -> None:
     import torch
 
     from . import __version__
+    from .environment import describe_environment
     from .inference import FeatureCache, resolve_device
-    from .runs import describe_environment
 
     facts = describe_environment(resolve_device("auto"))
     installed = {package.name: package.version for package in distributions()}

@@ -7,7 +7,7 @@ from typing import Any
 
 from .errors import GloVLMError
 from .runs import run
-from .train_config import TrainConfig
+from .runs.config import TrainConfig
 
 METHODS = ("zero_shot", "linear_probe", "lora")
 

@@ -10,7 +10,7 @@ import tiny
 import torch
 from datasets import Dataset
 
-from hf_glovlm import GloVLMError, adapt, leave_out, load_backbone, load_dataset, predict
+from hf_glovlm import GloVLMError, adapt, load_backbone, load_dataset, predict
 from hf_glovlm.calibration import abstention_threshold, fit_conformal
 from hf_glovlm.inference import Predictions
 from hf_glovlm.inference.cache import MemoryCache
@@ -24,7 +24,8 @@ from hf_glovlm.inference.sentences import (
     give_answers,
     reword,
 )
-from hf_glovlm.leave_out import leave_patients_out
+from hf_glovlm.runs import cross_validation
+from hf_glovlm.runs.cross_validation import leave_patients_out
 
 NAMES = ["big_scar", "viable", "other"]
 
@@ -172,8 +173,8 @@ def test_what_cannot_be_left_out(backbone: tuple[Any, Any], rows: Dataset) -> No
         assert found.results is found.predictions is None
     with pytest.raises(GloVLMError, match="frozen features"):
         leave_patients_out(model, processor, "lora", rows, by_class)
-    assert "zero_shot" not in leave_out.frozen_methods()
-    assert "transclip" not in leave_out.frozen_methods()
+    assert "zero_shot" not in cross_validation.frozen_methods()
+    assert "transclip" not in cross_validation.frozen_methods()
 
 
 def test_the_memory_cache_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

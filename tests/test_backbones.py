@@ -510,7 +510,8 @@ def test_rows_by_the_name_in_a_config() -> None:
 def test_a_run_says_where_its_task_lies() -> None:
     from datasets import Dataset
 
-    from hf_glovlm.runs import TrainConfig, _pretraining_notes
+    from hf_glovlm.runs import TrainConfig
+    from hf_glovlm.runs.workflow import _pretraining_notes
 
     model = GloVLMModel(load_backbone("mini")[0].config)
     model.config.backbone_name, model.config.mpp = "MahmoodLab/UNI+somebody/else", 1.0

@@ -16,7 +16,7 @@ from hf_glovlm.data.splits import draw_episode, reserve_calibration
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions
 from hf_glovlm.runs import run
-from hf_glovlm.train_config import TrainConfig
+from hf_glovlm.runs.config import TrainConfig
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from hf_glovlm.publish.card import (
     write_card,
 )
 from hf_glovlm.runs import run
-from hf_glovlm.train_config import TrainConfig
+from hf_glovlm.runs.config import TrainConfig
 
 CLASSES = ("ischemic", "sclerosed", "viable")
 SECRETS = {

@@ -247,7 +247,7 @@ def test_an_interruption_is_no_error(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_glovlm.runs.run", interrupt)
+    monkeypatch.setattr("hf_glovlm.runs.workflow.run", interrupt)
     said = glovlm(*train_arguments(data, tmp_path / "o"))
     assert said.code == 130
     assert said.err.strip() == "interrupted: the last complete result is kept"
@@ -259,7 +259,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("hf_glovlm.runs.run", fail)
+    monkeypatch.setattr("hf_glovlm.runs.workflow.run", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         glovlm(*train_arguments(data, tmp_path / "o"))
 
@@ -268,7 +268,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(
 
 
 def test_train_has_a_flag_for_every_field() -> None:
-    from hf_glovlm.train_config import TrainConfig
+    from hf_glovlm.runs.config import TrainConfig
 
     flags = set(inspect.signature(cli.train).parameters)
     assert flags - {"context", "config", "settings", "as_json"} == {
@@ -286,7 +286,7 @@ def captured(glovlm: Glovlm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     def stop(config: Any, **_: Any) -> None:
         raise Stop(config)
 
-    monkeypatch.setattr("hf_glovlm.runs.run", stop)
+    monkeypatch.setattr("hf_glovlm.runs.workflow.run", stop)
 
     def capture(*arguments: object) -> Any:
         with pytest.raises(Stop) as stopped:
@@ -330,7 +330,7 @@ def test_shots_by_class(captured: Callable[..., Any]) -> None:
 
 
 def test_defaults_are_those_of_the_config(captured: Callable[..., Any]) -> None:
-    from hf_glovlm.train_config import TrainConfig
+    from hf_glovlm.runs.config import TrainConfig
 
     assert captured("--data", "d", "--output-dir", "o") == TrainConfig(data="d", output_dir="o")
 

@@ -23,7 +23,7 @@ from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.inference import Predictions
 from hf_glovlm.methods import Recipe
 from hf_glovlm.runs import run
-from hf_glovlm.train_config import TrainConfig
+from hf_glovlm.runs.config import TrainConfig
 from hf_glovlm.training import adapt
 from hf_glovlm.training.loop import TensorSource, fit
 from hf_glovlm.training.losses import HeadStep

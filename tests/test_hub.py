@@ -27,7 +27,7 @@ from hf_glovlm.publish.adapter_only import load_model, load_published
 from hf_glovlm.publish.plain_clip import export_clip
 from hf_glovlm.publish.upload import PushReport, push
 from hf_glovlm.runs import run
-from hf_glovlm.train_config import TrainConfig
+from hf_glovlm.runs.config import TrainConfig
 
 CLIP = "openai/clip-vit-base-patch32"
 PAIR = "facebook/dinov2-small+sentence-transformers/all-MiniLM-L6-v2"

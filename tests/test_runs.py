@@ -18,7 +18,6 @@ import yaml
 from tiny import CLASSES, tiny_bert, tiny_clip, tiny_dinov2, tiny_images, tiny_pair
 from transformers import AutoModelForImageClassification
 
-from hf_glovlm import runs
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import (
     all_rows,
@@ -33,9 +32,9 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions, predict, prediction
 from hf_glovlm.methods import METHODS, FeatureMethod
 from hf_glovlm.model import GloVLMProcessor
-from hf_glovlm.run_folder import UNFINISHED
-from hf_glovlm.runs import OWN_FILES, run
-from hf_glovlm.train_config import TrainConfig
+from hf_glovlm.runs import OWN_FILES, run, workflow
+from hf_glovlm.runs.config import TrainConfig
+from hf_glovlm.runs.folder import UNFINISHED
 
 METRICS = {
     *("accuracy", "balanced_accuracy", "macro_auc", "macro_f1", "ece", "brier"),
@@ -599,7 +598,7 @@ def test_linear_probe_imports_nothing_that_it_does_not_need(images: Path, tmp_pa
         [sys.executable, "-c", IMPORTS, str(images), str(tmp_path / "run"), tiny_pair()],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(runs.__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(workflow.__file__).parents[2])},
         check=False,
     )
     assert done.returncode == 0, done.stderr

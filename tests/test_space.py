@@ -25,7 +25,8 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import hf_glovlm
-from hf_glovlm import GloVLMError, leave_out
+from hf_glovlm import GloVLMError
+from hf_glovlm.runs import cross_validation
 
 from space_page import SPACE, Served, serve  # isort: skip - puts the Space's modules on the path
 import pages
@@ -334,7 +335,7 @@ def test_what_cannot_be_adapted(shelf: Shelf) -> None:
     ):
         with pytest.raises(GloVLMError, match=reason):
             work.teach(shelf.get(""), given, method)
-    assert {"linear_probe", "tip_adapter", "clip_adapter"} <= set(leave_out.frozen_methods())
+    assert {"linear_probe", "tip_adapter", "clip_adapter"} <= set(cross_validation.frozen_methods())
 
 
 def test_no_derivatives_stay_on_the_machine(shelf: Shelf, tmp_path: Path) -> None:

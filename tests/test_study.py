@@ -13,7 +13,7 @@ from tiny import tiny_clip, tiny_images
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions
 from hf_glovlm.metrics import PairedRun, paired_differences, recall_by_group
-from hf_glovlm.study import StudyConfig, render_report, run_study, write_report
+from hf_glovlm.runs.study import StudyConfig, render_report, run_study, write_report
 
 DRAWS = 3
 RESAMPLES = 50
@@ -143,7 +143,7 @@ def test_the_report_shows_the_largest_groups(
     _, report = finished
     rows = report["sections"][0]["recall"]
     assert "largest of" not in render_report(report)
-    monkeypatch.setattr("hf_glovlm.study.RECALL_ROWS", 3)
+    monkeypatch.setattr("hf_glovlm.runs.study.RECALL_ROWS", 3)
     report = report | {"sections": [report["sections"][0] | {"recall": [
         row | {"n": 1 + i} for i, row in enumerate(rows)
     ]}]}  # fmt: skip

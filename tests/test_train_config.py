@@ -6,7 +6,7 @@ import pytest
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.methods import METHODS, FeatureMethod
-from hf_glovlm.train_config import TrainConfig
+from hf_glovlm.runs.config import TrainConfig
 
 SOLVED = [name for name, method in METHODS.items() if isinstance(method, FeatureMethod)]
 TRAINED = [name for name in METHODS if name not in SOLVED]

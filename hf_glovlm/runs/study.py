@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .errors import GloVLMError, nearest
-from .files import write_text
-from .inference import Predictions
-from .metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
-from .runs import Loader, run
-from .train_config import TrainConfig
+from ..errors import GloVLMError, nearest
+from ..files import write_text
+from ..inference import Predictions
+from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
+from .config import TrainConfig
+from .workflow import Loader, run
 
 __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
 
@@ -189,7 +189,7 @@ def run_study(
     Raises:
         GloVLMError: The data are bad, a finished cell has other settings, or a worker was killed.
     """
-    from .data import check_dataset, load_dataset
+    from ..data import check_dataset, load_dataset
 
     output = Path(output_dir).expanduser()
     if workers < 1:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .backbones import known_rows, load_backbone, pretraining_notes
-from .calibration import (
+from ..backbones import known_rows, load_backbone, pretraining_notes
+from ..calibration import (
     Calibration,
     ConformalThresholds,
     calibrate,
@@ -29,23 +29,24 @@ from .calibration import (
     measure_sets,
     prior_shift,
 )
-from .calibration.inputs import softmax
-from .errors import GloVLMError
-from .files import write_text
-from .inference import FeatureCache, Predictions, embed_images, predict, resolve_device
-from .inference.scale import describe_scale, known_scale
-from .methods import FeatureMethod, Method, get_method
-from .publish.card import render_card
-from .run_folder import claim, put_in_place, unfinished
-from .train_config import TrainConfig
-from .training import Adapted, adapt
+from ..calibration.inputs import softmax
+from ..environment import describe_environment
+from ..errors import GloVLMError
+from ..files import write_text
+from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
+from ..inference.scale import describe_scale, known_scale
+from ..methods import FeatureMethod, Method, get_method
+from ..publish.card import render_card
+from ..training import Adapted, adapt
+from .config import TrainConfig
+from .folder import claim, put_in_place, unfinished
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset, DatasetDict
 
-    from .data import ClassInfo, Episode
-    from .data.check import DataReport
+    from ..data import ClassInfo, Episode
+    from ..data.check import DataReport
 
 OWN_FILES = (  # in the order in which they are put in place
     "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "log.jsonl",
@@ -75,7 +76,7 @@ class Loader:
         Raises:
             GloVLMError: It has problems.
         """
-        from .data import check_dataset, load_dataset
+        from ..data import check_dataset, load_dataset
 
         def read() -> tuple["DatasetDict", "DataReport"]:
             dataset = load_dataset(source)
@@ -210,8 +211,8 @@ class _Task:
 
 def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     """Read and split the data, and refuse what cannot be done before a backbone is loaded."""
-    from .data import group_rows, load_classes
-    from .data.folder import column
+    from ..data import group_rows, load_classes
+    from ..data.folder import column
 
     dataset, report = loader.data(config.data)
     rows, episode = _choose_episode(dataset, config)
@@ -303,7 +304,7 @@ def _write_run(
     work: Path, adapted: Adapted, predictions: Predictions, results: dict[str, Any], task: _Task
 ) -> None:
     """Write model, if it is to be kept, predictions, card, results and the split."""
-    from .data import save_episodes
+    from ..data import save_episodes
 
     if task.config.save_model:
         adapted.save(work / "model")
@@ -317,7 +318,7 @@ def _write_run(
 
 def measure(predictions: Predictions, *, n_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Compute every metric of labelled predictions, with intervals over their groups."""
-    from .metrics import compute_metrics
+    from ..metrics import compute_metrics
 
     assert predictions.labels is not None  # callers predict labelled rows
     return compute_metrics(
@@ -335,8 +336,8 @@ def _subgroups(
     predictions: Predictions, test: "Dataset", config: TrainConfig
 ) -> dict[str, dict[str, Any]]:
     """The metrics within each stain and each scanner, where the data name more than one."""
-    from .data.folder import column
-    from .metrics import compute_subgroups
+    from ..data.folder import column
+    from ..metrics import compute_subgroups
 
     assert predictions.labels is not None  # rows of a labelled set
     columns = {name: column(test, name) for name in SUBGROUPS if name in test.column_names}
@@ -489,7 +490,7 @@ def _correct_prior(
 
 def _point_values(predictions: Predictions, logits: NDArray[np.floating[Any]]) -> dict[str, Any]:
     """The metrics of other logits for the images of labelled predictions, without intervals."""
-    from .metrics import compute_metrics
+    from ..metrics import compute_metrics
 
     assert predictions.labels is not None  # callers predict labelled rows
     probabilities = softmax(logits.astype(np.float64))
@@ -520,7 +521,7 @@ def _measure_answers(predictions: Predictions, calibration: Mapping[str, Any]) -
 
 
 def _choose_episode(dataset: Any, config: TrainConfig) -> tuple["Dataset", "Episode"]:
-    from .data import all_rows, draw_episode, load_episode, reserve_calibration
+    from ..data import all_rows, draw_episode, load_episode, reserve_calibration
 
     rows = all_rows(dataset)
     if config.episodes is not None:
@@ -563,8 +564,8 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
 
 def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -> list[str]:
     """Sentences about where the task lies inside or outside of what the backbone saw before."""
-    from .data.folder import column
-    from .data.terminology import find_stain
+    from ..data.folder import column
+    from ..data.terminology import find_stain
 
     told = column(rows, "stain") if "stain" in rows.column_names else [config.stain]
     stains: set[str | None] = {None}
@@ -585,7 +586,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
     """Where the rows come from and how they are split, as the results state it."""
     from hashlib import sha256
 
-    from .data import split_hash
+    from ..data import split_hash
 
     config, episode, classes = task.config, task.episode, task.classes
     labels, groups = task.labels, task.groups
@@ -619,7 +620,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
 
 def _stains(rows: "Dataset") -> list[str] | None:
     """The stains that the rows name."""
-    from .data.folder import column
+    from ..data.folder import column
 
     if "stain" not in rows.column_names:
         return None
@@ -629,30 +630,6 @@ def _stains(rows: "Dataset") -> list[str] | None:
 def _synthetic(data: str) -> bool:
     """Whether a folder says of itself that it holds drawings (`write_cohort` leaves that mark)."""
     return (Path(data).expanduser() / "DRAWINGS").is_file()
-
-
-def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
-    """Versions and hardware, for `results.json` and `glovlm env`."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "numpy")
-    return {
-        "hf_glovlm": installed("hf-glovlm"),
-        "python": platform.python_version(),
-        **{name: installed(name) for name in packages},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(0) if str(device).startswith("cuda") else None,
-        "threads": torch.get_num_threads(),
-        "num_processes": num_processes,
-    }
 
 
 def _in_order(parts: list[tuple[list[int], Predictions]]) -> Predictions:

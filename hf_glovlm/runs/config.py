@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from .errors import GloVLMError, check_settings, nearest
-from .methods import FeatureMethod, get_method
-from .training.losses import Loss
+from ..errors import GloVLMError, check_settings, nearest
+from ..methods import FeatureMethod, get_method
+from ..training.losses import Loss
 
 _CHOICES = {
     "shots_from": ("spread", "random", "one_group"),

@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import GloVLMError
-from .files import write_text
+from ..errors import GloVLMError
+from ..files import write_text
 
 UNFINISHED = "unfinished"  # there until the run is complete
 

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .data.folder import column
-from .errors import GloVLMError, nearest
-from .inference import FeatureCache, MemoryCache, Predictions, predict
-from .inference.sentences import borrow
-from .methods import METHODS, FeatureMethod, HeadMethod
-from .metrics import compute_metrics
-from .training import adapt
+from ..data.folder import column
+from ..errors import GloVLMError, nearest
+from ..inference import FeatureCache, MemoryCache, Predictions, predict
+from ..inference.sentences import borrow
+from ..methods import METHODS, FeatureMethod, HeadMethod
+from ..metrics import compute_metrics
+from ..training import adapt
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from .data import ClassInfo
+    from ..data import ClassInfo
 
 NO_ESTIMATE = "Performance cannot be estimated from this upload: "
 MIN_PATIENTS = 2  # of a class, so that one is left to learn from

@@ -1,0 +1,29 @@
+"""Environment: versions and hardware."""
+
+from typing import Any
+
+import torch
+
+
+def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
+    """Versions and hardware, for `results.json` and `glovlm env`."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "numpy")
+    return {
+        "hf_glovlm": installed("hf-glovlm"),
+        "python": platform.python_version(),
+        **{name: installed(name) for name in packages},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(0) if str(device).startswith("cuda") else None,
+        "threads": torch.get_num_threads(),
+        "num_processes": num_processes,
+    }

@@ -1,0 +1,6 @@
+"""Runs: one adaptation from a folder of images to a measured model, and studies of many."""
+
+from .config import TrainConfig
+from .workflow import OWN_FILES, measure, run
+
+__all__ = ["OWN_FILES", "TrainConfig", "measure", "run"]
