@@ -21,7 +21,6 @@ if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
         load_episode,
         open_image,
     )
-    from .data.phantoms import render_cohort
     from .errors import GloVLMError
     from .inference import (
         FeatureCache,
@@ -40,6 +39,7 @@ if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
         give_answers,
         reword,
     )
+    from .lab.phantoms import render_cohort
     from .methods import METHODS, target_modules
     from .metrics import compute_metrics, paired_differences
     from .model import (

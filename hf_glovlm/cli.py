@@ -348,7 +348,7 @@ def demo(
     as_json: JsonFlag = False,
 ) -> None:
     """Do the whole job on drawings of glomeruli: no network, no data, under two minutes."""
-    from .demo import remove_demo, run_demo
+    from .lab.demo import remove_demo, run_demo
     from .publish.card import METRIC_HEADER, metric_rows
 
     folder = output_dir or Path("glovlm-demo")
@@ -380,8 +380,8 @@ def pretrain(
     as_json: JsonFlag = False,
 ) -> None:
     """Train the embedded default `mini` again: a small CLIP, on drawings only."""
-    from .pretraining import PretrainConfig
-    from .pretraining import pretrain as train_mini
+    from .lab.pretraining import PretrainConfig
+    from .lab.pretraining import pretrain as train_mini
 
     quiet_libraries()
     config = PretrainConfig(
@@ -554,17 +554,17 @@ def bench(
         if len(chosen) > 1:
             raise GloVLMError("`bench slide` and `bench counting` run alone: name just one.")
         if chosen == ["counting"]:
-            from .slides.left_out import bench_counting
+            from .lab.counting import bench_counting
 
             if data is None or backbone is None:
                 raise GloVLMError("`bench counting` needs --data and --backbone.")
             rows = bench_counting(data, backbone, progress=sys.stderr.isatty())
         else:
-            from .slides import bench_slide
+            from .lab.slide_bench import bench_slide
 
             rows = bench_slide(backbone=backbone or "mini")
     else:
-        from .bench import run_benches
+        from .lab.bench import run_benches
 
         rows = run_benches(chosen, backbone=backbone)
     print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)

@@ -95,7 +95,7 @@ def export(
 
         rows = all_rows(load_dataset(data))
     else:
-        from .data.phantoms import render_dataset
+        from .lab.phantoms import render_dataset
 
         rows = render_dataset(list(config.label2id))
     done = export_model(

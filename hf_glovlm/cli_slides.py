@@ -131,7 +131,7 @@ def mil(
     as_json: JsonFlag = False,
 ) -> None:
     """Learn slide labels from bags of tile features (`glovlm slide` writes them), by patient."""
-    from .mil import MilConfig, train_mil
+    from .slides.mil import MilConfig, train_mil
 
     own = ("config", "settings", "as_json")
     given = {k: v for k, v in context.params.items() if k not in own and v is not None}
@@ -194,7 +194,7 @@ def crops(
     min_extent: Annotated[int, Option(help="Smaller blobs of a mask are specks.")] = 16,
 ) -> None:
     """Cut outlined glomeruli out of a slide into a folder that `glovlm train` takes."""
-    from .data.crops import cut_crops, parse_colours
+    from .slides.files.crops import cut_crops, parse_colours
 
     done = cut_crops(
         slide,

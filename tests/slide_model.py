@@ -8,7 +8,7 @@ import numpy as np
 import tiny
 from PIL import Image
 
-from hf_glovlm.slides.benchmark import GLASS, LESION, TISSUE
+from hf_glovlm.lab.slide_bench import GLASS, LESION, TISSUE
 
 CLASSES = ("lesion", "tissue")  # in label order, which is sorted
 

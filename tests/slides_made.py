@@ -5,6 +5,6 @@ writes a pyramidal TIFF and returns what was drawn: `lesions` (boxes x, y, width
 on the grid of `lesion_side`), `blobs`, `levels`, `size`, `mpp`.
 """
 
-from hf_glovlm.slides.benchmark import write_slide
+from hf_glovlm.lab.slide_bench import write_slide
 
 __all__ = ["write_slide"]

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.mil.aggregators import (
+from hf_glovlm.slides.mil.aggregators import (
     AGGREGATORS,
     Aggregator,
     build_aggregator,

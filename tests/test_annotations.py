@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_glovlm.data.annotations import (
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides.files.annotations import (
     PALETTE,
     box_object,
     overlap,
@@ -20,7 +21,6 @@ from hf_glovlm.data.annotations import (
     ring_area,
     write_geojson,
 )
-from hf_glovlm.errors import GloVLMError
 
 SQUARE = [[10, 10], [30, 10], [30, 20], [10, 20], [10, 10]]
 HOLE = [[12, 12], [14, 12], [14, 14], [12, 14], [12, 12]]

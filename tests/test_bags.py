@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_glovlm.data.bags import BagWriter, list_bags, read_bag
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides.files.bags import BagWriter, list_bags, read_bag
 
 SETTINGS = {
     "name": "S1",

@@ -12,7 +12,9 @@ from PIL import Image
 from tiny import tiny_clip, tiny_pair, tiny_siglip2
 from tokenizers import Tokenizer
 
-from hf_glovlm.bench import (
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference import prediction
+from hf_glovlm.lab.bench import (
     Shape,
     _grow_tokenizer,
     _shortest_in_turn,
@@ -23,8 +25,6 @@ from hf_glovlm.bench import (
     plain_metrics,
     run_benches,
 )
-from hf_glovlm.errors import GloVLMError
-from hf_glovlm.inference import prediction
 from hf_glovlm.methods import METHODS
 from hf_glovlm.metrics import compute_metrics
 from hf_glovlm.model import GloVLMModel

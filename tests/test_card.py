@@ -17,8 +17,8 @@ from tiny import tiny_clip, tiny_images
 import hf_glovlm.publish.card
 from hf_glovlm.backbones import BACKBONES, MINI
 from hf_glovlm.calibration import measure_abstention, measure_sets
-from hf_glovlm.data.phantoms import render_phantom
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.lab.phantoms import render_phantom
 from hf_glovlm.metrics import compute_metrics, compute_subgroups
 from hf_glovlm.publish.card import (
     group_unit,

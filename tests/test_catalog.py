@@ -24,8 +24,8 @@ from hf_glovlm.data.catalog import (
     read_entry,
 )
 from hf_glovlm.data.folder import load_dataset
-from hf_glovlm.data.slide_table import read_slide_table
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides.files.slide_table import read_slide_table
 
 FOLDER = Path(catalog.__file__).with_name("catalog")
 FILES = sorted(FOLDER.glob("*.yaml"))

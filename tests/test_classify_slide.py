@@ -14,7 +14,7 @@ from slide_model import outline, train, write_outlines
 from slides_made import write_slide
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.slides.benchmark import TISSUE
+from hf_glovlm.lab.slide_bench import TISSUE
 from hf_glovlm.slides.classify import SlideConfig, classify_slides
 from hf_glovlm.slides.counting import NOT_A_SCORE
 
@@ -313,9 +313,9 @@ def test_cases_must_name_every_slide(place: Path, tmp_path: Path, text: str, mes
 
 def test_a_trained_aggregator_gives_the_label(place: Path, output: Path, tmp_path: Path) -> None:
     """Its answer is that of the bag alone; what it says of the tiles stands beside theirs."""
-    from hf_glovlm.data.bags import read_bag
-    from hf_glovlm.mil import SlideClassifier, apply_mil
-    from hf_glovlm.mil.aggregators import build_aggregator
+    from hf_glovlm.slides.files.bags import read_bag
+    from hf_glovlm.slides.mil import SlideClassifier, apply_mil
+    from hf_glovlm.slides.mil.aggregators import build_aggregator
 
     bag = read_bag(output / "features/sick.h5")
     module = build_aggregator("abmil", bag.features.shape[1], 2, {"width": 8, "hidden": 8})

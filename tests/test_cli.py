@@ -511,7 +511,7 @@ def test_demo(
         figure = str(folder / "demo.png")
         return {"runs": {"lora": results}, "reload_difference": 1e-7, "figure": figure}
 
-    monkeypatch.setattr("hf_glovlm.demo.run_demo", run_demo)
+    monkeypatch.setattr("hf_glovlm.lab.demo.run_demo", run_demo)
     monkeypatch.chdir(tmp_path)
     for arguments in ([], [], ["--output-dir", "other"]):  # the second replaces the first
         said = glovlm("demo", *arguments)

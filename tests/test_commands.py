@@ -14,7 +14,7 @@ from slides_made import write_slide
 from tiny import tiny_bert, tiny_clip, tiny_images
 
 from hf_glovlm import cli
-from hf_glovlm.data.bags import BagWriter
+from hf_glovlm.slides.files.bags import BagWriter
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 

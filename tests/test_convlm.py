@@ -35,10 +35,10 @@ from transformers import (
 )
 
 from hf_glovlm.backbones import load_backbone
-from hf_glovlm.bench import Shape, _block_operations, bench_context
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import predict
+from hf_glovlm.lab.bench import Shape, _block_operations, bench_context
 from hf_glovlm.methods import METHODS, Recipe, TowerMethod, Tuning, give_joint_space
 from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.training import Adapted, adapt, adaptation

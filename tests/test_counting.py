@@ -13,7 +13,8 @@ from scipy.optimize import brentq, minimize
 
 from hf_glovlm.calibration import correct_prior
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.slides import left_out as studied
+from hf_glovlm.lab import counting as studied
+from hf_glovlm.lab.counting import bench_counting, bench_rows, count_left_out
 from hf_glovlm.slides.counting import (
     NEIGHBOURS,
     NOT_A_SCORE,
@@ -26,7 +27,6 @@ from hf_glovlm.slides.counting import (
     rogan_gladen,
     wilson_interval,
 )
-from hf_glovlm.slides.left_out import bench_counting, bench_rows, count_left_out
 
 NAMES = ["non_sclerosed", "sclerosed"]
 

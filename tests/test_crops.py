@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from hf_glovlm.data.annotations import box_object, polygon_object, write_geojson
-from hf_glovlm.data.crops import cut_crops, parse_colours
 from hf_glovlm.data.folder import column, load_dataset
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides.files.annotations import box_object, polygon_object, write_geojson
+from hf_glovlm.slides.files.crops import cut_crops, parse_colours
 
 WIDTH, HEIGHT = 300, 200
 GREEN_RED = {"green": "open", "red": "scarred"}

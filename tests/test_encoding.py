@@ -15,13 +15,14 @@ from slides_made import write_slide
 from tiny import tiny_clip, tiny_siglip2
 
 from hf_glovlm.backbones import load_backbone
-from hf_glovlm.data.bags import read_bag
-from hf_glovlm.data.wsi import open_slide
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.lab import slide_bench
+from hf_glovlm.lab.slide_bench import bench_slide
 from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.model.heads import ClassWeights
-from hf_glovlm.slides import benchmark, encode_slide, encode_slides, load_encoder
-from hf_glovlm.slides.benchmark import bench_slide
+from hf_glovlm.slides import encode_slide, encode_slides, load_encoder
+from hf_glovlm.slides.files.bags import read_bag
+from hf_glovlm.slides.files.wsi import open_slide
 
 SIDE = 32  # of the tiny model's input
 
@@ -217,7 +218,7 @@ def test_bad_settings_and_numbers_are_refused(tmp_path: Path, slide: Path, class
 def test_never_more_than_two_batches_of_pixels_are_held(
     tmp_path: Path, slide: Path, classifier: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hf_glovlm.data.wsi import Slide
+    from hf_glovlm.slides.files.wsi import Slide
 
     read, ahead = Slide.read, [0]
 
@@ -308,9 +309,9 @@ def test_a_large_slide_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> N
     assert rows["slide.memory"]["ratio"] < 1.5  # four times the pixels are 144 MB more
     assert rows["slide.rate"]["value"] > 0
     fake = {"peak": 2**31 + 1, "tiles": 9, "seconds": 1.0}
-    monkeypatch.setattr(benchmark, "_CHILD", f"print('{json.dumps([fake, fake])}')")
+    monkeypatch.setattr(slide_bench, "_CHILD", f"print('{json.dumps([fake, fake])}')")
     with pytest.raises(GloVLMError, match="at most 2 are allowed"):
         bench_slide(side=600)
-    monkeypatch.setattr(benchmark, "_CHILD", "raise SystemExit('no such thing')")
+    monkeypatch.setattr(slide_bench, "_CHILD", "raise SystemExit('no such thing')")
     with pytest.raises(GloVLMError, match="failed: no such thing"):
         bench_slide(side=600)

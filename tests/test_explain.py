@@ -30,7 +30,6 @@ from torch import nn
 from transformers import CLIPImageProcessor, Siglip2ImageProcessor, SwinConfig, SwinModel
 
 from hf_glovlm import adapt, embed_images, load_backbone, load_dataset
-from hf_glovlm.data.phantoms import render_cohort
 from hf_glovlm.data.splits import all_rows
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.explain import (
@@ -51,6 +50,7 @@ from hf_glovlm.explain import (
     summarise_maps,
 )
 from hf_glovlm.explain.view import central_ellipse, mean_colour, reveal, view_image
+from hf_glovlm.lab.phantoms import render_cohort
 from hf_glovlm.model import GloVLMForImageClassification
 
 PATCHED = ("rollout", "gradient", "similarity", "occlusion")

@@ -18,9 +18,9 @@ from test_explain import classifier
 from tiny import CLASSES, tiny_clip, tiny_images
 
 from hf_glovlm import adapt, load_dataset
-from hf_glovlm.data.phantoms import render_cohort, render_dataset
 from hf_glovlm.data.splits import all_rows
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.lab.phantoms import render_cohort, render_dataset
 from hf_glovlm.publish import onnx_graph
 from hf_glovlm.publish.onnx_graph import ExportReport, export_classifier, export_model
 

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
-from hf_glovlm.data.bags import Bag, BagWriter, read_bag
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.mil import MilConfig, apply_mil, load_aggregator, train_mil
-from hf_glovlm.mil.aggregators import AGGREGATORS
-from hf_glovlm.mil.cohort import Bags, BagSource, read_cohort, split_cohort
+from hf_glovlm.slides.files.bags import Bag, BagWriter, read_bag
+from hf_glovlm.slides.mil import MilConfig, apply_mil, load_aggregator, train_mil
+from hf_glovlm.slides.mil.aggregators import AGGREGATORS
+from hf_glovlm.slides.mil.cohort import Bags, BagSource, read_cohort, split_cohort
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DIM = 16
@@ -440,7 +440,9 @@ def test_bags_beyond_the_memory_are_read_again(
     small: Cohort, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = [small[0] / "s00.h5", small[0] / "s01.h5"]
-    monkeypatch.setattr("hf_glovlm.mil.cohort.KEEP_BYTES", read_bag(paths[0]).features.nbytes)
+    monkeypatch.setattr(
+        "hf_glovlm.slides.mil.cohort.KEEP_BYTES", read_bag(paths[0]).features.nbytes
+    )
     bags = Bags(paths)
     for _ in range(2):
         for i, path in enumerate(paths):

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from slides_made import write_slide
 
-from hf_glovlm.data.bags import read_bag
-from hf_glovlm.mil import MilConfig, apply_mil, load_aggregator, train_mil
 from hf_glovlm.slides.encoding import encode_slide, load_encoder
+from hf_glovlm.slides.files.bags import read_bag
+from hf_glovlm.slides.mil import MilConfig, apply_mil, load_aggregator, train_mil
 
 SIDE = 96  # of a tile and of a lesion: what `mini` sees, pixel by pixel
 

@@ -12,10 +12,10 @@ from transformers import AutoModel, CLIPModel
 
 from hf_glovlm.backbones import MINI, load_backbone
 from hf_glovlm.data import catalog_entry
-from hf_glovlm.data.phantoms import CLASSES, render_cohort, render_phantom
-from hf_glovlm.demo import METHODS, run_demo
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.pretraining import PretrainConfig, pretrain
+from hf_glovlm.lab.demo import METHODS, run_demo
+from hf_glovlm.lab.phantoms import CLASSES, render_cohort, render_phantom
+from hf_glovlm.lab.pretraining import PretrainConfig, pretrain
 
 
 @pytest.fixture(scope="module")

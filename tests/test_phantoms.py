@@ -22,7 +22,8 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from hf_glovlm.data.phantoms import (
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.lab.phantoms import (
     CLASSES,
     STAINS,
     Phantom,
@@ -31,7 +32,6 @@ from hf_glovlm.data.phantoms import (
     render_phantom,
     write_cohort,
 )
-from hf_glovlm.errors import GloVLMError
 
 LESIONS = CLASSES[1:]
 SHORTCUT_LIMIT = 0.60
@@ -73,7 +73,7 @@ def test_same_arguments_give_the_same_phantom(class_name: str) -> None:
 def test_another_process_with_another_hash_seed_draws_the_same() -> None:
     script = (
         "import hashlib\n"
-        "from hf_glovlm.data.phantoms import render_phantom\n"
+        "from hf_glovlm.lab.phantoms import render_phantom\n"
         "p = render_phantom('ischemic', seed=3)\n"
         "print(hashlib.sha256(p.image.tobytes() + p.caption.encode()).hexdigest())"
     )

@@ -12,11 +12,11 @@ from slide_model import outline, train, write_outlines
 from slides_made import write_slide
 
 from hf_glovlm import load_dataset
-from hf_glovlm.data.annotations import read_geojson
-from hf_glovlm.data.crops import cut_crops
-from hf_glovlm.data.wsi import open_slide
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import load_classifier, predict
+from hf_glovlm.slides.files.annotations import read_geojson
+from hf_glovlm.slides.files.crops import cut_crops
+from hf_glovlm.slides.files.wsi import open_slide
 from hf_glovlm.slides.objects import classify_objects, read_objects
 
 # Each crop lies within its box, which is of one texture.

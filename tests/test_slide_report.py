@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_glovlm.data.annotations import read_geojson
 from hf_glovlm.slides import report
 from hf_glovlm.slides.counting import NOT_A_SCORE, count_classes
+from hf_glovlm.slides.files.annotations import read_geojson
 from hf_glovlm.slides.report import (
     RESEARCH_USE,
     bar_length,
@@ -241,7 +241,7 @@ def test_a_place_and_a_name_leave_the_text(text: str, expected: str) -> None:
 
 
 def test_a_hidden_name_is_nowhere_in_the_bag(tmp_path: Path) -> None:
-    from hf_glovlm.data.bags import BagWriter, read_bag
+    from hf_glovlm.slides.files.bags import BagWriter, read_bag
 
     bag = tmp_path / "S21-12345.h5"
     about = {"name": "S21-12345", "slide_file": "S21-12345.svs", "classes": ["S21-12345"]}

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_glovlm.data.slide_table import SlideRow, read_slide_table
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides.files.slide_table import SlideRow, read_slide_table
 
 
 def put(path: Path, text: str) -> Path:

@@ -16,7 +16,7 @@ import pytest
 from space_page import Served, serve
 
 import hf_glovlm
-from hf_glovlm.data.phantoms import write_cohort
+from hf_glovlm.lab.phantoms import write_cohort
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from slides_made import write_slide
 
-from hf_glovlm.data.tiles import TissueMask, find_tissue, lay_tiles
-from hf_glovlm.data.wsi import Slide, open_slide
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides.files.tiles import TissueMask, find_tissue, lay_tiles
+from hf_glovlm.slides.files.wsi import Slide, open_slide
 
 
 class _Pixels:

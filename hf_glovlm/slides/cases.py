@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..data.wsi import slide_name
 from ..errors import GloVLMError
 from .counting import count_classes
+from .files.wsi import slide_name
 from .objects import read_objects
 
 __all__ = ["count_cases", "read_cases"]

@@ -19,14 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..calibration.inputs import softmax
-from ..data.annotations import read_geojson
-from ..data.bags import read_bag
-from ..data.tiles import find_tissue, lay_tiles
-from ..data.wsi import Slide, name_flags, open_slide, slide_name
 from ..errors import GloVLMError, nearest
 from ..files import write_text
 from ..inference import load_classifier, resolve_device
-from ..mil import SlideClassifier, load_aggregator
 from .cases import count_cases, read_cases
 from .config import SlideConfig
 from .counting import count_classes
@@ -38,6 +33,11 @@ from .encoding import (
     encoder_fingerprint,
     load_encoder,
 )
+from .files.annotations import read_geojson
+from .files.bags import read_bag
+from .files.tiles import find_tissue, lay_tiles
+from .files.wsi import Slide, name_flags, open_slide, slide_name
+from .mil import SlideClassifier, load_aggregator
 from .objects import classify_objects, read_objects
 from .pooling import NEIGHBOURS, pool_slide, pool_ways
 from .report import (

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.bags import BagWriter
-from ..data.tiles import TileGrid, find_tissue, lay_tiles
-from ..data.wsi import Slide, open_slide, slide_name
 from ..errors import GloVLMError
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
+from .files.bags import BagWriter
+from .files.tiles import TileGrid, find_tissue, lay_tiles
+from .files.wsi import Slide, open_slide, slide_name
 
 if TYPE_CHECKING:
     import torch

@@ -11,16 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..data.annotations import SlideObject, overlap, write_geojson
 from ..errors import GloVLMError
 from ..inference import predict
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
+from .files.annotations import SlideObject, overlap, write_geojson
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..data.wsi import Slide
     from ..model import GloVLMForImageClassification, GloVLMProcessor
+    from .files.wsi import Slide
 
 __all__ = ["ClassifiedObjects", "classify_objects", "read_objects"]
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ..data.annotations import box_object, write_geojson
 from ..files import write_text
 from .counting import NOT_A_SCORE
+from .files.annotations import box_object, write_geojson
 
 __all__ = [
     "RESEARCH_USE",

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..data.bags import Bag
-from ..errors import GloVLMError
-from ..files import write_text
+from ...errors import GloVLMError
+from ...files import write_text
+from ..files.bags import Bag
 from .aggregators import Aggregator, build_aggregator
 
 # What a bag says of its tiles: features of another model are refused, other tiles are noted.

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..errors import GloVLMError
-from ..files import write_text
-from ..methods import Recipe
-from ..metrics import compute_metrics
-from ..publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
-from ..runs.folder import claim, put_in_place, unfinished
-from ..training.loop import fit, seed_everything, world_size
+from ...errors import GloVLMError
+from ...files import write_text
+from ...methods import Recipe
+from ...metrics import compute_metrics
+from ...publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
+from ...runs.folder import claim, put_in_place, unfinished
+from ...training.loop import fit, seed_everything, world_size
 from .aggregators import Aggregator, build_aggregator
 from .classifier import SlideClassifier, SlidePrediction
 from .cohort import BagSource, Cohort, Sides, read_cohort, split_cohort
@@ -70,7 +70,7 @@ def train_mil(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
-    from ..environment import describe_environment
+    from ...environment import describe_environment
 
     tell = on_event or (lambda kind, what: None)
     clock = [time.perf_counter()]

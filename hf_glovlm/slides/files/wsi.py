@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import GloVLMError
-from .folder import MAX_PIXELS
+from ...data.folder import MAX_PIXELS
+from ...errors import GloVLMError
 
 __all__ = ["Slide", "name_flags", "open_slide", "slide_name"]
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from ..calibration import estimate_prior
 from ..data.splits import Groups, ShotsFrom, draw_episode
 from ..errors import GloVLMError, nearest
-from .counting import PRIOR_COUNT, adjust_fractions, confusion_counts, is_informative
+from ..slides.counting import PRIOR_COUNT, adjust_fractions, confusion_counts, is_informative
 
 __all__ = ["CORRECTIONS", "bench_counting", "bench_rows", "count_left_out"]
 

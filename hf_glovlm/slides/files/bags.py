@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import GloVLMError
+from ...errors import GloVLMError
 
 __all__ = ["Bag", "BagWriter", "list_bags", "read_bag"]
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import GloVLMError
-from .files import write_text
-from .methods import Recipe
-from .training.loop import fit, gather, seed_everything
-from .training.losses import infonce
+from ..errors import GloVLMError
+from ..files import write_text
+from ..methods import Recipe
+from ..training.loop import fit, gather, seed_everything
+from ..training.losses import infonce
 
 CARD = """---
 license: apache-2.0
@@ -216,7 +216,7 @@ def _cohort_seed(seed: int, first: int) -> int:
 def _draw_part(job: tuple[int, int, int, int]) -> tuple[np.ndarray[Any, Any], list[str]]:
     from threadpoolctl import threadpool_limits
 
-    from .data.phantoms import render_cohort
+    from .phantoms import render_cohort
 
     patients, per_patient, seed, size = job
     with threadpool_limits(1):  # small products: more threads would only wait for each other
@@ -233,7 +233,7 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int = 1536) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    from .data import catalog_entries
+    from ..data import catalog_entries
 
     texts = [*captions, *(t for e in catalog_entries() for c in e.classes for t in c.prompts)]
     start, end, pad = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
@@ -358,8 +358,8 @@ def zero_shot_accuracy(
     model: Any, tokenizer: Any, config: PretrainConfig, patients: int, per_patient: int
 ) -> float:
     """Accuracy on drawings of unseen synthetic patients, one prompt a class."""
-    from .data import catalog_entry
-    from .data.phantoms import CLASSES, render_cohort
+    from ..data import catalog_entry
+    from .phantoms import CLASSES, render_cohort
 
     prompts = {c.name: c.prompts[0] for c in catalog_entry("phantoms").classes}
     drawn = render_cohort(

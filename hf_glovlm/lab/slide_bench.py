@@ -182,7 +182,7 @@ print(json.dumps(measure(slides, backbone, int(tile_size), int(batch_size))))
 
 
 def _row(name: str, value: float, unit: str, ratio: float | None, what: str) -> Row:
-    """A row as `hf_glovlm.bench` prints it."""
+    """A row as `hf_glovlm.lab.bench` prints it."""
     value, ratio = float(f"{value:.3g}"), ratio and float(f"{ratio:.3g}")
     return {"name": name, "value": value, "unit": unit, "ratio": ratio, "what": what}
 
@@ -200,7 +200,7 @@ def measure(
     from ..inference import embed_prompts
     from ..model import GloVLMForImageClassification
     from ..model.heads import ClassWeights
-    from .encoding import encode_slide, load_encoder
+    from ..slides.encoding import encode_slide, load_encoder
 
     towers, processor = load_encoder(backbone)
     texts = embed_prompts(towers, processor, [["normal tissue"], ["a dark lesion"]])

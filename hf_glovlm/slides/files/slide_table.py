@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import GloVLMError, nearest
+from ...errors import GloVLMError, nearest
 
 __all__ = ["COLUMNS", "SlideRow", "SlideTable", "read_slide_table"]
 

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
-from ..errors import GloVLMError
+from ...data.folder import open_image
+from ...errors import GloVLMError
 from .annotations import SlideObject, overlap, read_geojson
-from .folder import open_image
 
 __all__ = ["CropSummary", "cut_crops", "parse_colours"]
 

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.bags import Bag, list_bags, read_bag
-from ..data.slide_table import read_slide_table
-from ..data.splits import assert_disjoint, split_groups
-from ..errors import GloVLMError
+from ...data.splits import assert_disjoint, split_groups
+from ...errors import GloVLMError
+from ..files.bags import Bag, list_bags, read_bag
+from ..files.slide_table import read_slide_table
 from .classifier import FINGERPRINT, TILES, same_tiles
 from .config import MilConfig
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import GloVLMError, nearest
+from ..errors import GloVLMError, nearest
 
 __all__ = [
     "BENCHES",
@@ -56,7 +56,7 @@ def bench_metrics(
         Three rows; the `ratio` of a loop is its time over that of the bootstrap. The second loop
         shows what doing all resamples at once gains by itself.
     """
-    from .metrics import compute_metrics
+    from ..metrics import compute_metrics
 
     rng = np.random.default_rng(seed)
     labels = rng.integers(n_classes, size=n)
@@ -147,8 +147,8 @@ def bench_cache(
     Raises:
         GloVLMError: The features of the cache are not those that were computed.
     """
-    from .backbones import load_backbone
-    from .inference import FeatureCache, embed_images
+    from ..backbones import load_backbone
+    from ..inference import FeatureCache, embed_images
 
     model, processor = load_backbone(backbone)
     with tempfile.TemporaryDirectory() as folder:
@@ -214,8 +214,8 @@ def bench_encode(
         GloVLMError: Weights or features differ from those of the bare module, or the backbone is a
             pair, of which transformers has no bare module.
     """
-    from .backbones import load_backbone
-    from .data import open_image
+    from ..backbones import load_backbone
+    from ..data import open_image
 
     model, processor = load_backbone(backbone) if backbone else _random_clip(shape or Shape())
     if model.config.is_pair:
@@ -242,7 +242,7 @@ def bench_encode(
 
 def _save_as_converted(model: Any, processor: Any, folder: Path, vocabulary: int | None) -> None:
     """Save a backbone as a converted checkpoint lies on disk, its tokenizer grown where asked."""
-    from .backbones.conversion import join_merges
+    from ..backbones.conversion import join_merges
 
     model.backbone.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
@@ -260,7 +260,7 @@ def _load_bare(folder: Path) -> Any:
 
 
 def _load_ours(folder: Path) -> Any:
-    from .backbones import load_backbone
+    from ..backbones import load_backbone
 
     return load_backbone(str(folder))[0]
 
@@ -318,7 +318,7 @@ def _bench_files(
     """Features of images on disk, and of the batches that they become."""
     import torch
 
-    from .inference import embed_images
+    from ..inference import embed_images
 
     batch_size = len(batches[0]["pixel_values"])
 
@@ -346,7 +346,7 @@ def _jpegs(folder: Path, n: int, side: int) -> Any:
     from datasets import Image as ImageColumn
     from PIL import Image
 
-    from .data.phantoms import render_phantom
+    from .phantoms import render_phantom
 
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -416,8 +416,8 @@ def _random_clip(shape: Shape) -> tuple[Any, Any]:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from .backbones import load_backbone
-    from .model import GloVLMConfig, GloVLMModel
+    from ..backbones import load_backbone
+    from ..model import GloVLMConfig, GloVLMModel
 
     mini, processor = load_backbone("mini")
     known = mini.config.backbone_config.text_config
@@ -455,7 +455,7 @@ def _random_clip(shape: Shape) -> tuple[Any, Any]:
 
 
 def _class_words(n_classes: int) -> list[Any]:
-    from .data import load_classes
+    from ..data import load_classes
 
     words = ["viable", "ischemic", "sclerotic", "segmental", "atubular", "crescent", "nodular"]
     return load_classes(
@@ -467,8 +467,8 @@ def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     """A step of prompt tuning at the length of the longest prompt, and at the full context."""
     import torch
 
-    from .methods import TowerMethod, get_method
-    from .training.losses import TowerStep
+    from ..methods import TowerMethod, get_method
+    from ..training.losses import TowerStep
 
     found = []
     for tokens in (16, 4):
@@ -516,8 +516,8 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     """Class texts of a text tower that does not change, encoded once or at every step."""
     import torch
 
-    from .methods import Tuning
-    from .training.losses import TowerStep
+    from ..methods import Tuning
+    from ..training.losses import TowerStep
 
     model, processor = _random_clip(shape)
     for parameter in model.requires_grad_(False).backbone.visual_projection.parameters():
@@ -554,7 +554,7 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
 
 def _bench_replay(shape: Shape, images_per_class: int) -> list[Row]:
     """An epoch of `vanilla` whose frozen blocks run once, and of the plain loop."""
-    from .training import adapt
+    from ..training import adapt
 
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -592,7 +592,7 @@ def _bench_search(n_classes: int, shots: int, dim: int, rows: int, loop_pairs: i
     """Tip-Adapter's search over 200 betas and 20 alphas, and the double loop that it replaces."""
     import torch
 
-    from .methods.closed_form import TIP_ALPHAS, TIP_BETAS, search_tip_adapter
+    from ..methods.closed_form import TIP_ALPHAS, TIP_BETAS, search_tip_adapter
 
     features, labels, keys, owners, texts = _clusters(n_classes, shots, dim, rows)
     values = torch.nn.functional.one_hot(owners, n_classes).float()
@@ -623,8 +623,8 @@ def _bench_search(n_classes: int, shots: int, dim: int, rows: int, loop_pairs: i
 
 def _bench_training_free(n_classes: int, shots: int, dim: int, repeats: int) -> list[Row]:
     """Every training-free method on bare features."""
-    from .methods import METHODS
-    from .training import adapt_features
+    from ..methods import METHODS
+    from ..training import adapt_features
 
     query, _, features, labels, texts = _clusters(n_classes, shots, dim, 500)
     found = []
@@ -720,7 +720,7 @@ def bench_context(
 
 def _block_operations(shape: Shape, layers: Sequence[int], keep: float) -> float:
     """Multiplications of the patch embedding and all blocks, for one image."""
-    from .model.context import keep_count
+    from ..model.context import keep_count
 
     width, depth = shape.vision
     patches = (shape.image_size // shape.patch) ** 2
@@ -775,8 +775,8 @@ def run_benches(names: Sequence[str] = (), *, backbone: str | None = None) -> li
 
 def _drawings(folder: Path, n_patients: int, per_patient: int) -> Any:
     """Rows of a small drawn cohort on disk."""
-    from .data import load_dataset
-    from .data.phantoms import write_cohort
+    from ..data import load_dataset
+    from .phantoms import write_cohort
 
     cohort = write_cohort(folder / "cohort", n_patients, per_patient, seed=0)
     return load_dataset(cohort)["all"]

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .errors import GloVLMError
-from .runs import run
-from .runs.config import TrainConfig
+from ..errors import GloVLMError
+from ..runs import run
+from ..runs.config import TrainConfig
 
 METHODS = ("zero_shot", "linear_probe", "lora")
 
@@ -35,7 +35,7 @@ def run_demo(
     Raises:
         GloVLMError: The folder is in use, or the reloaded model differs from the saved one.
     """
-    from .data.phantoms import write_cohort
+    from .phantoms import write_cohort
 
     tell = on_event or (lambda kind, what: None)
     folder = Path(output_dir).expanduser()
@@ -83,9 +83,9 @@ def check_reload(run_folder: Path, data: Path) -> float:
     import torch
     from transformers import AutoModelForImageClassification, AutoProcessor
 
-    from .data import open_image
-    from .inference import Predictions
-    from .model import GloVLMForImageClassification  # registers it with the Auto classes
+    from ..data import open_image
+    from ..inference import Predictions
+    from ..model import GloVLMForImageClassification  # registers it with the Auto classes
 
     stored = Predictions.load(run_folder / "predictions.parquet")
     model = AutoModelForImageClassification.from_pretrained(run_folder / "model").eval()
@@ -105,8 +105,8 @@ def draw_figure(folder: Path, data: Path, runs: dict[str, dict[str, Any]]) -> Pa
     import numpy as np
     from matplotlib import pyplot
 
-    from .data import open_image
-    from .inference import Predictions
+    from ..data import open_image
+    from ..inference import Predictions
 
     method, results = list(runs.items())[-1]
     stored = Predictions.load(folder / method / "predictions.parquet")

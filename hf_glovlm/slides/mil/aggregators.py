@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import GloVLMError, nearest
+from ...errors import GloVLMError, nearest
 
 __all__ = ["AGGREGATORS", "Aggregator", "BagOutput", "build_aggregator"]
 

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ..errors import GloVLMError, nearest
-from .captions import write_caption
+from .drawn_captions import write_caption
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import GloVLMError
+from ...errors import GloVLMError
 from .wsi import Slide
 
 __all__ = ["TileGrid", "TissueMask", "find_tissue", "lay_tiles"]

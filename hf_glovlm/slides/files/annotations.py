@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from ..errors import GloVLMError
+from ...errors import GloVLMError
 
 __all__ = [
     "PALETTE",

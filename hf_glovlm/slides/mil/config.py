@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from ..errors import GloVLMError, check_settings
+from ...errors import GloVLMError, check_settings
 from .aggregators import build_aggregator
 
 _PRECISIONS = ("no", "fp16", "bf16")

@@ -5,7 +5,7 @@
 
 from .classifier import SlideClassifier, SlidePrediction, apply_mil, load_aggregator
 from .config import MilConfig
-from .run import train_mil
+from .training import train_mil
 
 __all__ = [
     "MilConfig",

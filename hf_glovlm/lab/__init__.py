@@ -1,0 +1,1 @@
+"""Lab: synthetic images, pretraining of mini, the demo and the benches."""
