@@ -96,11 +96,11 @@ def fresh_accelerate() -> Iterator[None]:
 @pytest.fixture
 def glovlm(capsys: pytest.CaptureFixture[str]) -> Glovlm:
     """Run the command in this process, as the entry point does."""
-    from hf_glovlm import cli
+    from hf_glovlm.cli import app
 
     def run(*arguments: object) -> Said:
         capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
+        code = app.main([str(argument) for argument in arguments])
         return Said(code, *capsys.readouterr())
 
     return run

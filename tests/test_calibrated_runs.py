@@ -10,7 +10,7 @@ import pytest
 from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair
 from transformers import AutoModelForImageClassification
 
-from hf_glovlm import cli
+from hf_glovlm.cli import app
 from hf_glovlm.data import all_rows, load_dataset, save_episodes
 from hf_glovlm.data.splits import draw_episode, reserve_calibration
 from hf_glovlm.errors import GloVLMError
@@ -62,7 +62,7 @@ def test_predict_gives_sets_and_says_where_it_abstains(
     run(make(images, tmp_path / "run", **settings))
     output = tmp_path / "said.csv"
     arguments = ["predict", str(tmp_path / "run"), str(images / CLASSES[0]), "--output", output]
-    assert cli.main([str(argument) for argument in arguments]) == 0
+    assert app.main([str(argument) for argument in arguments]) == 0
     rows = list(csv.DictReader(output.read_text().splitlines()))
     assert len(rows) == 48
     for row in rows:

@@ -16,7 +16,7 @@ from command_line import Glovlm, Said
 from PIL import Image
 from tiny import CLASSES, tiny_clip, tiny_images
 
-from hf_glovlm import cli, console
+from hf_glovlm.cli import app, console
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One finished run; tests read it and never write into it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert cli.main(train_arguments(data, folder)) == 0
+    assert app.main(train_arguments(data, folder)) == 0
     return folder
 
 
@@ -270,7 +270,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(
 def test_train_has_a_flag_for_every_field() -> None:
     from hf_glovlm.runs.config import TrainConfig
 
-    flags = set(inspect.signature(cli.train).parameters)
+    flags = set(inspect.signature(app.train).parameters)
     assert flags - {"context", "config", "settings", "as_json"} == {
         field.name for field in fields(TrainConfig) if field.name != "method_config"
     }
@@ -627,7 +627,7 @@ def test_help_needs_no_heavy_import(tmp_path: Path) -> None:
         "import sys, types\n"
         "package = sys.modules['hf_glovlm'] = types.ModuleType('hf_glovlm')\n"
         f"package.__path__ = [{str(REPOSITORY / 'hf_glovlm')!r}]\n"
-        "from hf_glovlm.cli import main\n"
+        "from hf_glovlm.cli.app import main\n"
         "code = main(['train', '--help'])\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'yaml'} & set(sys.modules)\n"
         "sys.exit(code or (heavy and str(heavy)) or 0)"

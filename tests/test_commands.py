@@ -13,7 +13,7 @@ from slide_model import outline, train, write_outlines
 from slides_made import write_slide
 from tiny import tiny_bert, tiny_clip, tiny_images
 
-from hf_glovlm import cli
+from hf_glovlm.cli import app
 from hf_glovlm.slides.files.bags import BagWriter
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
@@ -25,7 +25,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("images")
     data = tiny_images(place / "data", per_class=8, groups=4)
     arguments = ["train", "--data", data, "--backbone", tiny_clip(), "--output-dir", place / "run"]
-    assert cli.main([*map(str, arguments), "--shots", "2", "--n-resamples", "50"]) == 0
+    assert app.main([*map(str, arguments), "--shots", "2", "--n-resamples", "50"]) == 0
     return place / "run"
 
 

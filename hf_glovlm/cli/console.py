@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from .errors import GloVLMError
+from ..errors import GloVLMError
 
 logger = logging.getLogger("hf_glovlm")
 
@@ -33,7 +33,7 @@ def check_output(path: Path | None) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Write a file whole or not at all, in a folder that is made if need be."""
-    from .files import write_text
+    from ..files import write_text
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
@@ -135,7 +135,7 @@ def event_text(kind: str, what: Mapping[str, Any]) -> str:
 
 def print_metrics(results: Mapping[str, Any]) -> None:
     """What a training learned from, where there was one, and how well the model did."""
-    from .publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
+    from ..publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 
     drawings, data = "drawings, " if results["synthetic"] else "", results["data"]
     unit = group_unit(data["group_column"])

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from ..errors import GloVLMError
 from .console import note, print_json, print_rows, print_table, quiet_libraries
-from .errors import GloVLMError
-from .flags import DeviceFlag, JsonFlag, ModelArgument, Text, Texts
+from .options import DeviceFlag, JsonFlag, ModelArgument, Text, Texts
 
 __all__ = ["card", "explain", "explain_check", "export", "push"]
 
@@ -23,7 +23,7 @@ def card(
     output: Annotated[Path | None, Option(help="The file. (README.md in the folder)")] = None,
 ) -> None:
     """Write the model card of a run again, from its results; or that of a pretrained backbone."""
-    from .publish.card import write_card
+    from ..publish.card import write_card
 
     note(f"the card is in {write_card(run, output)}")
 
@@ -40,7 +40,7 @@ def push(
     as_json: JsonFlag = False,
 ) -> None:
     """Publish a run on the Hub in one commit. No image, path, patient or slide id ever leaves."""
-    from .publish.upload import push as send
+    from ..publish.upload import push as send
 
     quiet_libraries()
     done = send(
@@ -77,10 +77,10 @@ def export(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a run as an ONNX graph, fp32 or int8, or as a plain CLIP checkpoint."""
-    from .inference import load_classifier
-    from .publish.licences import check_publishing
-    from .publish.onnx_graph import export_model
-    from .publish.plain_clip import export_clip
+    from ..inference import load_classifier
+    from ..publish.licences import check_publishing
+    from ..publish.onnx_graph import export_model
+    from ..publish.plain_clip import export_clip
 
     quiet_libraries()
     if form == "clip":
@@ -91,11 +91,11 @@ def export(
     config = load_classifier(str(run))[0].config
     check_publishing(config, "export", reason)
     if data is not None:
-        from .data import all_rows, load_dataset
+        from ..data import all_rows, load_dataset
 
         rows = all_rows(load_dataset(data))
     else:
-        from .lab.phantoms import render_dataset
+        from ..lab.phantoms import render_dataset
 
         rows = render_dataset(list(config.label2id))
     done = export_model(
@@ -135,9 +135,9 @@ def explain(
     as_json: JsonFlag = False,
 ) -> None:
     """Draw what a model looks at, beside its scores with the glomerulus and the rest blanked."""
-    from .explain import explain_files, load_masks
-    from .inference import resolve_device
-    from .publish.adapter_only import load_model
+    from ..explain import explain_files, load_masks
+    from ..inference import resolve_device
+    from ..publish.adapter_only import load_model
 
     quiet_libraries()
     classifier, processor, _ = load_model(model)
@@ -175,11 +175,11 @@ def explain_check(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure heat maps: heat inside the glomerulus against its area, over unseen groups."""
-    from .data import all_rows, group_rows, load_dataset
-    from .data.folder import column
-    from .explain import evaluate_maps, load_masks
-    from .inference import resolve_device
-    from .publish.adapter_only import load_model
+    from ..data import all_rows, group_rows, load_dataset
+    from ..data.folder import column
+    from ..explain import evaluate_maps, load_masks
+    from ..inference import resolve_device
+    from ..publish.adapter_only import load_model
 
     quiet_libraries()
     classifier, processor, run = load_model(model)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from typer import Argument, Option
 
-from .errors import GloVLMError
+from ..errors import GloVLMError
 
 Text = str | None
 Texts = list[str] | None
@@ -29,7 +29,7 @@ def read_settings(
     own_key: str = "method_config",
 ) -> dict[str, Any]:
     """The YAML file, the flags over it, and under `own_key` the settings of what is trained."""
-    from .data.terminology import read_yaml
+    from ..data.terminology import read_yaml
 
     values = {**(read_yaml(config) if config else {}), **given}
     if isinstance(values.get("shots"), str):

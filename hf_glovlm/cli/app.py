@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from typer import Argument, Option
 
-from .cli_publish import card, explain, explain_check, export, push
-from .cli_slides import caption, crops, get, mil, slide
+from ..errors import GloVLMError, nearest
 from .console import (
     Notes,
     cell,
@@ -37,8 +36,7 @@ from .console import (
     to_csv,
     write_file,
 )
-from .errors import GloVLMError, nearest
-from .flags import (
+from .options import (
     BatchFlag,
     DeviceFlag,
     JsonFlag,
@@ -52,12 +50,14 @@ from .flags import (
     read_settings,
     typed,
 )
+from .publish import card, explain, explain_check, export, push
+from .slides import caption, crops, get, mil, slide
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-    from .data import Groups
-    from .inference import Predictions
+    from ..data import Groups
+    from ..inference import Predictions
 
 app = typer.Typer(
     help="Few-shot adaptation of image-text models to fine-grained glomerulus classes. "
@@ -159,8 +159,8 @@ def train(
     given = {k: v for k, v in context.params.items() if k not in own and v is not None}
     values = read_settings(config, given, settings or [])
 
-    from .runs import run
-    from .runs.config import TrainConfig
+    from ..runs import run
+    from ..runs.config import TrainConfig
 
     checked = TrainConfig.from_mapping(typed(values, get_type_hints(TrainConfig)))
     quiet_libraries()
@@ -193,12 +193,12 @@ def evaluate(
     check_output(output)
     check_output(predictions)
 
-    from .data import check_dataset, group_rows, load_dataset
-    from .environment import describe_environment
-    from .inference import resolve_device
-    from .inference.scale import check_scale
-    from .publish.adapter_only import load_model
-    from .runs import measure
+    from ..data import check_dataset, group_rows, load_dataset
+    from ..environment import describe_environment
+    from ..inference import resolve_device
+    from ..inference.scale import check_scale
+    from ..publish.adapter_only import load_model
+    from ..runs import measure
 
     quiet_libraries()
     place = resolve_device(device)
@@ -260,10 +260,10 @@ def predict(
         raise GloVLMError(f"--mpp must be above 0; found {mpp:g}.")
     places = _list_images(images)
 
-    from .inference import resolve_device
-    from .inference.scale import check_scale, describe_scale
-    from .inference.sentences import answer_columns
-    from .publish.adapter_only import load_model
+    from ..inference import resolve_device
+    from ..inference.scale import check_scale, describe_scale
+    from ..inference.sentences import answer_columns
+    from ..publish.adapter_only import load_model
 
     quiet_libraries()
     place = resolve_device(device)
@@ -311,8 +311,8 @@ def study(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare methods, paired, over label draws. Exit code 1 if a cell failed."""
-    from .data.terminology import read_yaml
-    from .runs.study import StudyConfig, render_report, run_study
+    from ..data.terminology import read_yaml
+    from ..runs.study import StudyConfig, render_report, run_study
 
     def tell(kind: str, what: Mapping[str, Any]) -> None:
         error = f" ({what['error']})" if what.get("error") else ""
@@ -348,8 +348,8 @@ def demo(
     as_json: JsonFlag = False,
 ) -> None:
     """Do the whole job on drawings of glomeruli: no network, no data, under two minutes."""
-    from .lab.demo import remove_demo, run_demo
-    from .publish.card import METRIC_HEADER, metric_rows
+    from ..lab.demo import remove_demo, run_demo
+    from ..publish.card import METRIC_HEADER, metric_rows
 
     folder = output_dir or Path("glovlm-demo")
     if output_dir is None:
@@ -380,8 +380,8 @@ def pretrain(
     as_json: JsonFlag = False,
 ) -> None:
     """Train the embedded default `mini` again: a small CLIP, on drawings only."""
-    from .lab.pretraining import PretrainConfig
-    from .lab.pretraining import pretrain as train_mini
+    from ..lab.pretraining import PretrainConfig
+    from ..lab.pretraining import pretrain as train_mini
 
     quiet_libraries()
     config = PretrainConfig(
@@ -404,7 +404,7 @@ def pretrain(
 @app.command()
 def methods(as_json: JsonFlag = False) -> None:
     """List the adaptation methods."""
-    from .methods import METHODS
+    from ..methods import METHODS
 
     rows = [method.describe() for method in METHODS.values()]
     print_rows(
@@ -420,7 +420,7 @@ def backbones(context: typer.Context, as_json: JsonFlag = False) -> None:
     """List the known backbones; any other CLIP, SigLIP or pair of towers serves as well."""
     if context.invoked_subcommand is not None:
         return
-    from .backbones import BACKBONES
+    from ..backbones import BACKBONES
 
     rows = [
         asdict(row) | {"page": row.page, "restrictions": row.restrictions}
@@ -439,7 +439,7 @@ def backbones_convert(
     as_json: JsonFlag = False,
 ) -> None:
     """Write published weights (open_clip, CoCa, timm) as a folder that loads in seconds."""
-    from .backbones import convert_backbone
+    from ..backbones import convert_backbone
 
     quiet_libraries()
     report = convert_backbone(checkpoint, output_dir, kind=kind, revision=revision)
@@ -460,8 +460,8 @@ def backbones_modules(
     as_json: JsonFlag = False,
 ) -> None:
     """Name the linear maps of a backbone's blocks, as PEFT's target_modules takes them."""
-    from .backbones import load_backbone
-    from .methods import target_modules
+    from ..backbones import load_backbone
+    from ..methods import target_modules
 
     quiet_libraries()
     model, _ = load_backbone(name)
@@ -475,7 +475,7 @@ def backbones_modules(
 @app.command()
 def datasets(as_json: JsonFlag = False) -> None:
     """List the public data sets whose classes, prompts and rules are known."""
-    from .data import catalog_entries
+    from ..data import catalog_entries
 
     rows = [asdict(entry) for entry in catalog_entries()]
     for row in rows:
@@ -489,7 +489,7 @@ def check(
     as_json: JsonFlag = False,
 ) -> None:
     """Read every image, count classes and groups, look for leaks. Exit code 1 if there are any."""
-    from .data import check_dataset, load_dataset
+    from ..data import check_dataset, load_dataset
 
     report = check_dataset(load_dataset(data))
     if as_json:
@@ -516,7 +516,7 @@ def cache_main(context: typer.Context) -> None:
 @cache_app.command("list")
 def cache_list(as_json: JsonFlag = False) -> None:
     """List the encoders whose features are stored."""
-    from .inference import FeatureCache
+    from ..inference import FeatureCache
 
     cache = FeatureCache()
     rows = [asdict(entry) for entry in cache.entries()]
@@ -530,7 +530,7 @@ def cache_clear(
     key: Annotated[Text, Argument(help="Of one encoder, or its beginning; else all.")] = None,
 ) -> None:
     """Remove stored features."""
-    from .inference import FeatureCache
+    from ..inference import FeatureCache
 
     cache = FeatureCache()
     note(f"{cache.clear(key) / 1e6:.1f} MB were freed in {cache.folder}")
@@ -554,17 +554,17 @@ def bench(
         if len(chosen) > 1:
             raise GloVLMError("`bench slide` and `bench counting` run alone: name just one.")
         if chosen == ["counting"]:
-            from .lab.counting import bench_counting
+            from ..lab.counting import bench_counting
 
             if data is None or backbone is None:
                 raise GloVLMError("`bench counting` needs --data and --backbone.")
             rows = bench_counting(data, backbone, progress=sys.stderr.isatty())
         else:
-            from .lab.slide_bench import bench_slide
+            from ..lab.slide_bench import bench_slide
 
             rows = bench_slide(backbone=backbone or "mini")
     else:
-        from .lab.bench import run_benches
+        from ..lab.bench import run_benches
 
         rows = run_benches(chosen, backbone=backbone)
     print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)
@@ -577,9 +577,9 @@ def env(as_json: JsonFlag = False) -> None:
 
     import torch
 
-    from . import __version__
-    from .environment import describe_environment
-    from .inference import FeatureCache, resolve_device
+    from .. import __version__
+    from ..environment import describe_environment
+    from ..inference import FeatureCache, resolve_device
 
     facts = describe_environment(resolve_device("auto"))
     installed = {package.name: package.version for package in distributions()}
@@ -604,7 +604,7 @@ def _commit() -> str | None:
     """The commit of a clone; an installed package has none."""
     import subprocess
 
-    clone = Path(__file__).resolve().parent.parent
+    clone = Path(__file__).resolve().parents[2]
     if not (clone / ".git").exists():
         return None
     command = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
@@ -622,7 +622,7 @@ def _choose_split(dataset: "DatasetDict", split: str | None) -> "Dataset":
         if split not in (None, "all"):
             raise GloVLMError(f"These data are not split, so there is no split '{split}'.")
         return dataset["all"]
-    from .data import all_rows
+    from ..data import all_rows
 
     if split == "all":
         return all_rows(dataset).remove_columns("split")
@@ -635,7 +635,7 @@ def _choose_split(dataset: "DatasetDict", split: str | None) -> "Dataset":
 def _classify(
     loaded: tuple[Any, Any], rows: "Dataset", batch_size: int, device: Any, groups: Any = None
 ) -> "Predictions":
-    from .inference import FeatureCache, predict
+    from ..inference import FeatureCache, predict
 
     bar, cache = sys.stderr.isatty(), FeatureCache()
     options = {"batch_size": batch_size, "device": device, "groups": groups}
@@ -669,7 +669,7 @@ def _check_unseen(
 
 def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups") -> int:
     """How many groups of the rows a model has learned from, as far as its run's results tell."""
-    from .data import group_rows
+    from ..data import group_rows
 
     learned = (run or {}).get("data", {})
     column, hashes = learned.get("group_column"), set(learned.get("support_groups_sha256", ()))
@@ -682,7 +682,7 @@ def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups"
 
 def _list_images(places: Sequence[Path]) -> dict[str, Path]:
     """Images by name: relative to the folder if one is given, else as given."""
-    from .data.folder import SUFFIXES
+    from ..data.folder import SUFFIXES
 
     found: dict[str, Path] = {}
     for place in places:
@@ -709,7 +709,7 @@ def _list_images(places: Sequence[Path]) -> dict[str, Path]:
 def _image_rows(found: Mapping[str, Path], mpp: float | None) -> "Dataset":
     from datasets import Dataset, Features, Image, Value
 
-    from .inference.scale import listed_mpp
+    from ..inference.scale import listed_mpp
 
     types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
     scales = listed_mpp(found.values()) if mpp is None else [mpp] * len(found)
@@ -719,7 +719,7 @@ def _image_rows(found: Mapping[str, Path], mpp: float | None) -> "Dataset":
 
 def _readable(found: Mapping[str, Path]) -> dict[str, Path]:
     """The images that can be decoded; the others are named."""
-    from .data import open_image
+    from ..data import open_image
 
     readable: dict[str, Path] = {}
     for name, path in found.items():

@@ -16,7 +16,7 @@ from .console import (
     quiet_libraries,
     show_progress,
 )
-from .flags import (
+from .options import (
     BatchFlag,
     DeviceFlag,
     JsonFlag,
@@ -63,7 +63,7 @@ def slide(
     as_json: JsonFlag = False,
 ) -> None:
     """Classify whole slides: label, counts, heat map, GeoJSON. Exit code 1 if a slide failed."""
-    from .slides.classify import SlideConfig, classify_slides
+    from ..slides.classify import SlideConfig, classify_slides
 
     given = {k: v for k, v in context.params.items() if k != "as_json"}
     config = SlideConfig.from_mapping(given | {"slides": [str(path) for path in slides]})
@@ -131,7 +131,7 @@ def mil(
     as_json: JsonFlag = False,
 ) -> None:
     """Learn slide labels from bags of tile features (`glovlm slide` writes them), by patient."""
-    from .slides.mil import MilConfig, train_mil
+    from ..slides.mil import MilConfig, train_mil
 
     own = ("config", "settings", "as_json")
     given = {k: v for k, v in context.params.items() if k not in own and v is not None}
@@ -159,8 +159,8 @@ def caption(
     overwrite: Annotated[bool, Option(help="Write captions anew.")] = False,
 ) -> None:
     """Write a caption for every image with an image-to-text model; goes on where it stopped."""
-    from .inference import resolve_device
-    from .inference.captioning import QUESTION, write_captions
+    from ..inference import resolve_device
+    from ..inference.captioning import QUESTION, write_captions
 
     quiet_libraries()
     done = write_captions(
@@ -194,7 +194,7 @@ def crops(
     min_extent: Annotated[int, Option(help="Smaller blobs of a mask are specks.")] = 16,
 ) -> None:
     """Cut outlined glomeruli out of a slide into a folder that `glovlm train` takes."""
-    from .slides.files.crops import cut_crops, parse_colours
+    from ..slides.files.crops import cut_crops, parse_colours
 
     done = cut_crops(
         slide,
@@ -229,7 +229,7 @@ def crops(
 
 def get(name: Annotated[str, Argument(help="A name of `glovlm datasets`.")]) -> None:
     """Say where a public data set is, under what licence, and how to lay it out."""
-    from .data.catalog import describe_source
+    from ..data.catalog import describe_source
 
     typer.echo(describe_source(name))
 
