@@ -1,96 +1,170 @@
-"""hf-glovlm: few-shot adaptation of image-text models to fine-grained glomerulus classes.
+"""hf-glovlm: few-shot adaptation of vision-language models to fine-grained glomerulus classes.
 
-Importing it registers the model with transformers' Auto classes. Research use only, not for
-diagnosis.
+Every public name is imported when it is first used. transformers' Auto classes know the model as
+soon as they are imported. Research use only, not for diagnosis.
 """
 
 import sys
-from pathlib import Path
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# The command `glovlm` brings in what a command needs when it needs it: its help is instant.
-if Path(sys.argv[0] if sys.argv else "").name != "glovlm":
-    from . import explain
-    from .backbones import BACKBONES, load_backbone
-    from .data import (
-        check_dataset,
-        draw_episode,
-        load_classes,
-        load_dataset,
-        load_episode,
-        open_image,
-    )
-    from .errors import GloVLMError
-    from .inference import (
-        FeatureCache,
-        Predictions,
-        embed_images,
-        embed_prompts,
-        load_classifier,
-        predict,
-    )
-    from .inference.cache import MemoryCache
-    from .inference.sentences import (
-        borrow,
-        describe_classes,
-        describe_image_scale,
-        describe_limits,
-        give_answers,
-        reword,
-    )
-    from .lab.phantoms import render_cohort
-    from .methods import METHODS, target_modules
-    from .metrics import compute_metrics, paired_differences
-    from .model import (
-        GloVLMConfig,
-        GloVLMForImageClassification,
-        GloVLMModel,
-        GloVLMProcessor,
-    )
-    from .runs import run
-    from .runs.config import TrainConfig
-    from .runs.cross_validation import frozen_methods, leave_patients_out
-    from .training import adapt, adapt_features
+_MODULES = {  # public names, by the module that holds them
+    "backbones": ("BACKBONES", "load_backbone"),
+    "data": (
+        "check_dataset",
+        "draw_episode",
+        "load_classes",
+        "load_dataset",
+        "load_episode",
+        "open_image",
+    ),
+    "errors": ("GloVLMError",),
+    "inference": (
+        "FeatureCache",
+        "MemoryCache",
+        "Predictions",
+        "embed_images",
+        "embed_prompts",
+        "load_classifier",
+        "predict",
+    ),
+    "inference.sentences": (
+        "borrow",
+        "describe_classes",
+        "describe_image_scale",
+        "describe_limits",
+        "give_answers",
+        "reword",
+    ),
+    "lab.phantoms": ("render_cohort", "write_cohort"),
+    "methods": ("METHODS", "target_modules"),
+    "metrics": ("compute_metrics", "evaluate_metric", "paired_differences"),
+    "model": ("GloVLMConfig", "GloVLMForImageClassification", "GloVLMModel", "GloVLMProcessor"),
+    "publish.adapter_only": ("load_published",),
+    "publish.onnx_graph": ("export_model",),
+    "publish.upload": ("push",),
+    "runs": ("RunResult", "TrainConfig", "run"),
+    "runs.cross_validation": ("frozen_methods", "leave_patients_out"),
+    "runs.study": ("StudyConfig", "run_study"),
+    "slides.classify": ("classify_slides",),
+    "slides.config": ("SlideConfig",),
+    "slides.mil": ("MilConfig", "train_mil"),
+    "training": ("adapt", "adapt_features"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "BACKBONES",
-    "METHODS",
-    "FeatureCache",
-    "GloVLMConfig",
-    "GloVLMError",
-    "GloVLMForImageClassification",
-    "GloVLMModel",
-    "GloVLMProcessor",
-    "MemoryCache",
-    "Predictions",
-    "TrainConfig",
-    "__version__",
-    "adapt",
-    "adapt_features",
-    "borrow",
-    "check_dataset",
-    "compute_metrics",
-    "describe_classes",
-    "describe_image_scale",
-    "describe_limits",
-    "draw_episode",
-    "embed_images",
-    "embed_prompts",
-    "explain",
-    "frozen_methods",
-    "give_answers",
-    "leave_patients_out",
-    "load_backbone",
-    "load_classes",
-    "load_classifier",
-    "load_dataset",
-    "load_episode",
-    "open_image",
-    "paired_differences",
-    "predict",
-    "render_cohort",
-    "reword",
-    "run",
-    "target_modules",
-]
+__all__ = ["__version__", "explain", *sorted(_HOME)]
+
+if TYPE_CHECKING:  # the same names for type checkers; a test holds the two lists equal
+    from . import explain as explain
+    from .backbones import BACKBONES as BACKBONES
+    from .backbones import load_backbone as load_backbone
+    from .data import check_dataset as check_dataset
+    from .data import draw_episode as draw_episode
+    from .data import load_classes as load_classes
+    from .data import load_dataset as load_dataset
+    from .data import load_episode as load_episode
+    from .data import open_image as open_image
+    from .errors import GloVLMError as GloVLMError
+    from .inference import FeatureCache as FeatureCache
+    from .inference import MemoryCache as MemoryCache
+    from .inference import Predictions as Predictions
+    from .inference import embed_images as embed_images
+    from .inference import embed_prompts as embed_prompts
+    from .inference import load_classifier as load_classifier
+    from .inference import predict as predict
+    from .inference.sentences import borrow as borrow
+    from .inference.sentences import describe_classes as describe_classes
+    from .inference.sentences import describe_image_scale as describe_image_scale
+    from .inference.sentences import describe_limits as describe_limits
+    from .inference.sentences import give_answers as give_answers
+    from .inference.sentences import reword as reword
+    from .lab.phantoms import render_cohort as render_cohort
+    from .lab.phantoms import write_cohort as write_cohort
+    from .methods import METHODS as METHODS
+    from .methods import target_modules as target_modules
+    from .metrics import compute_metrics as compute_metrics
+    from .metrics import evaluate_metric as evaluate_metric
+    from .metrics import paired_differences as paired_differences
+    from .model import GloVLMConfig as GloVLMConfig
+    from .model import GloVLMForImageClassification as GloVLMForImageClassification
+    from .model import GloVLMModel as GloVLMModel
+    from .model import GloVLMProcessor as GloVLMProcessor
+    from .publish.adapter_only import load_published as load_published
+    from .publish.onnx_graph import export_model as export_model
+    from .publish.upload import push as push
+    from .runs import RunResult as RunResult
+    from .runs import TrainConfig as TrainConfig
+    from .runs import run as run
+    from .runs.cross_validation import frozen_methods as frozen_methods
+    from .runs.cross_validation import leave_patients_out as leave_patients_out
+    from .runs.study import StudyConfig as StudyConfig
+    from .runs.study import run_study as run_study
+    from .slides.classify import classify_slides as classify_slides
+    from .slides.config import SlideConfig as SlideConfig
+    from .slides.mil import MilConfig as MilConfig
+    from .slides.mil import train_mil as train_mil
+    from .training import adapt as adapt
+    from .training import adapt_features as adapt_features
+
+
+def __getattr__(name: str) -> Any:
+    if name == "explain":
+        return import_module(f"{__name__}.explain")
+    if name not in _HOME:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _AutoClasses(MetaPathFinder):
+    """Registers the model with transformers' Auto classes once any of these was imported.
+
+    Registering needs the classes of both sides, hence torch: some seconds, which a process that
+    only asks for help or reads a table need not wait for. Modules of transformers import each
+    other in circles, so registering waits until the outermost one is complete.
+    """
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Find a module of transformers as usual; look for Auto classes once it was executed."""
+        if fullname.partition(".")[0] != "transformers":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            self.depth += 1
+            try:
+                execute(module)
+            finally:
+                self.depth -= 1
+            if not self.depth and _auto_classes_imported() and self in sys.meta_path:
+                sys.meta_path.remove(self)
+                import_module(f"{__name__}.model")
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _auto_classes_imported() -> bool:
+    return any(name.startswith("transformers.models.auto.") for name in sys.modules)
+
+
+if _auto_classes_imported():
+    import_module(f"{__name__}.model")
+else:
+    sys.meta_path.insert(0, _AutoClasses())

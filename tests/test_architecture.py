@@ -28,7 +28,7 @@ FLOORS = {
     9: {"__init__", "__main__", "cli", "lab", "train"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-NEIGHBOURS = {"__main__": {"cli"}, "cli": {"lab"}, "train": {"cli"}}
+NEIGHBOURS = {"__init__": {"lab"}, "__main__": {"cli"}, "cli": {"lab"}, "train": {"cli"}}
 ONLY: dict[str, set[str]] = {  # stricter than the floor
     "backbones": {"errors", "files", "model"},
     "calibration": {"errors"},
@@ -132,6 +132,15 @@ def form(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{node.name} has no docstring"
 
 
+def namesakes(file: Path, path: Path, tree: ast.Module) -> Iterator[str]:
+    """A package's attribute is a function first and a module once that was imported: never both."""
+    beside = {other.stem for other in file.parent.glob("*.py")}
+    beside |= {other.parent.name for other in file.parent.glob("*/__init__.py")}
+    for node in tree.body if path.parts[0] == PACKAGE else []:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in beside:
+            yield f"{node.name} is called like a module beside it"
+
+
 def public_only(path: Path, tree: ast.Module, public: set[str]) -> Iterator[str]:
     """A Space uses what every user has."""
     used = {(module, name) for _, module, name in imports(tree, "") if module.startswith(PACKAGE)}
@@ -146,14 +155,14 @@ def public_only(path: Path, tree: ast.Module, public: set[str]) -> Iterator[str]
 
 
 def exported(root: Path) -> set[str]:
-    """The names in `__all__` of the package."""
+    """The public names: those of the table in the package's root, and its one public module."""
     text = (root / PACKAGE / "__init__.py").read_text(encoding="utf-8")
-    found = [
+    tables = [
         ast.literal_eval(node.value)
         for node in ast.parse(text).body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MODULES"
     ]
-    return {name for names in found for name in names}
+    return {name for table in tables for names in table.values() for name in names} | {"explain"}
 
 
 def violations(root: Path) -> list[str]:
@@ -173,7 +182,7 @@ def violations(root: Path) -> list[str]:
         if path.parts[0] == "spaces":
             said += public_only(path, tree, public)
         if path.parts[0] != "tests":
-            said += [*safety(path, tree), *form(path, tree)]
+            said += [*safety(path, tree), *form(path, tree), *namesakes(file, path, tree)]
         found += [f"{path.as_posix()}: {what}" for what in said]
     return found
 
@@ -212,6 +221,7 @@ BAD = [
     ("publish/upload.py", "_a = dict(trust_remote_code=True)", "never code"),
     ("publish/upload.py", "_a = {'trust_remote_code': True}", "never code"),
     ("publish/upload.py", "def push(): ...", "push has no docstring"),
+    ("publish/card.py", 'def card():\n    """A card."""', "called like a module"),
     ("runs/study.py", "\n" * 901, "at most 900"),
     (
         "../spaces/glomeruli/app.py",
@@ -240,10 +250,10 @@ GOOD = [
 
 def _write(root: Path, file: str, source: str) -> list[str]:
     (root / PACKAGE).mkdir()
-    (root / PACKAGE / "__init__.py").write_text("__all__ = ['adapt']\n")
+    (root / PACKAGE / "__init__.py").write_text("_MODULES = {'training': ('adapt',)}\n")
     path = (root / PACKAGE / file).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"__all__ = ['adapt']\n{source}\n")
+    path.write_text(f"_MODULES = {{'training': ('adapt',)}}\n{source}\n")
     return violations(root)
 
 

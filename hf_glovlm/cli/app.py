@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 from typer import Argument, Option
 
+from .. import __version__
 from ..errors import GloVLMError, nearest
 from .console import (
     Notes,
@@ -59,11 +60,7 @@ if TYPE_CHECKING:
     from ..data import Groups
     from ..inference import Predictions
 
-app = typer.Typer(
-    help="Few-shot adaptation of image-text models to fine-grained glomerulus classes. "
-    "Research use only, not for diagnosis.",
-    add_completion=False,
-)
+app = typer.Typer()
 data_app = typer.Typer(help="Look at labelled images.")
 cache_app = typer.Typer(help="Stored features of images; they come from patients' images.")
 backbones_app = typer.Typer(help="The known backbones; any CLIP, SigLIP or pair serves as well.")
@@ -106,6 +103,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 # ----------------------------------------------------------------------------- adapt and measure
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"glovlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def glovlm(
+    version: Annotated[
+        bool, Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Few-shot adaptation of vision-language models to fine-grained glomerulus classes.
+
+    Research use only, not for diagnosis.
+    """
 
 
 @app.command()
@@ -169,7 +184,7 @@ def train(
     if not is_main():
         return
     if as_json:
-        print_json(results)
+        print_json(results.to_dict())
     else:
         print_metrics(results)
     note(f"model, results and card are in {checked.output_dir}")
@@ -577,7 +592,6 @@ def env(as_json: JsonFlag = False) -> None:
 
     import torch
 
-    from .. import __version__
     from ..environment import describe_environment
     from ..inference import FeatureCache, resolve_device
 

@@ -96,7 +96,9 @@ class _Table:
     extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
-def load_dataset(source: str | Path, *, revision: str | None = None) -> "DatasetDict":
+def load_dataset(
+    source: "str | Path | Dataset | DatasetDict", *, revision: str | None = None
+) -> "DatasetDict":
     """Read labelled images from wherever they lie; nothing is decoded.
 
     Ways in, tried in this order:
@@ -113,9 +115,10 @@ def load_dataset(source: str | Path, *, revision: str | None = None) -> "Dataset
     * a `.parquet` file: an image column of `{bytes, path}` or of paths relative to the file.
     * a Hub id `owner/name`: columns `image` and `label`, or else the only Image and the only
       ClassLabel feature.
+    * a `Dataset` or `DatasetDict` in memory, with columns as on the Hub.
 
     Args:
-        source: Folder, parquet file or Hub id; `~` is expanded.
+        source: Folder, parquet file, Hub id (`~` is expanded), or a data set in memory.
         revision: Commit, tag or branch of a Hub data set.
 
     Returns:
@@ -130,6 +133,8 @@ def load_dataset(source: str | Path, *, revision: str | None = None) -> "Dataset
         GloVLMError: Missing or empty source, a row without its file or its label, an unknown split,
             a file named twice, and the like, told in one sentence.
     """
+    if not isinstance(source, str | Path):
+        return _assemble(_read_memory(source))
     path = Path(source).expanduser()
     if path.is_dir():
         tables = _read_folder(path)
@@ -399,12 +404,32 @@ def _read_hub(source: str, path: Path, revision: str | None) -> list[_Table]:
             f"({type(error).__name__}: {reason}); check the name, the network and, for a gated "
             "data set, your access, or give a local folder."
         ) from error
-    return [
-        _read_table(
-            loaded[name].data.table, dict(loaded[name].features), source, None, f"{name}/", split
+    return _read_splits(loaded, source)
+
+
+def _read_memory(data: Any) -> list[_Table]:
+    from datasets import Dataset, DatasetDict
+
+    if not isinstance(data, Dataset | DatasetDict):
+        raise GloVLMError(
+            "Expected a folder, a .parquet file, a Hub id, a Dataset or a DatasetDict; found "
+            f"{type(data).__name__}."
         )
-        for name, split in _hub_splits(source, list(loaded)).items()
-    ]
+    parts = data if isinstance(data, dict) else {"all": data}
+    named = all("file_name" in rows.column_names for rows in parts.values())
+    return _read_splits(parts, "the data set in memory", prefixed=not named)
+
+
+def _read_splits(
+    parts: Mapping[str, "Dataset"], origin: str, prefixed: bool = True
+) -> list[_Table]:
+    tables = []
+    for name, split in _hub_splits(origin, list(parts)).items():
+        # Formatted reading follows a selection or a shuffle, which the table below does not know.
+        table, features = parts[name].with_format("arrow")[:], dict(parts[name].features)
+        prefix = f"{name}/" if prefixed else ""
+        tables.append(_read_table(table, features, origin, None, prefix, split))
+    return tables
 
 
 def _hub_splits(source: str, names: list[str]) -> dict[str, str | None]:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GloVLMError
-from ..runs import run
-from ..runs.config import TrainConfig
+from ..runs import RunResult, TrainConfig, run
 
 METHODS = ("zero_shot", "linear_probe", "lora")
 
@@ -48,7 +47,7 @@ def run_demo(
     tell("stage", {"name": f"drawing {patients} synthetic patients"})
     # Pretraining drew with even cohort seeds: an odd one shares no drawing with it.
     drawings = write_cohort(folder / "drawings", patients, per_patient, seed=2 * seed + 1)
-    runs: dict[str, dict[str, Any]] = {}
+    runs: dict[str, RunResult] = {}
     for method in METHODS:
         tell("method", {"name": method})
         runs[method] = run(

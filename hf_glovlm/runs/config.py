@@ -1,13 +1,17 @@
-"""`TrainConfig`: one adaptation, complete, checked before anything is loaded."""
+"""Run configuration: one adaptation, complete, checked before anything is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
+
+from datasets import Dataset, DatasetDict
 
 from ..errors import GloVLMError, check_settings, nearest
 from ..methods import FeatureMethod, get_method
 from ..training.losses import Loss
 
+IN_MEMORY = "data in memory"  # stands for a data set that has no place
 _CHOICES = {
     "shots_from": ("spread", "random", "one_group"),
     "loss": ("prototypes", "infonce", "infonce_published"),
@@ -21,7 +25,8 @@ class TrainConfig:
     """One adaptation, complete: the flags of `glovlm train` and the content of `config.yaml`.
 
     Args:
-        data: Folder, parquet file, or Hub id.
+        data: Folder, parquet file, or Hub id; from Python also a `Dataset` with `image` and
+            `label`, or a `DatasetDict` (then `config.yaml` cannot repeat the run).
         output_dir: Where the run is written.
         backbone: Name, Hub id, folder, or `vision+text`.
         method: A name of `glovlm methods`.
@@ -68,7 +73,7 @@ class TrainConfig:
         save_model: Whether `model/` and `adapter/` are written; a study keeps results only.
     """
 
-    data: str
+    data: str | Dataset | DatasetDict
     output_dir: str
     backbone: str = "mini"
     method: str = "linear_probe"
@@ -110,6 +115,14 @@ class TrainConfig:
     save_model: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.data, str | Dataset | DatasetDict):
+            if not isinstance(self.data, Path):
+                raise GloVLMError(
+                    "data must be a folder, a parquet file, a Hub id, a Dataset or a DatasetDict; "
+                    f"found {type(self.data).__name__}."
+                )
+            self.data = str(self.data)
+        self.output_dir = str(self.output_dir)
         method = get_method(self.method)
         method.configure(self.method_config)
         shots = self.shots.values() if isinstance(self.shots, dict) else [self.shots]
@@ -183,9 +196,26 @@ class TrainConfig:
         names = ("epochs", "lr", "weight_decay", "batch_size")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
+    @property
+    def folder(self) -> str | None:
+        """Where the data come from, as it was given; `None` for data in memory."""
+        return self.data if isinstance(self.data, str) else None
+
+    @property
+    def data_name(self) -> str:
+        """What results call the data."""
+        return IN_MEMORY if self.folder is None else Path(self.folder).name
+
+    @property
+    def hub_id(self) -> str | None:
+        """The Hub id that the data come from, if they do."""
+        local = self.folder is None or Path(self.folder).expanduser().exists()
+        return None if local else self.folder
+
     def to_repeat(self) -> dict[str, Any]:
         """Plain values that make this run again: `config.yaml`, and `config` in the results."""
-        return asdict(self) | {"overwrite": False, "resume": False}
+        plain = replace(self, data=self.folder or IN_MEMORY, overwrite=False, resume=False)
+        return asdict(plain)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "TrainConfig":

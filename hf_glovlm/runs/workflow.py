@@ -40,6 +40,7 @@ from ..publish.card import render_card
 from ..training import Adapted, adapt
 from .config import TrainConfig
 from .folder import claim, put_in_place, unfinished
+from .results import RunResult
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -70,7 +71,7 @@ class Loader:
         self.keep = keep
         self._kept: dict[str, Any] = {}
 
-    def data(self, source: str) -> tuple["DatasetDict", "DataReport"]:
+    def data(self, source: "str | Dataset | DatasetDict") -> tuple["DatasetDict", "DataReport"]:
         """A data set without problems, and what is known of it.
 
         Raises:
@@ -105,8 +106,8 @@ def run(
     *,
     on_event: Callable[[str, dict[str, Any]], None] | None = None,
     loader: Loader | None = None,
-) -> dict[str, Any]:
-    """Do the main job: load, split, draw, adapt, predict, measure, save.
+) -> RunResult:
+    """Run one adaptation: load, split, draw, adapt, predict, measure, save.
 
     Args:
         config: What to do.
@@ -114,8 +115,7 @@ def run(
         loader: Where data and backbone come from; a study passes one that keeps them.
 
     Returns:
-        The content of `results.json`. Under `accelerate launch` every process returns it; only the
-        main one writes.
+        The results. Under `accelerate launch` every process returns them; only the main one writes.
 
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
@@ -125,7 +125,7 @@ def run(
     output = Path(config.output_dir).expanduser()
     finished = claim(output, config, _INCIDENTAL)
     if finished is not None:
-        return finished
+        return RunResult(finished, output)
 
     tell("stage", {"name": "checking the data"})
     loader = loader or Loader()
@@ -172,7 +172,7 @@ def run(
             _write_run(work, adapted, predictions, results, task)
             put_in_place(work, output, OWN_FILES)
     processes.wait()
-    return results
+    return RunResult(results, output)
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     dataset, report = loader.data(config.data)
     rows, episode = _choose_episode(dataset, config)
     names: list[str] = rows.features["label"].names
-    classes = load_classes(names, source=config.data, prompts=config.prompts, stain=config.stain)
+    classes = load_classes(names, source=config.folder, prompts=config.prompts, stain=config.stain)
     groups = group_rows(rows, group_column=episode.group_column).ids
     labels = column(rows, "label")
     task = _Task(
@@ -274,7 +274,7 @@ def _adapt(
     )
     about = adapted.model.config
     about.mpp = known_scale(adapted.processor.image_processor, support)
-    about.synthetic = bool(about.synthetic or _synthetic(config.data))
+    about.synthetic = bool(about.synthetic or (config.folder and _synthetic(config.folder)))
     return adapted
 
 
@@ -572,7 +572,7 @@ def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -
     for name in filter(None, told):
         with suppress(GloVLMError):  # a stain that the terminology does not know
             stains.add(find_stain(name))
-    model, data = adapted.model.config, Path(config.data).name
+    model, data = adapted.model.config, config.data_name
     notes = [
         note
         for row in known_rows(model.backbone_name)
@@ -598,8 +598,8 @@ def _describe_data(task: _Task) -> dict[str, Any]:
         "test": episode.test,
     }
     return {
-        "name": Path(config.data).name,
-        "hub_id": None if Path(config.data).expanduser().exists() else config.data,
+        "name": config.data_name,
+        "hub_id": config.hub_id,
         "stain": config.stain or _stains(task.rows),
         "fingerprint": task.report.fingerprint,
         "classes": [asdict(c) | {"prompts": list(c.prompts)} for c in classes],

@@ -1,0 +1,87 @@
+"""Run results: settings, data, metrics with intervals and notes of one run."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+
+    from ..inference import Predictions
+
+
+class RunResult(Mapping[str, Any]):
+    """Results of a run: the content of `results.json`, and where model and predictions lie.
+
+    A mapping as the JSON file is one (`result["metrics"]["macro_auc"]["value"]`); every key of it
+    is an attribute, too (`result.metrics`). In a console it shows its metrics as a table.
+
+    Args:
+        content: What `results.json` holds.
+        folder: The folder of the run.
+
+    Attributes:
+        config: Settings that repeat the run.
+        data: Classes, counts, groups and fingerprint of the data.
+        metrics: `{name: {"value", "ci95": [low, high], ...}}`.
+        per_class: `{class: {name: ...}}`.
+        notes: Sentences that belong beside the numbers.
+    """
+
+    def __init__(self, content: Mapping[str, Any], folder: str | Path) -> None:
+        self._content = dict(content)
+        self.folder = Path(folder)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and name in self._content:
+            return self._content[name]
+        raise AttributeError(f"a run's results have no '{name}'; they hold {', '.join(self)}")
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._content})
+
+    def to_dict(self) -> dict[str, Any]:
+        """A copy of everything, as `results.json` holds it."""
+        return copy.deepcopy(self._content)
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """Metrics as a table: a row a metric; columns `value`, `low`, `high` (95% interval)."""
+        import pandas
+
+        rows = {
+            name: (entry["value"], *(entry.get("ci95") or (None, None)))
+            for name, entry in self["metrics"].items()
+        }
+        columns = ["value", "low", "high"]
+        frame = pandas.DataFrame.from_dict(rows, orient="index", columns=columns, dtype=float)
+        return frame.rename_axis("metric")
+
+    def load_model(self) -> tuple[Any, Any]:
+        """The adapted classifier and its processor."""
+        from ..inference import load_classifier
+
+        model, processor, _ = load_classifier(str(self.folder))
+        return model, processor
+
+    def load_predictions(self) -> "Predictions":
+        """Probabilities, labels and groups of the test images."""
+        from ..inference import Predictions
+
+        return Predictions.load(self.folder / "predictions.parquet")
+
+    def __repr__(self) -> str:
+        method = self["method"]["name"]
+        title = f"{method}: {self['n']} test images of {self['n_groups']} groups"
+        kind = " (synthetic images)" if self["synthetic"] else ""
+        lines = [f"{title}{kind}", self.to_frame().to_string(float_format="{:.3f}".format)]
+        return "\n".join([*lines, *self["notes"]])
