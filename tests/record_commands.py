@@ -33,7 +33,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -51,11 +51,6 @@ LIBRARIES = [
     "PIL.Image", "pyarrow.parquet", "safetensors.torch", "scipy.optimize", "tifffile", "torch",
     "torchvision", "transformers.models.clip.modeling_clip", "typer",
 ]  # fmt: skip
-# The functions that draw the inputs: where they move to, and where they were.
-DRAWN_BY = {
-    "write_cohort": ("hf_glovlm.lab.phantoms", "hf_glovlm.data.phantoms"),
-    "write_slide": ("hf_glovlm.lab.slide_bench", "hf_glovlm.slides.benchmark"),
-}
 
 
 # --------------------------------------------------------------------------------------- record
@@ -137,7 +132,7 @@ def run_worker() -> None:
         importlib.import_module(name)
     if not Path("inputs").exists():
         printed = Path("printed/inputs")
-        code = in_fork(lambda: make_inputs(Path("inputs")), printed)
+        code = in_fork(draw_inputs, printed)
         if code:
             raise SystemExit(f"error: no inputs: {printed.with_suffix('.stderr').read_text()}")
         for path in printed.parent.glob("inputs.*"):
@@ -191,6 +186,14 @@ def seed_everything() -> None:
     torch.manual_seed(0)
 
 
+def draw_inputs() -> None:
+    """Make the data of all commands."""
+    sys.path.append(str(COMMANDS.parent))
+    from record_inputs import make_inputs
+
+    make_inputs(Path("inputs"))
+
+
 def run_command(arguments: Sequence[str], repository: str) -> int:
     """One command, as the entry point runs it."""
     sys.argv = ["glovlm", *arguments]
@@ -200,85 +203,6 @@ def run_command(arguments: Sequence[str], repository: str) -> int:
     if not Path(origin).is_relative_to(repository):
         raise RuntimeError(f"Expected the package of {repository}, found {origin}.")
     return main(list(arguments))
-
-
-# --------------------------------------------------------------------------------------- inputs
-
-
-def make_inputs(folder: Path) -> None:
-    """Draw the data of all commands: images of two cohorts, masks, slides, outlines, settings."""
-    from PIL import Image
-
-    write_cohort, write_slide = map(find_function, DRAWN_BY)
-    write_cohort(folder / "cohort", 12, 10, seed=1)
-    write_cohort(folder / "other", 4, 5, seed=3)
-    disc = make_disc(96)
-    for path in (folder / "other").rglob("*.png"):
-        mask = folder / "masks" / path.relative_to(folder / "other")
-        mask.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(disc).save(mask)
-
-    (folder / "unreadable").mkdir()
-    shutil.copy(folder / "other/viable/P001_001.png", folder / "unreadable/good.png")
-    (folder / "unreadable/torn.png").write_bytes(b"\x89PNG\r\n\x1a\n no image")
-    for name in ("one", "two"):  # one image with two labels
-        (folder / "contradiction" / name).mkdir(parents=True)
-        shutil.copy(folder / "other/viable/P001_001.png", folder / "contradiction" / name)
-
-    (folder / "slides").mkdir()
-    rows = ["slide,label,patient_id"]
-    for i in range(8):
-        lesions = 3 * (i % 2)
-        path = folder / "slides" / f"s{i}.tiff"
-        write_slide(path, 480, 400, lesions=lesions, lesion_side=64, seed=i)
-        rows.append(f"s{i},{'lesion' if lesions else 'none'},P{i}")
-    write_text(folder / "slides.csv", rows)
-    (folder / "broken.svs").write_bytes(b"II*\0 no slide")
-
-    boxes = ((150, 120, 80, "viable"), (250, 200, 60, "sclerosed"), (60, 300, 50, None))
-    features = [outline(i, *box) for i, box in enumerate(boxes)]
-    write_json(folder / "s1.geojson", {"type": "FeatureCollection", "features": features})
-    mask = np.zeros((400, 480, 3), dtype=np.uint8)
-    for (x, y, side, _), colour in zip(boxes, ((0, 128, 0), (255, 0, 0)), strict=False):
-        mask[y : y + side, x : x + side][make_disc(side) > 0] = colour
-    Image.fromarray(mask).save(folder / "s1-mask.png")
-
-    study = ["data: inputs/cohort", "methods: [prototype, linear_probe, tip_adapter]", "draws: 2"]
-    write_text(folder / "study.yaml", [*study, "shots: 2", "n_resamples: 50"])
-    write_text(folder / "misspelt.yaml", ["data: inputs/cohort", "methd: lora"])
-
-
-def find_function(name: str) -> Callable[..., Any]:
-    """A function that draws inputs, in the first module of its row that there is."""
-    for module in DRAWN_BY[name]:
-        with suppress(ModuleNotFoundError):
-            found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-            return found
-    raise ModuleNotFoundError(
-        f"{name} is in none of {', '.join(DRAWN_BY[name])}: add its module to DRAWN_BY, or give "
-        "--inputs."
-    )
-
-
-def make_disc(side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """A white disc on black, four fifths as wide as its square."""
-    down, across = np.mgrid[:side, :side] - (side - 1) / 2
-    return (255 * (np.hypot(down, across) < 0.4 * side)).astype(np.uint8)
-
-
-def outline(number: int, x: int, y: int, side: int, name: str | None) -> dict[str, Any]:
-    """A square as QuPath writes it."""
-    ring = [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
-    return {
-        "type": "Feature",
-        "id": f"object-{number}",
-        "geometry": {"type": "Polygon", "coordinates": [ring]},
-        "properties": {"classification": {"name": name}} if name else {},
-    }
-
-
-def write_text(path: Path, lines: Sequence[str]) -> None:
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -295,15 +219,19 @@ MASKS = [  # in texts, after the paths
     (r"\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?(?:Z|[+-]\d\d:?\d\d)?)?", "<date>"),
     (r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?=,? ?(?:s|ms|seconds?|minutes?|hours?|[kMG]i?B)\b)", "<size>"),
     (r"(?<![\w.])\d+\.\d+\.\d+(?:[.+]\w+)*", "<version>"),
-    (r"\S+\.py:\d+", "<code>"),  # of a warning
+    (r"\S+\.py:\d+|File \"[^\"]+\", line \d+, in \S+", "<code>"),  # of a warning, of a traceback
+    (r"^(\| [\w ]+, (?:s|MiB)) \| [\d.]+ \|$", r"\1 | <size> |"),  # a row of a card
+    (r"^(README\.md|results\.json) +[\d,]+$", r"\1  <size>"),  # files that hold times
     (r"(?<=\S)[ \u2500]{2,}", "  "),  # a column is as wide as its longest path
 ]
-MASKED_KEYS = {  # of mappings and the columns of tables
-    "timing", "environment", "seconds", "median_seconds", "milliseconds", "speed_ratio", "created",
-    "peak_memory_mib", "cache_megabytes", "commit",
-}  # fmt: skip
+MASKED_PLACES = re.compile(  # in JSON, YAML and tables
+    r"\.(timing|environment|(median_|milli)?seconds|speed_ratio|created|last_used|commit"
+    r"|peak_memory_mib|cache_megabytes|files\.(README\.md|results\.json))$"
+    r"|^cache-list.*\.size$"  # of files that hold when they were written
+)
 DECIMAL = re.compile(r"(?<![\w.])([-+]?\d+(?:\.\d+(?:[eE][-+]?\d+)?|[eE][-+]?\d+))(?![\w.])")
 CODE = ".py"  # remote code in a model's folder: compared only when asked for
+MOST = 120  # characters of a value that are printed
 IMAGES = (".png", ".jpg", ".tiff")
 
 
@@ -399,12 +327,27 @@ class Recording:
         if isinstance(value, str):
             return self.plain(value)
         if isinstance(value, Lines):
-            return Lines(map(self.plain, value))
+            return Lines(mask_seconds(map(self.plain, value)))
         if isinstance(value, list | tuple) and not isinstance(value, Pixels):
             return [self.normalise(entry) for entry in value]
         if isinstance(value, dict):
             return {self.plain(str(k)): self.normalise(v) for k, v in value.items()}
         return value
+
+
+def mask_seconds(lines: Iterable[str]) -> Iterator[str]:
+    """Mask the columns of Markdown tables whose heading has seconds."""
+    timed: list[int] = []
+    for line in lines:
+        cells = line.split(" | ")
+        if not line.startswith("|"):
+            timed = []
+        elif any("seconds" in cell for cell in cells):
+            timed = [k for k, cell in enumerate(cells) if "seconds" in cell]
+        elif timed:
+            masked = ("<size>" if k in timed else cell for k, cell in enumerate(cells))
+            line = " | ".join(masked)
+        yield line
 
 
 def read_file(path: Path) -> Any:
@@ -501,7 +444,7 @@ def differences(place: str, before: Any, after: Any, code: bool = False) -> Iter
             if key not in before or key not in after:
                 side, value = ("first", before) if key in before else ("second", after)
                 yield f"{inner}: only in the {side} recording ({short(value[key])})"
-            elif key not in MASKED_KEYS and (code or not key.endswith(CODE)):
+            elif not MASKED_PLACES.search(inner) and (code or not key.endswith(CODE)):
                 yield from differences(inner, before[key], after[key], code)
     elif isinstance(before, Pixels) and isinstance(after, Pixels):
         yield from array_differences(place, before.values, after.values, LEVELS)
@@ -512,7 +455,7 @@ def differences(place: str, before: Any, after: Any, code: bool = False) -> Iter
     elif isinstance(before, list) and isinstance(after, list):
         yield from list_differences(place, before, after, code)
     elif not same(before, after):
-        yield f"{place}: {short(before)} -> {short(after)}"
+        yield f"{place}: {change(before, after)}"
 
 
 def same(before: Any, after: Any) -> bool:
@@ -556,7 +499,7 @@ def array_differences(
 def list_differences(place: str, before: list[Any], after: list[Any], code: bool) -> Iterator[str]:
     """Up to three entries that differ; of more, how many and the first."""
     if len(before) != len(after):
-        yield f"{place}: {len(before)} entries -> {len(after)} ({short(before)} -> {short(after)})"
+        yield f"{place}: {len(before)} entries -> {len(after)} ({change(before, after)})"
         return
     pairs = enumerate(zip(before, after, strict=True))
     found = [[*differences(f"{place}[{i}]", x, y, code)] for i, (x, y) in pairs]
@@ -578,7 +521,7 @@ def line_differences(place: str, before: Lines, after: Lines, code: bool) -> Ite
         if kind == "replace" and end_i - i == end_j - j:
             for k, (x, y) in enumerate(zip(one[i:end_i], two[j:end_j], strict=True)):
                 if not same(x, y):
-                    yield f"{place}, line {i + k + 1}: {short(x)} -> {short(y)}"
+                    yield f"{place}, line {i + k + 1}: {change(x, y)}"
         elif kind != "equal":
             for k, line in enumerate(one[i:end_i]):
                 yield f"{place}, line {i + k + 1}: {short(line)} -> nothing"
@@ -586,20 +529,34 @@ def line_differences(place: str, before: Lines, after: Lines, code: bool) -> Ite
                 yield f"{place}, after line {end_i}: nothing -> {short(line)}"
 
 
-def short(value: Any, most: int = 120) -> str:
+def change(before: Any, after: Any) -> str:
+    """Two values in one line; of long ones what lies around the first difference."""
+    texts = [repr(before), repr(after)]
+    shorter = min(map(len, texts))
+    same_until = next((i for i in range(shorter) if texts[0][i] != texts[1][i]), shorter)
+    start = max(same_until - 30, 0)
+    if max(map(len, texts)) > MOST and start:
+        texts = [f"...{text[start:]}" for text in texts]
+    return " -> ".join(cut(text) for text in texts)
+
+
+def short(value: Any) -> str:
     """A value in one line."""
     if isinstance(value, np.ndarray | Pixels):
         array = value.values if isinstance(value, Pixels) else value
         return f"{array.dtype}{list(array.shape)}"
-    text = repr(value)
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return cut(repr(value))
+
+
+def cut(text: str) -> str:
+    return text if len(text) <= MOST else f"{text[: MOST - 3]}..."
 
 
 def compare(before: Recording, after: Recording, code: bool = False) -> Iterator[str]:
     """Every difference of two recordings in one line: inputs, exit codes, then files."""
     files = before.files(), after.files()
-    names = sorted({*files[0], *files[1]}, key=lambda name: not name.startswith("inputs/"))
-    for name in [*before.commands, *(n for n in after.commands if n not in before.commands)]:
+    commands = [*before.commands, *(n for n in after.commands if n not in before.commands)]
+    for name in commands:
         if name not in before.commands or name not in after.commands:
             side = "first" if name in before.commands else "second"
             yield f"{name}: recorded only in the {side} recording"
@@ -607,11 +564,10 @@ def compare(before: Recording, after: Recording, code: bool = False) -> Iterator
         codes = [of.commands[name]["exit_code"] for of in (before, after)]
         if codes[0] != codes[1]:
             yield f"{name}: exit code {codes[0]} -> {codes[1]}"
-    recorded = {*before.commands} & {*after.commands}
-    for name in names:
-        command = re.split(r"[/ ]", name)[0]
-        if command != "inputs" and command not in recorded:
-            continue  # reported above
+    recorded = [name for name in commands if name in before.commands and name in after.commands]
+    place = {name: k for k, name in enumerate(["inputs", *recorded])}
+    names = [(place.get(re.split(r"[/ ]", n)[0], -1), n) for n in {*files[0], *files[1]}]
+    for _, name in sorted(entry for entry in names if entry[0] >= 0):
         if name not in files[0] or name not in files[1]:
             side = "first" if name in files[0] else "second"
             yield f"{name}: only in the {side} recording"
