@@ -5,7 +5,7 @@
     python tests/record_commands.py compare BEFORE AFTER [--expected FILE] [--code]
 
 `record` runs the commands of record_commands.yaml on synthetic data with fixed seeds and keeps what
-they print and write, as it is. `compare` decides what counts: paths, times, versions and floats
+they print and write, as it is. The second recording takes the inputs of the first. `compare` decides what counts: paths, times, versions and floats
 below the tolerance do not; it prints every other difference in one line and exits with 1 if there
 is one. A deliberate change is declared in a YAML file:
 
@@ -222,6 +222,7 @@ MASKS = [  # in texts, after the paths
     (r"\S+\.py:\d+|File \"[^\"]+\", line \d+, in \S+", "<code>"),  # of a warning, of a traceback
     (r"^(\| [\w ]+, (?:s|MiB)) \| [\d.]+ \|$", r"\1 | <size> |"),  # a row of a card
     (r"^(README\.md|results\.json) +[\d,]+$", r"\1  <size>"),  # files that hold times
+    (r"^(speed_ratio|milliseconds) +[\d.]+$", r"\1  <size>"),
     (r"(?<=\S)[ \u2500]{2,}", "  "),  # a column is as wide as its longest path
 ]
 MASKED_PLACES = re.compile(  # in JSON, YAML and tables
@@ -552,10 +553,20 @@ def cut(text: str) -> str:
     return text if len(text) <= MOST else f"{text[: MOST - 3]}..."
 
 
-def compare(before: Recording, after: Recording, code: bool = False) -> Iterator[str]:
-    """Every difference of two recordings in one line: inputs, exit codes, then files."""
+def compare(
+    before: Recording, after: Recording, code: bool = False, only: str = ""
+) -> Iterator[str]:
+    """Every difference of two recordings in one line: exit codes, inputs, then files.
+
+    Args:
+        before: The first recording.
+        after: The second recording.
+        code: Whether remote code is compared, too.
+        only: Regular expression; commands whose name does not match are left out.
+    """
     files = before.files(), after.files()
     commands = [*before.commands, *(n for n in after.commands if n not in before.commands)]
+    commands = [name for name in commands if re.search(only, name)]
     for name in commands:
         if name not in before.commands or name not in after.commands:
             side = "first" if name in before.commands else "second"
@@ -599,6 +610,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparer = commands.add_parser("compare", help="print each difference of two recordings")
     comparer.add_argument("before", type=Path)
     comparer.add_argument("after", type=Path)
+    comparer.add_argument("--only", default="", metavar="REGEX", help="names of commands")
     comparer.add_argument("--expected", type=Path, help="YAML of declared changes")
     comparer.add_argument("--code", action="store_true", help="also compare remote code")
     commands.add_parser("worker")  # of record
@@ -614,7 +626,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     expected = Expected.read(given.expected)
     before, after = Recording.read(given.before, expected.rename), Recording.read(given.after)
     found = 0
-    for line in compare(before, after, given.code):
+    for line in compare(before, after, given.code, given.only):
         if not expected.accepts(line):
             found += 1
             print(line)
@@ -626,8 +638,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"information: expected, {expected.met[pattern]} times: {pattern} ({entry['reason']})",
             file=sys.stderr,
         )
-    shared = len({*before.commands} & {*after.commands})
-    print(f"{shared} commands compared, {found} differences", file=sys.stderr)
+    shared = [n for n in before.commands if n in after.commands and re.search(given.only, n)]
+    print(f"{len(shared)} commands compared, {found} differences", file=sys.stderr)
     return int(found > 0)
 
 

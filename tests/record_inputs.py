@@ -1,7 +1,8 @@
 """The synthetic data on which `record_commands.py` runs its commands.
 
-It is drawn once and kept in a recording; `--inputs` hands it to the next one. Only the functions of
-`DRAWN_BY` are the package's own.
+It is made once and kept in a recording; `--inputs` hands it to the next one, since tokenizers that
+are trained twice order their vocabularies differently. Only the functions of `DRAWN_BY` are the
+package's own.
 """
 
 import importlib
