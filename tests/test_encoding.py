@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from slides_made import write_slide
 from tiny import tiny_clip, tiny_siglip2
+from tolerance import assert_same_numbers
 
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
@@ -279,9 +280,13 @@ def test_a_killed_process_and_a_bad_slide_lose_no_other_and_the_killed_one_resum
     (again,) = encode_slides([slide], out, str(folder), batch_size=8)
     assert again.encoded is not None
     assert again.encoded.resumed_at == 16
+    # The killed worker had half of the threads, and a model in memory lies at other addresses: the
+    # same tiles, and numbers that differ by rounding.
     whole = encode_slide(model, processor, slide, tmp_path / "whole.h5", batch_size=8)
-    for one, other in zip(table(whole.path), table(again.encoded.path), strict=True):
-        assert np.array_equal(one, other)
+    (coords, *numbers), (expected, *others) = table(again.encoded.path), table(whole.path)
+    assert np.array_equal(coords, expected)
+    for one, other in zip(numbers, others, strict=True):
+        assert_same_numbers(one, other)
 
 
 @pytest.mark.parametrize(
