@@ -1,4 +1,8 @@
-"""What every test stands on: no network, no trace in the home folder, fixed seeds, one thread."""
+"""What every test stands on: no network, no trace in the home folder, fixed seeds, one thread.
+
+`GLOVLM_TEST_THREADS` and `GLOVLM_TEST_SHIFT` run the same tests under other kernels: see
+`docs/reproducibility.md`.
+"""
 
 import os
 import random
@@ -11,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from addresses import loaded_weights_moved
 from command_line import Glovlm, Said
 from hypothesis import HealthCheck, settings
 
@@ -26,7 +31,7 @@ os.environ |= {
     "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",
     # The suite runs one process a core; more threads would only wait for each other.
-    "OMP_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": os.environ.get("GLOVLM_TEST_THREADS", "1"),
 }
 
 # Machines are shared, so an example may take its time; CI draws the same examples every time.
@@ -53,6 +58,13 @@ def seeds() -> None:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _weights_elsewhere() -> Iterator[None]:
+    """Loaded weights that many bytes behind where memory would begin; unset, where they are."""
+    with loaded_weights_moved(int(os.environ.get("GLOVLM_TEST_SHIFT", "0"))):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
