@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, tiny_bert, tiny_clip, tiny_dinov2, tiny_pair, tiny_siglip, tiny_siglip2
+from tolerance import assert_same_numbers
 from transformers import AutoModel, AutoTokenizer
 
 from hf_glovlm.backbones import (
@@ -173,7 +174,7 @@ def test_siglip_is_padded_as_its_tokenizer_pads(tmp_path: Path) -> None:
     short = processor.tokenizer([text], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = model.get_text_features(full).pooler_output
-        assert model.get_text_features(short).pooler_output.equal(expected)
+        assert_same_numbers(model.get_text_features(short).pooler_output, expected)
 
 
 def _no_config(tmp: Path) -> str:
@@ -327,13 +328,13 @@ def test_a_local_folder_is_converted_once(
     with _listen(caplog) as said:
         again, _ = load_backbone(str(folder))
     assert said == []
-    assert _features(model, processor).equal(_features(again, processor))
+    assert_same_numbers(_features(again, processor), _features(model, processor))
     made = list(cache_folder.glob("backbones/local/*"))
     assert len(made) == 1
     # Other weights in the same place are another checkpoint.
     published.quiltnet(folder, quick=False)
     other, _ = load_backbone(str(folder))
-    assert not _features(model, processor).equal(_features(other, processor))
+    assert (_features(model, processor) - _features(other, processor)).abs().max() > 1e-2
 
 
 def test_a_tower_in_a_layout_of_others_pairs(cache_folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny_clip, tiny_pair
+from tolerance import assert_same_numbers
 from torch import nn
 
 from hf_glovlm.backbones import load_backbone
@@ -600,7 +601,7 @@ def test_tip_adapter_f_trains_the_keys_alone_from_the_support() -> None:
     head = method("tip_adapter_f").build(given, method("tip_adapter_f").configure({}))
     assert isinstance(head, CacheHead)
     assert [n for n, p in head.named_parameters() if p.requires_grad] == ["keys"]
-    assert np.abs(head.keys.detach().numpy() - unit(given.features.numpy())).max() < 1e-6
+    assert_same_numbers(head.keys, unit(given.features.numpy()))
     expected = torch.tensor([[2 / 3, 0]] * 3 + [[0, 2.0]])  # both classes sum to two images
     assert torch.allclose(head.values, expected)
     assert (head.alpha.item(), head.beta.item()) == pytest.approx((1.17, 1.0))
@@ -620,7 +621,7 @@ def test_tip_adapter_f_searches_after_training_where_there_are_validation_labels
     alpha, beta = fitted.head.alpha.item(), fitted.head.beta.item()
     assert fitted.facts == {"alpha": pytest.approx(alpha), "beta": pytest.approx(beta)}
     assert (alpha, beta) != (pytest.approx(1.17), pytest.approx(1.0))
-    assert np.abs(fitted.head.keys.detach().numpy() - trained).max() < 1e-6
+    assert_same_numbers(fitted.head.keys, trained)
 
     f, t = unit(fresh), given.prototypes.numpy().astype(np.float64)  # type: ignore[union-attr]
 
@@ -718,7 +719,7 @@ def test_any_support_gives_a_head_that_is_saved_whole(
     again = build_head(describe_head(fitted.head), dim, len(counts))
     again.load_state_dict(fitted.head.state_dict())
     found = again.eval()(torch.tensor(fresh).float()).detach().numpy()
-    assert np.array_equal(found, logits)
+    assert_same_numbers(found, logits)
     assert all(isinstance(p, nn.Parameter) for p in fitted.head.parameters())
 
 

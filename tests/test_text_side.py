@@ -26,6 +26,7 @@ from tiny import (
     tiny_siglip2,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tolerance import assert_same_numbers
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, CLIPModel, PreTrainedTokenizerFast
 
@@ -276,7 +277,7 @@ def test_the_compact_context_equals_pefts_trainable_tokens(folder: Any) -> None:
         if "trainable_tokens_delta" in key:
             parameter.data.copy_(context.data)
     expected = text_features(theirs, encoded)
-    assert (text_features(model, encoded) - expected).abs().max() < 1e-6
+    assert_same_numbers(text_features(model, encoded), expected)
 
     # The gradients too, or training on one and saving the other would not be the same method.
     model.get_text_features(
@@ -288,7 +289,7 @@ def test_the_compact_context_equals_pefts_trainable_tokens(folder: Any) -> None:
     (delta,) = (p for n, p in wrapped.named_parameters() if "trainable_tokens_delta" in n)
     assert context.grad is not None
     assert delta.grad is not None
-    assert (context.grad - delta.grad).abs().max() < 1e-5 * delta.grad.abs().max()
+    assert_same_numbers(context.grad, delta.grad)
 
     tuning.finish(None)
     assert (text_features(model, encoded) - expected).abs().max() < 1e-5
@@ -316,7 +317,7 @@ def test_a_context_equals_embeddings_spliced_in_by_hand(method: str, class_speci
             hook = table.register_forward_hook(lambda *_, spliced=spliced: spliced)
             feature = stock.get_text_features(input_ids=filled).pooler_output
             hook.remove()
-            assert (nn.functional.normalize(feature, dim=-1) - mine[k]).abs().max() < 1e-6
+            assert_same_numbers(mine[k : k + 1], nn.functional.normalize(feature, dim=-1))
 
 
 def test_class_specific_contexts_are_apart() -> None:
@@ -418,9 +419,9 @@ def test_every_prompt_is_encoded_as_if_alone(make: Any) -> None:
     for texts, found in zip(prompts, features, strict=True):
         for text, feature in zip(texts, found, strict=True):
             alone = text_features(model, processor.encode_prompts([[text]]))[0]
-            assert (nn.functional.normalize(alone, dim=0) - feature).abs().max() < 1e-6
+            assert_same_numbers(feature, nn.functional.normalize(alone, dim=0))
     expected = [rows_unit(double(f).mean(0)) for f in features]
-    assert np.abs(double(unit_means(features)) - np.stack(expected)).max() < 1e-6
+    assert_same_numbers(unit_means(features), np.stack(expected))
     assert not any(f.requires_grad for f in features)
 
 
