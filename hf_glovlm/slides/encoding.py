@@ -86,8 +86,9 @@ def encode_slide(
 ) -> Encoded:
     """Encode the tiles of one slide into a bag.
 
-    With the same batch size, a run that was killed and resumed writes the same numbers as one that
-    was not. A finished bag of the same settings is left as it is.
+    A run that was killed and resumed writes the same numbers as one that was not: to the last bit
+    with the same batch size, number of threads and machine, else but for rounding. A finished bag
+    of the same settings is left as it is.
 
     Args:
         model: A `GloVLMForImageClassification`, whose logits are stored too, or a `GloVLMModel`.
