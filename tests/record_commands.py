@@ -5,9 +5,10 @@
     python tests/record_commands.py compare BEFORE AFTER [--expected FILE] [--code]
 
 `record` runs the commands of record_commands.yaml on synthetic data with fixed seeds and keeps what
-they print and write, as it is. The second recording takes the inputs of the first. `compare` decides what counts: paths, times, versions and floats
-below the tolerance do not; it prints every other difference in one line and exits with 1 if there
-is one. A deliberate change is declared in a YAML file:
+they print and write, as it is. The second recording takes the inputs of the first. `compare`
+decides what counts: paths, times, versions and floats below the tolerance do not; it prints every
+other difference in one line and exits with 1 if there is one. A deliberate change is declared in a
+YAML file:
 
     renames:      # applied to the file names and texts of the first recording
       - {from: REGEX, to: TEXT, reason: why}
