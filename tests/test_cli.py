@@ -350,7 +350,7 @@ def test_train_says_what_it_did(glovlm: Glovlm, data: Path, tmp_path: Path) -> N
     assert any(line[:2] == ["Macro-AUC", f"{value:.3f}"] for line in lines)
     assert "too few groups" in said.out
     assert "of 3 patients" in said.out
-    assert "drawings" not in said.out
+    assert "synthetic" not in said.out
     assert str(folder) in said.err
     assert "Not for diagnosis" in (folder / "README.md").read_text()
     assert (folder / "model" / "config.json").is_file()
@@ -376,15 +376,15 @@ def test_drawings_are_called_drawings(glovlm: Glovlm, data: Path, tmp_path: Path
     assert said.code == 0, said.err
     titles = [line for line in said.out.splitlines() if line.startswith(("Learned", "Metr", "Per"))]
     assert len(titles) == 3
-    assert all("drawings" in title for title in titles)
-    assert "drawings" in (tmp_path / "run" / "README.md").read_text().split("\n# ")[1]
+    assert all("synthetic images" in title for title in titles)
+    assert "synthetic" in (tmp_path / "run" / "README.md").read_text().split("\n# ")[1]
     said = glovlm("predict", tmp_path / "run", data)
-    assert "drawings" in said.out.splitlines()[0]
+    assert "synthetic images" in said.out.splitlines()[0]
     output = tmp_path / "r.json"
     said = glovlm(
         "evaluate", tmp_path / "run", "--data", folder, "--allow-seen", "--output", output
     )
-    assert "(drawings" in said.out.splitlines()[0]
+    assert "(synthetic images" in said.out.splitlines()[0]
     assert json.loads(output.read_text())["synthetic"] is True
 
 
@@ -516,8 +516,8 @@ def test_demo(
     for arguments in ([], [], ["--output-dir", "other"]):  # the second replaces the first
         said = glovlm("demo", *arguments)
         assert said.code == 0, said.err
-        assert "drawings" in said.out.splitlines()[0]
-        assert "drawings" in said.err
+        assert "synthetic images" in said.out.splitlines()[0]
+        assert "synthetic" in said.err
     for folder in ("glovlm-demo", "other"):
         assert Path(folder, "lora", "results.json").is_file()
 

@@ -187,7 +187,7 @@ def test_export_writes_what_others_read(
         return
     assert said.code == 0, said.err
     assert (tmp_path / "out" / file).is_file()
-    assert "drawings" in said.out
+    assert "synthetic images" in said.out
 
 
 def test_explain_draws_a_figure_an_image(run_folder: Path, tmp_path: Path, glovlm: Glovlm) -> None:

@@ -1,4 +1,4 @@
-"""The command `glovlm`. Every command imports what it needs inside, so that help is instant.
+"""Command line `glovlm`. Every command imports what it needs inside, so that help is instant.
 
 Exit codes: 0 done, 1 done in part (`predict` with unreadable images, `data check` with problems),
 2 bad input, 130 interrupted. Tables go to the standard output, all else to the error stream.
@@ -24,7 +24,6 @@ from .console import (
     Notes,
     cell,
     check_output,
-    drawings_mark,
     fail,
     is_main,
     note,
@@ -34,6 +33,7 @@ from .console import (
     print_table,
     quiet_libraries,
     show_progress,
+    synthetic_mark,
     to_csv,
     write_file,
 )
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Those after `glovlm`; from the command line when not given.
 
     Returns:
-        The exit code. Bad input is told in one line that begins with `error:`.
+        The exit code. Bad input is one line that begins with `error:`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if not any(isinstance(handler, Notes) for handler in logger.handlers):
@@ -105,8 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ----------------------------------------------------------------------------- adapt and measure
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"glovlm {__version__}")
         raise typer.Exit
 
@@ -225,7 +225,7 @@ def evaluate(
     groups = group_rows(rows)
     seen = _check_unseen(run, rows, groups, allow=allow_seen)
     scale = check_scale(classifier, processor, rows, allow=allow_scale)
-    said = _classify((classifier, processor), rows, batch_size, place, groups.ids)
+    predicted = _classify((classifier, processor), rows, batch_size, place, groups.ids)
     results = {
         "config": {
             "model": model,
@@ -243,13 +243,13 @@ def evaluate(
             "groups_seen_in_training": seen,
             "mpp": scale,
         },
-        **measure(said, n_resamples=n_resamples),
+        **measure(predicted, n_resamples=n_resamples),
         "notes": [groups.note],
-        "synthetic": classifier.config.synthetic or bool(drawings_mark(data)),
+        "synthetic": classifier.config.synthetic or bool(synthetic_mark(data)),
         "environment": describe_environment(place),
     }
     if predictions is not None:
-        said.save(predictions)
+        predicted.save(predictions)
     write_file(output, json.dumps(results, indent=1) + "\n")
     if as_json:
         print_json(results)
@@ -283,34 +283,48 @@ def predict(
     quiet_libraries()
     place = resolve_device(device)
     loaded = load_model(model)[:2]
-    readable, found = places, _image_rows(places, mpp)
-    scale, adapted = check_scale(*loaded, found, allow=allow_scale), loaded[0].config.mpp
+    readable, rows_of_images = places, _image_rows(places, mpp)
+    scale, adapted = check_scale(*loaded, rows_of_images, allow=allow_scale), loaded[0].config.mpp
     if (scale == "unknown") != (adapted is None):
-        taught = describe_scale(adapted)
-        note(f"micrometres per input pixel: {scale}; the model was adapted at {taught}")
+        adapted_at = describe_scale(adapted)
+        note(f"micrometres per input pixel: {scale}; the model was adapted at {adapted_at}")
     try:
-        said = _classify(loaded, found, batch_size, place)
+        predictions = _classify(loaded, rows_of_images, batch_size, place)
     except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone
         readable = _readable(places)
         if len(readable) == len(places):
             raise
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
-        said = _classify(loaded, _image_rows(readable, mpp), batch_size, place)
-    answers = answer_columns(said, loaded[0].config.calibration or {})
-    header = ["file_name", "predicted", *(f"p_{name}" for name in said.class_names), *answers]
-    each = zip(said.file_names, said.predicted, said.probabilities.round(6), strict=True)
+        predictions = _classify(loaded, _image_rows(readable, mpp), batch_size, place)
+    answers = answer_columns(predictions, loaded[0].config.calibration or {})
+    header = [
+        "file_name",
+        "predicted",
+        *(f"p_{name}" for name in predictions.class_names),
+        *answers,
+    ]
+    each = zip(
+        predictions.file_names,
+        predictions.predicted,
+        predictions.probabilities.round(6),
+        strict=True,
+    )
     rows = [[name, label, *map(float, p)] for name, label, p in each]
     rows = [[*row, *more] for row, *more in zip(rows, *answers.values(), strict=True)]
     if output is not None:
         write_file(output, to_csv([header, *rows]))
-    title = "Predictions" + (" (learned from drawings)" if loaded[0].config.synthetic else "")
+    title = "Predictions" + (
+        " (learned from synthetic images)" if loaded[0].config.synthetic else ""
+    )
     if as_json:
         print_json([dict(zip(header, row, strict=True)) for row in rows])
     elif output is None:
         print_table(title, header, [[*map(str, row)] for row in rows])
     else:
-        counts = [[name, str(said.predicted.count(name))] for name in said.class_names]
+        counts = [
+            [name, str(predictions.predicted.count(name))] for name in predictions.class_names
+        ]
         print_table(title, ["predicted", "images"], counts)
         note(f"the predictions are in {output}")
     if len(readable) < len(places):
@@ -329,13 +343,13 @@ def study(
     from ..data.terminology import read_yaml
     from ..runs.study import StudyConfig, render_report, run_study
 
-    def tell(kind: str, what: Mapping[str, Any]) -> None:
+    def report_cell(kind: str, what: Mapping[str, Any]) -> None:
         error = f" ({what['error']})" if what.get("error") else ""
         note(f"{what['name']}: {what['status']}{error}")
 
     grid = StudyConfig.from_mapping(read_yaml(config))
     quiet_libraries()
-    report = run_study(grid, output_dir, workers=workers, on_event=tell)
+    report = run_study(grid, output_dir, workers=workers, on_event=report_cell)
     if as_json:
         print_json(report)
     else:
@@ -359,10 +373,10 @@ for _command in ABOUT_DATA:
 @app.command()
 def demo(
     output_dir: Annotated[Path | None, Option(help="Empty; else glovlm-demo, replaced.")] = None,
-    seed: Annotated[int, Option(min=0, help="Of drawings, split and training.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Of images, split and training.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
-    """Do the whole job on drawings of glomeruli: no network, no data, under two minutes."""
+    """Do the main job on synthetic images: no network, no data, under two minutes."""
     from ..lab.demo import remove_demo, run_demo
     from ..publish.card import METRIC_HEADER, metric_rows
 
@@ -371,30 +385,32 @@ def demo(
         remove_demo(folder)
     quiet_libraries()
     with show_progress() as on_event:
-        found = run_demo(folder, seed=seed, on_event=on_event)
+        outcome = run_demo(folder, seed=seed, on_event=on_event)
     if as_json:
-        print_json(found)
+        print_json(outcome)
         return
-    for method, results in found["runs"].items():
-        title = f"{method} on {results['n']} drawings of {results['n_groups']} synthetic patients"
+    for method, results in outcome["runs"].items():
+        title = f"{method} on {results['n']} synthetic images of {results['n_groups']} patients"
         print_table(title, METRIC_HEADER, metric_rows(results["metrics"]))
-    note(f"saved, reloaded: logits of drawings differ by {found['reload_difference']:.1e} at most")
-    note(f"models, results, cards and {Path(found['figure']).name} are in {folder}")
+    note(
+        f"saved, reloaded: logits of synthetic images differ by {outcome['reload_difference']:.1e} at most"
+    )
+    note(f"models, results, cards and {Path(outcome['figure']).name} are in {folder}")
 
 
 @app.command()
 def pretrain(
     output_dir: Annotated[str, Option(help="Takes weights, tokenizer and card.")],
-    seed: Annotated[int, Option(help="Of drawings, initialisation and order.")] = 0,
+    seed: Annotated[int, Option(help="Of images, initialisation and order.")] = 0,
     patients: Annotated[int, Option(min=1, help="Synthetic patients.")] = 800,
     per_patient: Annotated[int, Option(min=1, help="Drawings of each.")] = 10,
-    epochs: Annotated[int, Option(min=1, help="Passes over the drawings.")] = 8,
+    epochs: Annotated[int, Option(min=1, help="Passes over the images.")] = 8,
     batch_size: Annotated[int, Option(min=2, help="Drawings a step.")] = 64,
     workers: Annotated[int, Option(min=1, help="Processes that draw.")] = 2,
     resume: Annotated[bool, Option(help="Go on from the checkpoint there.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train the embedded default `mini` again: a small CLIP, on drawings only."""
+    """Train the embedded default `mini` again: a small CLIP, on synthetic images only."""
     from ..lab.pretraining import PretrainConfig
     from ..lab.pretraining import pretrain as train_mini
 
@@ -410,7 +426,7 @@ def pretrain(
         )
     if as_json and is_main():
         print_json(facts)
-    note(f"the model, trained on drawings only, is in {output_dir}")
+    note(f"the model, trained on synthetic images only, is in {output_dir}")
 
 
 # ------------------------------------------------------------------------------------- the tables
@@ -513,7 +529,7 @@ def check(
         groups = {split: str(report.groups.get(split, "")) for split in report.counts}
         rows = [[x, *map(str, of.values()), groups[x]] for x, of in report.counts.items()]
         header = ["split", *report.classes, "groups"]
-        print_table(f"Images{drawings_mark(data)}", header, rows)
+        print_table(f"Images{synthetic_mark(data)}", header, rows)
         for sentence in [*report.notes, *(f"problem: {problem}" for problem in report.problems)]:
             note(sentence)
     if report.problems:
@@ -587,7 +603,7 @@ def bench(
 
 @app.command()
 def env(as_json: JsonFlag = False) -> None:
-    """Say what a bug report needs: versions, devices, the cache."""
+    """Print what a bug report needs: versions, devices, the cache."""
     from importlib.metadata import distributions
 
     import torch
@@ -671,7 +687,7 @@ def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
 def _check_unseen(
     run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups", *, allow: bool
 ) -> int:
-    """How many groups of the rows a model has learned from; refuses any, unless allowed."""
+    """Number of groups that a model has learned from; refuses any, unless allowed."""
     seen = _count_seen(run, rows, groups)
     if seen and not allow:
         raise GloVLMError(
@@ -682,7 +698,7 @@ def _check_unseen(
 
 
 def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups") -> int:
-    """How many groups of the rows a model has learned from, as far as its run's results tell."""
+    """Number of groups that a model has learned from, as far as its results state them."""
     from ..data import group_rows
 
     learned = (run or {}).get("data", {})
@@ -698,12 +714,12 @@ def _list_images(places: Sequence[Path]) -> dict[str, Path]:
     """Images by name: relative to the folder if one is given, else as given."""
     from ..data.folder import SUFFIXES
 
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for place in places:
         if not place.exists():
             raise GloVLMError(f"Expected an image or a folder of images, found nothing at {place}.")
         if place.is_file():
-            found[place.as_posix()] = place
+            paths[place.as_posix()] = place
             continue
         inside = [
             path
@@ -716,27 +732,27 @@ def _list_images(places: Sequence[Path]) -> dict[str, Path]:
             kinds = ", ".join(sorted(SUFFIXES))
             raise GloVLMError(f"Expected images ({kinds}) in {place}, found none.")
         base = place if len(places) == 1 else Path()
-        found |= {os.path.relpath(path, base).replace(os.sep, "/"): path for path in inside}
-    return found
+        paths |= {os.path.relpath(path, base).replace(os.sep, "/"): path for path in inside}
+    return paths
 
 
-def _image_rows(found: Mapping[str, Path], mpp: float | None) -> "Dataset":
+def _image_rows(paths: Mapping[str, Path], mpp: float | None) -> "Dataset":
     from datasets import Dataset, Features, Image, Value
 
     from ..inference.scale import listed_mpp
 
     types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
-    scales = listed_mpp(found.values()) if mpp is None else [mpp] * len(found)
-    columns = {"image": [*map(str, found.values())], "file_name": [*found], "mpp": scales}
+    scales = listed_mpp(paths.values()) if mpp is None else [mpp] * len(paths)
+    columns = {"image": [*map(str, paths.values())], "file_name": [*paths], "mpp": scales}
     return Dataset.from_dict(columns, Features(types))
 
 
-def _readable(found: Mapping[str, Path]) -> dict[str, Path]:
+def _readable(paths: Mapping[str, Path]) -> dict[str, Path]:
     """The images that can be decoded; the others are named."""
     from ..data import open_image
 
     readable: dict[str, Path] = {}
-    for name, path in found.items():
+    for name, path in paths.items():
         try:
             open_image(path)
             readable[name] = path

@@ -1,4 +1,4 @@
-"""What the command `glovlm` says: tables on the standard output, all else on the error stream."""
+"""Console output of `glovlm`: tables on the standard output, all else on the error stream."""
 
 import json
 import logging
@@ -16,9 +16,9 @@ from ..errors import GloVLMError
 logger = logging.getLogger("hf_glovlm")
 
 
-def drawings_mark(data: str) -> str:
-    """What a title needs behind it, if a folder says of itself that it holds drawings."""
-    return " (drawings)" if (Path(data).expanduser() / "DRAWINGS").is_file() else ""
+def synthetic_mark(data: str) -> str:
+    """Mark behind a title, if a folder is marked as holding synthetic images."""
+    return " (synthetic images)" if (Path(data).expanduser() / "DRAWINGS").is_file() else ""
 
 
 def check_output(path: Path | None) -> None:
@@ -59,18 +59,18 @@ def quiet_libraries() -> None:
 
 
 def is_main() -> bool:
-    """Whether this is the process that speaks, under `accelerate launch`."""
+    """Whether this is the process that prints, under `accelerate launch`."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:
-    """Say something on the error stream, in one line."""
+    """Print a note on the error stream, in one line."""
     if is_main():
         typer.echo(" ".join(text.splitlines()), err=True)
 
 
 def fail(sentence: str) -> int:
-    """Tell in one line why the command could not do it; return its exit code."""
+    """Print an error in one line and return the exit code 2."""
     if is_main():
         word = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
         typer.echo(f"{word} {' '.join(sentence.split())}", err=True)
@@ -78,7 +78,7 @@ def fail(sentence: str) -> int:
 
 
 class Notes(logging.Handler):
-    """Warnings of the package, as a person reads them."""
+    """Log handler: warnings of the package as notes."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -89,15 +89,15 @@ class Notes(logging.Handler):
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """Tell what is being done: a bar on a terminal, else lines, about ten for a training."""
+    """Progress display: a bar on a terminal, else lines, about ten for a training."""
     if not sys.stderr.isatty() or not is_main():
 
-        def tell(kind: str, what: dict[str, Any]) -> None:
+        def show_line(kind: str, what: dict[str, Any]) -> None:
             due = kind != "epoch" or what["epoch"] == what["epochs"]
             if due or what["epoch"] % max(what["epochs"] // 10, 1) == 0:
                 note(event_text(kind, what))
 
-        yield tell
+        yield show_line
         return
 
     from rich.console import Console
@@ -134,17 +134,17 @@ def event_text(kind: str, what: Mapping[str, Any]) -> str:
 
 
 def print_metrics(results: Mapping[str, Any]) -> None:
-    """What a training learned from, where there was one, and how well the model did."""
+    """Print labels and groups of the support, metrics, and metrics per class."""
     from ..publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 
-    drawings, data = "drawings, " if results["synthetic"] else "", results["data"]
+    synthetic, data = "synthetic images, " if results["synthetic"] else "", results["data"]
     unit = group_unit(data["group_column"])
     if "support" in data:
         labels, groups = data["support"]["labels_per_class"], data["support"]["groups_per_class"]
         rows = [[name, str(n), str(groups[name])] for name, n in labels.items()]
-        title = "Learned from drawings" if drawings else "Learned from"
+        title = "Learned from synthetic images" if synthetic else "Learned from"
         print_table(title, ["class", "labels", f"contributing {unit}"], rows)
-    title = f"{drawings}{results['n']} test images of {results['n_groups']} {unit}"
+    title = f"{synthetic}{results['n']} test images of {results['n_groups']} {unit}"
     print_table(f"Metrics ({title})", METRIC_HEADER, metric_rows(results["metrics"]))
     print_table(f"Per class ({title})", CLASS_HEADER, class_rows(results["per_class"]))
     for sentence in results["notes"]:
@@ -163,7 +163,7 @@ def print_rows(
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it."""
+    """Text of a value in a table."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list | tuple):

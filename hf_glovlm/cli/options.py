@@ -1,4 +1,4 @@
-"""What comes in over the command line: kinds of flags, YAML files under them, values checked."""
+"""Command-line options: their kinds, the YAML file under them, their values checked."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def read_settings(
     settings: Sequence[str],
     own_key: str = "method_config",
 ) -> dict[str, Any]:
-    """The YAML file, the flags over it, and under `own_key` the settings of what is trained."""
+    """Settings: the YAML file, the options over it, and under `own_key` the method's own."""
     from ..data.terminology import read_yaml
 
     values = {**(read_yaml(config) if config else {}), **given}
@@ -60,16 +60,16 @@ def _shots(text: str) -> int | dict[str, int]:
     """Read `8`, or `viable=8,sclerosed=4`."""
     if re.fullmatch(r"-?\d+", text.strip()):
         return int(text)
-    found: dict[str, int] = {}
+    shots: dict[str, int] = {}
     for part in text.split(","):
         name, _, number = part.rpartition("=")
-        if not name.strip() or not re.fullmatch(r"\d+", number.strip()) or name.strip() in found:
+        if not name.strip() or not re.fullmatch(r"\d+", number.strip()) or name.strip() in shots:
             raise GloVLMError(
                 f"Expected --shots N or --shots CLASS=N,CLASS=N with each class once, found "
                 f"'{text}'."
             )
-        found[name.strip()] = int(number)
-    return found
+        shots[name.strip()] = int(number)
+    return shots
 
 
 def _fractions(text: str) -> dict[str, float]:

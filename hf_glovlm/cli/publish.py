@@ -1,4 +1,4 @@
-"""The commands of `glovlm` that show a model to others: card, Hub, export, heat maps."""
+"""Commands that publish or explain a model: card, push, export, heat maps."""
 
 from collections.abc import Mapping
 from hashlib import sha256
@@ -72,7 +72,9 @@ def export(
     form: Annotated[
         Literal["onnx", "int8", "clip"], Option("--format", help="onnx, int8 or clip.")
     ] = "onnx",
-    data: Annotated[Text, Option(help="Labelled images to measure on; else drawings.")] = None,
+    data: Annotated[
+        Text, Option(help="Labelled images to measure on; else synthetic images.")
+    ] = None,
     reason: ReasonFlag = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -103,7 +105,7 @@ def export(
         output_dir,
         format=form,
         data=rows,
-        data_name=Path(data).name if data else "drawings",
+        data_name=Path(data).name if data else "synthetic images",
         synthetic=data is None,
         on_stage=note,
     )
@@ -114,7 +116,9 @@ def export(
     print_table("Export", ["", ""], facts)
     if done.measured is not None:
         facts = [[key, str(value)] for key, value in vars(done.measured).items()]
-        mark = " (drawings: a test of software, no result)" if done.measured.synthetic else ""
+        mark = (
+            " (synthetic images: a test of software, no result)" if done.measured.synthetic else ""
+        )
         print_table(f"Measured{mark}", ["", ""], facts)
     note(f"graph and preprocessing are in {output_dir}")
 
@@ -134,7 +138,7 @@ def explain(
     device: DeviceFlag = "auto",
     as_json: JsonFlag = False,
 ) -> None:
-    """Draw what a model looks at, beside its scores with the glomerulus and the rest blanked."""
+    """Draw heat maps, beside its scores with the glomerulus and the rest blanked."""
     from ..explain import explain_files, load_masks
     from ..inference import resolve_device
     from ..publish.adapter_only import load_model
@@ -193,7 +197,7 @@ def explain_check(
     if not unseen:
         raise GloVLMError("The model learned from every group in these data: give others.")
     rows = rows.select(unseen)
-    found = evaluate_maps(
+    measured = evaluate_maps(
         classifier,
         processor,
         column(rows, "image"),
@@ -205,21 +209,21 @@ def explain_check(
         on_image=lambda done, total: note(f"{done} of {total} images"),
     )
     if as_json:
-        print_json(found)
+        print_json(measured)
         return
     measures = ("heat", "area", "excess", "ratio", "deletion_gain", "insertion_gain")
-    header = ["method", "images", "groups", *(m for m in measures if _has(found, m))]
+    header = ["method", "images", "groups", *(m for m in measures if _has(measured, m))]
     table = [
-        [name, str(said["images"]), str(said["groups"]), *(_range(said[m]) for m in header[3:])]
-        for name, said in found["methods"].items()
+        [name, str(entry["images"]), str(entry["groups"]), *(_range(entry[m]) for m in header[3:])]
+        for name, entry in measured["methods"].items()
     ]
     print_table("Heat maps", header, table)
-    for name, why in found["not_applicable"].items():
+    for name, why in measured["not_applicable"].items():
         note(f"{name}: {why}")
 
 
-def _has(found: Mapping[str, Any], measure: str) -> bool:
-    return all(measure in said for said in found["methods"].values())
+def _has(measured: Mapping[str, Any], measure: str) -> bool:
+    return all(measure in entry for entry in measured["methods"].values())
 
 
 def _range(entry: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The commands of `glovlm` that have to do with slides: from the file to labels, and to crops."""
+"""Commands for slides: labels, counts, multiple-instance learning, captions, crops."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +69,7 @@ def slide(
     config = SlideConfig.from_mapping(given | {"slides": [str(path) for path in slides]})
     quiet_libraries()
 
-    def tell(kind: str, what: Mapping[str, Any]) -> None:
+    def show(kind: str, what: Mapping[str, Any]) -> None:
         if kind == "tiles":
             ten = max(what["total"] // 10, 1)
             if what["done"] == what["total"] or what["done"] % ten < batch_size:
@@ -80,7 +80,7 @@ def slide(
         else:
             note(f"{what['name']} ...")
 
-    results = classify_slides(config, on_event=tell)
+    results = classify_slides(config, on_event=show)
     if as_json:
         print_json(results)
     else:
@@ -93,7 +93,7 @@ def slide(
             ]
             for entry in results["slides"]
         ]
-        mark = " (the model learned from drawings)" if results["synthetic"] else ""
+        mark = " (the model learned from synthetic images)" if results["synthetic"] else ""
         header = ["slide", "status", "label", "probabilities"]
         print_table(f"Slides{mark}. Research use only, not for diagnosis", header, rows)
     for entry in results["slides"]:
@@ -176,7 +176,7 @@ def caption(
     )
     note(f"{done.written} captions written, {done.kept} kept, by {done.model} ({done.kind})")
     if done.empty:
-        note(f"about {done.empty} images the model said nothing")
+        note(f"about {done.empty} images the model wrote nothing")
     note(f"the captions are in {done.path}")
 
 
@@ -228,17 +228,17 @@ def crops(
 
 
 def get(name: Annotated[str, Argument(help="A name of `glovlm datasets`.")]) -> None:
-    """Say where a public data set is, under what licence, and how to lay it out."""
+    """Print where a public data set is, under what licence, and how to lay it out."""
     from ..data.catalog import describe_source
 
     typer.echo(describe_source(name))
 
 
 def _count(what: str) -> Any:
-    """Tells how many are done, about ten times."""
+    """Progress: prints how many are done, about ten times."""
 
-    def tell(done: int, total: int) -> None:
+    def show(done: int, total: int) -> None:
         if done == total or done % max(total // 10, 1) == 0:
             note(f"{done} of {total} {what}")
 
-    return tell
+    return show

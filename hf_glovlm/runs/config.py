@@ -22,7 +22,7 @@ _CHOICES = {
 
 @dataclass
 class TrainConfig:
-    """One adaptation, complete: the flags of `glovlm train` and the content of `config.yaml`.
+    """Settings of one run: the options of `glovlm train`, the content of `config.yaml`.
 
     Args:
         data: Folder, parquet file, or Hub id; from Python also a `Dataset` with `image` and
@@ -192,28 +192,28 @@ class TrainConfig:
             )
 
     def recipe_overrides(self) -> dict[str, Any]:
-        """What replaces the method's own recipe."""
+        """Overrides of the method's recipe."""
         names = ("epochs", "lr", "weight_decay", "batch_size")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
     @property
     def folder(self) -> str | None:
-        """Where the data come from, as it was given; `None` for data in memory."""
+        """Folder, file or Hub id of the data, as given; `None` for data in memory."""
         return self.data if isinstance(self.data, str) else None
 
     @property
     def data_name(self) -> str:
-        """What results call the data."""
+        """Name of the data in the results."""
         return IN_MEMORY if self.folder is None else Path(self.folder).name
 
     @property
     def hub_id(self) -> str | None:
-        """The Hub id that the data come from, if they do."""
+        """Hub id of the data; `None` for local ones."""
         local = self.folder is None or Path(self.folder).expanduser().exists()
         return None if local else self.folder
 
     def to_repeat(self) -> dict[str, Any]:
-        """Plain values that make this run again: `config.yaml`, and `config` in the results."""
+        """Plain values that repeat this run: `config.yaml`, and `config` in the results."""
         plain = replace(self, data=self.folder or IN_MEMORY, overwrite=False, resume=False)
         return asdict(plain)
 

@@ -1,4 +1,4 @@
-"""How well a handful of labelled images serves: adapt without one patient, predict that patient.
+"""Leave-one-patient-out cross-validation of a few labelled images.
 
 For methods on frozen features alone: every image is encoded once and kept in memory, so that as
 many adaptations as there are patients take seconds.
@@ -30,7 +30,7 @@ MIN_PATIENTS = 2  # of a class, so that one is left to learn from
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What leaving out one patient at a time came to.
+    """Results of leave-one-patient-out cross-validation.
 
     Args:
         sentence: For a person; where nothing could be measured, why.
@@ -69,7 +69,7 @@ def leave_patients_out(
     cache: FeatureCache | None = None,
     on_patient: Callable[[int, int], None] | None = None,
 ) -> LeftOut:
-    """Adapt on all patients but one, predict that one, and measure all the left-out images.
+    """Leave-one-patient-out cross-validation: adapt on all others, predict, measure.
 
     Args:
         model: A `GloVLMModel`; it stays as it is.
@@ -111,8 +111,8 @@ def leave_patients_out(
         adapted = adapt(
             borrow(model), method, rows.select(kept), processor=processor, cache=store, **options
         )
-        said = predict(adapted.model, processor, rows.select(left), cache=store)
-        probabilities[left], logits[left] = said.probabilities, said.logits
+        predictions = predict(adapted.model, processor, rows.select(left), cache=store)
+        probabilities[left], logits[left] = predictions.probabilities, predictions.logits
         if on_patient is not None:
             on_patient(k + 1, len(order))
     results = compute_metrics(labels, probabilities, groups=patients, class_names=names, seed=seed)
@@ -125,11 +125,11 @@ def leave_patients_out(
         groups=list(patients),
         labels=labels,
     )
-    return LeftOut(_tell(results, len(order)), len(order), results, predictions)
+    return LeftOut(_sentence(results, len(order)), len(order), results, predictions)
 
 
 def _why_not(labels: NDArray[np.int64], names: list[str], patients: Sequence[str] | None) -> str:
-    """Why nothing can be measured; empty where it can."""
+    """Reason why nothing can be measured; empty where it can."""
     if patients is None or not any(patient.strip() for patient in patients):
         return (
             "no patient ids were given, and images of one patient resemble each other. Give the "
@@ -148,8 +148,8 @@ def _why_not(labels: NDArray[np.int64], names: list[str], patients: Sequence[str
     return ""
 
 
-def _tell(results: Mapping[str, Any], patients: int) -> str:
-    said = []
+def _sentence(results: Mapping[str, Any], patients: int) -> str:
+    parts = []
     for key, title in (("balanced_accuracy", "balanced accuracy"), ("macro_auc", "macro-AUC")):
         entry = results["metrics"][key]
         if entry["value"] is None:
@@ -157,9 +157,9 @@ def _tell(results: Mapping[str, Any], patients: int) -> str:
         text = f"{title} {entry['value']:.2f}"
         if entry["ci95"] is not None:
             text += " (95% interval over patients {:.2f} to {:.2f})".format(*entry["ci95"])
-        said.append(text)
+        parts.append(text)
     note = results["metrics"]["balanced_accuracy"]["note"]
     return (
         f"Each of {patients} patients was predicted by a model that learned from the others, "
-        f"{results['n']} images in all: {', '.join(said)}." + (f" Note: {note}." if note else "")
+        f"{results['n']} images in all: {', '.join(parts)}." + (f" Note: {note}." if note else "")
     )

@@ -1,4 +1,4 @@
-"""The folder of a run: made in `unfinished/` inside it, and moved into place when it is complete.
+"""Output folder of a run: made in `unfinished/` inside it, moved into place when complete.
 
 So a former result stays until there is a new one, and a run that was stopped can go on.
 """
@@ -18,17 +18,19 @@ UNFINISHED = "unfinished"  # there until the run is complete
 
 
 class Repeatable(Protocol):
-    """What is needed of a run's configuration."""
+    """Configuration that can be repeated: what the folder needs to know of it."""
 
     overwrite: bool
     resume: bool
 
     def to_repeat(self) -> dict[str, Any]:
-        """Plain values that make this run again."""
+        """Plain values that repeat this run."""
 
 
-def claim(output: Path, config: Repeatable, incidental: Sequence[str]) -> dict[str, Any] | None:
-    """Make sure that the output folder may be written.
+def check_output(
+    output: Path, config: Repeatable, incidental: Sequence[str]
+) -> dict[str, Any] | None:
+    """Check that the output folder may be written.
 
     Args:
         output: The folder.

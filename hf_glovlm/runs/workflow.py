@@ -1,4 +1,4 @@
-"""One whole run, from a folder to a measured model: `TrainConfig` says what, `run` does it."""
+"""Adaptation runs: from a folder of images to a measured, saved model."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import render_card
 from ..training import Adapted, adapt
 from .config import TrainConfig
-from .folder import claim, put_in_place, unfinished
+from .folder import check_output, put_in_place, unfinished
 from .results import RunResult
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ _INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast
 
 
 class Loader:
-    """Reads and checks data, and loads backbones.
+    """Loader of checked data and of backbones.
 
     Args:
         keep: Whether each is read once and handed out as a copy: for a study, whose cells share
@@ -85,13 +85,13 @@ class Loader:
             report.raise_problems()
             return dataset, report
 
-        found: tuple[DatasetDict, DataReport] = self._get(f"data {source}", read)
-        return found
+        checked: tuple[DatasetDict, DataReport] = self._get(f"data {source}", read)
+        return checked
 
     def backbone(self, name: str) -> tuple[Any, Any]:
         """A model and its processor, which the caller may change."""
-        found: tuple[Any, Any] = self._get(f"backbone {name}", lambda: load_backbone(name))
-        return copy.deepcopy(found) if self.keep else found
+        loaded: tuple[Any, Any] = self._get(f"backbone {name}", lambda: load_backbone(name))
+        return copy.deepcopy(loaded) if self.keep else loaded
 
     def _get(self, key: str, read: Callable[[], Any]) -> Any:
         if not self.keep:
@@ -111,7 +111,7 @@ def run(
 
     Args:
         config: What to do.
-        on_event: Told of progress: `("stage", {"name"})`, `("episode", summary)`, `("epoch", row)`.
+        on_event: Called with `("stage", {"name"})`, `("episode", summary)`, `("epoch", row)`.
         loader: Where data and backbone come from; a study passes one that keeps them.
 
     Returns:
@@ -120,38 +120,38 @@ def run(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
-    tell = on_event or (lambda kind, what: None)
+    report = on_event or (lambda kind, what: None)
     clock = _Clock()
     output = Path(config.output_dir).expanduser()
-    finished = claim(output, config, _INCIDENTAL)
+    finished = check_output(output, config, _INCIDENTAL)
     if finished is not None:
         return RunResult(finished, output)
 
-    tell("stage", {"name": "checking the data"})
+    report("stage", {"name": "checking the data"})
     loader = loader or Loader()
     task = _read_task(config, loader)
-    tell("episode", task.summary)
+    report("episode", task.summary)
     clock.lap("data")
 
-    tell("stage", {"name": "loading the backbone"})
+    report("stage", {"name": "loading the backbone"})
     processes = _Processes(config, task.method)
     model, processor = loader.backbone(config.backbone)
     model.to(processes.device)
     clock.lap("load")
 
-    tell("stage", {"name": f"adapting: {config.method}"})
+    report("stage", {"name": f"adapting: {config.method}"})
     with unfinished(output, config, processes.main) as work:
-        adapted = _adapt(model, processor, task, processes, work, partial(tell, "epoch"))
+        adapted = _adapt(model, processor, task, processes, work, partial(report, "epoch"))
         clock.lap("adapt")
 
-        tell("stage", {"name": "predicting the test images"})
+        report("stage", {"name": "predicting the test images"})
         calibrated = _calibrate(adapted, task, processes)
         test, groups = task.side("test")
         predictions = processes.predict(adapted, test, groups)
         further = _further_results(adapted, predictions, test, processes.cache_for(adapted), config)
         clock.lap("predict")
 
-        tell("stage", {"name": "measuring"})
+        report("stage", {"name": "measuring"})
         measured = measure(predictions, n_resamples=config.n_resamples, seed=config.seed)
         clock.lap("metrics")
 
@@ -177,7 +177,7 @@ def run(
 
 @dataclass(frozen=True)
 class _Task:
-    """What is to be learned and from what: the data of a run, read, checked and split.
+    """Task of a run: its data, read, checked and split.
 
     Attributes:
         config: What to do.
@@ -245,7 +245,7 @@ def _adapt(
     work: Path,
     on_epoch: Callable[[dict[str, Any]], None],
 ) -> Adapted:
-    """Adapt to the task; the model keeps the scale of its images, and whether they are drawings."""
+    """Adapt to the task and keep the scale of its images and whether they are synthetic."""
     config = task.config
     support, groups = task.side("support")
     adapted = adapt(
@@ -341,7 +341,7 @@ def _subgroups(
 
     assert predictions.labels is not None  # rows of a labelled set
     columns = {name: column(test, name) for name in SUBGROUPS if name in test.column_names}
-    found = compute_subgroups(
+    subgroups = compute_subgroups(
         predictions.labels,
         predictions.probabilities,
         columns,
@@ -350,7 +350,7 @@ def _subgroups(
         n_resamples=config.n_resamples,
         seed=config.seed,
     )
-    return {"subgroups": found} if found else {}
+    return {"subgroups": subgroups} if subgroups else {}
 
 
 def _describe_calibration(calibrated: Calibration) -> dict[str, Any]:
@@ -358,7 +358,7 @@ def _describe_calibration(calibrated: Calibration) -> dict[str, Any]:
 
 
 def _declared_shift(config: TrainConfig, names: Sequence[str]) -> list[float] | None:
-    """What a declared prevalence adds to the logits."""
+    """Shift of the logits by a declared prevalence."""
     if config.prior is None or isinstance(config.prior, str):
         return None
     return [float(value) for value in prior_shift(declared_prior(config.prior, names))]
@@ -382,16 +382,16 @@ def _calibrate(adapted: Adapted, task: _Task, processes: "_Processes") -> Calibr
 
     The model keeps these, and what a declared prevalence adds.
     """
-    config, model, found = task.config, adapted.model.config, None
+    config, model, calibration = task.config, adapted.model.config, None
     if task.episode.calibration:
         rows, groups = task.side("calibration")
-        said = processes.predict(adapted, rows, groups)
-        assert said.labels is not None  # rows of a labelled set
-        found = calibrate(
-            said.logits,
-            said.labels,
+        predictions = processes.predict(adapted, rows, groups)
+        assert predictions.labels is not None  # rows of a labelled set
+        calibration = calibrate(
+            predictions.logits,
+            predictions.labels,
             groups,
-            said.class_names,
+            predictions.class_names,
             temperature=config.temperature,
             conformal=config.conformal,
             alpha=config.alpha,
@@ -399,11 +399,11 @@ def _calibrate(adapted: Adapted, task: _Task, processes: "_Processes") -> Calibr
             max_risk=config.max_risk,
             shift=task.shift,
         )
-        model.temperature = found.temperature
-        model.calibration = found.to_dict()
+        model.temperature = calibration.temperature
+        model.calibration = calibration.to_dict()
     if task.shift is not None:
         model.prior_shift = task.shift
-    return found
+    return calibration
 
 
 def _further_results(
@@ -413,26 +413,26 @@ def _further_results(
     cache: FeatureCache | None,
     config: TrainConfig,
 ) -> dict[str, Any]:
-    """What stands beside the metrics: the spread over prompts, sets, what a model does alone.
+    """Results beside the metrics: spread over prompts, prediction sets, the saved model alone.
 
     Where a method or a prior looked at the unlabelled test images, the predictions are replaced by
     what it says about these.
     """
-    found: dict[str, Any] = {}
+    further: dict[str, Any] = {}
     if adapted.query_logits is not None:
-        found["transductive"] = _take_query_answers(adapted, predictions, adapted.query_logits)
+        further["transductive"] = _take_query_answers(adapted, predictions, adapted.query_logits)
     if adapted.variants:
-        found["prompt_sets"] = _spread_over_prompts(adapted, predictions, test, cache)
+        further["prompt_sets"] = _spread_over_prompts(adapted, predictions, test, cache)
     if config.prior is not None:
-        found["prior_correction"] = _correct_prior(adapted, predictions, config.prior)
-    return found | _measure_answers(predictions, adapted.model.config.calibration or {})
+        further["prior_correction"] = _correct_prior(adapted, predictions, config.prior)
+    return further | _measure_answers(predictions, adapted.model.config.calibration or {})
 
 
 def _take_query_answers(
     adapted: Adapted, predictions: Predictions, answers: torch.Tensor
 ) -> dict[str, Any]:
-    """Put what a transductive method says about the test images in place of the predictions."""
-    found = {
+    """Replace the predictions by a transductive method's own assignments of the test images."""
+    facts = {
         "query_images": len(predictions.logits),
         "saved_model_alone": _point_values(predictions, predictions.logits),
     }
@@ -440,13 +440,13 @@ def _take_query_answers(
     shift = adapted.model.config.prior_shift  # a declared one; the saved model has it already
     _replace_logits(predictions, logits if shift is None else logits + np.float32(shift))
     predictions.similarities = None
-    return found
+    return facts
 
 
 def _spread_over_prompts(
     adapted: Adapted, predictions: Predictions, test: "Dataset", cache: FeatureCache | None
 ) -> dict[str, Any]:
-    """How far the metrics of the heads that other prompts gave lie apart."""
+    """Spread of the metrics over heads from other prompts."""
     features = torch.from_numpy(
         embed_images(adapted.model.glovlm, adapted.processor, test, cache=cache)
     )
@@ -465,7 +465,7 @@ def _spread_over_prompts(
 def _correct_prior(
     adapted: Adapted, predictions: Predictions, prior: Mapping[str, float] | str
 ) -> dict[str, Any]:
-    """Say which prevalence the predictions are corrected for; estimate it first, where asked to."""
+    """Correct the predictions for a prevalence, declared or estimated, and describe it."""
     assumes = {"assumes": "a uniform prior of the model, as k shots imply"}
     if not isinstance(prior, str):  # declared: the model had it when it predicted
         return assumes | {"how": "declared", "prevalence": prior}
@@ -504,20 +504,20 @@ def _replace_logits(predictions: Predictions, logits: NDArray[np.float32]) -> No
 
 
 def _measure_answers(predictions: Predictions, calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """How sets and abstention do on the test images; the risk-coverage area of any model."""
+    """Coverage of prediction sets, risk of abstention, and area under the risk-coverage curve."""
     assert predictions.labels is not None  # callers predict labelled rows
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     abstention = calibration.get("abstention")
     threshold = abstention["threshold"] if abstention else None
     measured = measure_abstention(predictions.probabilities, predictions.labels, threshold)
-    found["abstention"] = measured if abstention else {"aurc": measured["aurc"]}
+    results["abstention"] = measured if abstention else {"aurc": measured["aurc"]}
     if calibration.get("conformal"):
         thresholds = ConformalThresholds.from_dict(calibration["conformal"])
         sets = conformal_sets(predictions.probabilities, thresholds)
-        found["sets"] = measure_sets(
+        results["sets"] = measure_sets(
             sets, predictions.labels, predictions.class_names, predictions.groups
         )
-    return found
+    return results
 
 
 def _choose_episode(dataset: Any, config: TrainConfig) -> tuple["Dataset", "Episode"]:
@@ -563,13 +563,13 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
 
 
 def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -> list[str]:
-    """Sentences about where the task lies inside or outside of what the backbone saw before."""
+    """Notes on the task inside or outside of the backbone's pretraining data."""
     from ..data.folder import column
     from ..data.terminology import find_stain
 
-    told = column(rows, "stain") if "stain" in rows.column_names else [config.stain]
+    names = column(rows, "stain") if "stain" in rows.column_names else [config.stain]
     stains: set[str | None] = {None}
-    for name in filter(None, told):
+    for name in filter(None, names):
         with suppress(GloVLMError):  # a stain that the terminology does not know
             stains.add(find_stain(name))
     model, data = adapted.model.config, config.data_name
@@ -628,12 +628,12 @@ def _stains(rows: "Dataset") -> list[str] | None:
 
 
 def _synthetic(data: str) -> bool:
-    """Whether a folder says of itself that it holds drawings (`write_cohort` leaves that mark)."""
+    """Whether a folder is marked as synthetic, as `write_cohort` marks its own."""
     return (Path(data).expanduser() / "DRAWINGS").is_file()
 
 
 def _in_order(parts: list[tuple[list[int], Predictions]]) -> Predictions:
-    """Put the shares of all processes back into the order of the test rows."""
+    """Join the predictions of all processes in the order of the test rows."""
     order = np.argsort(np.concatenate([index for index, _ in parts]))
 
     def joined(name: str) -> Any:
@@ -673,7 +673,7 @@ class _Clock:
 
 
 class _Processes:
-    """Where a run computes: one process or many, on which device, with which stored features.
+    """Processes of a run: one or many, their device, their feature cache.
 
     Accelerate is only brought in for methods that train.
     """

@@ -18,7 +18,7 @@ from ...files import write_text
 from ...methods import Recipe
 from ...metrics import compute_metrics
 from ...publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
-from ...runs.folder import claim, put_in_place, unfinished
+from ...runs.folder import check_output, put_in_place, unfinished
 from ...training.loop import fit, seed_everything, world_size
 from .aggregators import Aggregator, build_aggregator
 from .classifier import SlideClassifier, SlidePrediction
@@ -76,7 +76,7 @@ def train_mil(
     clock = [time.perf_counter()]
     accelerator = _accelerate(config)
     output = Path(config.output_dir).expanduser()
-    finished = claim(output, config, _INCIDENTAL)
+    finished = check_output(output, config, _INCIDENTAL)
     accelerator.wait_for_everyone()
     if finished is not None:
         return finished
