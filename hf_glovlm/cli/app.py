@@ -392,9 +392,8 @@ def demo(
     for method, results in outcome["runs"].items():
         title = f"{method} on {results['n']} synthetic images of {results['n_groups']} patients"
         print_table(title, METRIC_HEADER, metric_rows(results["metrics"]))
-    note(
-        f"saved, reloaded: logits of synthetic images differ by {outcome['reload_difference']:.1e} at most"
-    )
+    difference = f"{outcome['reload_difference']:.1e}"
+    note(f"saved, reloaded: logits of synthetic images differ by {difference} at most")
     note(f"models, results, cards and {Path(outcome['figure']).name} are in {folder}")
 
 
