@@ -1,4 +1,4 @@
-"""A classifier of drawn tiles and the slides it is shown: what several test files stand on."""
+"""Fixtures of slide tests: a classifier of synthetic tiles, and outlines."""
 
 import json
 from pathlib import Path

@@ -67,8 +67,8 @@ def _ask(client: httpx.Client, name: str, content: bytes) -> None:
     text = client.get(f"/call/classify/{called.json()['event_id']}").text
     if "event: complete" not in text:
         raise RuntimeError(text.strip().replace("\n", " ") or "no answer")
-    said = json.loads(text.split("data: ", 1)[1])
-    assert said[0]["answers"][0]["file_name"] == name
+    result = json.loads(text.split("data: ", 1)[1])
+    assert result[0]["answers"][0]["file_name"] == name
 
 
 def _memory(pid: int) -> int:
@@ -84,11 +84,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     options = parser.parse_args()
     from space_page import serve
-    from uploads import draw_examples
+    from uploads import make_examples
 
     with tempfile.TemporaryDirectory() as place:
         image = Path(place) / "drawing.png"
-        image.write_bytes(draw_examples()[0].content)
+        image.write_bytes(make_examples()[0].content)
         with serve(Path(place) / "uploads") as page:
             one = press(page.url, image, clients=1, seconds=5)
             before = _memory(page.pid)

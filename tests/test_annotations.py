@@ -48,7 +48,7 @@ def test_every_shape_of_file_is_read(tmp_path: Path, wrap: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("properties", "wanted", "label"),
+    ("properties", "label_property", "label"),
     [
         ({"classification": {"name": "Sclerosed", "color": [1, 2, 3]}}, None, "Sclerosed"),
         ({"classification": {"names": ["Tumour", "Positive"]}}, None, "Tumour: Positive"),
@@ -64,10 +64,10 @@ def test_every_shape_of_file_is_read(tmp_path: Path, wrap: Any) -> None:
     ],
 )
 def test_where_a_class_is_looked_for(
-    tmp_path: Path, properties: Any, wanted: str | None, label: str | None
+    tmp_path: Path, properties: Any, label_property: str | None, label: str | None
 ) -> None:
     path = put(tmp_path / "a.geojson", feature() | {"properties": properties})
-    assert read_geojson(path, label_property=wanted)[0].label == label
+    assert read_geojson(path, label_property=label_property)[0].label == label
 
 
 def test_areas_holes_and_parts(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_area_is_that_of_a_fan_of_triangles(points: list[tuple[int, int]], s
         (collection(feature(id=1), feature(id="1")), "the id '1' stands there more than once"),
     ],
 )  # fmt: skip
-def test_bad_files_are_told_in_one_sentence(tmp_path: Path, content: Any, sentence: str) -> None:
+def test_bad_files_are_refused_in_one_sentence(tmp_path: Path, content: Any, sentence: str) -> None:
     path = put(tmp_path / "a.geojson", content)
     with pytest.raises(GloVLMError, match=sentence) as caught:
         read_geojson(path)
@@ -130,12 +130,12 @@ def test_bad_files_are_told_in_one_sentence(tmp_path: Path, content: Any, senten
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    for path, found in ((tmp_path / "no.geojson", "No such file"), (tmp_path, "a folder")):
-        with pytest.raises(GloVLMError, match=f"Expected a GeoJSON file at .*{found}"):
+    for path, reason in ((tmp_path / "no.geojson", "No such file"), (tmp_path, "a folder")):
+        with pytest.raises(GloVLMError, match=f"Expected a GeoJSON file at .*{reason}"):
             read_geojson(path)
 
 
-def test_points_and_lines_are_left_out_and_said(tmp_path: Path, caplog: Any) -> None:
+def test_points_and_lines_are_skipped_with_a_warning(tmp_path: Path, caplog: Any) -> None:
     line = feature([[0, 0], [1, 1]], "LineString")
     path = put(tmp_path / "a.geojson", collection(line, feature(), line))
     assert len(read_geojson(path)) == 1

@@ -42,13 +42,13 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     for start, n in [(0, 3), (3, 1), (4, 6)]:
         bag.append(*rows(n, start))
     assert bag.complete() == tmp_path / "S1.h5"
-    found, expected = read_bag(tmp_path / "S1.h5", scores=True), rows(10)
-    assert np.array_equal(found.features, expected[0])
-    assert np.array_equal(found.coords, expected[1])
-    assert found.scores is not None
-    assert np.array_equal(found.scores, expected[2])
-    assert found.name == "S1"
-    assert SETTINGS.items() <= found.attributes.items()
+    result, expected = read_bag(tmp_path / "S1.h5", scores=True), rows(10)
+    assert np.array_equal(result.features, expected[0])
+    assert np.array_equal(result.coords, expected[1])
+    assert result.scores is not None
+    assert np.array_equal(result.scores, expected[2])
+    assert result.name == "S1"
+    assert SETTINGS.items() <= result.attributes.items()
     assert read_bag(tmp_path / "S1.h5").scores is None
     assert [p.name for p in tmp_path.iterdir()] == ["S1.h5"]
 
@@ -84,8 +84,8 @@ def test_a_run_cut_at_any_byte_resumes_to_the_same_file(
     assert np.array_equal(again.read_coords(), rows(first)[1][: again.rows])
     again.append(*rows(10 - again.rows, again.rows))
     again.complete()
-    found = read_bag(folder / "S1.h5", scores=True)
-    for one, other in zip((found.features, found.coords, found.scores), rows(10), strict=True):
+    result = read_bag(folder / "S1.h5", scores=True)
+    for one, other in zip((result.features, result.coords, result.scores), rows(10), strict=True):
         assert np.array_equal(one, other)
 
 
@@ -140,7 +140,7 @@ def test_a_finished_bag_stays_as_it_is(tmp_path: Path) -> None:
     assert again.complete().read_bytes() == content
 
 
-def test_what_is_wrong_with_rows_is_said_before_they_are_written(tmp_path: Path) -> None:
+def test_invalid_rows_are_refused_before_they_are_written(tmp_path: Path) -> None:
     bag = writer(tmp_path)
     features, coords, scores = rows(2)
     broken = features.copy()
@@ -180,11 +180,11 @@ def test_bags_of_other_tools_are_read(tmp_path: Path, dtype: Any, batched: bool)
         file["coords"] = coords.astype(np.int32 if not batched else np.int64)
         file["features"].attrs["encoder"] = np.bytes_("uni_v1")
         file["coords"].attrs["patch_size_level0"] = np.int64(512)
-    found = read_bag(tmp_path / "other.h5")
-    assert (found.features.dtype, found.coords.dtype) == (np.float32, np.int64)
-    assert np.array_equal(found.features, features.astype(dtype).astype(np.float32))
-    assert found.name == "other"
-    assert found.attributes == {"encoder": "uni_v1", "patch_size_level0": 512}
+    result = read_bag(tmp_path / "other.h5")
+    assert (result.features.dtype, result.coords.dtype) == (np.float32, np.int64)
+    assert np.array_equal(result.features, features.astype(dtype).astype(np.float32))
+    assert result.name == "other"
+    assert result.attributes == {"encoder": "uni_v1", "patch_size_level0": 512}
 
 
 FOREIGN = [

@@ -57,7 +57,7 @@ def test_cache_rows() -> None:
     assert cold["ratio"] is None
     assert min(cold["value"], warm["value"]) > 0
     assert warm["ratio"] == pytest.approx(cold["value"] / warm["value"], rel=0.02)
-    assert all("6 drawings" in row["what"] for row in (cold, warm))
+    assert all("6 synthetic images" in row["what"] for row in (cold, warm))
 
 
 TINY = Shape(image_size=32, patch=8, vision=(64, 2), text=(64, 2), context=40)
@@ -81,17 +81,19 @@ def test_encode_rows(backbone: Callable[[], Path] | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "message"),
     [("pool_images", "the bare module's features"), ("open_image", "files and tensors")],
 )
-def test_what_differs_is_not_timed(broken: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_differs_is_not_timed(
+    broken: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if broken == "pool_images":
         plain = GloVLMModel.pool_images
         monkeypatch.setattr(GloVLMModel, broken, lambda self, **kw: plain(self, **kw) + 1e-3)
     else:
         white = Image.new("RGB", (48, 48), "white")
         monkeypatch.setattr(prediction, broken, lambda value: white)
-    with pytest.raises(GloVLMError, match=said):
+    with pytest.raises(GloVLMError, match=message):
         bench_encode(shape=TINY, vocabulary=900, **FEW)
 
 
@@ -129,8 +131,8 @@ def test_methods_rows_compare_what_gives_the_same() -> None:
     for ours, plain in pairs.items():
         expected = by_name[plain]["value"] / by_name[ours]["value"]
         assert by_name[ours]["ratio"] == pytest.approx(expected, rel=0.02)
-    free = {name for name, m in METHODS.items() if m.family == "training-free"}
-    assert free <= {name.removeprefix("methods.") for name in by_name}
+    training_free = {name for name, m in METHODS.items() if m.family == "training-free"}
+    assert training_free <= {name.removeprefix("methods.") for name in by_name}
 
 
 def test_an_unknown_bench_is_named() -> None:

@@ -18,7 +18,7 @@ import hf_glovlm.publish.card
 from hf_glovlm.backbones import BACKBONES, MINI
 from hf_glovlm.calibration import measure_abstention, measure_sets
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.lab.phantoms import render_phantom
+from hf_glovlm.lab.phantoms import render_glomerulus
 from hf_glovlm.metrics import compute_metrics, compute_subgroups
 from hf_glovlm.publish.card import (
     group_unit,
@@ -663,7 +663,7 @@ def test_the_lines_of_minis_card_run(
     mini: tuple[dict[str, Any], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = tmp_path / "one.png"
-    render_phantom("viable", seed=1).image.save(image)
+    render_glomerulus("viable", seed=1).image.save(image)
     _execute(mini[1], {"drawing.png": str(image)})
     assert "tensor([[" in capsys.readouterr().out
 

@@ -27,9 +27,9 @@ CONFUSION = [[45, 5], [10, 40]]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three slides, one with lesions, with outlines and cases, and a classifier."""
     folder = tmp_path_factory.mktemp("slides")
-    drawn = {}
+    slide_facts = {}
     for name, lesions in (("sick", 6), ("well", 0), ("other", 0)):
-        drawn[name] = write_slide(
+        slide_facts[name] = write_slide(
             folder / f"{name}.tiff",
             768,
             576,
@@ -39,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             marks=[(PLAIN, TISSUE)],
             seed=len(name),
         )
-    (x, y, *_), *_ = drawn["sick"]["lesions"]
+    (x, y, *_), *_ = slide_facts["sick"]["lesions"]
     write_outlines(
         folder / "outlines" / "sick.geojson",
         [
@@ -53,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "cases.csv").write_text("slide,case\nsick.tiff,A\nwell,A\nother.tiff,B\n")
     train(folder, confusion=CONFUSION)
-    (folder / "drawn.json").write_text(json.dumps(drawn["sick"]["lesions"]))
+    (folder / "drawn.json").write_text(json.dumps(slide_facts["sick"]["lesions"]))
     return folder
 
 
@@ -92,7 +92,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-def test_slides_with_planted_lesions_are_told_apart(place: Path, output: Path) -> None:
+def test_slides_with_planted_lesions_are_classified(place: Path, output: Path) -> None:
     results = json.loads((output / "results.json").read_text())
     assert results["failed"] == 0
     sick, well, other = results["slides"]
@@ -147,8 +147,8 @@ def test_a_case_counts_a_glomerulus_of_two_sections_once(output: Path) -> None:
 def test_the_summary_has_a_row_for_each(output: Path) -> None:
     with (output / "summary.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
-    found = [(row["level"], row["name"], row["case"]) for row in rows]
-    assert found == [
+    result = [(row["level"], row["name"], row["case"]) for row in rows]
+    assert result == [
         ("slide", "sick", "A"),
         ("slide", "well", "A"),
         ("slide", "other", "B"),
@@ -232,9 +232,7 @@ def test_one_slide_fails_and_the_others_go_on(place: Path, tmp_path: Path) -> No
     assert not list((tmp_path / "out/slides").glob(".*"))
 
 
-def test_what_is_wrong_with_objects_is_told_without_their_place(
-    place: Path, tmp_path: Path
-) -> None:
+def test_errors_of_objects_do_not_show_their_folder(place: Path, tmp_path: Path) -> None:
     far = write_outlines(tmp_path / "secret/x.geojson", [{"type": "Feature", "geometry": None}])
     results = classify_slides(configured(place, tmp_path / "out", "well", objects=str(far)))
     assert "well.geojson, feature 1" in results["slides"][0]["error"]

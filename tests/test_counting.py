@@ -13,8 +13,8 @@ from scipy.optimize import brentq, minimize
 
 from hf_glovlm.calibration import correct_prior
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.lab import counting as studied
-from hf_glovlm.lab.counting import bench_counting, bench_rows, count_left_out
+from hf_glovlm.lab import counting as lab_counting
+from hf_glovlm.lab.counting import bench_counting, bench_rows, leave_slides_out
 from hf_glovlm.slides.counting import (
     NEIGHBOURS,
     NOT_A_SCORE,
@@ -56,36 +56,36 @@ def test_wilson_refuses_impossible_counts(count: int, n: int) -> None:
 
 def test_counts_of_each_slide() -> None:
     labels = [0, 1, 1, 0, 0, 0]
-    found = count_classes(labels, NAMES, groups=["b", "b", "b", "a", "a", "a"])
-    assert list(found) == ["b", "a"]
-    b, a = found["b"]["classes"]["sclerosed"], found["a"]["classes"]["sclerosed"]
-    assert (b["count"], a["count"], found["b"]["n"]) == (2, 0, 3)
+    result = count_classes(labels, NAMES, groups=["b", "b", "b", "a", "a", "a"])
+    assert list(result) == ["b", "a"]
+    b, a = result["b"]["classes"]["sclerosed"], result["a"]["classes"]["sclerosed"]
+    assert (b["count"], a["count"], result["b"]["n"]) == (2, 0, 3)
     assert b["percent"] == pytest.approx(200 / 3)
     assert b["ci95"] == pytest.approx([100 * x for x in wilson_interval(2, 3)])
-    assert found["a"]["notes"] == [NOT_A_SCORE, SAMPLING]
+    assert result["a"]["notes"] == [NOT_A_SCORE, SAMPLING]
     assert "corrected" not in a
 
 
 def test_probabilities_count_by_their_largest_and_tiles_say_that_they_are_neighbours() -> None:
     p = np.array([[0.6, 0.4], [0.1, 0.9], [0.5, 0.5]])
-    found = count_classes(p, NAMES, unit="tiles")["all"]
-    assert [found["classes"][name]["count"] for name in NAMES] == [2, 1]
-    assert NEIGHBOURS in found["notes"]
+    result = count_classes(p, NAMES, unit="tiles")["all"]
+    assert [result["classes"][name]["count"] for name in NAMES] == [2, 1]
+    assert NEIGHBOURS in result["notes"]
 
 
 def test_a_glomerulus_on_two_sections_is_one() -> None:
     p = np.array([[0.9, 0.1], [0.0, 1.0], [0.2, 0.8]])
-    found = count_classes(p, NAMES, groups=["case"] * 3, ids=["g1", "g1", "g2"])["case"]
+    result = count_classes(p, NAMES, groups=["case"] * 3, ids=["g1", "g1", "g2"])["case"]
     # g1: mean (0.45, 0.55), so sclerosed, although its first section says otherwise
-    assert (found["n"], found["classes"]["sclerosed"]["count"]) == (2, 2)
+    assert (result["n"], result["classes"]["sclerosed"]["count"]) == (2, 2)
     apart = count_classes(p[:2], NAMES, groups=["case", "other"], ids=["g1", "g1"])
     assert [entry["n"] for entry in apart.values()] == [1, 1]
 
 
 def test_no_object_is_no_percentage() -> None:
-    found = count_classes(np.empty((0, 2)), NAMES)["all"]
-    assert found["n"] == 0
-    assert found["classes"]["sclerosed"] == {"count": 0, "percent": None, "ci95": None}
+    result = count_classes(np.empty((0, 2)), NAMES)["all"]
+    assert result["n"] == 0
+    assert result["classes"]["sclerosed"] == {"count": 0, "percent": None, "ci95": None}
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_counts_are_corrected_where_the_errors_are_known() -> None:
 
 
 @pytest.mark.parametrize("confusion", [[[5, 5], [5, 5]], [[9, 1], [0, 0]], [[1, 9], [9, 1]]])
-def test_counts_stay_where_the_errors_tell_nothing(confusion: list[list[int]]) -> None:
+def test_counts_stay_where_the_confusion_is_uninformative(confusion: list[list[int]]) -> None:
     entry = count_classes([1, 0], NAMES, confusion=confusion)["all"]
     assert "corrected" not in entry["classes"]["sclerosed"]
     assert "not corrected" in entry["notes"][-1]
@@ -137,9 +137,9 @@ def test_two_classes_are_rogan_and_gladen(
 ) -> None:
     rates = np.array([[specificity, 1 - specificity], [1 - sensitivity, sensitivity]])
     expected = min(max((apparent + specificity - 1) / (sensitivity + specificity - 1), 0), 1)
-    found = adjust_fractions([1 - apparent, apparent], rates)
+    result = adjust_fractions([1 - apparent, apparent], rates)
     assert rogan_gladen(apparent, sensitivity, specificity) == pytest.approx(expected)
-    assert found == pytest.approx([1 - expected, expected], abs=1e-7)
+    assert result == pytest.approx([1 - expected, expected], abs=1e-7)
 
 
 @given(fractions)
@@ -157,9 +157,9 @@ def test_corrections_stay_on_the_simplex_and_invert_the_errors(
         return
     assert adjust_fractions(truth @ rates, rates) == pytest.approx(truth, abs=1e-6)
     wild = np.random.default_rng(seed + 1).dirichlet(np.full(k, 0.2))
-    found = adjust_fractions(wild, rates)
-    assert found.sum() == pytest.approx(1)
-    assert (found >= 0).all()
+    result = adjust_fractions(wild, rates)
+    assert result.sum() == pytest.approx(1)
+    assert (result >= 0).all()
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -179,7 +179,7 @@ def test_the_correction_is_the_least_squares_on_the_simplex(seed: int) -> None:
     assert adjust_fractions(apparent, rates) == pytest.approx(plain.x, abs=1e-4)
 
 
-def test_calls_that_tell_nothing_are_not_corrected() -> None:
+def test_uninformative_calls_are_not_corrected() -> None:
     with pytest.raises(GloVLMError, match="no likelier"):
         adjust_fractions([0.5, 0.5], [[0.4, 0.6], [0.6, 0.4]])
     with pytest.raises(GloVLMError, match="above 1"):
@@ -202,7 +202,7 @@ def test_the_confusion_matrix_has_labels_as_rows() -> None:
 # ------------------------------------------------------------------------- slides left out in turn
 
 
-def drawn_slides(
+def make_slides(
     n_slides: int = 6, per_slide: int = 30, gap: float = 1.2, seed: int = 0
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]]:
     """Overlapping classes in the plane at prevalences 0 ... 1/2 over the slides."""
@@ -218,21 +218,21 @@ def drawn_slides(
 
 
 @pytest.fixture(scope="module")
-def left_out() -> dict[str, Any]:
-    features, labels, slides = drawn_slides()
-    return count_left_out(features, labels, slides, class_names=NAMES, shots=6, draws=3)
+def study() -> dict[str, Any]:
+    features, labels, slides = make_slides()
+    return leave_slides_out(features, labels, slides, class_names=NAMES, shots=6, draws=3)
 
 
-def test_left_out_slides_are_measured_as_a_plain_loop_does(left_out: dict[str, Any]) -> None:
+def test_left_out_slides_match_a_plain_loop(study: dict[str, Any]) -> None:
     from sklearn.linear_model import LogisticRegression
 
-    features, labels, slides = drawn_slides()
+    features, labels, slides = make_slides()
     ids = np.array(slides, dtype=object)
     errors = []
     for i in range(6):
         test = ids == f"s{i}"
         for draw in range(3):
-            support = studied._draw_support(labels, ids, f"s{i}", NAMES, 6, 0, draw)
+            support = lab_counting._draw_support(labels, ids, f"s{i}", NAMES, 6, 0, draw)
             assert not test[support].any()
             assert np.bincount(labels[support]).tolist() == [6, 6]
             # spread: slides take turns, so no slide gives two before each has given one
@@ -242,32 +242,32 @@ def test_left_out_slides_are_measured_as_a_plain_loop_does(left_out: dict[str, A
             model = LogisticRegression(C=100, max_iter=1000).fit(unit[support], labels[support])
             read = 100 * model.predict(unit[test]).mean()
             errors.append(read - 100 * labels[test].mean())
-    plain = left_out["estimates"][0]
+    plain = study["estimates"][0]
     assert plain["name"] == "counted"
     assert plain["error"]["value"] == pytest.approx(np.abs(errors).mean())
     assert plain["bias"]["value"] == pytest.approx(np.mean(errors))
-    free = np.array(errors[:3])  # slide s0 holds none
-    assert plain["reads_high"] == pytest.approx((free >= 10).mean())
+    absent = np.array(errors[:3])  # slide s0 holds none
+    assert plain["reads_high"] == pytest.approx((absent >= 10).mean())
     low, high = plain["error"]["ci95"]
     assert low <= plain["error"]["value"] <= high
 
 
-def test_what_each_estimate_used_is_told(left_out: dict[str, Any]) -> None:
-    rows = {row["name"]: row for row in left_out["estimates"]}
+def test_each_estimate_reports_its_labels(study: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in study["estimates"]}
     assert list(rows) == ["counted", "expected", "adjusted", "adjusted_all", "em"]
     assert [row["labels_used"] for row in rows.values()] == [12, 12, 12, 150, 12]
     assert [name for name, row in rows.items() if row["transductive"]] == ["em"]
     assert rows["counted"]["against_counted"]["value"] == 0
-    assert left_out["n_slides"] == 6
+    assert study["n_slides"] == 6
 
 
-def test_no_label_of_the_left_out_slide_is_used() -> None:
+def test_no_label_of_the_test_slide_is_used() -> None:
     """Change them all: only the truth that estimates are compared with may change."""
-    features, labels, slides = drawn_slides()
+    features, labels, slides = make_slides()
     other = labels.copy()
     other[-30:] = 1 - other[-30:]
     one, two = (
-        count_left_out(features, y, slides, shots=4, draws=1)["slides"] for y in (labels, other)
+        leave_slides_out(features, y, slides, shots=4, draws=1)["slides"] for y in (labels, other)
     )
     last_one, last_two = one[-1], two[-1]
     assert last_one.pop("truth") + last_two.pop("truth") == pytest.approx(100)
@@ -275,24 +275,24 @@ def test_no_label_of_the_left_out_slide_is_used() -> None:
 
 
 def test_estimates_against_restatements() -> None:
-    features, labels, slides = drawn_slides(4, 24)
+    features, labels, slides = make_slides(4, 24)
     ids = np.array(slides, dtype=object)
-    found = count_left_out(features, labels, slides, shots=4, draws=1)["slides"][0]
+    result = leave_slides_out(features, labels, slides, shots=4, draws=1)["slides"][0]
     from sklearn.linear_model import LogisticRegression
 
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    support = studied._draw_support(labels, ids, "s0", ["0", "1"], 4, 0, 0)
+    support = lab_counting._draw_support(labels, ids, "s0", ["0", "1"], 4, 0, 0)
 
     def classify(rows: Any, test: Any) -> NDArray[np.float64]:
         model = LogisticRegression(C=100, max_iter=1000).fit(unit[rows], labels[rows])
         return np.asarray(model.predict_proba(unit[test]))
 
     p = classify(support, ids == "s0")
-    assert found["expected"] == pytest.approx(100 * p[:, 1].mean(), abs=1e-3)
+    assert result["expected"] == pytest.approx(100 * p[:, 1].mean(), abs=1e-3)
     prior = np.array([0.5, 0.5])
     for _ in range(3000):
         prior = correct_prior(p, prior).mean(axis=0)
-    assert found["em"] == pytest.approx(100 * prior[1], abs=0.01)
+    assert result["em"] == pytest.approx(100 * prior[1], abs=0.01)
     for name, of in (("adjusted", support), ("adjusted_all", np.flatnonzero(ids != "s0"))):
         table = np.full((2, 2), 0.5)
         for slide in ("s1", "s2", "s3"):
@@ -305,13 +305,15 @@ def test_estimates_against_restatements() -> None:
         read = p.argmax(axis=1).mean()
         if sensitivity + specificity > 1:
             read = min(max((read + specificity - 1) / (sensitivity + specificity - 1), 0), 1)
-        assert found[name] == pytest.approx(100 * read, abs=1e-5)
+        assert result[name] == pytest.approx(100 * read, abs=1e-5)
 
 
 def test_correction_pays_where_the_errors_are_the_same_everywhere() -> None:
-    features, labels, slides = drawn_slides(6, 150, gap=1.5)
-    found = count_left_out(features, labels, slides, shots=8, draws=3, corrections=["adjusted_all"])
-    plain, adjusted = found["estimates"]
+    features, labels, slides = make_slides(6, 150, gap=1.5)
+    result = leave_slides_out(
+        features, labels, slides, shots=8, draws=3, corrections=["adjusted_all"]
+    )
+    plain, adjusted = result["estimates"]
     assert adjusted["error"]["value"] < 0.7 * plain["error"]["value"]
     assert adjusted["against_counted"]["ci95"][1] < 0
 
@@ -327,16 +329,16 @@ def test_correction_pays_where_the_errors_are_the_same_everywhere() -> None:
         ({"shots": 500}, "ask for fewer shots"),
     ],
 )
-def test_left_out_refuses(change: dict[str, Any], message: str) -> None:
-    features, labels, slides = drawn_slides()
+def test_leave_slides_out_refuses(change: dict[str, Any], message: str) -> None:
+    features, labels, slides = make_slides()
     given_slides = change.pop("slides", slides)
     with pytest.raises(GloVLMError, match=message):
-        count_left_out(features, labels, given_slides, class_names=NAMES, **{"draws": 1} | change)
+        leave_slides_out(features, labels, given_slides, class_names=NAMES, **{"draws": 1} | change)
 
 
-def test_bench_rows_say_the_parts(left_out: dict[str, Any]) -> None:
-    rows = {row["name"]: row for row in bench_rows(left_out)}
-    plain = left_out["estimates"][0]["error"]
+def test_bench_rows_say_the_parts(study: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in bench_rows(study)}
+    plain = study["estimates"][0]["error"]
     row = rows["counting.counted.error"]
     assert row["value"] == pytest.approx(plain["value"], abs=1e-3)
     assert (row["unit"], row["ratio"]) == ("points", 1)

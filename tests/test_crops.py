@@ -88,12 +88,12 @@ def test_a_crop_is_the_square_around_the_object(tmp_path: Path) -> None:
 def test_the_scale_is_never_guessed_and_grows_when_a_crop_is_shrunk(tmp_path: Path) -> None:
     region(tmp_path / "s.png")
     path = outlines(tmp_path / "a.geojson", box_object(100, 50, 80, 80, label="a"))
-    for mpp, told in ((None, ""), (0.25, "0.5")):
+    for mpp, mpp_of_crop in ((None, ""), (0.25, "0.5")):
         summary = cut_crops(
             tmp_path / "s.png", path, tmp_path / "out", mpp=mpp, margin=1, max_side=40
         )
         (row,) = rows(tmp_path / "out")
-        assert (row["mpp"], row["width"]) == (told, "80")
+        assert (row["mpp"], row["width"]) == (mpp_of_crop, "80")
         assert picture(tmp_path / "out" / row["file_name"]).shape == (40, 40, 3)
         assert any("scale is not known" in note for note in summary.notes) is (mpp is None)
 
@@ -113,7 +113,7 @@ def test_beyond_the_edge_is_white_and_the_object_is_flagged(tmp_path: Path) -> N
     np.testing.assert_array_equal(crop[:, 3:], pixels[85:135, :47])
     assert (picture(tmp_path / "out" / two["file_name"])[-3:] == 255).all()
     summary = cut_crops(tmp_path / "s.png", path, tmp_path / "out", keep_flagged=False)
-    assert summary.left_out == [corner.id]
+    assert summary.skipped == [corner.id]
     assert len(rows(tmp_path / "out")) == 1
     assert [p.name for p in (tmp_path / "out" / "a").iterdir()] == ["s_0001.png"]  # no stale file
 
@@ -148,8 +148,8 @@ def test_slides_share_a_folder_and_a_second_run_replaces_its_own(tmp_path: Path)
     cut_crops(tmp_path / "s1.png", both, out)
     cut_crops(tmp_path / "s2.png", both, out, patient_id="p")
     cut_crops(tmp_path / "s1.png", one, out)
-    found = [(row["slide_id"], row["label"], row["patient_id"]) for row in rows(out)]
-    assert sorted(found) == [("s1", "b", ""), ("s2", "a", "p"), ("s2", "b", "p")]
+    result = [(row["slide_id"], row["label"], row["patient_id"]) for row in rows(out)]
+    assert sorted(result) == [("s1", "b", ""), ("s2", "a", "p"), ("s2", "b", "p")]
     assert len(load_dataset(out)["all"]) == 3
     assert sorted(str(p.relative_to(out)) for p in out.glob("*/*")) == sorted(
         row["file_name"] for row in rows(out)
@@ -183,9 +183,9 @@ def test_blobs_of_a_mask_are_objects(tmp_path: Path, scale: int) -> None:
     summary = cut_crops(tmp_path / "s.png", mask, tmp_path / "out", colours=GREEN_RED)
     assert summary.counts == {"open": 2, "scarred": 2}
     assert (summary.specks, summary.flags) == (2, {"partial": 1, "merged": 1})
-    found = {row["object_id"]: row for row in rows(tmp_path / "out")}
-    assert [found[f"blob-{i}"]["flags"] for i in range(1, 5)] == ["", "", "merged", "partial"]
-    first = found["blob-1"]
+    result = {row["object_id"]: row for row in rows(tmp_path / "out")}
+    assert [result[f"blob-{i}"]["flags"] for i in range(1, 5)] == ["", "", "merged", "partial"]
+    first = result["blob-1"]
     assert (first["label"], first["width"]) == ("open", str(50 * scale))
     assert (first["x"], first["y"]) == (str(35 * scale), str(35 * scale))
 
@@ -261,8 +261,8 @@ def test_a_real_slide(tmp_path: Path, shared: Path) -> None:
     with openslide.OpenSlide(slide) as opened:
         expected = opened.read_region((int(row["x"]), int(row["y"])), 0, (125, 125))
         assert summary.mpp == pytest.approx(float(opened.properties["openslide.mpp-x"]), rel=1e-3)
-    found = picture(tmp_path / "out" / row["file_name"])
-    np.testing.assert_array_equal(found, np.asarray(expected.convert("RGB")))
+    result = picture(tmp_path / "out" / row["file_name"])
+    np.testing.assert_array_equal(result, np.asarray(expected.convert("RGB")))
 
 
 def test_real_masks_give_the_crops_that_were_made_from_them(tmp_path: Path, shared: Path) -> None:

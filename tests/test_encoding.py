@@ -114,11 +114,11 @@ def test_an_interrupted_run_resumes_to_the_same_table(
             record = (part.stat().st_size - head) // stop
             coords = read_bag(whole.path).coords[stop].tobytes()
             file.write(coords + bytes(record - 16) + bytes(record // 2))
-    told: list[int] = []
+    counts: list[int] = []
     done = encode_slide(
-        *classifier, slide, broken, batch_size=7, on_progress=lambda n, _: told.append(n)
+        *classifier, slide, broken, batch_size=7, on_progress=lambda n, _: counts.append(n)
     )
-    assert (done.resumed_at, told[0], told[-1]) == (stop, stop, whole.tiles)
+    assert (done.resumed_at, counts[0], counts[-1]) == (stop, stop, whole.tiles)
     for one, other in zip(table(whole.path), table(broken), strict=True):
         assert np.array_equal(one, other)
     again = encode_slide(*classifier, slide, broken, batch_size=7, on_progress=halt)
@@ -188,12 +188,12 @@ def test_tiles_are_cut_at_the_models_scale_or_refused(
 ) -> None:
     model, processor = make_classifier()
     model.config.mpp = adapted.get("mpp")
-    drawn = write_slide(tmp_path / "a.tif", 400, 300, mpp=of_file, seed=2)
+    slide_facts = write_slide(tmp_path / "a.tif", 400, 300, mpp=of_file, seed=2)
     if isinstance(expected, str):
         with pytest.raises(GloVLMError, match=expected):
-            encode_slide(model, processor, drawn["path"], tmp_path / "a.h5", **settings)
+            encode_slide(model, processor, slide_facts["path"], tmp_path / "a.h5", **settings)
         return
-    done = encode_slide(model, processor, drawn["path"], tmp_path / "a.h5", **settings)
+    done = encode_slide(model, processor, slide_facts["path"], tmp_path / "a.h5", **settings)
     assert done.mpp == (expected and pytest.approx(expected, rel=0.02))
     if done.mpp is not None:
         assert done.input_mpp == pytest.approx(done.mpp * settings.get("tile_size", SIDE) / SIDE)

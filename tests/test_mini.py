@@ -1,4 +1,4 @@
-"""The embedded default on drawings: a known-answer test of the whole chain, never a result."""
+"""`mini` on synthetic images: a known-answer test of the whole chain, never a result."""
 
 import json
 from pathlib import Path
@@ -13,8 +13,8 @@ from transformers import AutoModel, CLIPModel
 from hf_glovlm.backbones import MINI, load_backbone
 from hf_glovlm.data import catalog_entry
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.lab.demo import METHODS, run_demo
-from hf_glovlm.lab.phantoms import CLASSES, render_cohort, render_phantom
+from hf_glovlm.lab.demo import DEMO_METHODS, run_demo
+from hf_glovlm.lab.phantoms import CLASSES, render_cohort, render_glomerulus
 from hf_glovlm.lab.pretraining import PretrainConfig, pretrain
 
 
@@ -39,20 +39,20 @@ def probabilities(mini: tuple[Any, Any], images: list[Image.Image]) -> np.ndarra
 def test_it_is_small_says_what_it_is_and_is_plain_clip() -> None:
     assert sum(p.stat().st_size for p in MINI.iterdir()) <= 12 * 2**20
     card = (MINI / "README.md").read_text()
-    assert "drawings" in card
+    assert "synthetic images" in card
     assert "not for diagnosis" in card
     facts = json.loads((MINI / "pretraining.json").read_text())
-    assert f"{facts['accuracy']:.3f} on drawings" in card
+    assert f"accuracy {facts['accuracy']:.3f} on\nsynthetic images" in card
     stock = AutoModel.from_pretrained(MINI)
     assert isinstance(stock, CLIPModel)
     assert stock.dtype == torch.float16  # as stored
     assert load_backbone("mini")[0].dtype == torch.float32
 
 
-def test_zero_shot_knows_drawings_of_unseen_patients(mini: tuple[Any, Any]) -> None:
-    drawn = render_cohort(12, 10, seed=777)
-    guess = probabilities(mini, [p.image for p in drawn]).argmax(1)
-    truth = np.array([CLASSES.index(p.class_name) for p in drawn])
+def test_zero_shot_on_unseen_synthetic_patients(mini: tuple[Any, Any]) -> None:
+    cohort = render_cohort(12, 10, seed=777)
+    guess = probabilities(mini, [p.image for p in cohort]).argmax(1)
+    truth = np.array([CLASSES.index(p.class_name) for p in cohort])
     assert (guess == truth).mean() >= 0.6  # chance is 0.2
     rng = np.random.default_rng(0)
     permuted = np.mean([(guess == rng.permutation(truth)).mean() for _ in range(20)])
@@ -62,9 +62,9 @@ def test_zero_shot_knows_drawings_of_unseen_patients(mini: tuple[Any, Any]) -> N
 @pytest.mark.parametrize("name", [c for c in CLASSES if c != "viable"])
 def test_a_lesions_score_rises_with_its_severity(mini: tuple[Any, Any], name: str) -> None:
     steps = (0.0, 0.4, 0.7, 1.0)
-    images = [render_phantom(name, seed=i, severity=s).image for s in steps for i in range(24)]
-    found = probabilities(mini, images)
-    lesion, viable = found[:, CLASSES.index(name)], found[:, CLASSES.index("viable")]
+    images = [render_glomerulus(name, seed=i, severity=s).image for s in steps for i in range(24)]
+    shares = probabilities(mini, images)
+    lesion, viable = shares[:, CLASSES.index(name)], shares[:, CLASSES.index("viable")]
     # Against viable, since severity 0 is viable: the severest forms of two lesions look alike.
     score = (lesion / (lesion + viable)).reshape(len(steps), -1).mean(1)
     assert score[0] < 0.5 < score[-1]
@@ -72,15 +72,15 @@ def test_a_lesions_score_rises_with_its_severity(mini: tuple[Any, Any], name: st
 
 
 def test_the_demo_does_the_main_job(tmp_path: Path) -> None:
-    found = run_demo(tmp_path / "demo", patients=20, per_patient=5)
-    assert found["reload_difference"] < 1e-4
-    assert Path(found["figure"]).stat().st_size > 10_000
-    for method in METHODS:
-        results = found["runs"][method]
+    demo = run_demo(tmp_path / "demo", patients=20, per_patient=5)
+    assert demo["reload_difference"] < 1e-4
+    assert Path(demo["figure"]).stat().st_size > 10_000
+    for method in DEMO_METHODS:
+        results = demo["runs"][method]
         assert results["synthetic"] is True
-        assert "drawings" in (tmp_path / "demo" / method / "README.md").read_text()
+        assert "synthetic" in (tmp_path / "demo" / method / "README.md").read_text()
         assert results["metrics"]["macro_auc"]["value"] > 0.8
-    assert found["runs"]["lora"]["data"]["support"]["label_budget"] == 40
+    assert demo["runs"]["lora"]["data"]["support"]["label_budget"] == 40
     with pytest.raises(GloVLMError, match="new or empty folder"):
         run_demo(tmp_path / "demo")
 

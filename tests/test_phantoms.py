@@ -1,4 +1,4 @@
-"""The drawn glomeruli: deterministic, continuous in severity, and without a shortcut."""
+"""Synthetic images of glomeruli: deterministic, continuous in severity, and without a shortcut."""
 
 import csv
 import hashlib
@@ -26,10 +26,10 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab.phantoms import (
     CLASSES,
     STAINS,
-    Phantom,
+    SyntheticImage,
     draw_patient,
     render_cohort,
-    render_phantom,
+    render_glomerulus,
     write_cohort,
 )
 
@@ -61,24 +61,24 @@ def corners(values: Array, part: float = 0.16) -> Array:
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_same_arguments_give_the_same_phantom(class_name: str) -> None:
-    first, second = (render_phantom(class_name, seed=11) for _ in range(2))
+def test_same_arguments_give_the_same_image(class_name: str) -> None:
+    first, second = (render_glomerulus(class_name, seed=11) for _ in range(2))
     assert first.image.tobytes() == second.image.tobytes()
     assert first.caption == second.caption
     assert (first.severity, first.stain) == (second.severity, second.stain)
-    other = render_phantom(class_name, seed=12)
+    other = render_glomerulus(class_name, seed=12)
     assert first.image.tobytes() != other.image.tobytes()
 
 
 def test_another_process_with_another_hash_seed_draws_the_same() -> None:
     script = (
         "import hashlib\n"
-        "from hf_glovlm.lab.phantoms import render_phantom\n"
-        "p = render_phantom('ischemic', seed=3)\n"
+        "from hf_glovlm.lab.phantoms import render_glomerulus\n"
+        "p = render_glomerulus('ischemic', seed=3)\n"
         "print(hashlib.sha256(p.image.tobytes() + p.caption.encode()).hexdigest())"
     )
-    phantom = render_phantom("ischemic", seed=3)
-    expected = hashlib.sha256(phantom.image.tobytes() + phantom.caption.encode()).hexdigest()
+    item = render_glomerulus("ischemic", seed=3)
+    expected = hashlib.sha256(item.image.tobytes() + item.caption.encode()).hexdigest()
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -93,7 +93,7 @@ def test_another_process_with_another_hash_seed_draws_the_same() -> None:
 @given(seed=st.integers(0, 2**32), stain=st.sampled_from(STAINS))
 def test_no_class_can_be_recognised_at_severity_zero(seed: int, stain: str) -> None:
     pictures = {
-        render_phantom(c, seed=seed, severity=0, stain=stain).image.tobytes() for c in CLASSES
+        render_glomerulus(c, seed=seed, severity=0, stain=stain).image.tobytes() for c in CLASSES
     }
     assert len(pictures) == 1
 
@@ -101,15 +101,15 @@ def test_no_class_can_be_recognised_at_severity_zero(seed: int, stain: str) -> N
 @settings(deadline=None, max_examples=8)
 @given(seed=st.integers(0, 2**32))
 def test_class_and_severity_change_neither_optics_nor_the_tissue_around(seed: int) -> None:
-    """Stain, blur, noise, light and tubules are drawn alike: the corners are the same pixels."""
-    pictures = [np.asarray(render_phantom(c, seed=seed, severity=1).image) for c in CLASSES]
+    """Stain, blur, noise, light and tubules are alike: the corners are the same pixels."""
+    pictures = [np.asarray(render_glomerulus(c, seed=seed, severity=1).image) for c in CLASSES]
     quarters = [np.split(corners(picture[..., 1], 0.1), 4) for picture in pictures]
-    for class_name, found in zip(CLASSES, quarters, strict=True):
-        same = sum(np.array_equal(a, b) for a, b in zip(quarters[0], found, strict=True))
+    for class_name, quarter in zip(CLASSES, quarters, strict=True):
+        same = sum(np.array_equal(a, b) for a, b in zip(quarters[0], quarter, strict=True))
         # The tubule that an atubular glomerulus lacks may reach into one corner.
         assert same >= (3 if class_name == "atubular" else 4), (class_name, same)
-    drawn = [render_phantom(c, seed=seed) for c in CLASSES]
-    assert len({p.stain for p in drawn}) == len({p.severity for p in drawn}) == 1
+    images = [render_glomerulus(c, seed=seed) for c in CLASSES]
+    assert len({p.stain for p in images}) == len({p.severity for p in images}) == 1
 
 
 @pytest.mark.parametrize("class_name", LESIONS)
@@ -117,18 +117,18 @@ def test_the_picture_departs_from_viable_steadily_with_severity(class_name: str)
     steps = (0.0, 0.01, 0.25, 0.5, 1.0)
     distance = np.zeros(len(steps))
     for seed in range(12):
-        pictures = [grey(render_phantom(class_name, seed=seed, severity=s).image) for s in steps]
+        pictures = [grey(render_glomerulus(class_name, seed=seed, severity=s).image) for s in steps]
         distance += [np.abs(p - pictures[0]).mean() for p in pictures]
     assert (np.diff(distance) > 0).all(), distance
     assert distance[1] < 0.15 * distance[-1]  # no jump at the start
 
 
 @pytest.mark.parametrize("size", [16, 63, 96, 160])
-def test_every_size_shows_the_same_drawing(size: int) -> None:
+def test_every_size_shows_the_same_glomerulus(size: int) -> None:
     for class_name in CLASSES:
         patient = draw_patient(4)
-        large = render_phantom(class_name, seed=8, size=192, patient=patient).image
-        image = render_phantom(class_name, seed=8, size=size, patient=patient).image
+        large = render_glomerulus(class_name, seed=8, size=192, patient=patient).image
+        image = render_glomerulus(class_name, seed=8, size=size, patient=patient).image
         assert image.size == (size, size)
         assert image.mode == "RGB"
         shrunk = np.asarray(large.resize((16, 16), Image.Resampling.BOX), dtype=float)
@@ -140,27 +140,27 @@ def test_patients_differ_and_mark_their_pictures() -> None:
     patients = [draw_patient(seed) for seed in range(5)]
     assert len({p.hue for p in patients}) == 5
     assert draw_patient(2) == patients[2]
-    phantoms = [render_phantom("viable", seed=1, patient=p) for p in patients]
-    assert [p.patient_id for p in phantoms] == [p.patient_id for p in patients]
-    assert len({p.image.tobytes() for p in phantoms}) == 5
+    images = [render_glomerulus("viable", seed=1, patient=p) for p in patients]
+    assert [p.patient_id for p in images] == [p.patient_id for p in patients]
+    assert len({p.image.tobytes() for p in images}) == 5
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: render_phantom("ischaemic", seed=0), "Did you mean 'ischemic'"),
-        (lambda: render_phantom("viable", seed=0, stain="pas"), "Did you mean 'PAS'"),
-        (lambda: render_phantom("viable", seed=0, severity=1.1), "severity of 0 to 1"),
-        (lambda: render_phantom("viable", seed=0, severity=float("nan")), "severity of 0 to 1"),
-        (lambda: render_phantom("viable", seed=-1), "seed of 0 or more"),
-        (lambda: render_phantom("viable", seed=0, size=8), "size of 16 to 1024"),
+        (lambda: render_glomerulus("ischaemic", seed=0), "Did you mean 'ischemic'"),
+        (lambda: render_glomerulus("viable", seed=0, stain="pas"), "Did you mean 'PAS'"),
+        (lambda: render_glomerulus("viable", seed=0, severity=1.1), "severity of 0 to 1"),
+        (lambda: render_glomerulus("viable", seed=0, severity=float("nan")), "severity of 0 to 1"),
+        (lambda: render_glomerulus("viable", seed=-1), "seed of 0 or more"),
+        (lambda: render_glomerulus("viable", seed=0, size=8), "size of 16 to 1024"),
         (lambda: draw_patient(-3), "seed of 0 or more"),
         (lambda: render_cohort(0, 5, seed=0), "at least 1 patient"),
         (lambda: render_cohort(1, 5, seed=0, classes=()), "one or more different classes"),
         (lambda: render_cohort(1, 5, seed=0, classes=("viable",) * 2), "different classes"),
     ],
 )
-def test_bad_arguments_are_told_in_a_sentence(call: Callable[[], object], message: str) -> None:
+def test_bad_arguments_are_refused_in_a_sentence(call: Callable[[], object], message: str) -> None:
     with pytest.raises(GloVLMError, match=message):
         call()
 
@@ -183,28 +183,28 @@ def test_captions_name_their_own_class_and_stain() -> None:
         "trichrome": ("trichrome",),
     }
     for class_name in CLASSES:
-        phantoms = [render_phantom(class_name, seed=seed, size=16) for seed in range(70)]
-        captions = Counter(p.caption for p in phantoms)
+        images = [render_glomerulus(class_name, seed=seed, size=16) for seed in range(70)]
+        captions = Counter(p.caption for p in images)
         assert captions[PROMPTS[class_name]] >= 8
         assert len(captions) >= 28
-        named = sum(any(w in p.caption for w in words[class_name]) for p in phantoms)
+        named = sum(any(w in p.caption for w in words[class_name]) for p in images)
         assert named >= 45  # the rest tells what is seen
-        for phantom in phantoms:
+        for item in images:
             for other in set(CLASSES) - {class_name}:
-                assert not any(w in phantom.caption for w in words[other]), phantom.caption
-            for other in set(STAINS) - {phantom.stain}:
-                assert not any(w in phantom.caption for w in dyes[other]), phantom.caption
+                assert not any(w in item.caption for w in words[other]), item.caption
+            for other in set(STAINS) - {item.stain}:
+                assert not any(w in item.caption for w in dyes[other]), item.caption
 
 
 # --- a cohort
 
 
 @pytest.fixture(scope="module")
-def cohort() -> list[Phantom]:
+def cohort() -> list[SyntheticImage]:
     return render_cohort(60, 10, seed=2024)
 
 
-def test_classes_are_balanced_within_and_over_patients(cohort: list[Phantom]) -> None:
+def test_classes_are_balanced_within_and_over_patients(cohort: list[SyntheticImage]) -> None:
     assert set(Counter(p.class_name for p in cohort).values()) == {120}
     assert set(Counter((p.patient_id, p.class_name) for p in cohort).values()) == {2}
     assert len({p.patient_id for p in cohort}) == 60
@@ -258,7 +258,7 @@ def grouped_auc(features: Array, labels: Array, patients: Array) -> float:
 
 
 def shortcut_aucs(
-    measure: Callable[[Image.Image], float], cohort: list[Phantom]
+    measure: Callable[[Image.Image], float], cohort: list[SyntheticImage]
 ) -> tuple[dict[str, float], float]:
     labels = np.array([p.class_name for p in cohort])
     patients = np.array([p.patient_id for p in cohort])
@@ -269,19 +269,19 @@ def shortcut_aucs(
 
 
 @pytest.mark.parametrize("name", SHORTCUTS)
-def test_no_shortcut_predicts_the_class(name: str, cohort: list[Phantom]) -> None:
+def test_no_shortcut_predicts_the_class(name: str, cohort: list[SyntheticImage]) -> None:
     by_class, learned = shortcut_aucs(SHORTCUTS[name], cohort)
     macro = float(np.mean(list(by_class.values())))
     shown = " ".join(f"{c} {area:.3f}" for c, area in by_class.items())
-    print(f"drawings, {name}: macro AUC {macro:.3f}, learned {learned:.3f} ({shown})")
+    print(f"synthetic images, {name}: macro AUC {macro:.3f}, learned {learned:.3f} ({shown})")
     assert macro <= SHORTCUT_LIMIT, shown
     assert max(learned, 1 - learned) <= SHORTCUT_LIMIT
 
 
-def test_a_planted_shortcut_is_caught(cohort: list[Phantom]) -> None:
-    """The guard can fail: lesions photographed slightly out of focus are found out."""
+def test_a_planted_shortcut_is_caught(cohort: list[SyntheticImage]) -> None:
+    """The guard can fail: lesions photographed slightly out of focus are detected."""
     planted = [
-        Phantom(
+        SyntheticImage(
             p.image if p.class_name == "viable" else p.image.filter(ImageFilter.GaussianBlur(0.7)),
             p.class_name,
             p.severity,
@@ -295,26 +295,26 @@ def test_a_planted_shortcut_is_caught(cohort: list[Phantom]) -> None:
     assert by_class["viable"] > 0.7
 
 
-def test_what_a_lesion_changes_is_only_reported(cohort: list[Phantom]) -> None:
+def test_what_a_lesion_changes_is_only_reported(cohort: list[SyntheticImage]) -> None:
     for name, measure in {
         "mean colour": lambda i: float(grey(i).mean()),
         "outer tuft size": tuft_size,
     }.items():
         by_class, learned = shortcut_aucs(measure, cohort)
-        print(f"drawings, {name}: learned {learned:.3f}", by_class)
+        print(f"synthetic images, {name}: learned {learned:.3f}", by_class)
         assert all(0.5 <= area <= 1 for area in by_class.values())
 
 
 def test_the_lesion_itself_can_be_learned_and_permuted_labels_cannot(
-    cohort: list[Phantom],
+    cohort: list[SyntheticImage],
 ) -> None:
     """Grey levels and texture by ring around the middle are enough to see most lesions."""
     size = cohort[0].image.width
     rows, columns = np.indices((size, size)) - size / 2
     ring = (np.hypot(rows, columns) / (size / 2) * 10).astype(int)
     features = []
-    for phantom in cohort:
-        values = grey(phantom.image)
+    for item in cohort:
+        values = grey(item.image)
         texture = np.abs(ndimage.laplace(values))
         features.append([m[ring == r].mean() for m in (values, texture) for r in range(8)])
     table = np.array(features)
@@ -322,7 +322,7 @@ def test_the_lesion_itself_can_be_learned_and_permuted_labels_cannot(
     patients = np.array([p.patient_id for p in cohort])
     auc = grouped_auc(table, labels, patients)
     permuted = grouped_auc(table, np.random.default_rng(0).permutation(labels), patients)
-    print(f"drawings, ring profile: macro AUC {auc:.3f}, permuted labels {permuted:.3f}")
+    print(f"synthetic images, ring profile: macro AUC {auc:.3f}, permuted labels {permuted:.3f}")
     assert auc > 0.8
     assert abs(permuted - 0.5) < 0.08
 
@@ -332,22 +332,22 @@ def test_the_lesion_itself_can_be_learned_and_permuted_labels_cannot(
 
 def test_a_written_cohort_reads_back(tmp_path: Path) -> None:
     folder = write_cohort(tmp_path / "cohort", 3, 5, seed=5, size=32)
-    phantoms = render_cohort(3, 5, seed=5, size=32)
+    images = render_cohort(3, 5, seed=5, size=32)
     with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0])[:4] == ["file_name", "label", "patient_id", "stain"]
-    assert len(rows) == len(phantoms) == len({row["file_name"] for row in rows})
-    for row, phantom in zip(rows, phantoms, strict=True):
-        assert row["file_name"].startswith(f"{phantom.class_name}/")
-        assert (row["label"], row["patient_id"]) == (phantom.class_name, phantom.patient_id)
-        assert (row["stain"], row["caption"]) == (phantom.stain, phantom.caption)
+    assert len(rows) == len(images) == len({row["file_name"] for row in rows})
+    for row, item in zip(rows, images, strict=True):
+        assert row["file_name"].startswith(f"{item.class_name}/")
+        assert (row["label"], row["patient_id"]) == (item.class_name, item.patient_id)
+        assert (row["stain"], row["caption"]) == (item.stain, item.caption)
         with Image.open(folder / row["file_name"]) as image:
             assert image.format == "PNG"
-            assert image.tobytes() == phantom.image.tobytes()
+            assert image.tobytes() == item.image.tobytes()
     assert sorted(p.name for p in folder.iterdir()) == sorted(
         [*CLASSES, "metadata.csv", "DRAWINGS"]
     )
-    assert "drawings" in (folder / "DRAWINGS").read_text()
+    assert "Synthetic images" in (folder / "DRAWINGS").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["cohort"]
 
 

@@ -116,13 +116,13 @@ def test_no_tile_cannot_be_taken() -> None:
 def test_a_slide_is_labelled_by_its_highest_pooled_score(j: int | None) -> None:
     scores = random_scores(40)
     pooled = pool_scores(scores, j)
-    found = pool_slide(scores, NAMES, j=j, kind="logit")
-    assert found.label == NAMES[int(np.argmax(pooled))]
-    assert list(found.scores.values()) == pytest.approx(pooled.tolist())
+    result = pool_slide(scores, NAMES, j=j, kind="logit")
+    assert result.label == NAMES[int(np.argmax(pooled))]
+    assert list(result.scores.values()) == pytest.approx(pooled.tolist())
     expected = np.exp(pooled) / np.exp(pooled).sum()
-    assert list(found.probabilities.values()) == pytest.approx(expected.tolist())
-    assert found.pooling == ("mean" if j is None else f"top_{j}")
-    assert found.n_tiles == 40
+    assert list(result.probabilities.values()) == pytest.approx(expected.tolist())
+    assert result.pooling == ("mean" if j is None else f"top_{j}")
+    assert result.n_tiles == 40
 
 
 def test_cosines_are_scaled_and_probabilities_are_shared_out() -> None:
@@ -136,8 +136,8 @@ def test_cosines_are_scaled_and_probabilities_are_shared_out() -> None:
 
 
 def test_large_logits_do_not_overflow() -> None:
-    found = pool_slide([[1e4, -1e4]], ["a", "b"], kind="logit")
-    assert found.probabilities == {"a": 1.0, "b": 0.0}
+    result = pool_slide([[1e4, -1e4]], ["a", "b"], kind="logit")
+    assert result.probabilities == {"a": 1.0, "b": 0.0}
 
 
 def test_all_ways_are_those_of_mi_zero_and_the_mean() -> None:

@@ -58,39 +58,39 @@ def test_objects_are_what_predict_says_of_their_crops(
 ) -> None:
     cut_crops(place / "s1.tiff", place / "s1.geojson", tmp_path / "crops")
     rows = load_dataset(tmp_path / "crops")["all"]
-    said = predict(*tools, rows.remove_columns("label"))
-    found = classify(place, tools, batch_size=2)
+    predictions = predict(*tools, rows.remove_columns("label"))
+    result = classify(place, tools, batch_size=2)
     with (tmp_path / "crops/metadata.csv").open(newline="") as stream:
         object_of = {row["file_name"]: row["object_id"] for row in csv.DictReader(stream)}
     names = [object_of[name] for name in rows["file_name"]]
-    crops = dict(zip(names, said.probabilities, strict=True))
+    crops = dict(zip(names, predictions.probabilities, strict=True))
     assert set(crops) == {"a", "c", "d"}
-    for item, row in zip(found.objects, found.probabilities, strict=True):
+    for item, row in zip(result.objects, result.probabilities, strict=True):
         if item.id in crops:
             assert row == pytest.approx(crops[item.id], abs=1e-5)
-    assert found.labels == ["lesion", "lesion", "lesion", "tissue"]
+    assert result.labels == ["lesion", "lesion", "lesion", "tissue"]
 
 
-def test_an_outline_drawn_twice_is_counted_once(place: Path, tools: Any, tmp_path: Path) -> None:
-    found = classify(place, tools)
-    assert found.counted.tolist() == [True, False, True, True]
-    assert found.repeats == [None, "a", None, None]
-    assert found.probabilities[1].tolist() == found.probabilities[0].tolist()
-    assert "1 of 4 outlines repeat" in found.notes[0]
-    found.save(tmp_path / "objects.parquet")
+def test_a_repeated_outline_is_counted_once(place: Path, tools: Any, tmp_path: Path) -> None:
+    result = classify(place, tools)
+    assert result.counted.tolist() == [True, False, True, True]
+    assert result.repeats == [None, "a", None, None]
+    assert result.probabilities[1].tolist() == result.probabilities[0].tolist()
+    assert "1 of 4 outlines repeat" in result.notes[0]
+    result.save(tmp_path / "objects.parquet")
     probabilities, ids = read_objects(tmp_path / "objects.parquet", "s1")
     assert ids == ["s1 a", "glomerulus g7", "s1 d"]
-    assert np.array_equal(probabilities, found.probabilities[[0, 2, 3]])
+    assert np.array_equal(probabilities, result.probabilities[[0, 2, 3]])
 
 
 def test_objects_keep_id_and_geometry_and_get_class_and_probability(
     place: Path, tools: Any, tmp_path: Path
 ) -> None:
-    found = classify(place, tools)
-    found.write_geojson(tmp_path / "objects.geojson")
+    result = classify(place, tools)
+    result.write_geojson(tmp_path / "objects.geojson")
     given = json.loads((place / "s1.geojson").read_text())["features"]
     written = json.loads((tmp_path / "objects.geojson").read_text())["features"]
-    for before, after, row in zip(given, written, found.probabilities, strict=True):
+    for before, after, row in zip(given, written, result.probabilities, strict=True):
         assert (after["id"], after["geometry"]) == (before["id"], before["geometry"])
         assert after["properties"]["measurements"]["p lesion"] == pytest.approx(row[0])
         assert after["properties"]["classification"]["name"] in ("lesion", "tissue")
@@ -119,9 +119,9 @@ def test_the_scale_must_be_that_of_the_model(
     model.config.mpp = adapted
     try:
         if fits:
-            found = classify(place, tools, allow_scale=allow)
+            result = classify(place, tools, allow_scale=allow)
             # crops of 120, 160 and 120 px at 0.5 reach 32 input pixels
-            assert found.mpp == pytest.approx(0.5 * 120 / 32)
+            assert result.mpp == pytest.approx(0.5 * 120 / 32)
         else:
             with pytest.raises(GloVLMError, match=r"adapted at 9 .* at 1.88"):
                 classify(place, tools, allow_scale=allow)
@@ -129,14 +129,14 @@ def test_the_scale_must_be_that_of_the_model(
         model.config.mpp = None
 
 
-def test_an_unknown_scale_is_said(tools: Any, tmp_path: Path) -> None:
+def test_an_unknown_scale_is_noted(tools: Any, tmp_path: Path) -> None:
     write_slide(tmp_path / "s.tiff", 600, 500, mpp=None, blobs=1)
     items = read_geojson(write_outlines(tmp_path / "s.geojson", [outline(50, 50, 80, "a")]))
     with open_slide(tmp_path / "s.tiff") as slide:
-        found = classify_objects(*tools, slide, items)
+        result = classify_objects(*tools, slide, items)
         given = classify_objects(*tools, slide, items, mpp=0.25)
-    assert found.mpp == "unknown"
-    assert "scale of the crops is not known" in found.notes[0]
+    assert result.mpp == "unknown"
+    assert "scale of the crops is not known" in result.notes[0]
     assert given.mpp == pytest.approx(0.25 * 100 / 32, rel=1e-3)
 
 

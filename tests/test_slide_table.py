@@ -42,7 +42,7 @@ def test_a_bare_table_groups_by_slide_and_takes_the_classes_order(tmp_path: Path
     assert (table.splits, table.patient_column, table.classes) == (None, None, ("b", "a", "c"))
 
 
-def test_files_are_found_by_name(tmp_path: Path) -> None:
+def test_files_are_matched_by_name(tmp_path: Path) -> None:
     table = read_slide_table(put(tmp_path / "slides.csv", "slide,label\na.svs,x\nb.svs,y\n"))
     files = [Path("h/b.h5"), Path("h/a.h5"), Path("h/other.h5")]
     assert table.match(files) == {"a": files[1], "b": files[0]}
@@ -75,7 +75,7 @@ def test_files_are_found_by_name(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_bad_tables_are_told_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+def test_bad_tables_are_refused_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     path = put(tmp_path / "slides.csv", text)
     with pytest.raises(GloVLMError, match=sentence) as caught:
         read_slide_table(path, classes=["normal", "tumour"])

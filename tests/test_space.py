@@ -1,6 +1,7 @@
 """The Space without a browser: what it takes and refuses, what it does, and its endpoints."""
 
 import csv
+import html
 import io
 import os
 import re
@@ -35,7 +36,7 @@ from gate import MAX_JSON
 from shelf import Settings, Shelf
 from uploads import (
     check_name,
-    draw_examples,
+    make_examples,
     read_patients,
     read_upload,
     read_uploads,
@@ -52,12 +53,12 @@ def shelf() -> Shelf:
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("drawings")
-    for image in draw_examples():
+    for image in make_examples():
         (folder / image.name).write_bytes(image.content)
     return sorted(folder.iterdir())
 
 
-# ------------------------------------------------------------------------------- what comes in
+# ------------------------------------------------------------------------------------- uploads
 
 
 def bomb_png(width: int, height: int) -> bytes:
@@ -215,8 +216,8 @@ def test_two_models_stay_and_pairs_say_why(tmp_path: Path) -> None:
 
 
 def test_answers_are_those_of_the_package(shelf: Shelf) -> None:
-    images, loaded = draw_examples()[:6], shelf.get("")
-    said = work.classify(loaded, images)
+    images, loaded = make_examples()[:6], shelf.get("")
+    result = work.classify(loaded, images)
     model, processor = hf_glovlm.load_backbone("mini")
     words = {c.name: list(c.prompts) for c in hf_glovlm.load_classes(work_classes())}
     inputs = processor(
@@ -227,11 +228,11 @@ def test_answers_are_those_of_the_package(shelf: Shelf) -> None:
     features = model.get_image_features(**inputs).pooler_output.detach().numpy()
     features /= (features**2).sum(1, keepdims=True) ** 0.5
     logits = model.logit_scale.exp().item() * features @ texts.T
-    assert [list(words)[k] for k in logits.argmax(1)] == [a.label for a in said.answers]
-    for answer in said.answers:
+    assert [list(words)[k] for k in logits.argmax(1)] == [a.label for a in result.answers]
+    for answer in result.answers:
         assert sum(answer.probabilities.values()) == pytest.approx(1)
-    page = pages.show_answers(said, images)
-    assert "Scores from drawings" in page
+    page = pages.show_answers(result, images)
+    assert html.escape(hf_glovlm.describe_limits(loaded.ask().config)[0]) in page
     assert "not for diagnosis" in page
 
 
@@ -244,18 +245,18 @@ def work_classes() -> list[str]:
 def test_names_and_sentences_are_escaped(shelf: Shelf) -> None:
     name = "<img src=x onerror=alert(1)>.png"
     image = read_upload(name, png())
-    said = work.classify(shelf.get(""), [image])
-    shown = pages.show_tray([image], [name]) + pages.show_answers(said, [image])
+    result = work.classify(shelf.get(""), [image])
+    shown = pages.show_tray([image], [name]) + pages.show_answers(result, [image])
     assert "<img src=x" not in shown
     assert work.to_csv([{"file_name": "=cmd()"}], [], []).splitlines()[1].startswith("'=cmd()")
 
 
 def test_own_words(shelf: Shelf) -> None:
-    loaded, images = shelf.get(""), draw_examples()[:3]
+    loaded, images = shelf.get(""), make_examples()[:3]
     prompts = work.read_words("scar: a sclerotic glomerulus | collagen\n\nopen : viable glomerulus")
     assert prompts == {"scar": [" a sclerotic glomerulus ", " collagen"], "open ": []} or prompts
-    said = work.classify(work.ask_in_words(loaded, prompts), images)
-    assert {a.label for a in said.answers} <= {"scar", "open"}
+    result = work.classify(work.ask_in_words(loaded, prompts), images)
+    assert {a.label for a in result.answers} <= {"scar", "open"}
     assert loaded.ask().config.num_labels == 5  # the shared model is as it was
     for text, reason in (
         ("a: x", "two classes"), ("a: x\nb", "colon"), ("a: x\na: y", "twice"),
@@ -267,7 +268,7 @@ def test_own_words(shelf: Shelf) -> None:
 
 @pytest.mark.parametrize("method", ["rollout", "gradient", "similarity", "occlusion"])
 def test_heat_maps(shelf: Shelf, method: str) -> None:
-    image = draw_examples()[3]
+    image = make_examples()[3]
     heat = work.draw_heat(shelf.get(""), image, method, "viable")
     assert heat.about["target"] == "viable"
     assert len(heat.about["values"]) == 8
@@ -276,52 +277,56 @@ def test_heat_maps(shelf: Shelf, method: str) -> None:
 
 def support() -> dict[str, list[Any]]:
     labels = ("viable", "global_sclerosis")
-    return {x: [i for i in draw_examples() if i.label == x] for x in labels}
+    return {x: [i for i in make_examples() if i.label == x] for x in labels}
 
 
 def test_adapting_measures_by_patient_and_can_be_loaded(shelf: Shelf, tmp_path: Path) -> None:
-    told: list[float] = []
+    shares: list[float] = []
     loaded = shelf.get("")
     before = {k: v.clone() for k, v in loaded.towers.state_dict().items()}
-    taught = work.teach(loaded, support(), "tip_adapter", tell=lambda p, what: told.append(p))
-    assert told == sorted(told)
-    assert told[-1] == 1
-    assert taught.results is not None
-    assert taught.results["n_groups"] == 4
-    assert "Each of 4 patients" in taught.estimate
+    adapted = work.adapt_classifier(
+        loaded, support(), "tip_adapter", on_progress=lambda p, what: shares.append(p)
+    )
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert adapted.results is not None
+    assert adapted.results["n_groups"] == 4
+    assert "Each of 4 patients" in adapted.estimate
     assert all((before[k] == v).all() for k, v in loaded.towers.state_dict().items())
     assert all(weight.requires_grad for weight in loaded.towers.parameters())
-    said = work.classify(taught.loaded, draw_examples()[:2])
-    assert said.neighbours[0][0][0] == 0  # the nearest support image of the first is itself
-    assert draw_examples()[0].name in pages.show_answers(said, draw_examples()[:2], taught.support)
-    archive = zipfile.ZipFile(work.zip_model(taught, tmp_path, Settings()))
+    result = work.classify(adapted.loaded, make_examples()[:2])
+    assert result.neighbours[0][0][0] == 0  # the nearest support image of the first is itself
+    assert make_examples()[0].name in pages.show_answers(
+        result, make_examples()[:2], adapted.support
+    )
+    archive = zipfile.ZipFile(work.zip_model(adapted, tmp_path, Settings()))
     archive.extractall(tmp_path / "out")
     everything = b"".join(archive.read(n) for n in archive.namelist() if "safetensors" not in n)
     assert b"P001" not in everything
     assert b"drawing_" not in everything
     card = archive.read("model/README.md").decode()
-    assert taught.estimate in card
+    assert adapted.estimate in card
     assert "not for diagnosis" in card
-    assert card.count("(drawings)") == 3
+    assert card.count("(synthetic images)") == 3
     yaml.safe_load(card.split("---")[1])
     again = Shelf(Settings(folders=True)).get(str(tmp_path / "out" / "model"))
-    repeat = work.classify(again, draw_examples()[:2])
-    for a, b in zip(said.answers, repeat.answers, strict=True):
+    repeat = work.classify(again, make_examples()[:2])
+    for a, b in zip(result.answers, repeat.answers, strict=True):
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
 
 
-def test_without_patients_nothing_is_claimed(shelf: Shelf) -> None:
+def test_without_patients_no_performance_is_estimated(shelf: Shelf) -> None:
     unknown = {
         label: [read_upload(f"{label}{i}.png", image.content) for i, image in enumerate(part)]
         for label, part in support().items()
     }
-    taught = work.teach(shelf.get(""), unknown, "prototype")
-    assert taught.results is None
-    assert "cannot be estimated from this upload: no patient ids" in taught.estimate
+    adapted = work.adapt_classifier(shelf.get(""), unknown, "prototype")
+    assert adapted.results is None
+    assert "cannot be estimated from this upload: no patient ids" in adapted.estimate
     some = {image.name: "P1" for image in unknown["viable"]}
-    assert "of 4 of 8" in work.teach(shelf.get(""), unknown, "prototype", some).estimate
+    assert "of 4 of 8" in work.adapt_classifier(shelf.get(""), unknown, "prototype", some).estimate
     one = some | {image.name: f"P{i}" for i, image in enumerate(unknown["global_sclerosis"])}
-    estimate = work.teach(shelf.get(""), unknown, "prototype", one).estimate
+    estimate = work.adapt_classifier(shelf.get(""), unknown, "prototype", one).estimate
     assert "'viable' has 1" in estimate
 
 
@@ -334,17 +339,17 @@ def test_what_cannot_be_adapted(shelf: Shelf) -> None:
         (both, "transclip", "Unknown method"),
     ):
         with pytest.raises(GloVLMError, match=reason):
-            work.teach(shelf.get(""), given, method)
+            work.adapt_classifier(shelf.get(""), given, method)
     assert {"linear_probe", "tip_adapter", "clip_adapter"} <= set(cross_validation.frozen_methods())
 
 
 def test_no_derivatives_stay_on_the_machine(shelf: Shelf, tmp_path: Path) -> None:
-    taught = work.teach(shelf.get(""), support(), "prototype")
-    taught.loaded.ask().config.backbone_restrictions = ["no-derivatives"]
+    adapted = work.adapt_classifier(shelf.get(""), support(), "prototype")
+    adapted.loaded.ask().config.backbone_restrictions = ["no-derivatives"]
     with pytest.raises(GloVLMError, match="forbids"):
-        work.zip_model(taught, tmp_path / "hosted", Settings())
+        work.zip_model(adapted, tmp_path / "hosted", Settings())
     assert not (tmp_path / "hosted").exists()
-    assert work.zip_model(taught, tmp_path / "own", Settings(folders=True)).is_file()
+    assert work.zip_model(adapted, tmp_path / "own", Settings(folders=True)).is_file()
 
 
 # -------------------------------------------------------------------------------- the endpoints
@@ -366,19 +371,19 @@ def client(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Client:
 
 def test_endpoints(client: Client, files: list[Path], served: Served) -> None:
     two = [handle_file(str(path)) for path in files[:2]]
-    said = client.predict(two, api_name="/classify")
-    assert [a["file_name"] for a in said["answers"]] == [path.name for path in files[:2]]
-    assert said["limits"][-1] == "Research use only, not for diagnosis."
+    result = client.predict(two, api_name="/classify")
+    assert [a["file_name"] for a in result["answers"]] == [path.name for path in files[:2]]
+    assert result["limits"][-1] == "Research use only, not for diagnosis."
     described = client.predict(api_name="/describe")
-    assert [c["name"] for c in described["classes"]] == list(said["answers"][0]["probabilities"])
+    assert [c["name"] for c in described["classes"]] == list(result["answers"][0]["probabilities"])
     words = {"a": ["a scar"], "b": ["an open glomerulus"]}
     assert client.predict(two, words, api_name="/own_words")["answers"][0]["label"] in words
     assert client.predict(two, "mini", "mini", api_name="/compare")["same"] == 2
     table = list(csv.DictReader(io.StringIO(client.predict(two, api_name="/batch"))))
-    assert table[0]["predicted"] == said["answers"][0]["label"]
-    assert "drawings" in table[0]["note"]
+    assert table[0]["predicted"] == result["answers"][0]["label"]
+    assert table[0]["note"] == " ".join(described["limits"])
     heat = client.predict(two[0], api_name="/heat_map")
-    assert heat["target"] == said["answers"][0]["label"]
+    assert heat["target"] == result["answers"][0]["label"]
     assert set(client.view_api(return_format="dict")["named_endpoints"]) == {
         "/describe", "/classify", "/own_words", "/compare", "/batch", "/heat_map", "/adapt",
     }  # fmt: skip

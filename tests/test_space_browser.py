@@ -21,7 +21,7 @@ from hf_glovlm.lab.phantoms import write_cohort
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 from test_space import BAD, png  # noqa: E402
-from uploads import draw_examples  # noqa: E402
+from uploads import make_examples  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = [
@@ -72,12 +72,12 @@ class Visit:
         self.page.get_by_role("tab", name=tab, exact=True).click()
 
     def wait(self, selector: str, count: int | None = None) -> Any:
-        found = self.page.locator(selector)
+        elements = self.page.locator(selector)
         if count is None:
-            found.first.wait_for(state="visible")
+            elements.first.wait_for(state="visible")
         else:
-            playwright.expect(found).to_have_count(count, timeout=WAIT)
-        return found
+            playwright.expect(elements).to_have_count(count, timeout=WAIT)
+        return elements
 
     def choose(self, box: str, option: str) -> None:
         self.page.locator(f"{box} input").click()
@@ -118,18 +118,18 @@ def visit(browser: Any, served: Served, request: pytest.FixtureRequest) -> Itera
 
 
 @pytest.fixture(scope="module")
-def drawings(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("drawings")
-    for image in draw_examples():
+    for image in make_examples():
         patient, name = image.patient, image.label
         (folder / f"{patient}_{name}.png").write_bytes(image.content)
     return sorted(folder.iterdir())
 
 
-def test_classify_explain_and_own_words(visit: Visit, drawings: list[Path]) -> None:
+def test_classify_explain_and_own_words(visit: Visit, examples: list[Path]) -> None:
     page = visit.page
     assert "not for diagnosis" in page.content()
-    visit.drop("#images", drawings[:2])
+    visit.drop("#images", examples[:2])
     visit.wait("#tray img", 2)
     page.click("#examples")
     visit.wait("#tray img", 7)
@@ -139,7 +139,8 @@ def test_classify_explain_and_own_words(visit: Visit, drawings: list[Path]) -> N
     visit.wait("#tray img", 5)
     page.click("button#classify")
     visit.wait("#answers article", 5)
-    assert "Scores from drawings" in page.inner_text("#answers")
+    limits = hf_glovlm.describe_limits(hf_glovlm.load_backbone("mini")[0].config)
+    assert limits[0] in page.inner_text("#answers")
     visit.shoot("classify")
     page.get_by_role("button", name="Prompts and definitions").click()
     assert "Capillary loops open" in visit.wait("#words table").inner_text()
@@ -195,10 +196,10 @@ def test_bad_uploads_are_refused_on_the_page(visit: Visit, tmp_path: Path) -> No
     assert "<b>good" in visit.page.inner_text("#tray").replace("\n", "")
 
 
-def test_adapt_use_compare_and_batch(visit: Visit, drawings: list[Path], tmp_path: Path) -> None:
+def test_adapt_use_compare_and_batch(visit: Visit, examples: list[Path], tmp_path: Path) -> None:
     page = visit.page
     visit.open("Adapt")
-    by_class = {x: [f for f in drawings if x in f.name] for x in ("viable", "global_sclerosis")}
+    by_class = {x: [f for f in examples if x in f.name] for x in ("viable", "global_sclerosis")}
     visit.label(by_class)
     visit.choose("#adapt-method", "tip_adapter:")
     page.click("#adapt-start")
@@ -232,7 +233,7 @@ def test_adapt_use_compare_and_batch(visit: Visit, drawings: list[Path], tmp_pat
 
     visit.open("Batch")
     (tmp_path / "broken.png").write_bytes(b"broken")
-    visit.drop("#batch-images", [*drawings, tmp_path / "broken.png"])
+    visit.drop("#batch-images", [*examples, tmp_path / "broken.png"])
     visit.wait("#batch-images .file-preview, #batch-images table")
     page.click("#batch-run")
     visit.wait("text=20 images classified, 1 refused.")
@@ -249,7 +250,7 @@ def test_adapt_use_compare_and_batch(visit: Visit, drawings: list[Path], tmp_pat
     visit.wait("#class-tray-0 img", 0)
     table = tmp_path / "patients.csv"
     table.write_text(
-        "file_name,patient_id\n" + "".join(f"{f.name},{f.name[:4]}\n" for f in drawings)
+        "file_name,patient_id\n" + "".join(f"{f.name},{f.name[:4]}\n" for f in examples)
     )
     visit.label(by_class)
     page.get_by_label("File names begin with the patient").uncheck()

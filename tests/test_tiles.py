@@ -1,4 +1,4 @@
-"""Tissue found on drawn slides, and grids held against counting pixel by pixel."""
+"""Tissue masks of synthetic slides, and tile grids held against counting pixel by pixel."""
 
 from pathlib import Path
 from typing import Any
@@ -121,15 +121,16 @@ def test_overlapping_tiles_are_one_step_apart_and_reach_the_edge(
 
 
 @pytest.mark.parametrize(
-    ("mpp", "extent", "found"), [(None, 100, 0.25), (0.25, 100, 0.25), (0.5, 200, 0.5), (1, 400, 1)]
+    ("mpp", "extent", "tile_mpp"),
+    [(None, 100, 0.25), (0.25, 100, 0.25), (0.5, 200, 0.5), (1, 400, 1)],
 )
-def test_a_wanted_scale_decides_how_much_of_the_slide_a_tile_spans(
-    mpp: float | None, extent: int, found: float
+def test_the_target_scale_decides_how_much_of_the_slide_a_tile_spans(
+    mpp: float | None, extent: int, tile_mpp: float
 ) -> None:
     slide = blank(1000, 1000, mpp=0.25)
     mask = TissueMask(np.ones((10, 10), bool), (100, 100), 0.1)
     grid = lay_tiles(slide, mask, tile_size=100, mpp=mpp)
-    assert (grid.extent, grid.mpp, len(grid)) == (extent, found, len(grid.coords))
+    assert (grid.extent, grid.mpp, len(grid)) == (extent, tile_mpp, len(grid.coords))
 
 
 WRONG = [
@@ -154,26 +155,26 @@ def test_an_impossible_grid_is_refused(settings: dict[str, Any], words: str) -> 
 # --------------------------------------------------------------------------------- tissue
 
 
-def test_drawn_tissue_is_found_and_pen_is_not(tmp_path: Path) -> None:
+def test_synthetic_tissue_is_segmented_and_pen_is_not(tmp_path: Path) -> None:
     pens = [(40, 60, 190), (20, 125, 70), (25, 25, 30)]
     marks = [((30, 30 + 90 * k, 500, 45), ink) for k, ink in enumerate(pens)]
-    drawn = write_slide(tmp_path / "a.tif", 3000, 2000, lesions=3, marks=marks, seed=3)
-    with open_slide(drawn["path"]) as slide:
+    slide_facts = write_slide(tmp_path / "a.tif", 3000, 2000, lesions=3, marks=marks, seed=3)
+    with open_slide(slide_facts["path"]) as slide:
         mask = find_tissue(slide)
         grid = lay_tiles(slide, mask, min_tissue=0.25)
     rows, columns = mask.array.shape
     x = (np.arange(columns) + 0.5) * mask.downsample[0]
     y = ((np.arange(rows) + 0.5) * mask.downsample[1])[:, None]
     truth = np.zeros((rows, columns), bool)
-    for cx, cy, rx, ry in drawn["blobs"]:
+    for cx, cy, rx, ry in slide_facts["blobs"]:
         truth |= ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1
     for left, top, width, height in (box for box, _ in marks):
         inked = (x >= left) & (x < left + width) & (y >= top) & (y < top + height)
         assert not (mask.array & inked & ~truth).any()
         truth &= ~inked
     assert (mask.array & truth).sum() / (mask.array | truth).sum() > 0.95
-    found = {tuple(c) for c in grid.coords.tolist()}
-    assert {box[:2] for box in drawn["lesions"]} <= found
+    result = {tuple(c) for c in grid.coords.tolist()}
+    assert {box[:2] for box in slide_facts["lesions"]} <= result
 
 
 def test_the_overview_stays_small_however_large_the_slide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +199,7 @@ STAINS = {
 
 @pytest.mark.parametrize("stain", STAINS)
 @pytest.mark.parametrize("glass", GLASSES)
-def test_every_stain_is_told_from_every_glass(glass: str, stain: str) -> None:
+def test_every_stain_is_segmented_from_every_glass(glass: str, stain: str) -> None:
     rng = np.random.default_rng(0)
     pixels = np.full((400, 500, 3), GLASSES[glass], float)
     pixels[100:300, 150:400] = STAINS[stain]

@@ -1,4 +1,4 @@
-"""Slides: every format opened or refused, scales told apart, pixels right, labels never read."""
+"""Slides: every format opened or refused, scales distinguished, pixels right, labels never read."""
 
 import sys
 from collections.abc import Callable
@@ -37,10 +37,10 @@ def test_a_real_file_opens_or_is_refused_in_one_sentence(shared: Path, name: str
     if isinstance(expected, str):
         with pytest.raises(GloVLMError) as caught:
             open_slide(path)
-        said = str(caught.value)
-        assert expected in said
-        assert "\n" not in said
-        assert said.count(". ") == 0
+        message = str(caught.value)
+        assert expected in message
+        assert "\n" not in message
+        assert message.count(". ") == 0
         return
     with open_slide(path) as slide:
         assert (slide.size, slide.mpp, slide.mpp_source, slide.reader) == expected
@@ -60,17 +60,17 @@ def test_both_readers_see_the_same_real_pixels(shared: Path, name: str) -> None:
     with open_slide(path) as one, Slide(path, _TiffReader(path)) as other:
         assert (one.levels, one.mpp) == (other.levels, other.mpp)
         for box, scale in [((900, 1500, 120, 90), 1.0), ((-30, 700, 600, 400), 2.5)]:
-            found = [np.asarray(s.read(*box, downsample=scale), int) for s in (one, other)]
+            result = [np.asarray(s.read(*box, downsample=scale), int) for s in (one, other)]
             # OpenSlide shifts a coarser level by parts of a pixel.
-            assert abs(found[0] - found[1]).mean() <= (0 if scale == 1 else 0.5)
+            assert abs(result[0] - result[1]).mean() <= (0 if scale == 1 else 0.5)
 
 
 # ---------------------------------------------------------------------------------- pixels
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("slides") / "drawn.tif"
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("slides") / "synthetic.tif"
     write_slide(path, 1100, 700, lesions=2, lesion_side=64, compression="deflate", tile=128)
     return path
 
@@ -89,36 +89,38 @@ READERS: dict[str, Callable[[Path], Slide]] = {
     height=st.integers(1, 500),
 )
 def test_any_part_has_the_pixels_of_the_file(
-    drawn: Path, reader: str, x: int, y: int, width: int, height: int
+    synthetic: Path, reader: str, x: int, y: int, width: int, height: int
 ) -> None:
-    whole = np.pad(tifffile.imread(drawn), ((900, 900), (900, 900), (0, 0)), constant_values=255)
-    with READERS[reader](drawn) as slide:
-        found = np.asarray(slide.read(x, y, width, height))
-    assert np.array_equal(found, whole[900 + y :, 900 + x :][:height, :width])
+    whole = np.pad(
+        tifffile.imread(synthetic), ((900, 900), (900, 900), (0, 0)), constant_values=255
+    )
+    with READERS[reader](synthetic) as slide:
+        result = np.asarray(slide.read(x, y, width, height))
+    assert np.array_equal(result, whole[900 + y :, 900 + x :][:height, :width])
 
 
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("downsample", [0.5, 1.3, 2.0, 3.7, 8.0])
 def test_a_coarser_part_is_the_average_of_the_fine_one(
-    drawn: Path, reader: str, downsample: float
+    synthetic: Path, reader: str, downsample: float
 ) -> None:
-    whole = Image.fromarray(tifffile.imread(drawn))
+    whole = Image.fromarray(tifffile.imread(synthetic))
     side = round(480 / downsample)
     expected = whole.resize((side, side), Image.Resampling.BOX, box=(300, 90, 780, 570))
-    with READERS[reader](drawn) as slide:
-        found = slide.read(300, 90, 480, 480, downsample=downsample)
-    assert found.size == (side, side)
-    # The drawing's coarser levels have noise of their own; edges of blobs may differ by a filter.
-    gap = np.abs(np.asarray(found, float) - np.asarray(expected, float))
+    with READERS[reader](synthetic) as slide:
+        result = slide.read(300, 90, 480, 480, downsample=downsample)
+    assert result.size == (side, side)
+    # Coarser levels have noise of their own; edges of blobs may differ by a filter.
+    gap = np.abs(np.asarray(result, float) - np.asarray(expected, float))
     assert gap.mean() < (6 if downsample < 2 else 9)
-    assert np.asarray(found, float).mean() == pytest.approx(np.asarray(expected).mean(), abs=1)
+    assert np.asarray(result, float).mean() == pytest.approx(np.asarray(expected).mean(), abs=1)
 
 
 @pytest.mark.parametrize("downsample", [1.0, 1.7, 5.0])
 def test_blocks_meet_without_a_seam(
-    drawn: Path, monkeypatch: pytest.MonkeyPatch, downsample: float
+    synthetic: Path, monkeypatch: pytest.MonkeyPatch, downsample: float
 ) -> None:
-    with open_slide(drawn) as slide:
+    with open_slide(synthetic) as slide:
         one = np.asarray(slide.read(-40, -20, 1200, 800, downsample=downsample), int)
         monkeypatch.setattr(wsi, "BLOCK", 200)
         many = np.asarray(slide.read(-40, -20, 1200, 800, downsample=downsample), int)
@@ -129,9 +131,9 @@ def test_blocks_meet_without_a_seam(
     ("downsample", "level"), [(1.0, 0), (1.9, 0), (2.0, 1), (3.0, 1), (4.2, 2), (50.0, 3)]
 )
 def test_the_nearest_finer_level_is_read_and_no_more_than_needed(
-    drawn: Path, downsample: float, level: int
+    synthetic: Path, downsample: float, level: int
 ) -> None:
-    with open_slide(drawn) as slide:
+    with open_slide(synthetic) as slide:
         asked: list[tuple[int, ...]] = []
         read = slide._file.read
 
@@ -155,16 +157,16 @@ def test_what_was_never_written_is_white_and_transparency_is_over_white(tmp_path
         sparse, tiles, shape=(128, 128, 3), dtype=np.uint8, tile=(64, 64), photometric="rgb"
     )
     with READERS["tifffile"](sparse) as slide:
-        found = np.asarray(slide.read(0, 0, 128, 128))
-    assert (found[:64, :64] == 9).all()
-    assert (found[:64, 64:] == 255).all()
+        result = np.asarray(slide.read(0, 0, 128, 128))
+    assert (result[:64, :64] == 9).all()
+    assert (result[:64, 64:] == 255).all()
     clear = np.zeros((40, 50, 4), np.uint8)
     clear[:20, :, 3] = 255
     tifffile.imwrite(tmp_path / "clear.tif", clear, photometric="rgb", extrasamples=["unassalpha"])
     with open_slide(tmp_path / "clear.tif") as slide:
-        found = np.asarray(slide.read(0, 0, 50, 40))
-    assert (found[:20] == 0).all()
-    assert (found[20:] == 255).all()
+        result = np.asarray(slide.read(0, 0, 50, 40))
+    assert (result[:20] == 0).all()
+    assert (result[20:] == 255).all()
 
 
 @pytest.mark.parametrize("compression", [None, "deflate"])
@@ -182,11 +184,11 @@ def test_a_plain_tiff_is_read_in_strips_or_through_the_file_system(
 
 
 def test_decoded_pieces_are_kept_up_to_a_bound(
-    drawn: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wsi, "CACHE_BYTES", 4 * 128 * 128 * 3)
-    reader = _TiffReader(drawn)
-    with Slide(drawn, reader) as slide:
+    reader = _TiffReader(synthetic)
+    with Slide(synthetic, reader) as slide:
         slide.read(0, 0, *slide.size)
         assert 0 < reader._cached <= wsi.CACHE_BYTES
         assert reader._cached == sum(0 if s is None else s.nbytes for s in reader._cache.values())
@@ -309,7 +311,7 @@ def test_ome_tiff_keeps_its_pyramid_and_its_scale(
 
 
 @pytest.mark.parametrize(("mpp", "flagged"), [(0.5, False), (0.54, False), (0.25, True)])
-def test_a_given_scale_wins_and_a_contradiction_is_said(
+def test_a_given_scale_wins_and_a_contradiction_is_flagged(
     tmp_path: Path, mpp: float, flagged: bool
 ) -> None:
     path = tmp_path / "a.tif"
@@ -399,12 +401,12 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [((0, 0, 0, 5, 1.0), "at least one pixel"), ((0, 0, 10**5, 10**5, 1.0), "too large")],
 )
 def test_an_impossible_part_is_refused(
-    drawn: Path, part: tuple[int, int, int, int, float], words: str
+    synthetic: Path, part: tuple[int, int, int, int, float], words: str
 ) -> None:
-    with open_slide(drawn) as slide, pytest.raises(GloVLMError, match=words):
+    with open_slide(synthetic) as slide, pytest.raises(GloVLMError, match=words):
         slide.read(*part[:4], downsample=part[4])
     with pytest.raises(GloVLMError, match="positive number"):
-        open_slide(drawn, mpp=-1)
+        open_slide(synthetic, mpp=-1)
 
 
 # ---------------------------------------------------------------------------------- names
@@ -438,7 +440,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("name", "word"), NAMES)
-def test_names_that_may_tell_a_patient_are_flagged(name: str, word: str) -> None:
+def test_names_that_may_identify_a_patient_are_flagged(name: str, word: str) -> None:
     flags = name_flags(name)
     assert bool(flags) == bool(word)
     assert word in " ".join(flags)

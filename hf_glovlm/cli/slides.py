@@ -215,7 +215,7 @@ def crops(
     for what, n in (
         ("without a class, not cut", len(done.unlabelled)),
         ("outlined twice, cut once", len(done.duplicates)),
-        ("flagged and left out", len(done.left_out)),
+        ("flagged and left out", len(done.skipped)),
         ("too small to be an object", done.specks),
         *done.flags.items(),
     ):

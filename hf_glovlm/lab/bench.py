@@ -1,7 +1,7 @@
-"""Ratios measured inside one run on this machine: what the package's own ways gain or cost.
+"""Benchmarks as ratios measured inside one run: what the package's own ways gain or cost.
 
 Seconds depend on the machine and on what else it does; a ratio of two timings taken one after the
-other depends on it far less. The images are drawings, and no quality is measured here.
+other depends on it far less. The images are synthetic, and no quality is measured here.
 """
 
 import json
@@ -42,7 +42,7 @@ def bench_metrics(
     loop_resamples: int = 20,
     seed: int = 0,
 ) -> list[Row]:
-    """Time the bootstrap over groups, and plain loops over the resamples.
+    """Benchmark of the bootstrap over groups, against plain loops over the resamples.
 
     Args:
         n: Predictions.
@@ -72,7 +72,7 @@ def bench_metrics(
 
     seconds = _shortest(fast, 3)
     rows_of = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    drawn = rng.integers(len(rows_of), size=(loop_resamples, len(rows_of)))
+    resamples = rng.integers(len(rows_of), size=(loop_resamples, len(rows_of)))
     what = f"{n_resamples} resamples of {n} predictions, {n_groups} groups, {n_classes} classes"
     rows = [_row("metrics.bootstrap", seconds, "s", None, f"{what}: every metric, all intervals")]
     own = partial(compute_metrics, n_resamples=0)
@@ -82,12 +82,12 @@ def bench_metrics(
     ):
         point(labels, probabilities)  # imports
         start = time.perf_counter()
-        for of in drawn:
-            sample = np.concatenate([rows_of[g] for g in of])
+        for sampled in resamples:
+            sample = np.concatenate([rows_of[g] for g in sampled])
             point(labels[sample], probabilities[sample])
         loop = (time.perf_counter() - start) / loop_resamples * n_resamples
-        said = f"the same in a loop with {by}, extrapolated from {loop_resamples} resamples"
-        rows.append(_row(name, loop, "s", loop / seconds, f"{said}; ratio: times the bootstrap"))
+        note = f"the same in a loop with {by}, extrapolated from {loop_resamples} resamples"
+        rows.append(_row(name, loop, "s", loop / seconds, f"{note}; ratio: times the bootstrap"))
     return rows
 
 
@@ -133,12 +133,12 @@ def plain_metrics(
 def bench_cache(
     *, backbone: str = "mini", n_patients: int = 8, per_patient: int = 10, repeats: int = 3
 ) -> list[Row]:
-    """Time encoding drawings with an empty feature cache, and again from the cache.
+    """Benchmark of the feature cache: encoding synthetic images with an empty cache, then from it.
 
     Args:
         backbone: As `--backbone` takes it.
-        n_patients: Patients drawn.
-        per_patient: Drawings of each.
+        n_patients: Synthetic patients.
+        per_patient: Images of each.
         repeats: Timings of each kind, of which the shortest counts.
 
     Returns:
@@ -152,7 +152,7 @@ def bench_cache(
 
     model, processor = load_backbone(backbone)
     with tempfile.TemporaryDirectory() as folder:
-        images = _drawings(Path(folder), n_patients, per_patient)
+        images = _synthetic_images(Path(folder), n_patients, per_patient)
         caches = [FeatureCache(Path(folder) / f"cache-{i}") for i in range(repeats + 1)]
         cold = embed_images(model, processor, images, cache=caches[0])  # and first-call costs
         empty = iter(caches[1:])
@@ -163,7 +163,7 @@ def bench_cache(
         raise GloVLMError(
             "The cached features differ from the computed ones: report this as a bug."
         )
-    what = f"{len(images)} drawings, {model.config.backbone_name or backbone}"
+    what = f"{len(images)} synthetic images, {model.config.backbone_name or backbone}"
     return [
         _row("cache.cold", slow, "s", None, f"{what}: decoded, encoded and stored"),
         _row("cache.warm", fast, "s", slow / fast, f"{what}: looked up; ratio: times faster"),
@@ -191,7 +191,7 @@ def bench_encode(
     batch_size: int = 16,
     repeats: int = 3,
 ) -> list[Row]:
-    """Time loading and encoding, against the bare transformers module.
+    """Benchmark of loading and encoding, against the bare transformers module.
 
     Of each pair the two take turns, so that what else the machine does slows both.
 
@@ -274,10 +274,10 @@ def _bench_load(bare: Any, model: Any, folder: Path, what: str, repeats: int) ->
     _same(0, different, 0, "the number of loaded tensors that differ")
     ways = [partial(load, folder) for load in (_load_bare, _load_ours)]
     plain, ours = _shortest_in_turn(ways, 3 * repeats)  # short, so more often
-    said = f"{what}: load_backbone of it, with tokenizer, as converted; ratio: times the time"
+    note = f"{what}: load_backbone of it, with tokenizer, as converted; ratio: times the time"
     return [
         _row("encode.load_bare", plain, "s", None, f"{what}: from_pretrained of a folder"),
-        _row("encode.load", ours, "s", ours / plain, said),
+        _row("encode.load", ours, "s", ours / plain, note),
     ]
 
 
@@ -300,10 +300,10 @@ def _bench_tower(
     # One batch, often: short timings in turn meet the same machine.
     plain, ours = _shortest_in_turn([pool_bare, pool_ours], repeats * len(batches))
     n = len(batches[0]["pixel_values"])
-    said = f"{what}: through GloVLMModel; ratio: part of the bare tower's rate"
+    note = f"{what}: through GloVLMModel; ratio: part of the bare tower's rate"
     return [
         _row("encode.bare", n / plain, "images/s", None, f"{what}: bare tower, a batch of {n}"),
-        _row("encode.tensors", n / ours, "images/s", plain / ours, said),
+        _row("encode.tensors", n / ours, "images/s", plain / ours, note),
     ]
 
 
@@ -333,10 +333,10 @@ def _bench_files(
     _same(0, gap, 1e-5, "the largest difference of features from files and tensors")
     plain, ours = _shortest_in_turn([encode_tensors, encode_files], repeats)
     n, what = len(images), f"{what}, {torch.get_num_threads()} threads"
-    said = f"{what}: from disk; ratio: part of the rate from tensors"
+    note = f"{what}: from disk; ratio: part of the rate from tensors"
     return [
         _row("encode.preprocessed", n / plain, "images/s", None, f"{what}: from tensors"),
-        _row("encode.files", n / ours, "images/s", plain / ours, said),
+        _row("encode.files", n / ours, "images/s", plain / ours, note),
     ]
 
 
@@ -346,11 +346,11 @@ def _jpegs(folder: Path, n: int, side: int) -> Any:
     from datasets import Image as ImageColumn
     from PIL import Image
 
-    from .phantoms import render_phantom
+    from .phantoms import render_glomerulus
 
     folder.mkdir()
     rng = np.random.default_rng(0)
-    picture = render_phantom("viable", seed=0).image.resize((side, side))
+    picture = render_glomerulus("viable", seed=0).image.resize((side, side))
     paths = [str(folder / f"{i:04d}.jpg") for i in range(n)]
     for path in paths:
         noisy = np.asarray(picture) + rng.normal(0, 8, size=(side, side, 1))
@@ -386,7 +386,7 @@ def bench_methods(
     images_per_class: int = 3,
     repeats: int = 3,
 ) -> list[Row]:
-    """Time what the methods save, each as a ratio to the plain way inside this run.
+    """Benchmark of what the methods save, each as a ratio to the plain way inside this run.
 
     Args:
         shape: Of the random CLIP whose towers are timed.
@@ -395,7 +395,7 @@ def bench_methods(
         dim: Width of the features.
         rows: Validation rows of Tip-Adapter's search.
         loop_pairs: Pairs of alpha and beta that the plain double loop does; extrapolated to all.
-        images_per_class: Drawings of each class that `vanilla` trains on.
+        images_per_class: Synthetic images of each class that `vanilla` trains on.
         repeats: Timings of each kind, of which the shortest counts.
 
     Raises:
@@ -470,7 +470,7 @@ def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     from ..methods import TowerMethod, get_method
     from ..training.losses import TowerStep
 
-    found = []
+    rows = []
     for tokens in (16, 4):
         model, processor = _random_clip(shape)
         model.requires_grad_(False)
@@ -499,7 +499,7 @@ def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
         long, full = once(), _shortest(once, repeats)
         _same(short, long, 1e-5, "prompt tuning with cut text")
         what = f"a step of prompt_tuning, {tokens} context tokens, {n_classes} classes"
-        found += [
+        rows += [
             _row(f"methods.text_full_{tokens}", full, "s", None, f"{what}: {shape.context} long"),
             _row(
                 f"methods.text_cut_{tokens}",
@@ -509,7 +509,7 @@ def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
                 f"{what}: {length} long; ratio: times faster",
             ),
         ]
-    return found
+    return rows
 
 
 def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
@@ -556,9 +556,9 @@ def _bench_replay(shape: Shape, images_per_class: int) -> list[Row]:
     """An epoch of `vanilla` whose frozen blocks run once, and of the plain loop."""
     from ..training import adapt
 
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        support = _drawings(Path(folder), images_per_class, 5)
+        support = _synthetic_images(Path(folder), images_per_class, 5)
         for vision, text in ((4, 2), (2, 0)):
             settings = {"vision_layers": vision, "text_layers": text}
             seconds, losses = [], []
@@ -578,14 +578,14 @@ def _bench_replay(shape: Shape, images_per_class: int) -> list[Row]:
             for plain, played in zip(*losses, strict=True):
                 _same(plain, played, 1e-5, "vanilla with frozen blocks run once")
             what = f"an epoch of vanilla, last {vision} vision and {text} text blocks train"
-            what += f", {len(support)} drawings"
+            what += f", {len(support)} synthetic images"
             name = f"methods.epoch_{vision}_{text}"
             played_as = f"{what}: frozen blocks run once; ratio: times faster"
-            found += [
+            rows += [
                 _row(f"{name}_plain", seconds[0], "s", None, f"{what}: plain loop"),
                 _row(f"{name}_once", seconds[1], "s", seconds[0] / seconds[1], played_as),
             ]
-    return found
+    return rows
 
 
 def _bench_search(n_classes: int, shots: int, dim: int, rows: int, loop_pairs: int) -> list[Row]:
@@ -627,7 +627,7 @@ def _bench_training_free(n_classes: int, shots: int, dim: int, repeats: int) -> 
     from ..training import adapt_features
 
     query, _, features, labels, texts = _clusters(n_classes, shots, dim, 500)
-    found = []
+    rows = []
     for name, method in METHODS.items():
         if method.family != "training-free":
             continue
@@ -635,8 +635,8 @@ def _bench_training_free(n_classes: int, shots: int, dim: int, repeats: int) -> 
         fit = partial(adapt_features, name, features, labels, texts, **given)
         what = f"{n_classes} classes x {shots} shots x {dim} dimensions"
         what += ", 500 queries" if method.transductive else ""
-        found.append(_row(f"methods.{name}", _shortest(fit, repeats), "s", None, what))
-    return found
+        rows.append(_row(f"methods.{name}", _shortest(fit, repeats), "s", None, what))
+    return rows
 
 
 def _clusters(n_classes: int, shots: int, dim: int, rows: int) -> tuple[Any, ...]:
@@ -663,7 +663,7 @@ def bench_context(
     batch_size: int = 8,
     repeats: int = 5,
 ) -> list[Row]:
-    """Time a vision tower that drops patches, against the same tower that keeps them all.
+    """Benchmark of a vision tower that drops patches, against the same tower that keeps them all.
 
     A quarter, half and three quarters down, a share of the patches goes on, and one token for the
     rest (ConVLM). The towers take turns.
@@ -735,7 +735,7 @@ def _block_operations(shape: Shape, layers: Sequence[int], keep: float) -> float
 
 
 def _same(one: float, other: float, tolerance: float, what: str) -> None:
-    """Refuse to time a shortcut that computes something else."""
+    """Check that a shortcut computes the same as the plain way."""
     if abs(one - other) > tolerance:
         raise GloVLMError(f"{what} gives {other}, the plain way {one}: report this as a bug.")
 
@@ -750,7 +750,7 @@ BENCHES: dict[str, Callable[..., list[Row]]] = {
 
 
 def run_benches(names: Sequence[str] = (), *, backbone: str | None = None) -> list[Row]:
-    """Run benches one after the other.
+    """Run benchmarks one after the other.
 
     Args:
         names: Of `BENCHES`; all when empty.
@@ -773,8 +773,8 @@ def run_benches(names: Sequence[str] = (), *, backbone: str | None = None) -> li
     return [row for name in names or BENCHES for row in BENCHES[name](**options.get(name, {}))]
 
 
-def _drawings(folder: Path, n_patients: int, per_patient: int) -> Any:
-    """Rows of a small drawn cohort on disk."""
+def _synthetic_images(folder: Path, n_patients: int, per_patient: int) -> Any:
+    """Rows of a small synthetic cohort on disk."""
     from ..data import load_dataset
     from .phantoms import write_cohort
 

@@ -1,4 +1,4 @@
-"""How far a slide's percentage is off, measured: slides left out in turn, counted and corrected.
+"""Leave-one-slide-out error of a slide's class percentage, counted and corrected.
 
 Counting calls is biased by the classifier's errors. A confusion matrix from labelled slides, or EM
 over the slide's own unlabelled objects, undoes a part of that, and may add noise of its own: which
@@ -18,7 +18,7 @@ from ..data.splits import Groups, ShotsFrom, draw_episode
 from ..errors import GloVLMError, nearest
 from ..slides.counting import PRIOR_COUNT, adjust_fractions, confusion_counts, is_informative
 
-__all__ = ["CORRECTIONS", "bench_counting", "bench_rows", "count_left_out"]
+__all__ = ["CORRECTIONS", "bench_counting", "bench_rows", "leave_slides_out"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -36,7 +36,7 @@ CORRECTIONS: dict[str, str] = {
 READS_HIGH = 10.0  # per cent; a slide without the lesion that reads more is counted
 
 
-def count_left_out(
+def leave_slides_out(
     features: ArrayLike,
     labels: ArrayLike,
     slides: Sequence[str],
@@ -54,7 +54,7 @@ def count_left_out(
     n_resamples: int = 2000,
     on_slide: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure how far the percentage of a class on a slide is off, slides left out in turn.
+    """Leave-one-slide-out error of the percentage of a class on a slide.
 
     For every slide with enough objects, and every draw: shots of each class are taken from the
     other slides (`data.draw_episode`), a method is fitted on them and the slide's objects are
@@ -80,7 +80,7 @@ def count_left_out(
         shots_from: `spread` takes one of each slide in turn; else see `data.draw_episode`.
         corrections: Which estimates stand beside the plain count.
         n_resamples: Bootstrap resamples, over slides.
-        on_slide: Told of each slide: name, its place, how many there are.
+        on_slide: Called with each slide: its name, its place, how many there are.
 
     Returns:
         `estimates`: rows of `name`, `what`, `labels_used`, `transductive`, and in percentage points
@@ -104,19 +104,19 @@ def count_left_out(
             raise GloVLMError(
                 f"Expected one of {', '.join(known)}, found '{name}'.{nearest(name, known)}"
             )
-    wanted = [name for name in CORRECTIONS if name in {"counted", *corrections}]
+    chosen = [name for name in CORRECTIONS if name in {"counted", *corrections}]
     column, tested = names.index(target), _large_enough(objects.slides, min_objects, draws)
     fit = _fitting(objects, method, settings, seed)
-    found: list[list[dict[str, _Estimate]]] = []
+    estimates: list[list[dict[str, _Estimate]]] = []
     for i, slide in enumerate(tested):
         if on_slide is not None:
             on_slide(slide, i, len(tested))
-        found.append([])
+        estimates.append([])
         for draw in range(draws):
             support = _draw_support(
                 objects.labels, objects.slides, slide, names, shots, seed, draw, shots_from
             )
-            found[i].append(_estimates(objects, slide, column, support, fit, wanted))
+            estimates[i].append(_estimates(objects, slide, column, support, fit, chosen))
     own_labels = [objects.labels[objects.slides == slide] for slide in tested]
     truth = np.array([100 * np.mean(own == column) for own in own_labels])
     return {
@@ -128,10 +128,13 @@ def count_left_out(
         "method": method,
         "shots_from": shots_from,
         "seed": seed,
-        "estimates": _summarised(found, truth, n_resamples, seed),
+        "estimates": _summarise(estimates, truth, n_resamples, seed),
         "slides": [
             {"slide": slide, "n": len(own_labels[i]), "truth": float(truth[i])}
-            | {name: float(np.mean([each[name].percent for each in found[i]])) for name in wanted}
+            | {
+                name: float(np.mean([each[name].percent for each in estimates[i]]))
+                for name in chosen
+            }
             for i, slide in enumerate(tested)
         ],
     }
@@ -149,7 +152,7 @@ class _Objects:
 
 @dataclass(frozen=True)
 class _Estimate:
-    """What one way to count says of the percentage of a class on a slide."""
+    """Estimated percentage of a class on a slide."""
 
     percent: float
     labels_used: int
@@ -174,7 +177,7 @@ def _labelled(
 
 
 def _large_enough(slides: NDArray[np.object_], min_objects: int, draws: int) -> list[str]:
-    """The slides that are left out in turn, sorted."""
+    """Test slides: those that are left out in turn, sorted."""
     sizes = Counter(slides)
     tested = sorted(slide for slide, n in sizes.items() if n >= min_objects)
     if len(tested) < 2 or len(sizes) < 3 or draws < 1:
@@ -195,7 +198,7 @@ def _draw_support(
     draw: int,
     shots_from: ShotsFrom = "spread",
 ) -> Ints:
-    """Rows of the support that the other slides give, as every study of ours draws it."""
+    """Support rows, drawn from the other slides as for any episode."""
     from datasets import ClassLabel, Dataset, Features, Value
 
     text = Value("string")
@@ -219,7 +222,7 @@ Predict = Callable[[Any], Floats]  # rows -> probabilities [m, K]
 def _fitting(
     objects: _Objects, method: str, settings: Mapping[str, Any] | None, seed: int
 ) -> Callable[[Ints], Predict]:
-    """What fits a method on some rows and then classifies others."""
+    """Function that fits a method on some rows and returns a classifier of others."""
     from ..calibration.inputs import softmax
     from ..training import adapt_features
 
@@ -240,36 +243,36 @@ def _estimates(
     column: int,
     support: Ints,
     fit: Callable[[Ints], Predict],
-    wanted: Sequence[str],
+    chosen: Sequence[str],
 ) -> dict[str, _Estimate]:
-    """Every estimate that is wanted of one class on a slide, from one support."""
+    """Chosen estimates of one class on a slide, from one support."""
     inside = objects.slides == slide
     p = fit(support)(inside)
     calls = np.bincount(p.argmax(axis=1), minlength=len(objects.class_names)) / len(p)
     fractions = {"counted": calls, "expected": p.mean(axis=0)}
-    if "em" in wanted:
+    if "em" in chosen:
         fractions["em"] = estimate_prior(p).prior
     fell_back: set[str] = set()
-    if {"adjusted", "adjusted_all"} & set(wanted):
-        left_out = np.unique(objects.slides[~inside if "adjusted_all" in wanted else support])
-        for name, matrix in _confusions_left_out(fit, objects, support, left_out).items():
+    if {"adjusted", "adjusted_all"} & set(chosen):
+        held_out = np.unique(objects.slides[~inside if "adjusted_all" in chosen else support])
+        for name, matrix in _confusions_by_slide(fit, objects, support, held_out).items():
             smooth = matrix + PRIOR_COUNT
             if is_informative(smooth):
                 fractions[name] = adjust_fractions(calls, smooth)
             else:
                 fractions[name] = calls
                 fell_back.add(name)
-    used = dict.fromkeys(wanted, len(support)) | {"adjusted_all": int((~inside).sum())}
+    used = dict.fromkeys(chosen, len(support)) | {"adjusted_all": int((~inside).sum())}
     return {
         name: _Estimate(100 * fractions[name][column], used[name], name in fell_back)
-        for name in wanted
+        for name in chosen
     }
 
 
-def _confusions_left_out(
-    fit: Callable[[Ints], Predict], objects: _Objects, support: Ints, left_out: Iterable[str]
+def _confusions_by_slide(
+    fit: Callable[[Ints], Predict], objects: _Objects, support: Ints, held_out: Iterable[str]
 ) -> dict[str, Ints]:
-    """Confusion matrices of slides that a fit on the support without their own rows classifies.
+    """Leave-one-slide-out confusion matrices: each slide by a fit without its own rows.
 
     A slide that holds the support's only rows of a class cannot be left out, and is not counted.
 
@@ -279,7 +282,7 @@ def _confusions_left_out(
     labels, n_classes = objects.labels, len(objects.class_names)
     table = np.zeros((2, n_classes, n_classes), np.int64)
     whole: Predict | None = None
-    for slide in left_out:
+    for slide in held_out:
         kept = support[objects.slides[support] != slide]
         if len(np.unique(labels[kept])) < n_classes:
             continue
@@ -295,25 +298,30 @@ def _confusions_left_out(
     return {"adjusted": table[0], "adjusted_all": table[1]}
 
 
-def _summarised(
-    found: Sequence[Sequence[Mapping[str, _Estimate]]], truth: Floats, n_resamples: int, seed: int
+def _summarise(
+    estimates: Sequence[Sequence[Mapping[str, _Estimate]]],
+    truth: Floats,
+    n_resamples: int,
+    seed: int,
 ) -> list[dict[str, Any]]:
     """One row an estimate, from those of each slide and draw; every interval over slides."""
-    drawn = np.random.default_rng(seed).integers(len(truth), size=(n_resamples, len(truth)))
+    resamples = np.random.default_rng(seed).integers(len(truth), size=(n_resamples, len(truth)))
 
     def entry(by_slide: Floats) -> dict[str, Any]:
-        bounds = np.percentile(by_slide[drawn].mean(axis=1), [2.5, 97.5]) if n_resamples else None
+        bounds = (
+            np.percentile(by_slide[resamples].mean(axis=1), [2.5, 97.5]) if n_resamples else None
+        )
         ci95 = None if bounds is None else bounds.tolist()
         return {"value": float(by_slide.mean()), "ci95": ci95}
 
     percent = {
-        name: np.array([[each[name].percent for each in draws] for draws in found])
-        for name in found[0][0]
+        name: np.array([[each[name].percent for each in draws] for draws in estimates])
+        for name in estimates[0][0]
     }
-    every = [each for draws in found for each in draws]
-    off = {name: values - truth[:, None] for name, values in percent.items()}
-    error = {name: np.abs(values).mean(axis=1) for name, values in off.items()}
-    free = truth == 0
+    every = [each for draws in estimates for each in draws]
+    deviation = {name: values - truth[:, None] for name, values in percent.items()}
+    error = {name: np.abs(values).mean(axis=1) for name, values in deviation.items()}
+    absent = truth == 0
     return [
         {
             "name": name,
@@ -321,9 +329,9 @@ def _summarised(
             "labels_used": round(sum(each[name].labels_used / len(every) for each in every)),
             "transductive": name == "em",
             "error": entry(error[name]),
-            "bias": entry(off[name].mean(axis=1)),
+            "bias": entry(deviation[name].mean(axis=1)),
             "against_counted": entry(error[name] - error["counted"]),
-            "reads_high": float((values[free] >= READS_HIGH).mean()) if free.any() else None,
+            "reads_high": float((values[absent] >= READS_HIGH).mean()) if absent.any() else None,
             "fell_back": float(np.mean([each[name].fell_back for each in every])),
         }
         for name, values in percent.items()
@@ -345,7 +353,7 @@ def bench_counting(
     device: str | None = None,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure the error of a slide's percentage on labelled glomeruli; see `count_left_out`.
+    """Benchmark of the error of a slide's percentage on labelled glomeruli; see `leave_slides_out`.
 
     Args:
         data: A labelled data set whose rows name their slide.
@@ -377,7 +385,7 @@ def bench_counting(
     features = embed_images(
         model, processor, rows, device=device, cache=FeatureCache(), progress=progress
     )
-    found = count_left_out(
+    study = leave_slides_out(
         features,
         np.asarray(column(rows, "label"), np.int64),
         groups.ids,
@@ -390,15 +398,15 @@ def bench_counting(
         method=method,
         shots_from=shots_from,
     )
-    return bench_rows(found)
+    return bench_rows(study)
 
 
-def bench_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of a bench from what `count_left_out` returns."""
+def bench_rows(study: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Benchmark rows of a study by `leave_slides_out`."""
     setting = (
-        f"per cent of {found['target']}, {found['n_slides']} slides left out in turn, "
-        f"{found['draws']} draws of {found['shots']} shots "
-        f"({found['shots_from']}), {found['method']}"
+        f"per cent of {study['target']}, {study['n_slides']} slides left out in turn, "
+        f"{study['draws']} draws of {study['shots']} shots "
+        f"({study['shots_from']}), {study['method']}"
     )
     rows: list[dict[str, Any]] = []
 
@@ -408,8 +416,8 @@ def bench_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         part = None if ratio is None else round(ratio, 3)
         rows.append({**row, "ratio": part, "what": what, "ci95": bounds})
 
-    plain = found["estimates"][0]["error"]["value"]
-    for estimate in found["estimates"]:
+    plain = study["estimates"][0]["error"]["value"]
+    for estimate in study["estimates"]:
         name, error, bias = estimate["name"], estimate["error"], estimate["bias"]
         what = f"{estimate['what']}; {estimate['labels_used']} labels; {setting}"
         part = error["value"] / plain if plain else None
@@ -418,6 +426,6 @@ def bench_rows(found: Mapping[str, Any]) -> list[dict[str, Any]]:
         mean = f"mean of estimate minus truth: {what}"
         add(f"{name}.bias", bias["value"], "points", None, mean, bias["ci95"])
         if estimate["reads_high"] is not None:
-            high = f"slides without {found['target']} that read 10% or more: {what}"
+            high = f"slides without {study['target']} that read 10% or more: {what}"
             add(f"{name}.reads_high", 100 * estimate["reads_high"], "%", None, high, None)
     return rows

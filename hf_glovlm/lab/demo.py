@@ -1,4 +1,4 @@
-"""`glovlm demo`: the main job on drawings, from rendering to a reloaded model, offline."""
+"""Demo (`glovlm demo`): the main job on synthetic images, to a reloaded model, offline."""
 
 import shutil
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import GloVLMError
 from ..runs import RunResult, TrainConfig, run
 
-METHODS = ("zero_shot", "linear_probe", "lora")
+DEMO_METHODS = ("zero_shot", "linear_probe", "lora")
 
 
 def run_demo(
@@ -19,24 +19,24 @@ def run_demo(
     per_patient: int = 15,
     on_event: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Draw a cohort, adapt `mini` with 8 shots, test on unseen synthetic patients, save, reload.
+    """Render a cohort, adapt `mini` with 8 shots, test on unseen synthetic patients, save, reload.
 
     Args:
         output_dir: New or empty folder; gets `drawings/`, a run per method, and `demo.png`.
-        seed: Of the drawings, the split and the training.
+        seed: Of the images, the split and the training.
         patients: Synthetic patients, half of them for the support.
-        per_patient: Drawings of each.
+        per_patient: Images of each.
         on_event: As for `run`, plus `("method", {"name"})`.
 
     Returns:
-        `{"runs": {method: results}, "reload_difference", "figure"}`; all of it is about drawings.
+        `{"runs": {method: results}, "reload_difference", "figure"}`; all of it on synthetic images.
 
     Raises:
         GloVLMError: The folder is in use, or the reloaded model differs from the saved one.
     """
     from .phantoms import write_cohort
 
-    tell = on_event or (lambda kind, what: None)
+    notify = on_event or (lambda kind, what: None)
     folder = Path(output_dir).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise GloVLMError(
@@ -44,15 +44,15 @@ def run_demo(
             "--output-dir or empty it."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    tell("stage", {"name": f"drawing {patients} synthetic patients"})
-    # Pretraining drew with even cohort seeds: an odd one shares no drawing with it.
-    drawings = write_cohort(folder / "drawings", patients, per_patient, seed=2 * seed + 1)
+    notify("stage", {"name": f"rendering {patients} synthetic patients"})
+    # Pretraining used even cohort seeds: an odd one shares no image with it.
+    cohort = write_cohort(folder / "drawings", patients, per_patient, seed=2 * seed + 1)
     runs: dict[str, RunResult] = {}
-    for method in METHODS:
-        tell("method", {"name": method})
+    for method in DEMO_METHODS:
+        notify("method", {"name": method})
         runs[method] = run(
             TrainConfig(
-                data=str(drawings),
+                data=str(cohort),
                 output_dir=str(folder / method),
                 method=method,
                 shots=8 if method != "zero_shot" else 0,
@@ -61,19 +61,19 @@ def run_demo(
             ),
             on_event=on_event,
         )
-    tell("stage", {"name": "reloading through the Auto classes"})
-    difference = check_reload(folder / METHODS[-1], drawings)
+    notify("stage", {"name": "reloading through the Auto classes"})
+    difference = check_reload(folder / DEMO_METHODS[-1], cohort)
     if difference > 1e-4:
         raise GloVLMError(
             f"The reloaded model's logits differ from the saved predictions by {difference:.2g} "
             "(expected at most 1e-4): the installation is broken; please report `glovlm env`."
         )
-    figure = draw_figure(folder, drawings, runs)
+    figure = draw_figure(folder, cohort, runs)
     return {"runs": runs, "reload_difference": difference, "figure": str(figure)}
 
 
 def check_reload(run_folder: Path, data: Path) -> float:
-    """Load a saved run with the Auto classes alone and compare with its stored predictions.
+    """Compare a saved run, loaded with the Auto classes alone, with its stored predictions.
 
     Returns:
         Largest absolute difference of the logits of up to 32 test images.
@@ -111,7 +111,7 @@ def draw_figure(folder: Path, data: Path, runs: dict[str, dict[str, Any]]) -> Pa
     stored = Predictions.load(folder / method / "predictions.parquet")
     names = [c["display_name"] for c in results["data"]["classes"]]
     figure = pyplot.figure(figsize=(12, 6.2), layout="constrained")
-    figure.suptitle(f"Drawings, not patients: mini + {method}, 8 shots a class")
+    figure.suptitle(f"Synthetic images, not patients: mini + {method}, 8 shots a class")
     left, right = figure.subfigures(1, 2, width_ratios=(1.25, 1)).tolist()  # type: ignore[union-attr]
     grid = left.subplots(3, 5)
     for k in range(len(names)):
@@ -138,7 +138,7 @@ def draw_figure(folder: Path, data: Path, runs: dict[str, dict[str, Any]]) -> Pa
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_xlabel("predicted")
-    axis.set_ylabel("drawn as")
+    axis.set_ylabel("true")
     path = folder / "demo.png"
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -147,7 +147,7 @@ def draw_figure(folder: Path, data: Path, runs: dict[str, dict[str, Any]]) -> Pa
 
 def remove_demo(folder: str | Path) -> None:
     """Remove what an earlier demo wrote, and nothing else."""
-    for name in ("drawings", "demo.png", *METHODS):
+    for name in ("drawings", "demo.png", *DEMO_METHODS):
         path = Path(folder).expanduser() / name
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Captions of drawings, as varied as a pathologist's sentences; for contrastive pretraining."""
+"""Captions of synthetic images, as varied as a pathologist's, for contrastive pretraining."""
 
 import numpy as np
 
@@ -34,7 +34,7 @@ _FEATURES: dict[str, dict[float, tuple[str, ...]]] = {
         0.5: ("a cystic Bowman's space", "a capsule lined by plump cells"),
     },
 }
-# A caption claims only what its stain can show: basement membranes need PAS or silver.
+# A caption names only what its stain can show: basement membranes need PAS or silver.
 _MEMBRANE_FEATURES = {
     "viable": "thin smooth basement membranes",
     "ischemic": "wrinkled corrugated basement membranes",
@@ -54,13 +54,13 @@ def _with_article(noun: str) -> str:
 
 
 def write_caption(rng: np.random.Generator, class_name: str, severity: float, stain: str) -> str:
-    """Describe a drawing in one of ten ways; the published prompt itself is the most frequent.
+    """Caption a synthetic image in one of ten ways, most often by the published prompt itself.
 
     Args:
         rng: Draws the wording.
         class_name: One of `phantoms.CLASSES`.
         severity: 0 to 1; a feature is named from the severity at which it shows.
-        stain: One of `phantoms.STAINS`; nothing is claimed that it cannot show.
+        stain: One of `phantoms.STAINS`; nothing is named that it cannot show.
     """
     nouns = _NOUNS[class_name]
     noun = nouns[max(0, int(rng.integers(-2, len(nouns))))]

@@ -1,10 +1,10 @@
-"""Drawn glomeruli with a known answer: a test bench for the software, never a result.
+"""Synthetic images of glomeruli with a known answer: a test of the software, never a result.
 
-A phantom is a schematic section of one glomerulus: tubules in interstitium, Bowman's capsule and
+An image is a schematic section of one glomerulus: tubules in interstitium, Bowman's capsule and
 space, a tuft of capillary loops in mesangium, nuclei. What a lesion changes is set by its class and
 a continuous severity; everything else (stain, its strength and hue, blur, noise, scale, lighting,
-the tissue around) is drawn without looking at the class. With the same seed, every class at
-severity 0 is therefore the very same picture.
+the tissue around) is independent of the class. With the same seed, every class at severity 0 is
+therefore the very same image.
 
 Lengths are in units of the radius of a normal Bowman's capsule; colours are optical densities.
 The class list is that of Glo-VLMs (arXiv 2508.15960). Research use only, not for diagnosis.
@@ -35,10 +35,10 @@ __all__ = [
     "CLASSES",
     "STAINS",
     "Patient",
-    "Phantom",
+    "SyntheticImage",
     "draw_patient",
     "render_cohort",
-    "render_phantom",
+    "render_glomerulus",
     "write_cohort",
 ]
 
@@ -60,7 +60,7 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class Patient:
-    """What the images of one patient share; none of it knows a class.
+    """Stain and optics that the images of one patient share, independent of class.
 
     Attributes:
         patient_id: Name of the patient.
@@ -90,15 +90,15 @@ class Patient:
 
 
 @dataclass(frozen=True)
-class Phantom:
-    """One drawn glomerulus and everything that is known about it.
+class SyntheticImage:
+    """Synthetic image of one glomerulus with all that is known about it.
 
     Attributes:
         image: RGB picture, size x size pixels.
         class_name: One of `CLASSES`.
         severity: 0 (looks viable) to 1 (fully developed).
         stain: One of `STAINS`.
-        patient_id: Patient whose stain and optics the picture has.
+        patient_id: Patient whose stain and optics the image has.
         caption: An English description for contrastive pretraining.
     """
 
@@ -112,7 +112,7 @@ class Phantom:
 
 @dataclass(frozen=True)
 class _Lesion:
-    """The only things that a class may change; the defaults are a viable glomerulus."""
+    """Lesion parameters: all that a class may change; the defaults are a viable glomerulus."""
 
     tuft: float = 1.0  # factor on the tuft's radius
     capsule: float = 1.0  # factor on the capsule's radius
@@ -235,11 +235,11 @@ def _ellipses(
     return radii, rng.random(k, dtype=np.float32) * np.float32(math.pi)
 
 
-# --------------------------------------------------------------------------- the drawing
+# --------------------------------------------------------------------------- rendering
 
 
 def _grid(size: int) -> int:
-    """Side of the drawing's grid, even: 1.5 cells a pixel, but enough for the finest structure."""
+    """Side of the rendering grid, even: 1.5 cells a pixel, but enough for the finest structure."""
     return max(144, 2 * math.ceil(0.75 * size))
 
 
@@ -247,7 +247,7 @@ class _Section:
     """A square of tissue on a fine grid, painted from back to front in optical density.
 
     Attributes:
-        rng: Where the rest of the drawing takes its chances from.
+        rng: Random generator of the rest of the image.
         n: Side of the grid in cells.
         half_width: Half the side in capsule radii; the centre is the origin.
         edge: Side of one cell, the width of an anti-aliased edge.
@@ -312,8 +312,8 @@ class _Section:
     def at(self, values: Floats, xy: Floats) -> Floats:
         """Values of a map [n, n] at points [k, 2]; points outside take the border's value."""
         cell = np.clip((xy + self.half_width) / self.edge, 0, self.n - 1).astype(np.intp)
-        found: Floats = values[cell[:, 1], cell[:, 0]]
-        return found
+        sampled: Floats = values[cell[:, 1], cell[:, 0]]
+        return sampled
 
     def stamp(self, xy: Floats, radii: Floats, angle: Floats) -> tuple[NDArray[np.intp], Floats]:
         """Grid cells under k ellipses and each cell's elliptic radius (1 on the outline).
@@ -352,7 +352,7 @@ class _Section:
 
 @dataclass(frozen=True)
 class _Glomerulus:
-    """Where things are; angles in radians, 0 to the right."""
+    """Geometry of a glomerulus; angles in radians, 0 to the right."""
 
     centre: Point
     stretch: float  # of the capsule, along tilt
@@ -652,7 +652,7 @@ def _check_seed(seed: int) -> None:
 
 
 def draw_patient(seed: int, patient_id: str | None = None) -> Patient:
-    """Draw the stain, optics and tissue background of one patient.
+    """Sample the stain, optics and tissue background of one patient.
 
     Args:
         seed: 0 or more; the same seed gives the same patient.
@@ -683,7 +683,7 @@ def draw_patient(seed: int, patient_id: str | None = None) -> Patient:
     )
 
 
-def render_phantom(
+def render_glomerulus(
     class_name: str,
     *,
     seed: int,
@@ -691,8 +691,8 @@ def render_phantom(
     stain: str | None = None,
     size: int = 96,
     patient: Patient | None = None,
-) -> Phantom:
-    """Draw one glomerulus.
+) -> SyntheticImage:
+    """Render a synthetic image of one glomerulus.
 
     Args:
         class_name: One of `CLASSES`.
@@ -700,11 +700,11 @@ def render_phantom(
         severity: 0 (indistinguishable from viable) to 1; drawn when None. For the class viable it
             is the amount of minor non-specific change.
         stain: One of `STAINS`; drawn when None.
-        size: Side of the picture in pixels, 16 to 1024. The drawing is the same at every size.
+        size: Side of the image in pixels, 16 to 1024. It shows the same at every size.
         patient: Stain and optics to use; a patient of its own, drawn from `seed`, when None.
 
     Returns:
-        The picture with its class, severity, stain, patient and a caption.
+        The image with its class, severity, stain, patient and a caption.
 
     Raises:
         GloVLMError: An unknown class or stain, or a severity, size or seed out of range.
@@ -724,7 +724,7 @@ def render_phantom(
     density = _draw(_generator(seed, 2), _lesion(class_name, severity), patient, stain, size)
     image = _photograph(_generator(seed, 3), density, patient, size)
     caption = write_caption(_generator(seed, 4), class_name, severity, stain)
-    return Phantom(image, class_name, severity, stain, patient.patient_id, caption)
+    return SyntheticImage(image, class_name, severity, stain, patient.patient_id, caption)
 
 
 def render_cohort(
@@ -734,8 +734,8 @@ def render_cohort(
     seed: int,
     size: int = 96,
     classes: Sequence[str] = CLASSES,
-) -> list[Phantom]:
-    """Draw several glomeruli of each of several patients.
+) -> list[SyntheticImage]:
+    """Render synthetic images of several glomeruli of each of several patients.
 
     Classes take turns through the cohort, so their counts differ by at most one, and every patient
     with at least `len(classes)` pictures has every class. Stains are drawn per picture.
@@ -748,7 +748,7 @@ def render_cohort(
         classes: The classes to draw, in the order in which they take turns.
 
     Returns:
-        `n_patients * per_patient` phantoms, patient by patient.
+        `n_patients * per_patient` synthetic images, patient by patient.
 
     Raises:
         GloVLMError: A count below 1, an unknown or repeated class, no class at all.
@@ -760,22 +760,22 @@ def render_cohort(
     if not classes or len(set(classes)) != len(classes):
         raise GloVLMError(f"Expected one or more different classes, found {list(classes)}.")
     _check_seed(seed)
-    phantoms = []
+    images = []
     for i in range(n_patients):
         state = np.random.SeedSequence(seed, spawn_key=(5, i)).generate_state(per_patient + 1)
         patient = draw_patient(int(state[0]), f"P{i + 1:03d}")
         for j, image_seed in enumerate(state[1:].tolist()):
             name = classes[(i * per_patient + j) % len(classes)]
-            phantoms.append(render_phantom(name, seed=image_seed, size=size, patient=patient))
-    return phantoms
+            images.append(render_glomerulus(name, seed=image_seed, size=size, patient=patient))
+    return images
 
 
 def render_dataset(class_names: Sequence[str], patients: int = 20, each: int = 10) -> "Dataset":
-    """Synthetic images as a data set, to try a model of these classes on.
+    """Data set of synthetic images, to try a model of these classes on.
 
     Args:
-        class_names: Classes of the model. If all of them can be drawn, only they are, with labels;
-            otherwise every class is drawn, without.
+        class_names: Classes of the model. If all of them can be rendered, only they are, with
+            labels; otherwise every class is, without.
         patients: Synthetic patients.
         each: Images of each.
 
@@ -784,21 +784,21 @@ def render_dataset(class_names: Sequence[str], patients: int = 20, each: int = 1
     """
     from datasets import ClassLabel, Dataset, Features, Image
 
-    drawn = render_cohort(patients, each, seed=4242)
+    images = render_cohort(patients, each, seed=4242)
     columns: dict[str, list[Any]] = {}
     features: dict[str, Any] = {"image": Image()}
     if set(class_names) <= set(CLASSES):
-        drawn = [phantom for phantom in drawn if phantom.class_name in class_names]
-        columns["label"] = [phantom.class_name for phantom in drawn]
+        images = [item for item in images if item.class_name in class_names]
+        columns["label"] = [item.class_name for item in images]
         features["label"] = ClassLabel(names=list(class_names))
-    columns["image"] = [phantom.image for phantom in drawn]
+    columns["image"] = [item.image for item in images]
     return Dataset.from_dict(columns, features=Features(features))
 
 
 def write_cohort(
     folder: str | Path, n_patients: int, per_patient: int, *, seed: int, size: int = 96
 ) -> Path:
-    """Write a drawn cohort as an image folder: `<class>/<patient>_<number>.png`, `metadata.csv`.
+    """Write a synthetic cohort as a folder: `<class>/<patient>_<number>.png` and `metadata.csv`.
 
     The table has the columns file_name, label, patient_id, stain, severity and caption. The folder
     appears whole or not at all.
@@ -819,16 +819,16 @@ def write_cohort(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise GloVLMError(
-            f"Expected a new or empty folder for the drawings, found {target} in use; "
+            f"Expected a new or empty folder for the synthetic images, found {target} in use; "
             "choose another folder or empty this one."
         )
-    phantoms = render_cohort(n_patients, per_patient, seed=seed, size=size)
+    images = render_cohort(n_patients, per_patient, seed=seed, size=size)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         partial.chmod(0o755)
         rows = []
-        for i, it in enumerate(phantoms):
+        for i, it in enumerate(images):
             name = f"{it.class_name}/{it.patient_id}_{i % per_patient + 1:03d}.png"
             (partial / it.class_name).mkdir(exist_ok=True)
             it.image.save(partial / name)
@@ -839,7 +839,7 @@ def write_cohort(
             writer.writerow(("file_name", "label", "patient_id", "stain", "severity", "caption"))
             writer.writerows(rows)
         (partial / "DRAWINGS").write_text(
-            "Computer drawings, not photographs of any patient. Results on them test software.\n"
+            "Synthetic images, not photographs of any patient. Results on them test software.\n"
         )
         os.replace(partial, target)
     except BaseException:

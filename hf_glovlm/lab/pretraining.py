@@ -1,7 +1,7 @@
-"""`glovlm pretrain`: a small CLIP, trained from nothing on drawings of glomeruli and captions.
+"""Contrastive pretraining of `mini`: a small CLIP on synthetic images and captions.
 
-It is the embedded default `mini`: it makes the package testable and its demo run without network or
-data. It has never seen a patient, and no number made with it says anything about one.
+It is the embedded default: it makes the package testable and its demo run without network or data.
+It has never seen a patient, and no number made with it says anything about one.
 """
 
 import json
@@ -25,36 +25,36 @@ from ..training.losses import infonce
 CARD = """---
 license: apache-2.0
 library_name: transformers
-tags: [glomerulus, drawings, not-for-diagnosis]
+tags: [glomerulus, synthetic-images, not-for-diagnosis]
 ---
-# mini: a small CLIP trained on drawings only
+# mini: a small CLIP trained on synthetic images only
 
 A CLIP of {parameters:,} parameters ({image_size} px, patches of {patch_size}), trained by
-`glovlm pretrain` on {images:,} computer drawings of glomeruli and their captions, for {epochs}
+`glovlm pretrain` on {images:,} synthetic images of glomeruli and their captions, for {epochs}
 epochs (seed {seed}). It has never seen a photograph, a patient or a real biopsy. It exists so that
-the package's demo and tests run without network and data. Numbers made with it, on drawings, test
-the software; they say nothing about kidneys. Research use only, not for diagnosis.
+the package's demo and tests run without network and data. Numbers made with it test the software;
+they say nothing about kidneys. Research use only, not for diagnosis.
 
-On drawings of unseen synthetic patients, zero-shot with one prompt a class: accuracy
-{accuracy:.3f} on drawings ({test_images} drawings of {test_patients} synthetic patients).
+On unseen synthetic patients, zero-shot with one prompt a class: accuracy {accuracy:.3f} on
+synthetic images ({test_images} of {test_patients} patients).
 """
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """How `mini` is made.
+    """Pretraining config of `mini`.
 
     Args:
         output_dir: Takes weights, tokenizer, image processor and card.
-        seed: Of drawings, initialisation and order.
+        seed: Of images, initialisation and order.
         patients: Synthetic patients.
-        per_patient: Drawings of each.
-        epochs: Passes over the drawings.
-        batch_size: Drawings per step over all processes.
+        per_patient: Images of each.
+        epochs: Passes over the images.
+        batch_size: Images per step over all processes.
         lr: Peak learning rate.
-        image_size: Side of a drawing in pixels.
+        image_size: Side of an image in pixels.
         patch_size: Side of a patch in pixels.
-        workers: Processes that draw.
+        workers: Processes that render.
         resume: Go on from the checkpoint in `output_dir`.
     """
 
@@ -77,17 +77,17 @@ def pretrain(
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Train a small CLIP contrastively on drawings.
+    """Train a small CLIP contrastively on synthetic images.
 
     Captions that occur twice in a batch are not each other's negatives.
 
     Args:
         config: What to do.
-        on_epoch: Told of every epoch.
-        on_stage: Told of every stage.
+        on_epoch: Called after every epoch with its row of the log.
+        on_stage: Called with the name of every stage.
 
     Returns:
-        What the card says, and the log.
+        The facts of the card, and the log.
 
     Raises:
         GloVLMError: The sizes do not fit.
@@ -99,11 +99,11 @@ def pretrain(
             f"image_size must be a multiple of patch_size; found {config.image_size} and "
             f"{config.patch_size}."
         )
-    tell = on_stage or (lambda name: None)
+    notify = on_stage or (lambda name: None)
     folder = Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    tell("drawing")
-    pixels, captions = draw(
+    notify("rendering")
+    pixels, captions = render_pairs(
         config.patients, config.per_patient, config.seed, config.image_size, config.workers
     )
     distinct = sorted(set(captions))
@@ -114,8 +114,8 @@ def pretrain(
     accelerator = accelerate.Accelerator()
     step = ContrastiveStep(model, encoded["input_ids"], encoded["attention_mask"])
     step.to(accelerator.device)
-    where = {caption: i for i, caption in enumerate(distinct)}
-    source = DrawingSource(pixels, torch.tensor([where[c] for c in captions]))
+    number_of = {caption: i for i, caption in enumerate(distinct)}
+    source = SyntheticImageSource(pixels, torch.tensor([number_of[c] for c in captions]))
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     recipe = Recipe(
@@ -128,7 +128,7 @@ def pretrain(
         warmup_epochs=1,
         warmup_lr=config.lr / 5,
     )
-    tell("training")
+    notify("training")
     log = fit(
         step,
         [{"params": decay}, {"params": rest, "weight_decay": 0.0}],
@@ -143,7 +143,7 @@ def pretrain(
     )
     facts: dict[str, Any] = {}
     if accelerator.is_main_process:
-        tell("testing on unseen drawings")
+        notify("testing on unseen synthetic patients")
         facts = _save(folder, model.eval(), tokenizer, config, log, len(pixels))
     accelerator.wait_for_everyone()
     return facts
@@ -183,10 +183,10 @@ def _save(
     return facts
 
 
-def draw(
+def render_pairs(
     patients: int, per_patient: int, seed: int, size: int, workers: int = 1
 ) -> tuple[Tensor, list[str]]:
-    """Draw a cohort in several processes; the result does not depend on how many.
+    """Render image-caption pairs in several processes; the result does not depend on how many.
 
     Returns:
         Pixels `[n, 3, size, size]` uint8 and the captions.
@@ -201,9 +201,9 @@ def draw(
     ]
     if workers > 1 and len(jobs) > 1:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            parts = list(pool.map(_draw_part, jobs))
+            parts = list(pool.map(_render_part, jobs))
     else:
-        parts = [_draw_part(job) for job in jobs]
+        parts = [_render_part(job) for job in jobs]
     pixels = torch.from_numpy(np.concatenate([p for p, _ in parts])).permute(0, 3, 1, 2)
     return pixels.contiguous(), [caption for _, captions in parts for caption in captions]
 
@@ -213,15 +213,15 @@ def _cohort_seed(seed: int, first: int) -> int:
     return 2 * int(np.random.SeedSequence([seed, first]).generate_state(1)[0] // 4)
 
 
-def _draw_part(job: tuple[int, int, int, int]) -> tuple[np.ndarray[Any, Any], list[str]]:
+def _render_part(job: tuple[int, int, int, int]) -> tuple[np.ndarray[Any, Any], list[str]]:
     from threadpoolctl import threadpool_limits
 
     from .phantoms import render_cohort
 
     patients, per_patient, seed, size = job
     with threadpool_limits(1):  # small products: more threads would only wait for each other
-        drawn = render_cohort(patients, per_patient, seed=seed, size=size)
-    return np.stack([np.asarray(p.image) for p in drawn]), [p.caption for p in drawn]
+        images = render_cohort(patients, per_patient, seed=seed, size=size)
+    return np.stack([np.asarray(p.image) for p in images]), [p.caption for p in images]
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int = 1536) -> Any:
@@ -296,7 +296,7 @@ def image_processor(size: int) -> Any:
 
 
 class ContrastiveStep(nn.Module):
-    """Image against caption, over the batch of all processes.
+    """Contrastive training step: image against caption, over the batch of all processes.
 
     Args:
         model: A `CLIPModel`.
@@ -322,8 +322,8 @@ class ContrastiveStep(nn.Module):
         return infonce(images, texts, gather(labels), gather(weight), scale, True)
 
 
-class DrawingSource:
-    """Drawings in memory, turned and mirrored at random: a glomerulus has no upright side.
+class SyntheticImageSource:
+    """Synthetic images in memory, turned and mirrored at random: a glomerulus has no upright side.
 
     Args:
         pixels: `[n, 3, size, size]` uint8.
@@ -357,18 +357,18 @@ def normalize(pixels: Tensor) -> Tensor:
 def zero_shot_accuracy(
     model: Any, tokenizer: Any, config: PretrainConfig, patients: int, per_patient: int
 ) -> float:
-    """Accuracy on drawings of unseen synthetic patients, one prompt a class."""
+    """Zero-shot accuracy on unseen synthetic patients, one prompt a class."""
     from ..data import catalog_entry
     from .phantoms import CLASSES, render_cohort
 
     prompts = {c.name: c.prompts[0] for c in catalog_entry("phantoms").classes}
-    drawn = render_cohort(
+    cohort = render_cohort(
         patients,
         per_patient,
         seed=_cohort_seed(config.seed, -1 % 2**31) + 1,
         size=config.image_size,
     )
-    pixels = torch.from_numpy(np.stack([np.asarray(p.image) for p in drawn])).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.stack([np.asarray(p.image) for p in cohort])).permute(0, 3, 1, 2)
     device = model.logit_scale.device
     with torch.inference_mode():
         encoded = tokenizer([prompts[c] for c in CLASSES], padding=True, return_tensors="pt")
@@ -377,10 +377,10 @@ def zero_shot_accuracy(
         ).pooler_output
         texts = nn.functional.normalize(texts, dim=-1)
         hits = 0
-        for start in range(0, len(drawn), 100):
+        for start in range(0, len(cohort), 100):
             images = normalize(pixels[start : start + 100]).to(device)
             features = model.get_image_features(images).pooler_output
             predicted = (features @ texts.T).argmax(-1).tolist()
-            truth = [CLASSES.index(p.class_name) for p in drawn[start : start + 100]]
+            truth = [CLASSES.index(p.class_name) for p in cohort[start : start + 100]]
             hits += sum(p == t for p, t in zip(predicted, truth, strict=True))
-    return hits / len(drawn)
+    return hits / len(cohort)

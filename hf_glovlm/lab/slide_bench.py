@@ -1,6 +1,6 @@
-"""A drawn slide of any size, and what tiling and encoding it costs in memory and time.
+"""Benchmark of tiling and encoding a synthetic slide of any size, in memory and time.
 
-The slide is written tile by tile, level by level, so drawing it needs as little memory as reading
+The slide is written tile by tile, level by level, so rendering it needs as little memory as reading
 it. It shows that the software works; nothing on it is tissue.
 """
 
@@ -46,7 +46,7 @@ def write_slide(
     tile: int = 256,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Draw a pyramidal TIFF slide: white glass, pink blobs, planted squares of another texture.
+    """Write a synthetic pyramidal TIFF slide: white glass, pink blobs, squares of another texture.
 
     Args:
         path: Where to write; openslide and tifffile both read it.
@@ -56,7 +56,7 @@ def write_slide(
         lesions: Number of squares, drawn from the cells of a grid of `lesion_side` that lie wholly
             in a blob (so that tiles of that side hit them exactly), or the boxes themselves.
         lesion_side: Side of a square in pixels.
-        blobs: Ellipses of tissue; 0 draws an empty slide.
+        blobs: Ellipses of tissue; 0 gives an empty slide.
         marks: Boxes of one plain colour (x, y, width, height at level 0; RGB): pen, for instance.
         description: The TIFF's ImageDescription.
         compression: `jpeg` or a lossless one of tifffile, such as `deflate`.
@@ -122,7 +122,7 @@ def bench_slide(
     backbone: str = "mini",
     folder: str | Path | None = None,
 ) -> list[Row]:
-    """Tile, encode and classify two drawn slides in a process of its own, and measure its memory.
+    """Benchmark of tiling, encoding and classifying two synthetic slides in a process of its own.
 
     The first slide has a quarter of the area of the second: what the second adds to the peak is
     what memory grows by with the slide.
@@ -147,16 +147,16 @@ def bench_slide(
         paths = [str(Path(place) / f"{edge}.tif") for edge in sides]
         for path, edge in zip(paths, sides, strict=True):
             write_slide(path, edge, edge, lesions=4, lesion_side=max(1, min(224, edge // 50)))
-        run = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", _CHILD, backbone, str(tile_size), str(batch_size), *paths],
             capture_output=True,
             text=True,
             check=False,
         )
-    if run.returncode:
-        said = (run.stderr.strip() or "nothing was said").splitlines()[-1]
-        raise GloVLMError(f"Encoding the drawn slide of {side:,} pixels failed: {said}")
-    quarter, whole = json.loads(run.stdout.splitlines()[-1])
+    if process.returncode:
+        reason = (process.stderr.strip() or "no message").splitlines()[-1]
+        raise GloVLMError(f"Encoding the synthetic slide of {side:,} pixels failed: {reason}")
+    quarter, whole = json.loads(process.stdout.splitlines()[-1])
     if whole["peak"] > MAX_MEMORY:
         raise GloVLMError(
             f"Encoding a slide of {side:,} pixels took {whole['peak'] / 2**30:.2f} GiB of memory, "
@@ -164,10 +164,10 @@ def bench_slide(
         )
     rows = []
     for name, edge, one in (("", side, whole), ("_quarter", side // 2, quarter)):
-        what = f"drawn slide of {edge:,} px, {one['tiles']} tiles of {tile_size} px, {backbone}"
+        what = f"synthetic slide of {edge:,} px, {one['tiles']} tiles of {tile_size} px, {backbone}"
         ratio = None if name else whole["peak"] / quarter["peak"]
-        said = "" if name else "; ratio: to the peak after a slide of a quarter of the area"
-        rows.append(_row(f"slide.memory{name}", one["peak"] / 2**20, "MiB", ratio, what + said))
+        note = "" if name else "; ratio: to the peak after a slide of a quarter of the area"
+        rows.append(_row(f"slide.memory{name}", one["peak"] / 2**20, "MiB", ratio, what + note))
         rate = one["tiles"] / one["seconds"]
         rows.append(_row(f"slide.rate{name}", rate, "tiles/s", None, f"{what}: read and encoded"))
     return rows
@@ -175,7 +175,7 @@ def bench_slide(
 
 _CHILD = """
 import json, sys
-from hf_glovlm.slides.benchmark import measure
+from hf_glovlm.lab.slide_bench import measure
 backbone, tile_size, batch_size, *slides = sys.argv[1:]
 print(json.dumps(measure(slides, backbone, int(tile_size), int(batch_size))))
 """
@@ -210,15 +210,15 @@ def measure(
         head.scale.copy_(towers.logit_scale.exp())
     towers.config.id2label = {0: "normal", 1: "lesion"}
     model = GloVLMForImageClassification(towers.config, towers, head).eval()
-    found = []
+    rows = []
     for slide in map(Path, slides):
         start, bag = time.perf_counter(), slide.with_suffix(".h5")
         done = encode_slide(
             model, processor, slide, bag, tile_size=tile_size, batch_size=batch_size
         )
         seconds = time.perf_counter() - start
-        found.append({"tiles": done.tiles, "seconds": seconds, "peak": _peak_memory()})
-    return found
+        rows.append({"tiles": done.tiles, "seconds": seconds, "peak": _peak_memory()})
+    return rows
 
 
 def _peak_memory() -> int:
@@ -243,7 +243,7 @@ def _draw_blobs(rng: np.random.Generator, width: int, height: int, n: int) -> ND
 
 def _draw_lesions(rng: np.random.Generator, ellipses: Any, n: int, side: int) -> list[Box]:
     """Boxes of grid cells whose four corners lie in one ellipse."""
-    found: set[tuple[int, int]] = set()
+    inside: set[tuple[int, int]] = set()
     for cx, cy, rx, ry in ellipses:
         columns = np.arange((cx - rx) // side, (cx + rx) // side + 1).astype(int)
         rows = np.arange((cy - ry) // side, (cy + ry) // side + 1).astype(int)
@@ -251,19 +251,19 @@ def _draw_lesions(rng: np.random.Generator, ellipses: Any, n: int, side: int) ->
             for row in rows:
                 corners = [((column + i) * side, (row + j) * side) for i in (0, 1) for j in (0, 1)]
                 if all(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 <= 1 for x, y in corners):
-                    found.add((int(column) * side, int(row) * side))
-    if len(found) < n:
+                    inside.add((int(column) * side, int(row) * side))
+    if len(inside) < n:
         raise GloVLMError(
-            f"Expected room for {n} lesions of {side} pixels in the drawn tissue, found "
-            f"{len(found)}: draw a larger slide, or fewer or smaller lesions."
+            f"Expected room for {n} lesions of {side} pixels in the tissue, found "
+            f"{len(inside)}: render a larger slide, or fewer or smaller lesions."
         )
-    places = sorted(found)
+    places = sorted(inside)
     chosen = sorted(rng.choice(len(places), size=n, replace=False).tolist()) if n else []
     return [(*places[k], side, side) for k in chosen]
 
 
 class _Painter:
-    """Colours of any part of the slide at any level, from the drawing's description alone."""
+    """Colours of any part of the slide at any level, from its description alone."""
 
     def __init__(
         self, ellipses: NDArray[Any], lesions: list[Any], marks: list[Any], texture: NDArray[Any]

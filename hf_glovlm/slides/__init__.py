@@ -1,4 +1,4 @@
-"""Whole slides: encoded, pooled, counted, written down."""
+"""Whole-slide images: encoding, pooling, counting, reports."""
 
 from .encoding import Encoded, Outcome, encode_slide, encode_slides, load_encoder
 

@@ -1,4 +1,4 @@
-"""Cases: the slides of one patient or specimen, counted together."""
+"""Case-level counts: the slides of one patient or specimen, counted together."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,18 +38,18 @@ def read_cases(path: Path, slides: Iterable[str]) -> dict[str, str | None]:
         raise GloVLMError(
             f"{path} needs rows with the columns slide and case, found: {', '.join(header) or '-'}."
         )
-    found = {slide_name(Path(row[slide] or "")): (row[case] or "").strip() for row in rows}
-    found |= {(row[slide] or "").strip(): (row[case] or "").strip() for row in rows}
-    missing = [name for name in slides if not found.get(name)]
+    case_of = {slide_name(Path(row[slide] or "")): (row[case] or "").strip() for row in rows}
+    case_of |= {(row[slide] or "").strip(): (row[case] or "").strip() for row in rows}
+    missing = [name for name in slides if not case_of.get(name)]
     if missing:
         raise GloVLMError(f"{path} names no case of {missing[0]}: add the row.")
-    return {name: found[name] for name in slides}
+    return {name: case_of[name] for name in slides}
 
 
 def count_cases(
     slides: Sequence[Mapping[str, Any]], output: Path, class_names: Sequence[str], confusion: Any
 ) -> list[dict[str, Any]]:
-    """Count over the slides of each case; a glomerulus on several of them counts once.
+    """Case-level counts over the slides of each case; a glomerulus on several of them counts once.
 
     Where some slides of a case have outlined objects, these are counted and the others left out.
 
@@ -88,7 +88,7 @@ def count_cases(
             calls = np.repeat(np.arange(len(totals)), totals)
             counts = count_classes(calls, class_names, unit="tiles")["all"]
         names = [e["slide"] for e in used]
-        left_out = [e["slide"] for e in entries if e["slide"] not in names]
-        notes = [f"not counted, as without objects: {', '.join(left_out)}"] if left_out else []
+        uncounted = [e["slide"] for e in entries if e["slide"] not in names]
+        notes = [f"not counted, as without objects: {', '.join(uncounted)}"] if uncounted else []
         counted.append({"case": case, "slides": names, "counts": counts, "flags": notes})
     return counted

@@ -1,8 +1,8 @@
-"""`glovlm slide`: slides in; labels, counts, tables, heat maps and GeoJSON out.
+"""Slide classification (`glovlm slide`): labels, counts, tables, heat maps and GeoJSON.
 
 A slide's files are made in a folder of their own and moved into place when they are complete, so a
 run that was killed goes on with the slides that are not there yet, and within a slide at the tile
-where it stopped. What one slide lacks is told in the results and does not keep the others back.
+where it stopped. A slide that fails is an entry of the results and does not stop the others.
 """
 
 import hashlib
@@ -53,14 +53,14 @@ from .report import (
 __all__ = ["SlideConfig", "classify_slides"]
 
 VERSION = 1  # of what is written for a slide; raise it when an old one may not stand in for a new
-HEAD_BYTES = 2**20  # of a slide's file that tell it from another of its name
+HEAD_BYTES = 2**20  # of a slide's file that distinguish it from another of its name
 
 Event = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One slide of a run: its file, what it is called, what goes with it."""
+    """One slide of a run: its file, name, case, outlined objects and bag."""
 
     path: Path
     name: str
@@ -78,7 +78,7 @@ class _Task:
 
 @dataclass
 class _Tools:
-    """What classifies: the model, what its run measured, and a MIL model where there is one."""
+    """Loaded models: the classifier, its measured confusion matrix, and a MIL model if given."""
 
     model: Any
     processor: Any
@@ -102,7 +102,7 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
 
     Args:
         config: What to do.
-        on_event: Told of progress: `("stage", {"name"})`, `("tiles", {"slide", "done", "total"})`,
+        on_event: Progress: `("stage", {"name"})`, `("tiles", {"slide", "done", "total"})`,
             `("slide", {"slide", "status", "error"})`.
 
     Returns:
@@ -116,10 +116,10 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
         GloVLMError: The model, the aggregator or a table cannot be read, or two slides share a
             name. What is wrong with one slide stands in the results.
     """
-    tell = on_event or (lambda kind, what: None)
+    notify = on_event or (lambda kind, what: None)
     output = Path(config.output_dir).expanduser()
     tasks = _plan(config, output)
-    tell("stage", {"name": "loading the model"})
+    notify("stage", {"name": "loading the model"})
     tools = _load_tools(config)
     target, known = config.heatmap_class, tools.slide_class_names
     if target is not None and target not in known:
@@ -129,14 +129,14 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
     keys = {task.name: _key(task, config, tools) for task in tasks}
     entries = {task.name: _finished(output, task, keys[task.name]) for task in tasks}
     todo = [task for task in tasks if entries[task.name] is None]
-    tell("stage", {"name": f"encoding {len(todo)} of {len(tasks)} slides"})
+    notify("stage", {"name": f"encoding {len(todo)} of {len(tasks)} slides"})
 
-    def settle(task: _Task, outcome: Outcome) -> None:
+    def finish(task: _Task, outcome: Outcome) -> None:
         entry = _classify(task, outcome, config, tools, output, keys[task.name])
         entries[task.name] = entry
-        tell("slide", {name: entry.get(name) for name in ("slide", "status", "error")})
+        notify("slide", {name: entry.get(name) for name in ("slide", "status", "error")})
 
-    _encode(todo, config, tools, output, settle, tell)
+    _encode(todo, config, tools, output, finish, notify)
 
     slides = [(entries[task.name] or {}) | {"case": task.case} for task in tasks]
     results = {
@@ -149,7 +149,7 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
         },
         "class_names": tools.class_names,
         "slide_class_names": tools.slide_class_names,
-        "settings": config.decides()
+        "settings": config.result_settings()
         | {name: _shared(slides, name) for name in ("tile_size", "tile_mpp")},
         "pooling": _pooling_name(config, tools),
         "slides": slides,
@@ -212,10 +212,10 @@ def _objects_of(config: SlideConfig, name: str, n_slides: int) -> Path | None:
 
 
 def _load_tools(config: SlideConfig) -> _Tools:
-    run: Mapping[str, Any] | None = None
+    results: Mapping[str, Any] | None = None
     aggregator = load_aggregator(config.aggregator) if config.aggregator else None
     try:
-        model, processor, run = load_classifier(config.model)
+        model, processor, results = load_classifier(config.model)
     except GloVLMError:
         if aggregator is None:
             raise
@@ -228,7 +228,7 @@ def _load_tools(config: SlideConfig) -> _Tools:
             "--objects out, or give a classifier."
         )
     names = [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
-    confusion = np.array((run or {}).get("confusion_matrix") or (), np.int64)
+    confusion = np.array((results or {}).get("confusion_matrix") or (), np.int64)
     return _Tools(
         model=model,
         processor=processor,
@@ -240,8 +240,8 @@ def _load_tools(config: SlideConfig) -> _Tools:
 
 
 def _key(task: _Task, config: SlideConfig, tools: _Tools) -> str:
-    """A hash of all that decides a slide's results, or of its absence."""
-    digest = hashlib.sha256(json.dumps([VERSION, tools.key, config.decides()]).encode())
+    """Hash of all that determines a slide's results."""
+    digest = hashlib.sha256(json.dumps([VERSION, tools.key, config.result_settings()]).encode())
     if tools.confusion is not None:
         digest.update(tools.confusion.tobytes())
     for path in (task.path, task.objects):
@@ -272,8 +272,8 @@ def _encode(
     config: SlideConfig,
     tools: _Tools,
     output: Path,
-    settle: Callable[[_Task, Outcome], None],
-    tell: Event,
+    finish: Callable[[_Task, Outcome], None],
+    notify: Event,
 ) -> None:
     """Encode slides here or in several processes; each is settled as soon as it is encoded."""
     settings: dict[str, Any] = {
@@ -292,7 +292,7 @@ def _encode(
             output / "features",
             config.model,
             workers=config.workers,
-            on_done=lambda outcome: settle(by_path[outcome.slide], outcome),
+            on_done=lambda outcome: finish(by_path[outcome.slide], outcome),
             device=config.device,
             **settings,
         )
@@ -300,7 +300,7 @@ def _encode(
     for task in tasks:
 
         def advance(done: int, total: int, name: str = task.name) -> None:
-            tell("tiles", {"slide": name, "done": done, "total": total})
+            notify("tiles", {"slide": name, "done": done, "total": total})
 
         try:
             encoded = encode_slide(
@@ -309,7 +309,7 @@ def _encode(
             outcome = Outcome(task.path, encoded)
         except (GloVLMError, OSError, MemoryError) as error:
             outcome = Outcome(task.path, error=str(error) or type(error).__name__)
-        settle(task, outcome)
+        finish(task, outcome)
 
 
 def _classify(
@@ -320,7 +320,7 @@ def _classify(
     output: Path,
     key: str,
 ) -> dict[str, Any]:
-    """The results of one slide: its files in place and its entry, or why there is none."""
+    """Entry of one slide in the results, its files in place; or the error of one that failed."""
     error = outcome.error
     if outcome.encoded is not None:
         work = output / "slides" / f".{task.name}.part"
@@ -355,13 +355,13 @@ def _classify_encoded(
     """Write a slide's files into a folder; returns its entry in the results."""
     names = tools.class_names
     tiles = _read_tiles(encoded.path, names)
-    verdict = _judge(tiles, encoded.path, config, tools)
-    target = config.heatmap_class or verdict.said["label"]
-    heat = _heat(target, verdict.columns, config, tools)
+    prediction = _predict_slide(tiles, encoded.path, config, tools)
+    target = config.heatmap_class or prediction.entry["label"]
+    heat = _heat(target, prediction.columns, config, tools)
     place: tuple[Any, int] = (tiles.coords, tiles.extent)
     called = [names[k] for k in tiles.probabilities.argmax(axis=1)] if names else None
     tissue = _tissue_fraction(slide, tiles, config)
-    write_tiles(work / "tiles.parquet", *place, tissue, verdict.columns, called)
+    write_tiles(work / "tiles.parquet", *place, tissue, prediction.columns, called)
     draw_heatmap(
         work / "heatmap.png",
         slide.thumbnail(HEATMAP_SIDE),
@@ -378,14 +378,14 @@ def _classify_encoded(
         *place,
         heat.values,
         threshold=heat.threshold,
-        columns=verdict.columns,
+        columns=prediction.columns,
         labels=called or [target] * len(heat.values),
     )
     counts, notes = _count(task, slide, tiles.probabilities, config, tools, work)
     return {
         "slide": task.name,
         "status": "done",
-        **verdict.said,
+        **prediction.entry,
         "n_tiles": len(tiles.coords),
         "tile_size": tiles.size,
         "tile_mpp": tiles.mpp,
@@ -396,43 +396,45 @@ def _classify_encoded(
         "heatmap_class": target,
         "squares": squares,
         "counts": counts,
-        "flags": _shown_flags([*encoded.flags, *verdict.notes, *notes], task, config),
+        "flags": _shown_flags([*encoded.flags, *prediction.notes, *notes], task, config),
     }
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    """What is said of a slide and of its tiles, by pooling or by an aggregator."""
+class _SlidePrediction:
+    """Slide-level prediction and columns of its tiles, by pooling or by an aggregator."""
 
-    said: dict[str, Any]  # of the slide, as its results have it
+    entry: dict[str, Any]  # of the slide, as its results have it
     columns: dict[str, NDArray[Any]]  # of the tiles
     notes: Sequence[str] = ()
 
 
-def _judge(tiles: "_Tiles", bag: Path, config: SlideConfig, tools: _Tools) -> _Verdict:
-    """Pool what the classifier says of the tiles; an aggregator, if given, has the last word."""
+def _predict_slide(
+    tiles: "_Tiles", bag: Path, config: SlideConfig, tools: _Tools
+) -> _SlidePrediction:
+    """Slide-level prediction: pooled tile scores, or an aggregator's where one is given."""
     names = tools.class_names
     columns: dict[str, NDArray[Any]] = {}
     columns |= {f"p_{name}": tiles.probabilities[:, k] for k, name in enumerate(names)}
-    said = _pool(tiles, config, names) if names else {}
+    entry = _pool(tiles, config, names) if names else {}
     if tools.aggregator is None:
-        return _Verdict(said, columns)
+        return _SlidePrediction(entry, columns)
     prediction = tools.aggregator.predict(read_bag(bag))
     if prediction.attention is not None:
         columns["attention"] = prediction.attention
     for k, name in enumerate(tools.slide_class_names):
         columns[f"score_{name}"] = prediction.tile_scores[:, k]
-    said |= {
+    entry |= {
         "label": prediction.label,
         "probabilities": prediction.probabilities,
         "pooling": tools.aggregator.aggregator.name,
     }
-    return _Verdict(said, columns, prediction.notes)
+    return _SlidePrediction(entry, columns, prediction.notes)
 
 
 @dataclass(frozen=True)
 class _Heat:
-    """A value of each tile, and how it is shown."""
+    """Heat map values, one a tile, and how they are shown."""
 
     values: NDArray[Any]
     meaning: str
@@ -448,11 +450,11 @@ def _heat(
         return _Heat(values, f"probability of {target}", (0.0, 1.0), config.threshold)
     values = columns[f"score_{target}"]
     most = float(np.abs(values).max()) or 1.0
-    return _Heat(values, f"spoke for {target}", (-most, most), 0.0)
+    return _Heat(values, f"evidence for {target}", (-most, most), 0.0)
 
 
 def _pool(tiles: "_Tiles", config: SlideConfig, names: Sequence[str]) -> dict[str, Any]:
-    """What pooling the tiles' logits says of the slide, in the way wanted and in all others."""
+    """Slide-level scores: the tiles' logits pooled as configured, and in all other ways."""
     options: dict[str, Any] = {
         "kind": "logit",
         "coords": tiles.coords,
@@ -484,7 +486,7 @@ def _count(
         missing = "no file of objects has this slide's name, so tiles are counted"
         notes = [] if config.objects is None else [missing]
         return count_classes(probabilities, names, unit="tiles")["all"], notes
-    found = classify_objects(
+    classified = classify_objects(
         tools.model,
         tools.processor,
         slide,
@@ -493,16 +495,16 @@ def _count(
         batch_size=config.batch_size,
         allow_scale=config.allow_scale,
     )
-    found.save(work / "objects.parquet")
-    found.write_geojson(work / "objects.geojson")
+    classified.save(work / "objects.parquet")
+    classified.write_geojson(work / "objects.geojson")
     shown, ids = read_objects(work / "objects.parquet", task.name)
     counts = count_classes(shown, names, ids=ids, confusion=tools.confusion)["all"]
-    return counts, list(found.notes)
+    return counts, list(classified.notes)
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """What a bag says of a slide's tiles, without their features."""
+    """Tile coordinates, logits and probabilities of a bag, without its features."""
 
     coords: NDArray[np.int64]
     logits: NDArray[np.float64]
@@ -531,7 +533,7 @@ def _read_tiles(path: Path, names: Sequence[str]) -> _Tiles:
 
 
 def _tissue_fraction(slide: Slide, tiles: _Tiles, config: SlideConfig) -> NDArray[np.float32]:
-    """Of each tile. The bag does not hold it; it follows from the slide and the bag's settings."""
+    """Tissue fraction of each tile; not in the bag, it follows from the slide and its settings."""
     return lay_tiles(
         slide,
         find_tissue(slide),
@@ -543,7 +545,7 @@ def _tissue_fraction(slide: Slide, tiles: _Tiles, config: SlideConfig) -> NDArra
 
 
 def _shown_flags(flags: Sequence[str], task: _Task, config: SlideConfig) -> list[str]:
-    """Flags without the name where it is hidden, and then without what was said about it."""
+    """Flags without the name where it is hidden, and without the flags about that name."""
     hidden = set(name_flags(slide_name(task.path))) if config.anonymise else set()
     return list(dict.fromkeys(task.hide(flag) for flag in flags if flag not in hidden))
 
@@ -561,5 +563,5 @@ def _pooling_name(config: SlideConfig, tools: _Tools) -> str:
 
 def _shared(slides: Sequence[Mapping[str, Any]], name: str) -> Any:
     """A value that all finished slides have, `None` where they differ."""
-    found = {entry[name] for entry in slides if name in entry}
-    return found.pop() if len(found) == 1 else None
+    values = {entry[name] for entry in slides if name in entry}
+    return values.pop() if len(values) == 1 else None

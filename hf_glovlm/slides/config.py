@@ -1,4 +1,4 @@
-"""`SlideConfig`: one run over slides, complete, checked before anything is loaded."""
+"""Slide classification config, checked before anything is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +11,7 @@ __all__ = ["SlideConfig"]
 
 @dataclass
 class SlideConfig:
-    """One run over slides: the arguments and flags of `glovlm slide`.
+    """Config of one run over slides: the arguments and flags of `glovlm slide`.
 
     Args:
         model: A run's folder, its `model/`, or a Hub id; with an aggregator also a backbone, if
@@ -28,10 +28,10 @@ class SlideConfig:
         aggregator: Output folder of `glovlm mil`, which then gives the slide's label.
         top: Tiles a class whose scores are averaged for the slide's label; 0 for all.
         smooth: Average scores over neighbouring tiles before.
-        heatmap_class: Whose probability the heat map shows, or with an aggregator for whom each
-            tile spoke; by default that of the slide's label.
+        heatmap_class: Class whose probability the heat map shows, or with an aggregator each
+            tile's evidence for it; by default that of the slide's label.
         threshold: Least probability of that class at which a tile is written as a square; with an
-            aggregator those are written that spoke for it.
+            aggregator those are written with evidence for it.
         cases: CSV with the columns `slide` and `case` (or `case_id`, `patient_id`).
         case: The case of all slides, in place of such a file.
         workers: Processes that encode slides.
@@ -96,8 +96,8 @@ class SlideConfig:
                 raise GloVLMError(f"A run over slides needs {key.replace('_', ' ')}: give it.")
         return cls(**values)
 
-    def decides(self) -> dict[str, Any]:
-        """The settings that decide what is found on a slide."""
+    def result_settings(self) -> dict[str, Any]:
+        """Settings that determine the results of a slide."""
         elsewhere = ("model", "slides", "output_dir", "objects", "aggregator", "cases", "case")
         incidental = ("workers", "batch_size", "device", "anonymise")
         return {k: v for k, v in asdict(self).items() if k not in (*elsewhere, *incidental)}

@@ -1,10 +1,10 @@
-"""Lesion counts: how many glomeruli of each class, with what an interval means, and corrections.
+"""Lesion counts with intervals, and prevalence correction by a confusion matrix.
 
 The percentage that a classifier's calls give is biased by its errors: where few glomeruli are
 sclerosed, false calls outnumber true ones. A confusion matrix measured on labelled data undoes the
 expected part of that (Rogan and Gladen 1978 for two classes; least squares on the simplex for
 more), and trusts that the classifier errs here as it did there. So a corrected percentage stands
-beside the count and never in its place; `left_out` measures both.
+beside the count and never in its place; `lab.counting` measures both.
 """
 
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ def count_classes(
         seed: Of the draws behind that interval.
 
     Returns:
-        By group, in the order found: `unit`, `n`, `classes` (class -> `count`, `percent`, `ci95` in
+        By group, in the order given: `unit`, `n`, `classes` (class -> `count`, `percent`, `ci95` in
         per cent; `corrected` with `percent` and `ci95`) and `notes`. Without an object a percentage
         is `None`.
 
@@ -109,11 +109,11 @@ def count_classes(
     votes = _votes(calls, len(names))
     groups = ["all"] * len(votes) if groups is None else [str(group) for group in groups]
     if len(groups) != len(votes) or (ids is not None and len(ids) != len(votes)):
-        found = len(groups) if len(groups) != len(votes) else len(ids or ())
-        raise GloVLMError(f"Expected a group and an id for each of {len(votes)} rows, not {found}.")
+        given = len(groups) if len(groups) != len(votes) else len(ids or ())
+        raise GloVLMError(f"Expected a group and an id for each of {len(votes)} rows, not {given}.")
     matrix = None if confusion is None else _checked_confusion(confusion, len(names))
-    found_groups = list(dict.fromkeys(groups)) or ["all"]
-    rows_of: dict[str, list[int]] = {group: [] for group in found_groups}
+    group_names = list(dict.fromkeys(groups)) or ["all"]
+    rows_of: dict[str, list[int]] = {group: [] for group in group_names}
     for row, group in enumerate(groups):
         rows_of[group].append(row)
     result = {}
@@ -200,8 +200,8 @@ def confusion_counts(labels: ArrayLike, calls: ArrayLike, n_classes: int) -> Int
 def is_informative(confusion: ArrayLike) -> bool:
     """Whether each call is likelier from its own class than from any other.
 
-    For two classes: sensitivity + specificity > 1. Without it a count says nothing of the
-    prevalence, or the opposite.
+    For two classes: sensitivity + specificity > 1. Without it a count carries no information
+    about the prevalence, or the opposite.
 
     Args:
         confusion: Counts or rates `[K, K]`, rows are labels, none of them empty.
@@ -223,7 +223,7 @@ def rogan_gladen(apparent: float, sensitivity: float, specificity: float) -> flo
         specificity: Fraction of the negatives that are called so.
 
     Raises:
-        GloVLMError: The test tells nothing: sensitivity + specificity is 1 or less.
+        GloVLMError: The test is uninformative: sensitivity + specificity is 1 or less.
     """
     youden = sensitivity + specificity - 1
     if youden <= 0:
@@ -235,13 +235,13 @@ def rogan_gladen(apparent: float, sensitivity: float, specificity: float) -> flo
 
 
 def adjust_fractions(apparent: ArrayLike, confusion: ArrayLike) -> Floats:
-    """Find the class fractions whose expected calls come nearest to the calls that were counted.
+    """Corrected class fractions: those whose expected calls come nearest to the counted calls.
 
     Least squares on the simplex of `rates.T @ p = apparent`: the black-box shift estimate (Lipton,
     Wang and Smola 2018, arXiv 1802.03916, equation 5) kept to valid fractions; with two classes it
     is `rogan_gladen`. As both sides sum to 1, the residual is linear in p without a constant,
-    B p with B = rates.T - apparent 1^T, and the point of a simplex that makes |B p| least is found
-    exactly by non-negative least squares (Lawson and Hanson 1974, chapter 23).
+    B p with B = rates.T - apparent 1^T, and the point of a simplex that makes |B p| least follows
+    exactly from non-negative least squares (Lawson and Hanson 1974, chapter 23).
 
     Args:
         apparent: Fractions of calls `[K]`, or their counts.

@@ -1,4 +1,4 @@
-"""Slides in, bags out: every tile with tissue encoded, and classified where the model can.
+"""Slide encoding: every tile with tissue to features, and to logits where the model has a head.
 
 Tiles stream: a thread reads and preprocesses the next batch while the model works on this one, and
 each batch is on the disk before the next. So memory does not grow with the slide, and a killed run
@@ -35,7 +35,7 @@ Progress = Callable[[int, int], object]  # tiles done, tiles in all
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of one slide.
+    """Result of encoding one slide.
 
     Attributes:
         path: The bag.
@@ -60,7 +60,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One slide of several: what came out, or why nothing did."""
+    """Result of one slide of several, or its error."""
 
     slide: Path
     encoded: Encoded | None = None
@@ -124,12 +124,12 @@ def encode_slide(
     classes = _class_names(model) if classify and hasattr(model, "classify_features") else []
     with open_slide(Path(slide_path), mpp=slide_mpp) as slide:
         side = tile_size or input_side(processor.image_processor)
-        wanted = _wanted_mpp(model, processor, slide, side, mpp)
+        tile_mpp = _choose_tile_mpp(model, processor, slide, side, mpp)
         grid = lay_tiles(
             slide,
             find_tissue(slide),
             tile_size=side,
-            mpp=wanted,
+            mpp=tile_mpp,
             overlap=overlap,
             min_tissue=min_tissue,
         )
@@ -143,15 +143,15 @@ def encode_slide(
         resumed_at = writer.rows
         if not writer.is_complete:
             resumed_at = _rows_to_keep(writer, grid, batch_size)
-            tell = on_progress or (lambda done, total: None)
-            tell(resumed_at, len(grid))
+            notify = on_progress or (lambda done, total: None)
+            notify(resumed_at, len(grid))
             batches = _batches(slide, grid, processor, resumed_at, batch_size)
             # Closed before the slide is: its thread may still be reading.
             with closing(batches), evaluating(model):
                 for rows, inputs in batches:
                     features, scores = _encode(model, backbone, inputs, bool(classes))
                     writer.append(features, grid.coords[rows], scores)
-                    tell(writer.rows, len(grid))
+                    notify(writer.rows, len(grid))
             writer.complete()
         return Encoded(
             path=writer.path,
@@ -208,10 +208,10 @@ def encode_slides(
         )
         for path in paths
     ]
-    found: dict[Path, Outcome] = {}
+    outcomes: dict[Path, Outcome] = {}
 
-    def settle(outcome: Outcome) -> None:
-        found[outcome.slide] = outcome
+    def record(outcome: Outcome) -> None:
+        outcomes[outcome.slide] = outcome
         if on_done is not None:
             on_done(outcome)
 
@@ -219,11 +219,11 @@ def encode_slides(
     if workers == 1:
         encoder = load_encoder(model)  # what is wrong with it is wrong for every slide
         for job in jobs:
-            settle(_attempt(encoder, *job))
-        return [found[path] for path in paths]
+            record(_attempt(encoder, *job))
+        return [outcomes[path] for path in paths]
     for outcome in _in_processes(model, jobs, workers):
-        settle(outcome)
-    return [found[path] for path in paths]
+        record(outcome)
+    return [outcomes[path] for path in paths]
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
@@ -263,10 +263,10 @@ def input_side(image_processor: Any) -> int:
 # --------------------------------------------------------------------------------------- scale
 
 
-def _wanted_mpp(
+def _choose_tile_mpp(
     model: Any, processor: Any, slide: Slide, side: int, given: float | None
 ) -> float | None:
-    """The scale at which tiles are cut: given, or such that the model gets its own."""
+    """Micrometres per pixel of tiles: as given, or such that the model gets its own scale."""
     adapted = model.config.mpp
     if given is not None or adapted is None or slide.mpp is None:
         return given
@@ -279,8 +279,8 @@ def _check_scale(
     """The scale that reaches the model, refused as `scale.check_scale` would, and notes on it."""
     adapted = model.config.mpp
     if grid.mpp is None or slide.mpp is None:
-        said = "" if adapted is None else f", and the model was adapted at {adapted:.3g}"
-        return None, [f"the scale of the tiles is unknown: level 0 was cut as it is{said}"]
+        adapted_at = "" if adapted is None else f", and the model was adapted at {adapted:.3g}"
+        return None, [f"the scale of the tiles is unknown: level 0 was cut as it is{adapted_at}"]
     if grid.downsample * MAX_RATIO < 1 and not allow:
         raise GloVLMError(
             f"Tiles of {grid.mpp:.3g} micrometres per pixel were asked for, and {slide.path} was "
@@ -312,7 +312,7 @@ def _describe(
     min_tissue: float,
     seen: float | None,
 ) -> dict[str, Any]:
-    """Everything that decides the rows; the first names are those that CLAM and TRIDENT read."""
+    """Attributes of a bag: all that determines its rows; CLAM and TRIDENT read the first names."""
     zoom = slide.magnification
     return {
         "name": slide.name,
@@ -342,7 +342,7 @@ def _describe(
 
 
 def encoder_fingerprint(model: Any, processor: Any) -> str:
-    """A hash of everything between a tile and its row: transform, towers, projection, head."""
+    """Hash of the encoder: transform, towers, projection and head."""
     import torch
     import xxhash
 
@@ -455,7 +455,7 @@ def _mpp_of(given: "dict[str, float] | float | None", path: Path) -> float | Non
 
 
 def _attempt(encoder: tuple[Any, Any], slide: Path, bag: Path, settings: dict[str, Any]) -> Outcome:
-    """Encode one slide; what is wrong with it is its outcome."""
+    """Encode one slide; an error becomes its outcome."""
     try:
         return Outcome(slide, encode_slide(*encoder, slide, bag, **settings))
     except (GloVLMError, OSError, MemoryError) as error:
@@ -476,9 +476,9 @@ def _work(model: str, threads: int, job: _Job) -> Outcome:
 
 
 def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Outcome]:
-    """Outcomes as they come.
+    """Outcomes in the order in which slides are done.
 
-    Each thread minds one process, so that a process which is killed takes along the one slide that
+    Each thread owns one process, so that a process which is killed takes along the one slide that
     it was at; a pool of many would lose them all.
     """
     import torch
@@ -488,7 +488,7 @@ def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Ou
     mine = threading.local()
     pools: list[ProcessPoolExecutor] = []
 
-    def mind(job: _Job) -> Outcome:
+    def encode_alone(job: _Job) -> Outcome:
         if getattr(mine, "pool", None) is None:
             mine.pool = ProcessPoolExecutor(1, spawn)
             pools.append(mine.pool)
@@ -500,8 +500,8 @@ def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Ou
         return outcome
 
     try:
-        with ThreadPoolExecutor(workers) as minders:
-            for future in as_completed([minders.submit(mind, job) for job in jobs]):
+        with ThreadPoolExecutor(workers) as executor:
+            for future in as_completed([executor.submit(encode_alone, job) for job in jobs]):
                 yield future.result()
     finally:
         for pool in pools:

@@ -1,4 +1,4 @@
-"""Outlined glomeruli of a slide, cut out as the crops of a training set are, and classified."""
+"""Object classification: outlined glomeruli of a slide, cropped as for training, classified."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -26,12 +26,12 @@ __all__ = ["ClassifiedObjects", "classify_objects", "read_objects"]
 
 SAME = 0.5  # intersection over union above which two outlines are one glomerulus
 MAX_SIDE = 2048  # a larger crop is shrunk to this, as those of a training set are
-COUNTED = "counted"  # name of the measurement that says so
+COUNTED = "counted"  # name of that measurement in GeoJSON
 
 
 @dataclass(frozen=True)
 class ClassifiedObjects:
-    """What a classifier says about the outlined objects of a slide, each counted once.
+    """Predictions for the outlined objects of a slide, each counted once.
 
     Attributes:
         objects: The outlines `n`, in the file's order.
@@ -95,7 +95,7 @@ class ClassifiedObjects:
 
 
 def read_objects(path: Path, slide: str) -> tuple[NDArray[np.float64], list[str]]:
-    """Read of a saved table what counting needs.
+    """Read the probabilities and ids that counting needs from a saved table.
 
     Args:
         path: The parquet file.
@@ -103,7 +103,7 @@ def read_objects(path: Path, slide: str) -> tuple[NDArray[np.float64], list[str]
 
     Returns:
         Probabilities `[n, K]` of the objects that count, and which glomerulus each one is: the
-        same on several slides only where the file of the objects said so.
+        same on several slides only where the file of the objects names it.
     """
     import pyarrow.parquet as pq
 
@@ -143,11 +143,11 @@ def classify_objects(
         processor: Its processor.
         slide: An open slide.
         objects: Outlines in pixels of level 0.
-        mpp: Micrometres per pixel of level 0, in place of what the slide says.
+        mpp: Micrometres per pixel of level 0, in place of the slide's own.
         margin: Side of the crop over the longer side of the outline; at least 1.
         batch_size: Crops at a time.
         allow_scale: Accept crops at a scale that is known to differ from the model's.
-        on_progress: Told the number of crops done and of all.
+        on_progress: Called with the number of crops done and of all.
 
     Raises:
         GloVLMError: An object lies outside the slide, or the scale is wrong (see `scale`).
@@ -166,8 +166,8 @@ def classify_objects(
     chosen = np.flatnonzero(once)
     for start in range(0, len(chosen), batch_size):
         crops = [_read_crop(slide, *boxes[i].tolist()) for i in chosen[start : start + batch_size]]
-        found = predict(model, processor, _image_rows(crops), batch_size=batch_size)
-        parts.append(found.probabilities)
+        predictions = predict(model, processor, _image_rows(crops), batch_size=batch_size)
+        parts.append(predictions.probabilities)
         if on_progress is not None:
             on_progress(min(start + batch_size, len(chosen)), len(chosen))
     probabilities = np.empty((len(objects), parts[0].shape[1]))
@@ -188,7 +188,7 @@ def classify_objects(
         objects=list(objects),
         boxes=boxes,
         probabilities=probabilities,
-        class_names=found.class_names,
+        class_names=predictions.class_names,
         counted=once,
         repeats=[None if first[i] == i else objects[int(first[i])].id for i in range(len(objects))],
         glomeruli=[_glomerulus(item) for item in objects],
@@ -231,21 +231,21 @@ def _check_scale(
     if mpp is None:
         return "unknown"
     transform = processor.image_processor
-    seen = [max(side / MAX_SIDE, 1.0) for side in sides]  # crops beyond it are shrunk
-    found = median(
+    factors = [max(side / MAX_SIDE, 1.0) for side in sides]  # crops beyond it are shrunk
+    input_scale = median(
         input_mpp(transform, mpp * shrunk, round(side / shrunk), round(side / shrunk))
-        for side, shrunk in zip(sides.tolist(), seen, strict=True)
+        for side, shrunk in zip(sides.tolist(), factors, strict=True)
     )
     adapted = model.config.mpp
     if adapted is not None and not allow:
-        ratio = max(adapted / found, found / adapted)
+        ratio = max(adapted / input_scale, input_scale / adapted)
         if ratio > MAX_RATIO:
             raise GloVLMError(
                 f"The model was adapted at {adapted:.3g} micrometres per input pixel, and these "
-                f"objects reach it at {found:.3g}: {ratio:.1f} times apart, at most "
+                f"objects reach it at {input_scale:.3g}: {ratio:.1f} times apart, at most "
                 f"{MAX_RATIO:g}. Check the slide's scale (--mpp), or give --allow-scale."
             )
-    return describe_scale(found)
+    return describe_scale(input_scale)
 
 
 def _read_crop(slide: "Slide", x: int, y: int, side: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""From scores of tiles to scores of a slide, without training: MI-Zero's pooling.
+"""Training-free pooling of tile scores into slide scores (MI-Zero).
 
 Of every class the j tiles that score highest for it are averaged, each class by its own tiles (Lu
 et al. 2023, arXiv:2306.07831, which adds them up; the mean, as CONCH takes it, ranks the classes
@@ -36,7 +36,7 @@ _CHUNK = 65_536  # tiles whose neighbours are held at once
 
 @dataclass(frozen=True)
 class SlideScore:
-    """What pooling says about a slide.
+    """Pooled scores of a slide.
 
     Attributes:
         label: The class with the highest score, the first one on a tie.
@@ -122,14 +122,14 @@ def smooth_scores(scores: ArrayLike, coords: ArrayLike, k: int = NEIGHBOURS) -> 
 
 def _neighbours(tree: Any, places: Floats, k: int) -> tuple[NDArray[np.int64], Floats]:
     """Indices `[n, m]` of the tiles that may have a place, and weights `[n, m]` that sum to k."""
-    wanted = min(2 * k + 4, tree.n)
+    n_near = min(2 * k + 4, tree.n)
     while True:
-        distance, near = tree.query(places, k=np.arange(1, wanted + 1))
+        distance, near = tree.query(places, k=np.arange(1, n_near + 1))
         last = distance[:, k - 1 : k]
         tied = np.isclose(distance, last, rtol=1e-9, atol=0)
-        if wanted == tree.n or not tied[:, -1].any():
+        if n_near == tree.n or not tied[:, -1].any():
             break
-        wanted = min(2 * wanted, tree.n)  # more tiles may lie equally far
+        n_near = min(2 * n_near, tree.n)  # more tiles may lie equally far
     inside = (distance < last) & ~tied
     left = k - inside.sum(1, keepdims=True)
     return near, inside + tied * left / tied.sum(1, keepdims=True)
@@ -225,8 +225,8 @@ def pool_ways(
         class_names: `[K]`.
         options: Of `pool_slide`, without `j`.
     """
-    found = (pool_slide(scores, class_names, j=j, **options) for j in (*TOP_J, None))
-    return {slide.pooling: slide for slide in found}
+    pooled = (pool_slide(scores, class_names, j=j, **options) for j in (*TOP_J, None))
+    return {slide.pooling: slide for slide in pooled}
 
 
 def _checked(scores: ArrayLike) -> Floats:

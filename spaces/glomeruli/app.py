@@ -25,7 +25,7 @@ os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(
 
 import gradio as gr
 import pages
-from desk import MOST_PROBABLE, Desk, Session, told
+from desk import MOST_PROBABLE, Desk, Session, show_errors
 from gate import Gate
 from shelf import Settings
 from starlette.middleware import Middleware
@@ -64,7 +64,7 @@ def build(settings: Settings | None = None) -> gr.Blocks:
             height=165, elem_id="images",
         )  # fmt: skip
         with gr.Row():
-            examples = gr.Button("Add example drawings", elem_id="examples")
+            examples = gr.Button("Add synthetic examples", elem_id="examples")
             remove = gr.Button("Remove images", elem_id="remove")
         tray = gr.HTML(pages.show_tray([]), elem_id="tray")
 
@@ -101,10 +101,10 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                 lines = gr.Textbox(
                     label="Classes and prompts", lines=6, max_lines=20, elem_id="own-lines"
                 )
-                reword_button = gr.Button(
+                own_words_button = gr.Button(
                     "Classify with these words", variant="primary", elem_id="own-ask"
                 )
-                reworded = gr.HTML(elem_id="own-answers")
+                own_words_answers = gr.HTML(elem_id="own-answers")
             with gr.Tab("Adapt", id="adapt"):
                 parts = _lay_out_adapt()
             with gr.Tab("Compare", id="compare"):
@@ -112,14 +112,14 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                     choices, value=choices[-1], allow_custom_value=True, elem_id="other",
                     label="Second model, beside the one above",
                 )  # fmt: skip
-                pair = gr.Button("Compare", variant="primary", elem_id="compare")
+                compare_button = gr.Button("Compare", variant="primary", elem_id="compare")
                 pairs = gr.HTML(elem_id="pairs")
             with gr.Tab("Batch", id="batch"):
                 many = gr.File(
                     label=f"Up to {MAX_BATCH} images", file_count="multiple", file_types=TYPES,
                     height=165, elem_id="batch-images",
                 )  # fmt: skip
-                run = gr.Button("Classify all", variant="primary", elem_id="batch-run")
+                batch_button = gr.Button("Classify all", variant="primary", elem_id="batch-run")
                 counts = gr.HTML(elem_id="batch-counts")
                 table = gr.DownloadButton("Download CSV", interactive=False, elem_id="batch-csv")
             with gr.Tab("About", id="about"):
@@ -127,12 +127,17 @@ def build(settings: Settings | None = None) -> gr.Blocks:
 
         # First of all, so that the names are theirs.
         for name in ("describe", "classify", "own_words", "compare", "batch", "heat_map"):
-            gr.api(told(getattr(desk, f"api_{name}")), api_name=name)
-        gr.api(told(desk.api_adapt), api_name="adapt", concurrency_id="adapt", concurrency_limit=1)
+            gr.api(show_errors(getattr(desk, f"api_{name}")), api_name=name)
+        gr.api(
+            show_errors(desk.api_adapt),
+            api_name="adapt",
+            concurrency_id="adapt",
+            concurrency_limit=1,
+        )
 
         def on(event: Any, function: Any, inputs: Any, outputs: Any, **more: Any) -> None:
             # Not preprocessed: Gradio would keep an empty file for every upload.
-            event(told(function), inputs, outputs, preprocess=False, **PRIVATE, **more)
+            event(show_errors(function), inputs, outputs, preprocess=False, **PRIVATE, **more)
 
         described = [about, words, target, lines]
         on(page.load, desk.choose_model, [model, session], described)
@@ -146,12 +151,12 @@ def build(settings: Settings | None = None) -> gr.Blocks:
             None, opacity, None, **PRIVATE,
             js="(v) => { document.documentElement.style.setProperty('--heat', v); return [] }",
         )  # fmt: skip
-        on(reword_button.click, desk.own_words, [model, lines, session], reworded)
-        on(pair.click, desk.compare, [model, other, session], pairs)
-        on(run.click, desk.batch, [model, many, session], [many, counts, table])
+        on(own_words_button.click, desk.own_words, [model, lines, session], own_words_answers)
+        on(compare_button.click, desk.compare, [model, other, session], pairs)
+        on(batch_button.click, desk.batch, [model, many, session], [many, counts, table])
         on(parts["use"].click, desk.use_adapted, [session], [model, *described])
         _connect_adapt(desk, on, parts, model, other, session)
-    # The queue is finite: whoever comes when it is full is told so at once.
+    # The queue is finite: whoever comes when it is full gets an error at once.
     return page.queue(max_size=64, default_concurrency_limit=2)
 
 
@@ -159,11 +164,11 @@ def _lay_out_adapt() -> dict[str, Any]:
     """The boxes and buttons of the tab Adapt."""
     gr.Markdown(
         "Name each class and drop a few images of it. With the patient of every image, each "
-        "patient is predicted by a model that did not learn from that patient; without, nothing is "
-        "said about performance."
+        "patient is predicted by a model that did not learn from that patient; without, no "
+        "performance is estimated."
     )
     with gr.Row():
-        fill = gr.Button("Fill with example drawings", elem_id="support-fill")
+        fill = gr.Button("Fill with synthetic examples", elem_id="support-fill")
         clear = gr.Button("Empty the boxes", elem_id="support-clear")
     names, boxes, trays = [], [], []
     for k in range(MAX_CLASSES):

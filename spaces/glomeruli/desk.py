@@ -1,4 +1,4 @@
-"""What the page's buttons and the endpoints do; what one open page holds."""
+"""Handlers of the page's buttons and endpoints, and the session of one open page."""
 
 import html
 import os
@@ -12,15 +12,15 @@ from typing import Any
 import gradio as gr
 import pages
 from shelf import Loaded, Settings, Shelf
-from uploads import MAX_BATCH, Upload, draw_examples, read_patients, read_uploads, take_files
+from uploads import MAX_BATCH, Upload, make_examples, read_patients, read_uploads, take_files
 from work import (
     MAX_CLASSES,
-    Taught,
+    AdaptedModel,
+    adapt_classifier,
     ask_in_words,
     classify,
     draw_heat,
     read_words,
-    teach,
     to_csv,
     to_table,
     zip_model,
@@ -35,16 +35,16 @@ CHUNK = 32  # images of a batch between two signs of progress
 
 
 class Session:
-    """What one open page holds, in memory alone: images, labelled images, an adapted model."""
+    """Session of one open page, in memory alone: images, labelled images, an adapted model."""
 
     def __init__(self) -> None:
         self.images: list[Upload] = []
         self.support: dict[int, list[Upload]] = {}
-        self.taught: Taught | None = None
+        self.adapted: AdaptedModel | None = None
 
 
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show what is wrong with an input as a sentence, escaped, and nothing of the code."""
+def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Show an input's error as an escaped sentence, without a traceback."""
 
     @wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -57,7 +57,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Desk:
-    """What the page's buttons and the endpoints do.
+    """Handlers of the page's buttons and endpoints.
 
     Args:
         settings: What the machine's owner allows.
@@ -70,15 +70,15 @@ class Desk:
     def find(self, name: str | None, session: Session | None = None) -> Loaded:
         """A model by name; `adapted here` is the session's own."""
         if name == ADAPTED:
-            if session is None or session.taught is None:
+            if session is None or session.adapted is None:
                 raise GloVLMError("No model was adapted on this page yet: see the tab Adapt.")
-            return session.taught.loaded
+            return session.adapted.loaded
         return self.shelf.get(name)
 
     # --------------------------------------------------------------------------- the page
 
     def choose_model(self, name: str, session: Session) -> tuple[Any, ...]:
-        """Load a model and say what it is; its classes go to the heat map and to own words."""
+        """Load and describe a model; its classes go to the heat map and to own words."""
         loaded = self.find(name, session)
         if loaded.classifier is None:
             return pages.show_model(loaded), "", gr.update(), gr.update()
@@ -99,10 +99,10 @@ class Desk:
         return None, session, *self._tray(session, refused)
 
     def add_examples(self, session: Session) -> tuple[Any, ...]:
-        """Put a drawing of each class into the tray."""
+        """Put a synthetic image of each class into the tray."""
         there = {image.name for image in session.images}
-        drawings = draw_examples()[:5]
-        session.images = [*session.images, *(d for d in drawings if d.name not in there)]
+        examples = make_examples()[:5]
+        session.images = [*session.images, *(d for d in examples if d.name not in there)]
         return session, *self._tray(session)
 
     def remove_images(self, session: Session) -> tuple[Any, ...]:
@@ -117,9 +117,9 @@ class Desk:
 
     def classify(self, name: str, mpp: str, session: Session) -> str:
         """Classify the tray."""
-        said = classify(self.find(name, session), session.images, _number(mpp))
-        support = session.taught.support if name == ADAPTED and session.taught else []
-        return pages.show_answers(said, session.images, support)
+        result = classify(self.find(name, session), session.images, _number(mpp))
+        support = session.adapted.support if name == ADAPTED and session.adapted else []
+        return pages.show_answers(result, session.images, support)
 
     def heat(self, name: str, image: str, method: str, target: str, session: Session) -> str:
         """Draw a heat map of one image of the tray."""
@@ -137,8 +137,8 @@ class Desk:
     def compare(self, name: str, other: str, session: Session) -> str:
         """Classify the tray with two models."""
         both = [self.find(name, session), self.find(other, session)]
-        said = [classify(loaded, session.images) for loaded in both]
-        return pages.show_pair([loaded.name for loaded in both], said, session.images)
+        result = [classify(loaded, session.images) for loaded in both]
+        return pages.show_pair([loaded.name for loaded in both], result, session.images)
 
     def batch(
         self, name: str, files: Files, session: Session,
@@ -165,10 +165,10 @@ class Desk:
         return None, session, pages.show_tray(session.support[place], refused)
 
     def fill_support(self, session: Session) -> tuple[Any, ...]:
-        """Fill the boxes with drawings of four drawn patients."""
-        labels = list(dict.fromkeys(d.label for d in draw_examples()))
-        drawings = {x: [d for d in draw_examples() if d.label == x] for x in labels}
-        session.support = dict(enumerate(drawings.values()))
+        """Fill the boxes with images of four synthetic patients."""
+        labels = list(dict.fromkeys(d.label for d in make_examples()))
+        by_class = {x: [d for d in make_examples() if d.label == x] for x in labels}
+        session.support = dict(enumerate(by_class.values()))
         names = [*labels, *[""] * (MAX_CLASSES - len(labels))]
         trays = [pages.show_tray(session.support.get(k, [])) for k in range(MAX_CLASSES)]
         return session, *names, *trays
@@ -192,18 +192,18 @@ class Desk:
         patients = read_patients(given_table[0][1]) if given_table else {}
         if by_name:
             support = {label: [_from_name(i) for i in part] for label, part in support.items()}
-        session.taught = teach(
+        session.adapted = adapt_classifier(
             self.find(name, session), support, method, patients, lambda p, what: progress(p, what)
         )
-        limits = describe_limits(session.taught.loaded.ask().config)
+        limits = describe_limits(session.adapted.loaded.ask().config)
         try:
-            path = zip_model(session.taught, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
+            path = zip_model(session.adapted, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
             download = gr.DownloadButton(value=str(path), interactive=True)
         except GloVLMError as error:
             limits = [str(error), *limits]
             download = gr.DownloadButton(interactive=False)
-        shown = pages.show_taught(
-            session.taught.estimate, session.taught.results, session.taught.notes, limits
+        shown = pages.show_adapted(
+            session.adapted.estimate, session.adapted.results, session.adapted.notes, limits
         )
         choices = [*self.settings.choices, ADAPTED]
         return session, None, shown, download, *[gr.Dropdown(choices=choices)] * 2
@@ -211,7 +211,7 @@ class Desk:
     # ----------------------------------------------------------------------- the endpoints
 
     def api_describe(self, model: str = "") -> dict[str, Any]:
-        """What a model is: its classes with prompts and definitions, and its limits.
+        """Describe a model: its classes with prompts and definitions, and its limits.
 
         Args:
             model: A Hub id or a known backbone; the page's own when empty.
@@ -234,7 +234,7 @@ class Desk:
             mpp: Micrometres per pixel, if known.
         """
         images, refused = read_uploads(take_files(files))
-        return self._say(self.shelf.get(model), images, refused, mpp)
+        return self._answer(self.shelf.get(model), images, refused, mpp)
 
     def api_own_words(
         self, files: list[dict[str, Any]], prompts: dict[str, list[str]], model: str = ""
@@ -250,7 +250,7 @@ class Desk:
         words = {
             name: [texts] if isinstance(texts, str) else texts for name, texts in prompts.items()
         }
-        return self._say(ask_in_words(self.shelf.get(model), words), images, refused)
+        return self._answer(ask_in_words(self.shelf.get(model), words), images, refused)
 
     def api_compare(self, files: list[dict[str, Any]], model: str, other: str) -> dict[str, Any]:
         """Classify images with two models.
@@ -261,7 +261,7 @@ class Desk:
             other: The second one.
         """
         images, refused = read_uploads(take_files(files))
-        first, second = (self._say(self.shelf.get(m), images, refused) for m in (model, other))
+        first, second = (self._answer(self.shelf.get(m), images, refused) for m in (model, other))
         pairs = zip(first["answers"], second["answers"], strict=True)
         return {
             "first": first,
@@ -325,31 +325,31 @@ class Desk:
         support: dict[str, list[Upload]] = {}
         for image, label in zip(images, labels, strict=True):
             support.setdefault(label, []).append(image)
-        taught = teach(self.shelf.get(model), support, method)
-        path = zip_model(taught, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
-        measured = taught.results["metrics"] if taught.results else None
+        adapted = adapt_classifier(self.shelf.get(model), support, method)
+        path = zip_model(adapted, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
+        measured = adapted.results["metrics"] if adapted.results else None
         file = gr.FileData(path=str(path), orig_name=path.name).model_dump()
         return {
-            "estimate": taught.estimate,
+            "estimate": adapted.estimate,
             "metrics": measured,
-            "notes": taught.notes,
-            "limits": describe_limits(taught.loaded.ask().config),
+            "notes": adapted.notes,
+            "limits": describe_limits(adapted.loaded.ask().config),
             "model": file,
         }
 
-    def _say(
+    def _answer(
         self, loaded: Loaded, images: list[Upload], refused: list[str], mpp: float | None = None
     ) -> dict[str, Any]:
         if refused and not images:
             raise GloVLMError(" ".join(refused))
-        said = classify(loaded, images, mpp)
-        answers = [vars(answer) for answer in said.answers]
+        result = classify(loaded, images, mpp)
+        answers = [vars(answer) for answer in result.answers]
         return {
             "model": loaded.name,
             "answers": answers,
             "refused": refused,
-            "scale": said.scale,
-            "limits": said.limits,
+            "scale": result.scale,
+            "limits": result.limits,
         }
 
 

@@ -1,4 +1,4 @@
-"""Refuses requests that name a file by its URL, which Gradio would fetch from another server."""
+"""Request filter: refuses a file named by its URL, which Gradio would fetch from elsewhere."""
 
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -23,7 +23,7 @@ class Gate:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        """Look at the JSON that comes in; everything else passes."""
+        """Check the JSON that comes in; everything else passes."""
         headers = dict(scope.get("headers", ()))
         is_json = b"json" in headers.get(b"content-type", b"")
         if scope["type"] != "http" or scope["method"] != "POST" or not is_json:

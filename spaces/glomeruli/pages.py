@@ -1,4 +1,4 @@
-"""How things look: pieces of HTML from plain values, and the style sheet. All text is escaped."""
+"""HTML of the page from plain values; all text is escaped."""
 
 import itertools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 from shelf import Loaded
 from uploads import Upload
-from work import Heat, Said
+from work import Classification, Heat
 
 from hf_glovlm import describe_classes, describe_limits
 
@@ -26,8 +26,8 @@ Every image is decoded in memory, and the uploaded file is deleted at once. The 
 `hf_glovlm.load_classifier`. The same is served without a page: see *Use via API* below, and the
 README of this Space.
 
-The example images and everything called *drawing* come from a computer program, not from patients.
-Numbers made with them test the software and say nothing about kidneys.
+Everything called *synthetic*, the examples too, comes from a computer program, not from patients.
+Numbers made with it test the software and say nothing about kidneys.
 
 **Research use only, not for diagnosis.**
 """
@@ -81,7 +81,7 @@ def show_tray(images: Sequence[Upload], refused: Sequence[str] = ()) -> str:
     """Thumbnails, and what was refused."""
     items = "".join(
         f'<li><img src="{image.thumbnail}" alt=""><span>{_name(image.name)}'
-        f"{' (drawing)' if image.drawing else ''}</span></li>"
+        f"{' (synthetic)' if image.synthetic else ''}</span></li>"
         for image in images
     )
     count = f"{len(images)} image{'' if len(images) == 1 else 's'}"
@@ -93,7 +93,7 @@ def show_tray(images: Sequence[Upload], refused: Sequence[str] = ()) -> str:
 
 
 def show_model(loaded: Loaded) -> str:
-    """What a model is, in a few lines."""
+    """Facts of a model, in a few lines."""
     if loaded.classifier is None:
         return _wrap(f"<p>{escape(loaded.name)}</p>", _mark([loaded.why_not]))
     config = loaded.classifier.config
@@ -103,14 +103,16 @@ def show_model(loaded: Loaded) -> str:
         "Head": (config.head or {}).get("kind", "not known").replace("_", " "),
         "Classes": ", ".join(map(str, config.id2label.values())).replace("_", " "),
     }
-    told = "".join(f"<span><b>{k}</b> {escape(v)}</span>" for k, v in facts.items())
-    return _wrap(f'<div class="facts">{told}</div>', _mark(describe_limits(config)))
+    items = "".join(f"<span><b>{k}</b> {escape(v)}</span>" for k, v in facts.items())
+    return _wrap(f'<div class="facts">{items}</div>', _mark(describe_limits(config)))
 
 
-def show_answers(said: Said, images: Sequence[Upload], support: Sequence[Upload] = ()) -> str:
+def show_answers(
+    result: Classification, images: Sequence[Upload], support: Sequence[Upload] = ()
+) -> str:
     """A card an image: the picture, the sentence, the probabilities, the nearest support images."""
     cards = []
-    for answer, image, near in itertools.zip_longest(said.answers, images, said.neighbours):
+    for answer, image, near in itertools.zip_longest(result.answers, images, result.neighbours):
         more = ""
         if near:
             cases = [
@@ -119,15 +121,15 @@ def show_answers(said: Said, images: Sequence[Upload], support: Sequence[Upload]
                 for row, label, cosine in near
             ]
             more = f'<p class="quiet">Nearest support images:</p>{_list(cases)}'
-        drawing = ' <span class="quiet">(drawing)</span>' if image.drawing else ""
+        mark = ' <span class="quiet">(synthetic)</span>' if image.synthetic else ""
         cards.append(
             f'<article><img src="{image.thumbnail}" alt="">'
-            f"<h3>{_name(answer.file_name)}{drawing}</h3><p>{escape(answer.sentence)}</p>"
+            f"<h3>{_name(answer.file_name)}{mark}</h3><p>{escape(answer.sentence)}</p>"
             f"{_bars(answer.probabilities)}{more}</article>"
         )
     return _wrap(
-        _mark(said.limits),
-        f'<p class="quiet">{escape(said.scale)}</p>',
+        _mark(result.limits),
+        f'<p class="quiet">{escape(result.scale)}</p>',
         f'<div class="cards">{"".join(cards)}</div>',
     )
 
@@ -156,10 +158,10 @@ def show_heat(heat: Heat) -> str:
     )
 
 
-def show_taught(
+def show_adapted(
     estimate: str, results: dict[str, Any] | None, notes: Sequence[str], limits: Sequence[str]
 ) -> str:
-    """What came of adapting."""
+    """Estimate, metrics by class and notes of an adapted model."""
     table = ""
     if results is not None:
         rows = "".join(
@@ -184,9 +186,11 @@ def _number(entry: dict[str, Any]) -> str:
     return "undefined" if value is None else f"{value:.2f}"
 
 
-def show_pair(names: Sequence[str], said: Sequence[Said], images: Sequence[Upload]) -> str:
+def show_pair(
+    names: Sequence[str], results: Sequence[Classification], images: Sequence[Upload]
+) -> str:
     """Two models' answers side by side."""
-    first, second = (part.answers for part in said)
+    first, second = (part.answers for part in results)
     same = sum(a.label == b.label for a, b in zip(first, second, strict=True))
     heads = "".join(f"<th scope=col>{escape(h)}</th>" for h in ("Image", *names))
     rows = "".join(
@@ -200,10 +204,10 @@ def show_pair(names: Sequence[str], said: Sequence[Said], images: Sequence[Uploa
         + "</tr>"
         for image, *pair in zip(images, first, second, strict=True)
     )
-    common = [s for s in said[0].limits if s in said[1].limits]
+    common = [s for s in results[0].limits if s in results[1].limits]
     limits = [
         f"{name}: {sentence}"
-        for name, part in zip(names, said, strict=True)
+        for name, part in zip(names, results, strict=True)
         for sentence in part.limits
         if sentence not in common
     ]

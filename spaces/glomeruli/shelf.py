@@ -1,4 +1,4 @@
-"""Which models may be used, and the two that were used last, in memory."""
+"""Model cache: which models may be used, and the two that were used last."""
 
 import os
 import re
@@ -24,7 +24,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A model, read only: whoever changes something borrows it.
+    """Loaded model, read only: whoever changes something works on a copy of its modules.
 
     Args:
         name: As it was asked for.
@@ -56,7 +56,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the machine's owner allows; read from the environment.
+    """Settings of the page by the machine's owner, from the environment.
 
     Args:
         model: `GLOVLM_MODEL`, which the page starts with.
@@ -108,7 +108,7 @@ class Settings:
 
 
 class Shelf:
-    """The models in memory, least recently used out first.
+    """Model cache, least recently used out first.
 
     Args:
         settings: What may be used.
@@ -127,15 +127,15 @@ class Shelf:
         Raises:
             GloVLMError: It may not be used here, or cannot be loaded.
         """
-        wanted = (name or "").strip() or self.settings.model
-        self.settings.check(wanted)
+        key = (name or "").strip() or self.settings.model
+        self.settings.check(key)
         with self._lock:  # one loads at a time: memory is for `size` models and one more
-            if wanted not in self._models:
+            if key not in self._models:
                 while len(self._models) >= self.size:
                     self._models.popitem(last=False)
-                self._models[wanted] = _load(wanted)
-            self._models.move_to_end(wanted)
-            return self._models[wanted]
+                self._models[key] = _load(key)
+            self._models.move_to_end(key)
+            return self._models[key]
 
 
 def _load(name: str) -> Loaded:

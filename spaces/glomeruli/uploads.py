@@ -1,4 +1,4 @@
-"""What comes in: files of strangers, read once, checked, and gone from the disk."""
+"""Uploads: files of strangers, read once, checked, and deleted from the disk."""
 
 import base64
 import csv
@@ -30,7 +30,7 @@ CLASSES = ("viable", "ischemic", "segmental_sclerosis", "global_sclerosis", "atu
 
 @dataclass(frozen=True, eq=False)
 class Upload:
-    """One image that can be decoded.
+    """Uploaded image that can be decoded.
 
     Args:
         name: Its file name, without any folder.
@@ -38,7 +38,7 @@ class Upload:
         thumbnail: A small JPEG as a `data:` address.
         patient: Where known.
         label: Its class, where known.
-        drawing: Whether it is one of the examples.
+        synthetic: Whether it is one of the examples.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Upload:
     thumbnail: str
     patient: str = ""
     label: str = ""
-    drawing: bool = False
+    synthetic: bool = False
 
 
 def take_files(
@@ -63,7 +63,7 @@ def take_files(
     Raises:
         GloVLMError: They are too large together (all are deleted nevertheless), or no uploads.
     """
-    found, size = [], 0
+    contents, size = [], 0
     folder = Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
     for file in [files] if isinstance(files, Mapping) else files or []:
         path = Path(str(file.get("path") if isinstance(file, Mapping) else file)).resolve()
@@ -75,17 +75,17 @@ def take_files(
             raise GloVLMError(f"{path.name} is no longer here: upload it again.")
         size += len(content)
         if size <= MAX_BYTES:
-            found.append((str(file.get("orig_name") or path.name), content))
+            contents.append((str(file.get("orig_name") or path.name), content))
     if size > MAX_BYTES:
         raise GloVLMError(
             f"Expected at most {MAX_BYTES / 2**20:.0f} MB at a time, found {size / 2**20:.0f}: "
             "send fewer images, or use `glovlm predict` on your own machine."
         )
-    return found
+    return contents
 
 
 class _Recent:
-    """Uploads that were just read, in memory.
+    """Cache of uploads that were just read.
 
     Gradio keeps two people's equal files under one path, which has their hash in it, so the first
     who is served deletes the file of both.
@@ -130,7 +130,7 @@ def sweep(folder: Path, age: float) -> None:
 
 
 def read_upload(name: str, content: bytes) -> Upload:
-    """Decode an image, or say in one sentence why not.
+    """Decode an uploaded image.
 
     Raises:
         GloVLMError: The name leads elsewhere, the file is no image, or it is too large.
@@ -152,7 +152,7 @@ def read_upload(name: str, content: bytes) -> Upload:
 
 
 def check_name(name: str) -> None:
-    """Refuse a file name that is more than a name.
+    """Refuse a file name with folders or control characters.
 
     Raises:
         GloVLMError: It names a folder, is empty, or holds control characters.
@@ -166,7 +166,7 @@ def check_name(name: str) -> None:
 def read_uploads(
     files: Iterable[tuple[str, bytes]], kept: Sequence[Upload] = (), limit: int = MAX_IMAGES
 ) -> tuple[list[Upload], list[str]]:
-    """Decode files, and say of each that cannot be taken why.
+    """Decode files, with a reason for each that is refused.
 
     Args:
         files: Name and content.
@@ -230,21 +230,21 @@ def to_address(image: Image.Image) -> str:
 
 
 @lru_cache(maxsize=1)
-def draw_examples() -> list[Upload]:
-    """Drawings of glomeruli, never photographs: four patients, each with every class."""
+def make_examples() -> list[Upload]:
+    """Synthetic images of glomeruli, no photographs: four patients, each with every class."""
     examples = []
-    for phantom in render_cohort(4, len(CLASSES), seed=31, size=160, classes=CLASSES):
+    for item in render_cohort(4, len(CLASSES), seed=31, size=160, classes=CLASSES):
         stream = io.BytesIO()
-        phantom.image.save(stream, "PNG")
-        name = f"drawing_{phantom.patient_id}_{phantom.class_name}.png"
+        item.image.save(stream, "PNG")
+        name = f"drawing_{item.patient_id}_{item.class_name}.png"
         examples.append(
             Upload(
                 name,
                 stream.getvalue(),
-                to_address(phantom.image),
-                phantom.patient_id,
-                phantom.class_name,
-                drawing=True,
+                to_address(item.image),
+                item.patient_id,
+                item.class_name,
+                synthetic=True,
             )
         )
     return examples

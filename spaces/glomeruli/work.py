@@ -1,4 +1,4 @@
-"""What the page and its API do with images, without a page: plain values in and out."""
+"""Inference and adaptation behind the page and its API: plain values in and out."""
 
 import copy
 import csv
@@ -41,12 +41,12 @@ BATCH = 8  # images decoded at a time
 SHOWN = 512  # pixels of a heat map on the page
 EXPLAINED = 1024  # pixels of the longer side of an image before a heat map
 MAX_CLASSES = 6
-Tell = Callable[[float, str], object]
+Progress = Callable[[float, str], object]
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a classifier said about images.
+class Classification:
+    """Classification of several images: an answer each, scale and limits.
 
     Args:
         answers: One an image.
@@ -65,7 +65,7 @@ class Said:
 def make_rows(images: Sequence[Upload], mpp: float | None = None) -> Dataset:
     """Images as a data set in memory."""
     if not images:
-        raise GloVLMError("There are no images yet: drop some, or add the example drawings.")
+        raise GloVLMError("There are no images yet: drop some, or add the examples.")
     if mpp is not None and not 0 < mpp < 100:
         raise GloVLMError(f"Expected micrometres per pixel between 0 and 100, found {mpp:g}.")
     columns: dict[str, list[Any]] = {
@@ -77,12 +77,12 @@ def make_rows(images: Sequence[Upload], mpp: float | None = None) -> Dataset:
     return Dataset.from_dict(columns, Features(types))
 
 
-def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None) -> Said:
-    """Ask a model about images."""
+def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None) -> Classification:
+    """Classify images."""
     model, processor, rows = loaded.ask(), loaded.processor, make_rows(images, mpp)
     scale = describe_image_scale(model, processor, rows)
     cache = MemoryCache()
-    said = predict(model, processor, rows, batch_size=BATCH, cache=cache)
+    predictions = predict(model, processor, rows, batch_size=BATCH, cache=cache)
     neighbours: list[list[tuple[int, str, float]]] = []
     if (model.config.head or {}).get("kind") == "cache":
         features = embed_images(model.glovlm, processor, rows, cache=cache)
@@ -91,11 +91,13 @@ def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None)
             near.indices.tolist(), near.labels, near.cosines.tolist(), strict=True
         ):
             neighbours.append(list(zip(row, labels, cosines, strict=True)))
-    return Said(give_answers(said, model.config), scale, describe_limits(model.config), neighbours)
+    return Classification(
+        give_answers(predictions, model.config), scale, describe_limits(model.config), neighbours
+    )
 
 
 def ask_in_words(loaded: Loaded, prompts: Mapping[str, Sequence[str]]) -> Loaded:
-    """The zero-shot classifier of a model's towers for someone's own classes and prompts."""
+    """Zero-shot classifier of a model's towers for someone's own classes and prompts."""
     with loaded.lock:
         classifier = reword(loaded.towers, loaded.processor, prompts)
     return Loaded(f"{loaded.name}, own words", classifier.glovlm, loaded.processor, classifier)
@@ -163,8 +165,8 @@ def draw_heat(loaded: Loaded, image: Upload, method: str, target: str | None = N
 
 
 @dataclass(frozen=True)
-class Taught:
-    """What came of adapting to a few labelled images.
+class AdaptedModel:
+    """Model adapted to a few labelled images, with its estimate and card.
 
     Args:
         loaded: The adapted model.
@@ -183,21 +185,21 @@ class Taught:
     card: str
 
 
-def teach(
+def adapt_classifier(
     loaded: Loaded,
     support: Mapping[str, Sequence[Upload]],
     method: str,
     patients: Mapping[str, str] | None = None,
-    tell: Tell = lambda share, what: None,
-) -> Taught:
+    on_progress: Progress = lambda share, what: None,
+) -> AdaptedModel:
     """Adapt a model to labelled images, and leave out one patient at a time if they are known.
 
     Args:
         loaded: The model to start from; it stays as it is.
         support: Images of each class.
         method: A name of `frozen_methods()`.
-        patients: Of file names; what the images say themselves counts where this does not.
-        tell: Told how far it is, 0 to 1, and what is being done.
+        patients: Of file names; of images that are not among them, their own.
+        on_progress: Called with the share that is done, 0 to 1, and the current step.
     """
     support = {name.strip(): list(images) for name, images in support.items() if images}
     _check_support(support, method)
@@ -220,39 +222,41 @@ def teach(
     base.config.temperature, base.config.prior_shift, base.config.calibration = 1.0, None, None
     base.config.mpp = None
     processor = copy.deepcopy(loaded.processor)  # a tokenizer serves one at a time
-    tell(0.05, "encoding images")
+    on_progress(0.05, "encoding images")
     embed_images(base, processor, rows, batch_size=BATCH, cache=cache, project=False)
-    tell(0.2, f"adapting by {method}")
+    on_progress(0.2, f"adapting by {method}")
 
     def show(row: Mapping[str, Any]) -> None:
-        tell(0.2 + 0.2 * row["epoch"] / row["epochs"], f"epoch {row['epoch']} of {row['epochs']}")
+        on_progress(
+            0.2 + 0.2 * row["epoch"] / row["epochs"], f"epoch {row['epoch']} of {row['epochs']}"
+        )
 
     adapted = adapt(
         borrow(base), method, rows,
         processor=processor, classes=classes, cache=cache, on_epoch=show,
     )  # fmt: skip
-    adapted.model.config.synthetic = all(image.drawing for image in images)
-    left_out = leave_patients_out(
+    adapted.model.config.synthetic = all(image.synthetic for image in images)
+    validation = leave_patients_out(
         base, processor, method, rows, known, classes=classes, cache=cache,
-        on_patient=lambda k, n: tell(0.4 + 0.6 * k / n, f"left out {k} of {n} patients"),
+        on_patient=lambda k, n: on_progress(0.4 + 0.6 * k / n, f"left out {k} of {n} patients"),
     )  # fmt: skip
     model = Loaded("adapted here", adapted.model.glovlm, processor, adapted.model)
-    card = _write_card(loaded.name, model, support, known, method, left_out.sentence)
-    return Taught(model, images, left_out.sentence, left_out.results, adapted.notes, card)
+    card = _write_card(loaded.name, model, support, known, method, validation.sentence)
+    return AdaptedModel(model, images, validation.sentence, validation.results, adapted.notes, card)
 
 
-def zip_model(taught: Taught, folder: Path, settings: Settings) -> Path:
+def zip_model(adapted: AdaptedModel, folder: Path, settings: Settings) -> Path:
     """Write the adapted model as a zip, with its card.
 
     Args:
-        taught: What is written.
+        adapted: The adapted model.
         folder: Takes a new folder for it, whose files the page removes after some minutes.
         settings: On a page of one's own, nothing leaves the machine.
 
     Raises:
         GloVLMError: The licence of the base forbids to pass on what is made of it.
     """
-    config = taught.loaded.ask().config
+    config = adapted.loaded.ask().config
     if "no-derivatives" in (config.backbone_restrictions or ()) and not settings.folders:
         raise GloVLMError(
             f"The licence of '{config.backbone_name}' ({config.backbone_license}) forbids to pass "
@@ -263,14 +267,14 @@ def zip_model(taught: Taught, folder: Path, settings: Settings) -> Path:
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
         model = place / "model"
-        taught.loaded.ask().save_pretrained(model)
-        taught.loaded.processor.save_pretrained(model)
+        adapted.loaded.ask().save_pretrained(model)
+        adapted.loaded.processor.save_pretrained(model)
         fresh = place / ".glovlm-model.zip.tmp"
         with zipfile.ZipFile(fresh, "w", zipfile.ZIP_STORED) as archive:  # weights do not shrink
             for path in sorted(model.rglob("*")):
                 if path.is_file() and path.name != "README.md":
                     archive.write(path, path.relative_to(place).as_posix())
-            archive.writestr("model/README.md", taught.card)
+            archive.writestr("model/README.md", adapted.card)
         os.replace(fresh, place / "glovlm-model.zip")
         shutil.rmtree(model)
     except BaseException:
@@ -310,7 +314,7 @@ def _write_card(
 ) -> str:
     config = model.ask().config
     licence = config.backbone_license or "not known"
-    drawings = " (drawings)" if config.synthetic else ""
+    mark = " (synthetic images)" if config.synthetic else ""
     counts = "\n".join(f"- {name}: {len(images)} images" for name, images in support.items())
     known = len(set(filter(None, patients)))
     limits = "\n".join(f"- {sentence}" for sentence in describe_limits(config))
@@ -318,18 +322,18 @@ def _write_card(
     return f"""---
 library_name: transformers
 pipeline_tag: image-classification
-tags: [glomerulus, few-shot, not-for-diagnosis{", drawings" if config.synthetic else ""}]
+tags: [glomerulus, few-shot, not-for-diagnosis{", synthetic-images" if config.synthetic else ""}]
 ---
-# {base.rsplit("/", 1)[-1]} adapted by {method}{drawings}
+# {base.rsplit("/", 1)[-1]} adapted by {method}{mark}
 
 Made in the hf-glovlm Space with hf-glovlm {__version__}. Licence of the base: {licence}.
 
-## What it learned from{drawings}
+## What it learned from{mark}
 
 {counts}
 - patients: {known or "not known"}
 
-## How well it does{drawings}
+## How well it does{mark}
 
 {estimate}
 
@@ -347,10 +351,10 @@ model, processor, _ = hf_glovlm.load_classifier("model")
 # ----------------------------------------------------------------------------------- tables
 
 
-def to_table(said: Said) -> list[dict[str, Any]]:
-    """Answers as rows of plain values."""
+def to_table(result: Classification) -> list[dict[str, Any]]:
+    """Rows of plain values, one an image."""
     rows = []
-    for answer in said.answers:
+    for answer in result.answers:
         row: dict[str, Any] = {"file_name": answer.file_name, "predicted": answer.label}
         row |= {f"p_{name}": round(p, 6) for name, p in answer.probabilities.items()}
         if answer.classes is not None:

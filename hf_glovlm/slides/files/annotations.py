@@ -1,6 +1,6 @@
-"""Outlined objects on a slide, as QuPath writes and reads them: GeoJSON in pixels of level 0.
+"""GeoJSON annotations: outlined objects in pixels of level 0, as QuPath writes and reads them.
 
-An object that was read keeps its id, its geometry and whatever else its file says when it is
+An object that was read keeps its id, its geometry and all else in its file when it is
 written again; only its class, its colour and its measurements change.
 """
 
@@ -38,7 +38,7 @@ Ring: TypeAlias = NDArray[np.float64]  # [points, 2]: x, y; the first point stan
 Polygon: TypeAlias = tuple[Ring, ...]  # the outline, then its holes
 Colour: TypeAlias = tuple[int, int, int]
 
-# Okabe and Ito's colours, told apart by most colour-blind people too.
+# Okabe and Ito's colours, which most colour-blind people distinguish too.
 PALETTE: tuple[Colour, ...] = (
     (213, 94, 0),
     (0, 114, 178),
@@ -243,8 +243,8 @@ def _parse(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        found = "a folder" if path.is_dir() else (error.strerror or str(error))
-        raise GloVLMError(f"Expected a GeoJSON file at {path}, found: {found}.") from None
+        reason = "a folder" if path.is_dir() else (error.strerror or str(error))
+        raise GloVLMError(f"Expected a GeoJSON file at {path}, found: {reason}.") from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise GloVLMError(
             f"{path} is not JSON ({error}); export the annotations as GeoJSON again."
@@ -323,16 +323,16 @@ def _ring(raw: Any, where: str) -> Ring:
     return ring
 
 
-def _label(properties: Mapping[str, Any], wanted: str | None, where: str) -> str | None:
+def _label(properties: Mapping[str, Any], label_property: str | None, where: str) -> str | None:
     """The class of an object; text that is empty is none."""
-    if wanted is not None:
-        value = properties.get(wanted)
+    if label_property is not None:
+        value = properties.get(label_property)
     else:
         value = properties.get("classification", properties.get("label"))
     if isinstance(value, dict):  # QuPath: {"name", "color"}, or {"names"} for "Tumour: Positive"
         names = value.get("names")
         value = value.get("name", ": ".join(names) if isinstance(names, list) else None)
-    if value is None and wanted is None:
+    if value is None and label_property is None:
         value = properties.get("label")
     if isinstance(value, bool | list | float):
         raise GloVLMError(f"{where}: expected a class name, found {value!r}.")

@@ -1,4 +1,4 @@
-"""Bags: the feature file of one slide, as other tools read it, written so that a run can resume.
+"""Bags of tile features: one file a slide, as other tools read it, written resumably.
 
 A finished bag is `NAME.h5` with the datasets `features` float32 `[n, dim]` and `coords` int64
 `[n, 2]` (x, y of a tile's top left corner at level 0) and, from a classifier, `scores` float32
@@ -48,7 +48,7 @@ class Bag:
         features: Float32 `[n, dim]`, not normalised.
         coords: Int64 `[n, 2]`: x, y of the tiles at level 0.
         name: Of the slide.
-        attributes: What the file says about itself; `classes` names the columns of `scores`.
+        attributes: Of the file; `classes` names the columns of `scores`.
         scores: Float32 `[n, classes]`, logits; `None` where they were not asked for.
     """
 
@@ -193,12 +193,12 @@ class BagWriter:
     def _check_finished(self) -> int:
         with _opened(self.path) as file:
             rows, dim = file["features"].shape
-            found = {
+            header = {
                 "dim": int(dim),
                 "n_scores": int(file["scores"].shape[1]) if "scores" in file else 0,
                 "attributes": _parsed(file.attrs.get("settings")),
             }
-        _same_settings(self.path, found, self._header)
+        _same_settings(self.path, header, self._header)
         return int(rows)
 
 
@@ -231,9 +231,9 @@ def read_bag(path: str | Path, *, scores: bool = False) -> Bag:
                 f"{path} holds features without scores: encode the slide with a classifier (what "
                 "`glovlm train` wrote) rather than with a backbone."
             )
-        found = _matrix(path, file["scores"], "scores").astype(np.float32) if scores else None
+        logits = _matrix(path, file["scores"], "scores").astype(np.float32) if scores else None
     name = str(attributes.get("name") or path.stem)
-    return Bag(features, coords, name, attributes, found)
+    return Bag(features, coords, name, attributes, logits)
 
 
 def list_bags(folder: str | Path) -> list[Path]:
@@ -245,17 +245,17 @@ def list_bags(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise GloVLMError(f"Expected a folder of feature files (NAME.h5), found nothing: {folder}.")
-    found = sorted(
+    bags = sorted(
         p for p in folder.iterdir() if p.suffix in SUFFIXES and not p.name.startswith(".")
     )
-    if not found:
+    if not bags:
         parts = len(list(folder.glob("*.part")))
         begun = f" {parts} unfinished ones lie there: run `glovlm slide` again." if parts else ""
         raise GloVLMError(
             f"Expected feature files (NAME.h5) in {folder}, found none: `glovlm slide` writes "
             f"them.{begun}"
         )
-    return found
+    return bags
 
 
 def _h5py() -> Any:
@@ -321,18 +321,18 @@ def _beginning(path: Path) -> bytes:
 def _parsed(text: Any) -> dict[str, Any]:
     """A JSON object, empty where there is none."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except (TypeError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
-def _same_settings(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _same_settings(path: Path, actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Refuse to mix rows of two settings in one file."""
-    if found == wanted:
+    if actual == expected:
         return
-    old = {**found, **(found.get("attributes") or {})}
-    new = {**wanted, **wanted["attributes"]}
+    old = {**actual, **(actual.get("attributes") or {})}
+    new = {**expected, **expected["attributes"]}
     names = [k for k in {**new, **old} if k != "attributes" and old.get(k) != new.get(k)]
     first = names[0] if names else "attributes"
     raise GloVLMError(

@@ -1,4 +1,4 @@
-"""Crops of outlined objects: a slide and its annotations in, a folder to train on out.
+"""Crops of outlined objects: from a slide and its annotations to a folder to train on.
 
 Run once per slide into the same folder: rows of other slides stay, rows of the same slide are
 replaced. The result is an ImageFolder with `metadata.csv`, as `load_dataset` reads it.
@@ -40,17 +40,17 @@ _STRANGE = 0.001  # share of pixels whose colour is neither a class nor black or
 
 @dataclass
 class CropSummary:
-    """What was cut, and what was not.
+    """Summary of the crops of one slide, cut and not cut.
 
     Attributes:
         slide: The slide's name.
         counts: Crops by class.
-        mpp: Micrometres per pixel of level 0; `None` where the slide does not say.
+        mpp: Micrometres per pixel of level 0; `None` where the slide states none.
         unlabelled: Ids of objects without a class: not cut.
         duplicates: Pairs (left out, taken) of ids that outline the same object.
         flags: Crops, or objects left out, by flag: `partial` (touches the slide's edge), `merged`
             (a blob of a mask that looks like two), `disputed` (outlined twice, with two classes).
-        left_out: Ids of flagged objects that were not cut (`keep_flagged=False`).
+        skipped: Ids of flagged objects that were not cut (`keep_flagged=False`).
         specks: Blobs of a mask that were too small to be an object.
         notes: What a person should know about the file.
     """
@@ -61,14 +61,14 @@ class CropSummary:
     unlabelled: list[str] = field(default_factory=list)
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     flags: dict[str, int] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
     specks: int = 0
     notes: list[str] = field(default_factory=list)
 
 
 @dataclass
-class _Found:
-    """An object before it is cut."""
+class _Candidate:
+    """Candidate crop: an object before it is cut."""
 
     id: str
     label: str | None
@@ -143,15 +143,15 @@ def cut_crops(
 
     A crop is a square of `margin` times the object's longer side around the middle of its box,
     white where it reaches beyond the slide. `metadata.csv` holds `file_name`, `label`, `slide_id`,
-    `patient_id` (where given), `object_id`, `mpp` (of the crop itself; empty where the slide does
-    not say, never guessed), `x`, `y`, `width`, `height` (the crop in pixels of level 0), `flags`.
+    `patient_id` (where given), `object_id`, `mpp` (of the crop itself; empty where the slide states
+    none, never guessed), `x`, `y`, `width`, `height` (the crop in pixels of level 0), `flags`.
 
     Args:
         slide: A slide (see `wsi.open_slide`) or a region image (PNG, JPEG, BMP, WebP).
         annotations: GeoJSON as QuPath exports it, or with `colours` a mask: an image of the
             slide's shape, at any scale, in which a blob of one colour is one object.
         output_dir: The folder; made when missing, added to when it holds other slides.
-        mpp: Micrometres per pixel of level 0, in place of what the slide says.
+        mpp: Micrometres per pixel of level 0, in place of the slide's own.
         margin: Side of the crop over the longer side of the object; at least 1.
         label_property: See `read_geojson`.
         colours: For a mask: the class by colour (`red`, `green`, `#00ff00`); black and white are
@@ -187,20 +187,20 @@ def cut_crops(
                     f"{output_dir}; give this one another slide_id."
                 )
         if colours is not None:
-            found = _read_mask(annotations, opened.size, colours, min_extent, summary)
+            candidates = _read_mask(annotations, opened.size, colours, min_extent, summary)
         else:
-            found = _read_outlines(annotations, opened.size, label_property, summary)
-        summary.flags = dict(Counter(flag for item in found for flag in item.flags))
+            candidates = _read_outlines(annotations, opened.size, label_property, summary)
+        summary.flags = dict(Counter(flag for item in candidates for flag in item.flags))
         if not keep_flagged:
-            summary.left_out = [item.id for item in found if item.flags]
-            found = [item for item in found if not item.flags]
+            summary.skipped = [item.id for item in candidates if item.flags]
+            candidates = [item for item in candidates if not item.flags]
         rows = []
-        for number, item in enumerate(found, start=1):
+        for number, item in enumerate(candidates, start=1):
             row = _cut(opened, item, number, output_dir, summary, margin, max_side)
             rows.append(row | {"patient_id": patient_id or ""})
             if on_progress is not None:
-                on_progress(number, len(found))
-    summary.counts = dict(sorted(Counter(str(item.label) for item in found).items()))
+                on_progress(number, len(candidates))
+    summary.counts = dict(sorted(Counter(str(item.label) for item in candidates).items()))
     _write_metadata(output_dir, [*kept, *rows])
     for name in {row["file_name"] for row in before} - {row["file_name"] for row in [*kept, *rows]}:
         if ".." not in Path(name).parts and not Path(name).is_absolute():
@@ -239,9 +239,9 @@ def _open(path: Path, mpp: float | None) -> _Readable:
 
 def _read_outlines(
     path: Path, size: tuple[int, int], label_property: str | None, summary: CropSummary
-) -> list[_Found]:
+) -> list[_Candidate]:
     """The labelled objects, each once."""
-    taken: list[_Found] = []
+    taken: list[_Candidate] = []
     for outline in read_geojson(path, label_property=label_property):
         if outline.label is None:
             summary.unlabelled.append(outline.id)
@@ -260,7 +260,7 @@ def _read_outlines(
             continue
         partial = x0 <= 0 or y0 <= 0 or x1 >= size[0] or y1 >= size[1]
         flags = ["partial"] if partial else []
-        taken.append(_Found(outline.id, outline.label, outline.bounds, outline, flags))
+        taken.append(_Candidate(outline.id, outline.label, outline.bounds, outline, flags))
     if not taken:
         raise GloVLMError(
             f"{path}: none of {len(summary.unlabelled)} objects has a class; set it in QuPath, or "
@@ -275,7 +275,7 @@ def _read_mask(
     colours: Mapping[str, str],
     min_extent: int,
     summary: CropSummary,
-) -> list[_Found]:
+) -> list[_Candidate]:
     """The blobs of a colour mask, from top to bottom; touching pixels share a side."""
     from scipy import ndimage
 
@@ -289,7 +289,7 @@ def _read_mask(
         )
     labels = list(dict.fromkeys(colours.values()))
     classes = _classify(pixels, colours, labels, path)
-    found: list[_Found] = []
+    blob_objects: list[_Candidate] = []
     for k, label in enumerate(labels, start=1):
         blobs, _ = ndimage.label(classes == k)
         for i, (rows, columns) in enumerate(ndimage.find_objects(blobs), start=1):
@@ -308,13 +308,13 @@ def _read_mask(
                 flags.append("merged")
             box = (columns.start, rows.start, columns.stop, rows.stop)
             bounds = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
-            found.append(_Found("", label, bounds, flags=flags))
-    if not found:  # a region without an object is no mistake
+            blob_objects.append(_Candidate("", label, bounds, flags=flags))
+    if not blob_objects:  # a region without an object is no mistake
         summary.notes.append(f"{path.name} holds no blob of at least {min_extent} pixels.")
-    found.sort(key=lambda item: (item.bounds[1], item.bounds[0]))
-    for number, item in enumerate(found, start=1):
+    blob_objects.sort(key=lambda item: (item.bounds[1], item.bounds[0]))
+    for number, item in enumerate(blob_objects, start=1):
         item.id = f"blob-{number}"
-    return found
+    return blob_objects
 
 
 def _classify(
@@ -372,7 +372,7 @@ def _solidity(blob: NDArray[np.bool_]) -> float:
 
 def _cut(
     slide: _Readable,
-    item: _Found,
+    item: _Candidate,
     number: int,
     output_dir: Path,
     summary: CropSummary,
@@ -421,11 +421,11 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
 
 def _write_metadata(output_dir: Path, rows: list[dict[str, Any]]) -> None:
     """`metadata.csv`; `patient_id` only if any is known, columns of others after ours."""
-    found = {name for row in rows for name in row}
+    names = {name for row in rows for name in row}
     header = [name for name in _COLUMNS if name != "patient_id"]
     if any(row.get("patient_id") for row in rows):
         header.insert(3, "patient_id")
-    header += sorted(found - {*_COLUMNS})
+    header += sorted(names - {*_COLUMNS})
     text = io.StringIO()
     writer = csv.DictWriter(text, header, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -1,7 +1,4 @@
-"""A table of slides and their labels: `slides.csv`, which slide-level tasks and MIL learn from.
-
-`from .data.slide_table import read_slide_table` is the one reader of such a table.
-"""
+"""Slide table: `slides.csv` with the labels that slide-level tasks and MIL learn from."""
 
 import csv
 import math
@@ -25,14 +22,14 @@ _NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null"})
 
 @dataclass(frozen=True)
 class SlideRow:
-    """One slide.
+    """Row of a slide table: one slide.
 
     Attributes:
         slide: The file's name without folder and suffix, as slide and feature files share it.
         label: Its class.
         patient: From `patient_id`, else `case_id`; `None` where the table has neither.
         split: `train`, `validation` or `test`; `None` where the table splits nothing.
-        mpp: Micrometres per pixel of level 0, where the table says so.
+        mpp: Micrometres per pixel of level 0, where the table has it.
     """
 
     slide: str
@@ -44,12 +41,12 @@ class SlideRow:
 
 @dataclass(frozen=True)
 class SlideTable:
-    """Slides and their labels.
+    """Slide table: slides and their labels.
 
     Attributes:
         path: The file.
         rows: In the file's order.
-        classes: All class names: as given to the reader, else those found, sorted.
+        classes: All class names: as given to the reader, else those of the rows, sorted.
         patient_column: `patient_id` or `case_id`; `None` where patients are unknown.
     """
 
@@ -71,14 +68,14 @@ class SlideTable:
 
     @property
     def groups(self) -> list[str]:
-        """What may never stand on two sides: the patient, else the slide itself."""
+        """Group that stays within one split: the patient, else the slide itself."""
         return [row.patient if row.patient is not None else row.slide for row in self.rows]
 
     @property
     def splits(self) -> list[str] | None:
-        """The declared side of each slide; `None` where none is declared."""
-        found = [row.split for row in self.rows if row.split is not None]
-        return found or None
+        """Declared split of each slide; `None` where none is declared."""
+        declared = [row.split for row in self.rows if row.split is not None]
+        return declared or None
 
     def match(self, files: Iterable[Path]) -> dict[str, Path]:
         """The slide or feature file of every row.
@@ -92,21 +89,21 @@ class SlideTable:
         Raises:
             GloVLMError: A slide without a file, or with two; names them.
         """
-        found: dict[str, list[Path]] = {}
+        files_of: dict[str, list[Path]] = {}
         for file in files:
-            found.setdefault(_stem(file.name), []).append(file)
-        missing = [name for name in self.slides if name not in found]
+            files_of.setdefault(_stem(file.name), []).append(file)
+        missing = [name for name in self.slides if name not in files_of]
         if missing:
             raise GloVLMError(
                 f"{self.path}: {len(missing)} of {len(self.rows)} slides have no file "
                 f"({_few(missing)}); add the files or delete the rows."
-                f"{nearest(missing[0], found)}"
+                f"{nearest(missing[0], files_of)}"
             )
-        twice = [name for name in self.slides if len(found[name]) > 1]
+        twice = [name for name in self.slides if len(files_of[name]) > 1]
         if twice:
-            names = ", ".join(file.name for file in found[twice[0]])
+            names = ", ".join(file.name for file in files_of[twice[0]])
             raise GloVLMError(f"{self.path}: the slide {twice[0]} has several files ({names}).")
-        return {name: found[name][0] for name in self.slides}
+        return {name: files_of[name][0] for name in self.slides}
 
 
 def read_slide_table(path: Path, *, classes: Sequence[str] | None = None) -> SlideTable:
@@ -184,8 +181,8 @@ def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
                 values = [value.strip() for value in row]
                 rows.append(values)
     except OSError as error:
-        found = "a folder" if Path(path).is_dir() else (error.strerror or str(error))
-        raise GloVLMError(f"Expected a table of slides at {path}, found: {found}.") from None
+        reason = "a folder" if Path(path).is_dir() else (error.strerror or str(error))
+        raise GloVLMError(f"Expected a table of slides at {path}, found: {reason}.") from None
     except (UnicodeDecodeError, csv.Error):
         raise GloVLMError(f"{path} is not a readable CSV file; save it as CSV in UTF-8.") from None
     header = ["slide" if name == "slide_id" else name for name in header]

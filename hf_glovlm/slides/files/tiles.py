@@ -1,4 +1,4 @@
-"""Where on a slide there is tissue, and a grid of tiles over it.
+"""Tissue mask and tile grid of a slide.
 
 The mask comes from an overview of bounded size, the grid from arithmetic: nothing here grows with
 the slide but the list of coordinates.
@@ -18,14 +18,14 @@ __all__ = ["TileGrid", "TissueMask", "find_tissue", "lay_tiles"]
 
 MAX_OVERLAP = 0.9
 MAX_TILES = 20_000_000
-# Whatever Otsu says, what is thinner than the first is glass and what is denser than the second is
-# tissue: one dark fold moves his threshold. In optical density, as `find_tissue` measures it.
+# Whatever Otsu's threshold, thinner than the first is glass and denser than the second is tissue:
+# one dark fold moves his threshold. In optical density, as `find_tissue` measures it.
 DENSITY_RANGE = (0.06, 0.25)
 
 
 @dataclass(frozen=True)
 class TissueMask:
-    """Tissue on the overview of a slide.
+    """Tissue mask on the overview of a slide.
 
     Attributes:
         array: Boolean `[rows, columns]`.
@@ -45,7 +45,7 @@ class TissueMask:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """Tiles over the tissue of a slide, row by row.
+    """Tile grid over the tissue of a slide, row by row.
 
     Attributes:
         size_px: Side of a tile in pixels as it is read, before a model's own resizing.
@@ -74,13 +74,13 @@ class TileGrid:
 def find_tissue(
     slide: Slide, *, max_side: int = 2048, min_speck: int = 64, max_hole: int = 256
 ) -> TissueMask:
-    """Tell tissue from glass and pen on an overview of the slide.
+    """Segment tissue from glass and pen on an overview of the slide.
 
     How much the most absorbed channel is darker than the glass, in optical density, plus its lead
-    over the least absorbed one (colour tells pale eosin from shadow), is split by Otsu's threshold
-    (Otsu 1979) within `DENSITY_RANGE`. Ink is no tissue: near black, or
-    saturated blue or green with hardly any red. An empty slide gives an empty mask. Shadows of
-    a cover slip and folds count as tissue.
+    over the least absorbed one (colour separates pale eosin from shadow), is split by Otsu's
+    threshold (Otsu 1979) within `DENSITY_RANGE`. Ink is no tissue: near black, or saturated blue or
+    green with hardly any red. An empty slide gives an empty mask. Shadows of a cover slip and folds
+    count as tissue.
 
     Args:
         slide: The open slide.
@@ -126,12 +126,12 @@ def lay_tiles(
         slide: The open slide.
         mask: Its tissue.
         tile_size: Side of a tile in pixels as it is read.
-        mpp: Micrometres per pixel wanted; level 0 as it is when not given.
+        mpp: Target micrometres per pixel; level 0 as it is when not given.
         overlap: The part of its side that a tile shares with the next, 0 to 0.9.
         min_tissue: Least part of a tile that is tissue, 0 to 1; 0 keeps every tile.
 
     Raises:
-        GloVLMError: An impossible setting, a scale wanted of a slide whose scale is unknown, more
+        GloVLMError: An impossible setting, a target scale for a slide of unknown scale, more
             than 20 million tiles, or no tile with tissue.
     """
     if tile_size < 1 or not 0 <= overlap <= MAX_OVERLAP or not 0 <= min_tissue <= 1:
@@ -146,8 +146,8 @@ def lay_tiles(
             f"Tiles of {mpp:g} micrometres per pixel were asked for, and the scale of {slide.path} "
             "is unknown: give it with --mpp, or cut level 0 as it is."
         )
-    wanted = 1.0 if mpp is None or slide.mpp is None else mpp / slide.mpp
-    extent = max(1, round(tile_size * wanted))
+    scale = 1.0 if mpp is None or slide.mpp is None else mpp / slide.mpp
+    extent = max(1, round(tile_size * scale))
     step = max(1, round(extent * (1 - overlap)))
     lines = [_starts(side, extent, step) for side in slide.size]
     if len(lines[0]) * len(lines[1]) > MAX_TILES:
@@ -221,8 +221,8 @@ def _is_ink(image: NDArray[np.float32]) -> NDArray[np.bool_]:
     black = (image.max(-1) < 75) & (np.ptp(image, axis=-1) < 35)
     blue_ink = (red < 90) & (blue > red + 80) & (blue > green + 20)
     green_ink = (red < 110) & (green > red + 40) & (green > blue + 10)
-    found: NDArray[np.bool_] = black | blue_ink | green_ink
-    return found
+    ink: NDArray[np.bool_] = black | blue_ink | green_ink
+    return ink
 
 
 def _otsu(values: NDArray[np.float32]) -> float:

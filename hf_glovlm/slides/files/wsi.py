@@ -1,4 +1,4 @@
-"""Whole slides: opened, their scale told or said to be unknown, and read in pieces.
+"""Whole-slide images: opened with their scale or an unknown one, and read in pieces.
 
 OpenSlide reads what it knows (SVS, pyramidal TIFF, NDPI, MRXS, SCN, BIF, DICOM and more); tifffile
 reads the rest (plain TIFF, OME-TIFF with its pyramid, QPTIFF). Only the picture of the slide is
@@ -23,14 +23,14 @@ __all__ = ["Slide", "name_flags", "open_slide", "slide_name"]
 
 BLOCK = 2048  # side of the largest piece of a level that is decoded at once, in its pixels
 CACHE_BYTES = 64 * 2**20  # decoded tiles or strips of a TIFF that are kept
-SCALE_TAGS = (0.02, 20.0)  # micrometres per pixel; TIFF tags beyond it speak of paper, not of glass
+SCALE_TAGS = (0.02, 20.0)  # micrometres per pixel; TIFF tags beyond it describe paper, not glass
 CONTRADICTION = 1.1  # between the scale that was given and that of the file
 _INSTALL = "pip install 'hf-glovlm[slides]'"
 _NOT_THE_SLIDE = re.compile(r"label|macro|thumbnail|overview|barcode|map", re.IGNORECASE)
 
 
 class _Reader(Protocol):
-    """A file's pyramid, the finest level first, and what the file says about its scale."""
+    """Image pyramid of a file, the finest level first, and the scale that the file states."""
 
     name: str
     levels: list[tuple[int, int]]
@@ -119,7 +119,7 @@ class Slide:
             )
         if out == (width, height):
             return self._canvas(0, x, y, width, height)
-        # A hundredth finer than wanted is good enough: levels are rounded to whole pixels.
+        # A hundredth finer than asked for is good enough: levels are rounded to whole pixels.
         fine = [k for k, d in enumerate(self._file.downsamples) if d <= 1.01 * downsample]
         level = fine[-1] if fine else 0
         unit = self._file.downsamples[level]
@@ -178,32 +178,32 @@ class Slide:
         canvas.paste(image, (left - x, top - y))
         return canvas
 
-    def _find_scale(self, found: tuple[float, float] | None, given: float | None) -> None:
-        """Decide on the scale, and say what is odd about it."""
-        said = None
-        if found is not None:
-            said = math.sqrt(found[0] * found[1])
-            if max(found) / min(found) > 1.01:
+    def _find_scale(self, of_file: tuple[float, float] | None, given: float | None) -> None:
+        """Set the scale, and flag contradictions."""
+        stated = None
+        if of_file is not None:
+            stated = math.sqrt(of_file[0] * of_file[1])
+            if max(of_file) / min(of_file) > 1.01:
                 self.flags.append(
-                    f"pixels are not square ({found[0]:.4g} x {found[1]:.4g} micrometres): "
-                    f"{said:.4g}, the geometric mean, is used"
+                    f"pixels are not square ({of_file[0]:.4g} x {of_file[1]:.4g} micrometres): "
+                    f"{stated:.4g}, the geometric mean, is used"
                 )
         by_lens = 10 / self.magnification if self.magnification else None
-        if said and by_lens and max(said / by_lens, by_lens / said) > 1.5:
+        if stated and by_lens and max(stated / by_lens, by_lens / stated) > 1.5:
             self.flags.append(
-                f"the file says {said:.4g} micrometres per pixel and {self.magnification:g}x, "
+                f"the file says {stated:.4g} micrometres per pixel and {self.magnification:g}x, "
                 f"which do not go together (about {by_lens:.3g} is usual)"
             )
         if given is not None:
             self.mpp, self.mpp_source = given, "given"
-            known, of = (said, "the file") if said else (by_lens, "the magnification in the file")
+            known, source = stated or by_lens, "file" if stated else "magnification in the file"
             if known and max(given / known, known / given) > CONTRADICTION:
                 self.flags.append(
-                    f"the given {given:.4g} micrometres per pixel contradict {of}, which says "
-                    f"{known:.4g}"
+                    f"the given {given:.4g} micrometres per pixel contradict the {source}, which "
+                    f"says {known:.4g}"
                 )
-        elif said is not None:
-            self.mpp, self.mpp_source = said, "file"
+        elif stated is not None:
+            self.mpp, self.mpp_source = stated, "file"
         elif by_lens is not None:
             self.mpp, self.mpp_source = by_lens, "magnification"
             self.flags.append(
@@ -248,7 +248,7 @@ def open_slide(path: str | Path, *, mpp: float | None = None) -> Slide:
 
 
 def slide_name(path: Path) -> str:
-    """A slide's name: its file's without folder and suffix (`.ome.tif` is one)."""
+    """Slide name: the file's without folder and suffix (`.ome.tif` is one)."""
     stem = path.stem
     return stem[:-4] if stem.lower().endswith(".ome") else stem
 
@@ -265,24 +265,24 @@ def name_flags(name: str) -> list[str]:
     if re.match(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])", name, re.IGNORECASE):
         return []
     name = _UUID.sub("", name)
-    found = [what for what, pattern in _TELLING.items() if pattern.search(name)]
+    kinds = [what for what, pattern in _IDENTIFYING.items() if pattern.search(name)]
     words = re.findall(r"[^\W\d_]+", name)
     capitalised = re.fullmatch(r"[A-Z][a-zà-ÿ]+([_ ^][A-Z][a-zà-ÿ]+){1,2}(?![a-z])[\W_\d]*", name)
     if (
-        "a person's name" not in found
+        "a person's name" not in kinds
         and capitalised
         and _NOT_NAMES.isdisjoint(map(str.lower, words))
     ):
-        found.append("a person's name")
+        kinds.append("a person's name")
     return [
         f"the file name looks like it holds {what}: make sure that it identifies no patient"
-        for what in found
+        for what in kinds
     ]
 
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _YEAR, _MONTH, _DAY = r"(19|20)\d\d", r"(0?[1-9]|1[0-2])", r"(0?[1-9]|[12]\d|3[01])"
-_TELLING = {
+_IDENTIFYING = {
     "an accession number": re.compile(
         r"(?<![A-Za-z0-9])("
         r"[A-Z]{1,4}[-_ ]?\d{2}[-_ /]\d{3,7}"  # S19-12345, SP-21-1234
@@ -373,7 +373,7 @@ def _has_own_metadata(path: Path) -> bool:
 
 
 class _OpenSlideReader:
-    """What OpenSlide reads; its associated images are never asked for."""
+    """A slide by OpenSlide; its associated images are never read."""
 
     def __init__(self, openslide: Any, path: Path, vendor: str) -> None:
         self._slide = openslide.OpenSlide(path)
@@ -398,7 +398,7 @@ class _OpenSlideReader:
 
 
 class _TiffReader:
-    """A TIFF by tifffile: only the tiles or strips under the wanted part are decoded."""
+    """A TIFF by tifffile: only the tiles or strips under the requested part are decoded."""
 
     def __init__(self, path: Path) -> None:
         tifffile = _tifffile()
@@ -417,7 +417,7 @@ class _TiffReader:
             ) from None
 
     def _find_pyramid(self) -> None:
-        """The series that is the slide; labels and overviews are left alone."""
+        """Find the pyramid of the slide among the series; labels and overviews are left alone."""
         series = [s for s in self._file.series if not _NOT_THE_SLIDE.search(s.name or "")]
         if not series:
             raise GloVLMError(f"{self._path} holds no picture of a slide.")
@@ -588,8 +588,8 @@ def _description(page: Any) -> str:
 
 
 def _first(pattern: str, text: str) -> str | None:
-    found = re.search(pattern, text)
-    return found.group(1) if found else None
+    match = re.search(pattern, text)
+    return match.group(1) if match else None
 
 
 def _ome_size(text: str, axis: str) -> float | None:
