@@ -783,7 +783,7 @@ def _synthetic_images(folder: Path, n_patients: int, per_patient: int) -> Any:
 
 
 def _shortest(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of several calls: what others do on the machine only adds time."""
+    """Shortest time of several calls in seconds: other work on the machine only adds time."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -793,7 +793,7 @@ def _shortest(work: Callable[[], object], repeats: int) -> float:
 
 
 def _shortest_in_turn(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
-    """Seconds of the fastest call of each of several works that take turns."""
+    """Shortest time of each of several works that take turns, in seconds."""
     rounds = [[_shortest(work, 1) for work in works] for _ in range(repeats)]
     return [min(seconds) for seconds in zip(*rounds, strict=True)]
 

@@ -131,10 +131,7 @@ def leave_slides_out(
         "estimates": _summarise(estimates, truth, n_resamples, seed),
         "slides": [
             {"slide": slide, "n": len(own_labels[i]), "truth": float(truth[i])}
-            | {
-                name: float(np.mean([each[name].percent for each in estimates[i]]))
-                for name in chosen
-            }
+            | {name: float(np.mean([e[name].percent for e in estimates[i]])) for name in chosen}
             for i, slide in enumerate(tested)
         ],
     }
@@ -299,26 +296,21 @@ def _confusions_by_slide(
 
 
 def _summarise(
-    estimates: Sequence[Sequence[Mapping[str, _Estimate]]],
-    truth: Floats,
-    n_resamples: int,
-    seed: int,
+    draws: Sequence[Sequence[Mapping[str, _Estimate]]], truth: Floats, n_resamples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """One row an estimate, from those of each slide and draw; every interval over slides."""
-    resamples = np.random.default_rng(seed).integers(len(truth), size=(n_resamples, len(truth)))
+    """Summary rows, one an estimate, over slides and draws; every interval over slides."""
+    rows = np.random.default_rng(seed).integers(len(truth), size=(n_resamples, len(truth)))
 
     def entry(by_slide: Floats) -> dict[str, Any]:
-        bounds = (
-            np.percentile(by_slide[resamples].mean(axis=1), [2.5, 97.5]) if n_resamples else None
-        )
+        bounds = np.percentile(by_slide[rows].mean(axis=1), [2.5, 97.5]) if n_resamples else None
         ci95 = None if bounds is None else bounds.tolist()
         return {"value": float(by_slide.mean()), "ci95": ci95}
 
     percent = {
-        name: np.array([[each[name].percent for each in draws] for draws in estimates])
-        for name in estimates[0][0]
+        name: np.array([[each[name].percent for each in of_slide] for of_slide in draws])
+        for name in draws[0][0]
     }
-    every = [each for draws in estimates for each in draws]
+    every = [each for of_slide in draws for each in of_slide]
     deviation = {name: values - truth[:, None] for name, values in percent.items()}
     error = {name: np.abs(values).mean(axis=1) for name, values in deviation.items()}
     absent = truth == 0

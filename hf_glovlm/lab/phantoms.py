@@ -194,7 +194,7 @@ def _spline(n: int, nodes: int) -> Floats:
 
 
 def _field(rng: np.random.Generator, n: int, nodes: int) -> Floats:
-    """Smooth noise [n, n] of about unit variance with `nodes` bumps across the picture."""
+    """Smooth noise [n, n] of about unit variance with `nodes` bumps across the image."""
     basis = _spline(n, nodes)
     noise: Floats = basis @ rng.standard_normal((nodes + 3, nodes + 3), dtype=np.float32) @ basis.T
     return noise
@@ -244,7 +244,7 @@ def _grid(size: int) -> int:
 
 
 class _Section:
-    """A square of tissue on a fine grid, painted from back to front in optical density.
+    """Tissue section: a square on a fine grid, painted from back to front in optical density.
 
     Attributes:
         rng: Random generator of the rest of the image.
@@ -621,7 +621,7 @@ def _pixel_distance(size: int) -> Floats:
 def _photograph(
     rng: np.random.Generator, density: Floats, patient: Patient, size: int
 ) -> Image.Image:
-    """Light through the section, lens blur and pixel area in one step, sensor noise."""
+    """Image formation: light through the section, lens blur and pixel area, sensor noise."""
     sigma = patient.blur * float(np.exp(rng.normal(0, 0.35))) * size / 96
     noise = patient.noise * float(np.exp(rng.normal(0, 0.4)))
     glass = _f32(patient.background) + np.float32(rng.normal(0, 1.5))

@@ -263,7 +263,7 @@ def _draw_lesions(rng: np.random.Generator, ellipses: Any, n: int, side: int) ->
 
 
 class _Painter:
-    """Colours of any part of the slide at any level, from its description alone."""
+    """Renderer of any part of the slide at any level, from its description alone."""
 
     def __init__(
         self, ellipses: NDArray[Any], lesions: list[Any], marks: list[Any], texture: NDArray[Any]

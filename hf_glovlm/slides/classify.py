@@ -69,7 +69,7 @@ class _Task:
     bag: Path
 
     def hide(self, text: str) -> str:
-        """A sentence without any place on the machine."""
+        """Remove the machine's paths from a sentence."""
         for path, shown in ((self.objects, f"{self.name}.geojson"), (self.bag, f"{self.name}.h5")):
             if path is not None:
                 text = text.replace(str(path), shown)
@@ -94,7 +94,7 @@ class _Tools:
 
 
 def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> dict[str, Any]:
-    """Encode, label and count slides, and write all of it into a folder.
+    """Slide classification: encode, label and count slides, and write the results into a folder.
 
     `O/features/NAME.h5`; `O/slides/NAME/` with `tiles.parquet`, `heatmap.png`, `tiles.geojson`, and
     `objects.parquet` and `objects.geojson` where objects were given; over all slides `summary.csv`,
@@ -164,7 +164,7 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
 
 
 def _plan(config: SlideConfig, output: Path) -> list[_Task]:
-    """The slides with their names, cases and outlined objects."""
+    """Tasks of the run: slides with their names, cases and outlined objects."""
     paths = [Path(slide).expanduser() for slide in config.slides]
     twice = [name for name, n in Counter(map(slide_name, paths)).items() if n > 1]
     if twice:
@@ -194,7 +194,7 @@ def _plan(config: SlideConfig, output: Path) -> list[_Task]:
 
 
 def _objects_of(config: SlideConfig, name: str, n_slides: int) -> Path | None:
-    """The outlines of a slide: the file that was given, or that of its name in a folder."""
+    """GeoJSON file of a slide: the one given, or that of its name in a folder."""
     if config.objects is None:
         return None
     given = Path(config.objects).expanduser()
@@ -256,7 +256,7 @@ def _key(task: _Task, config: SlideConfig, tools: _Tools) -> str:
 
 
 def _finished(output: Path, task: _Task, key: str) -> dict[str, Any] | None:
-    """The results of a slide that an earlier run of the same settings completed."""
+    """Entry of a slide that an earlier run of the same settings completed."""
     try:
         saved = json.loads((output / "slides" / task.name / "slide.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -275,7 +275,7 @@ def _encode(
     finish: Callable[[_Task, Outcome], None],
     notify: Event,
 ) -> None:
-    """Encode slides here or in several processes; each is settled as soon as it is encoded."""
+    """Encode slides here or in several processes; each is finished as soon as it is encoded."""
     settings: dict[str, Any] = {
         "tile_size": config.tile_size,
         "mpp": config.tile_mpp,
@@ -478,7 +478,7 @@ def _count(
     tools: _Tools,
     work: Path,
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Counts of a slide's objects, else of its tiles; and what to know about them."""
+    """Lesion counts of a slide's objects, else of its tiles, with notes."""
     names = tools.class_names
     if not names:
         return None, []
@@ -562,6 +562,6 @@ def _pooling_name(config: SlideConfig, tools: _Tools) -> str:
 
 
 def _shared(slides: Sequence[Mapping[str, Any]], name: str) -> Any:
-    """A value that all finished slides have, `None` where they differ."""
+    """Value that all finished slides share, `None` where they differ."""
     values = {entry[name] for entry in slides if name in entry}
     return values.pop() if len(values) == 1 else None

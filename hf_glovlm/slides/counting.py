@@ -46,7 +46,7 @@ PRIOR_COUNT = 0.5  # Jeffreys: what each cell of a small confusion matrix is giv
 
 
 def wilson_interval(count: int, n: int) -> tuple[float, float]:
-    """95% interval of a binomial fraction.
+    """Wilson score interval (95%) of a binomial fraction.
 
     Wilson 1927 (JASA 22:209): the fractions that the score test does not reject.
 
@@ -83,7 +83,7 @@ def count_classes(
     confusion: ArrayLike | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Count the objects of each class in each slide or case, each object once.
+    """Lesion counts: the objects of each class in each slide or case, each object once.
 
     Args:
         calls: Class numbers `[n]`, or probabilities `[n, K]`, of which the largest is the call.
@@ -185,7 +185,7 @@ def _merged(votes: Floats, ids: Sequence[str]) -> Floats:
 
 
 def confusion_counts(labels: ArrayLike, calls: ArrayLike, n_classes: int) -> Ints:
-    """Count the calls of each true class: `[K, K]`, rows are labels.
+    """Confusion matrix of counts `[K, K]`, rows are labels.
 
     Args:
         labels: True class numbers `[n]`.
@@ -212,7 +212,7 @@ def is_informative(confusion: ArrayLike) -> bool:
 
 
 def rogan_gladen(apparent: float, sensitivity: float, specificity: float) -> float:
-    """Correct the fraction of positive calls for the errors of a test.
+    """Rogan-Gladen estimate: the fraction of positive calls, corrected for a test's errors.
 
     (apparent + specificity - 1) / (sensitivity + specificity - 1), cut to 0 ... 1. Rogan and
     Gladen 1978 (American Journal of Epidemiology 107:71).
@@ -276,7 +276,7 @@ def _least_squares(apparent: Floats, rates: Floats) -> Floats:
 def corrected_percentages(
     counts: ArrayLike, confusion: ArrayLike, *, n_draws: int = 2000, seed: int = 0
 ) -> tuple[list[float], list[list[float]]]:
-    """Correct counts, with intervals that hold the error of counting and of the classifier.
+    """Corrected percentages, with intervals that hold the error of counting and of the classifier.
 
     95% percentiles over draws of both uncertain things: the rates of each row of the confusion
     matrix and the fractions of calls, each from its Dirichlet posterior under Jeffreys' prior. An

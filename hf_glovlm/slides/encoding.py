@@ -276,7 +276,7 @@ def _choose_tile_mpp(
 def _check_scale(
     model: Any, processor: Any, slide: Slide, grid: TileGrid, allow: bool
 ) -> tuple[float | None, list[str]]:
-    """The scale that reaches the model, refused as `scale.check_scale` would, and notes on it."""
+    """Micrometres per input pixel, refused as by `scale.check_scale`, and notes on it."""
     adapted = model.config.mpp
     if grid.mpp is None or slide.mpp is None:
         adapted_at = "" if adapted is None else f", and the model was adapted at {adapted:.3g}"
@@ -366,7 +366,7 @@ def encoder_fingerprint(model: Any, processor: Any) -> str:
 
 
 def _rows_to_keep(writer: BagWriter, grid: TileGrid, batch_size: int) -> int:
-    """Where to go on: after whole batches, so that every batch is the one of an unbroken run."""
+    """Rows to resume after: whole batches, so that each batch is that of an unbroken run."""
     rows = min(writer.rows, len(grid))
     if not np.array_equal(writer.read_coords()[:rows], grid.coords[:rows]):
         raise GloVLMError(
@@ -382,7 +382,7 @@ def _rows_to_keep(writer: BagWriter, grid: TileGrid, batch_size: int) -> int:
 def _batches(
     slide: Slide, grid: TileGrid, processor: Any, start: int, batch_size: int
 ) -> Generator[tuple[slice, dict[str, Any]]]:
-    """Preprocessed tiles, one batch ahead of whoever takes them."""
+    """Batches of preprocessed tiles, prefetched by one."""
 
     def prepare(rows: slice) -> dict[str, Any]:
         scale = grid.downsample
@@ -463,7 +463,7 @@ def _attempt(encoder: tuple[Any, Any], slide: Path, bag: Path, settings: dict[st
 
 
 def _work(model: str, threads: int, job: _Job) -> Outcome:
-    """In a process of its own: encode one slide; the model is loaded with the first."""
+    """Worker process: encode one slide; the model is loaded with the first."""
     import torch
 
     try:

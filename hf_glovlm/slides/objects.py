@@ -198,7 +198,7 @@ def classify_objects(
 
 
 def _crop_box(item: SlideObject, size: tuple[int, int], margin: float) -> tuple[int, int, int]:
-    """x, y and side of an object's crop at level 0."""
+    """Crop of an object at level 0: x, y and side."""
     x0, y0, x1, y1 = item.bounds
     if x1 <= 0 or y1 <= 0 or x0 >= size[0] or y0 >= size[1]:
         raise GloVLMError(
@@ -210,7 +210,7 @@ def _crop_box(item: SlideObject, size: tuple[int, int], margin: float) -> tuple[
 
 
 def _find_repeats(objects: Sequence[SlideObject]) -> NDArray[np.int64]:
-    """For each object the place of the first one that it repeats; its own where it is new."""
+    """Duplicate outlines: for each object the place of the first that it repeats, else its own."""
     bounds = np.array([item.bounds for item in objects])
     first = np.arange(len(objects))
     for i in range(1, len(objects)):

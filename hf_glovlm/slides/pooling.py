@@ -55,7 +55,7 @@ class SlideScore:
 
 
 def score_tiles(features: ArrayLike, prototypes: ArrayLike) -> Floats:
-    """Cosine of each tile with each class prototype.
+    """Cosine similarity of each tile to each class prototype.
 
     Args:
         features: `[n, dim]` in the joint space of image and text; normalised here.
@@ -83,7 +83,7 @@ def score_tiles(features: ArrayLike, prototypes: ArrayLike) -> Floats:
 
 
 def smooth_scores(scores: ArrayLike, coords: ArrayLike, k: int = NEIGHBOURS) -> Floats:
-    """Replace each tile's scores by the mean over its k nearest tiles, itself among them.
+    """Spatial smoothing: each tile's scores become the mean over its k nearest, itself included.
 
     Where several tiles lie equally far and not all have a place among the k, they share the places
     that are left, so that no direction is preferred and the order of the tiles does not matter. On
@@ -136,7 +136,7 @@ def _neighbours(tree: Any, places: Floats, k: int) -> tuple[NDArray[np.int64], F
 
 
 def pool_scores(scores: ArrayLike, j: int | None = None) -> Floats:
-    """Mean of the j highest scores of each class, each class by its own tiles.
+    """Top-j pooling: mean of the j highest scores of each class, each by its own tiles.
 
     Args:
         scores: `[n, K]`, any kind.
@@ -167,7 +167,7 @@ def pool_slide(
     kind: Kind = "cosine",
     scale: float = 100.0,
 ) -> SlideScore:
-    """Pool the scores of a slide's tiles into a label.
+    """Slide-level label and scores, pooled from the scores of its tiles.
 
     Args:
         scores: `[n, K]`: cosines of `score_tiles`, logits or probabilities of a classifier.
@@ -215,7 +215,7 @@ def pool_slide(
 def pool_ways(
     scores: ArrayLike, class_names: Sequence[str], **options: Any
 ) -> dict[str, SlideScore]:
-    """Pool in every way at once: `top_1`, `top_5`, `top_10`, `top_50`, `top_100` and `mean`.
+    """Slide scores by every pooling: `top_1`, `top_5`, `top_10`, `top_50`, `top_100` and `mean`.
 
     Which of them to use is chosen before the test is seen, or on other slides. For two ways that
     take all tiles of a small slide the scores are the same.

@@ -42,6 +42,7 @@ TYPES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"]
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "adapt", "concurrency_limit": 1}
 
 
 def build(settings: Settings | None = None) -> gr.Blocks:
@@ -128,12 +129,7 @@ def build(settings: Settings | None = None) -> gr.Blocks:
         # First of all, so that the names are theirs.
         for name in ("describe", "classify", "own_words", "compare", "batch", "heat_map"):
             gr.api(show_errors(getattr(desk, f"api_{name}")), api_name=name)
-        gr.api(
-            show_errors(desk.api_adapt),
-            api_name="adapt",
-            concurrency_id="adapt",
-            concurrency_limit=1,
-        )
+        gr.api(show_errors(desk.api_adapt), api_name="adapt", **ONE_AT_A_TIME)
 
         def on(event: Any, function: Any, inputs: Any, outputs: Any, **more: Any) -> None:
             # Not preprocessed: Gradio would keep an empty file for every upload.
@@ -226,13 +222,12 @@ def _connect_adapt(
         desk.adapt,
         [model, parts["method"], parts["by_name"], parts["table"], session, *names],
         [session, parts["table"], parts["result"], parts["download"], model, other],
-        concurrency_id="adapt",
-        concurrency_limit=1,
+        **ONE_AT_A_TIME,
     )
 
 
 def forget(page: gr.Blocks, age: float) -> None:
-    """Forget what pages hold that nobody has used for some seconds.
+    """Drop the state of pages that nobody has used for some seconds.
 
     Gradio forgets a `gr.State` in time, but keeps what it showed, thumbnails too, until there are
     too many sessions.

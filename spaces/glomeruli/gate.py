@@ -13,7 +13,7 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Gate:
-    """Middleware around the page.
+    """Request filter: middleware around the page.
 
     Args:
         app: The page.

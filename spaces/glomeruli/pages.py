@@ -78,7 +78,7 @@ def _bars(probabilities: dict[str, float]) -> str:
 
 
 def show_tray(images: Sequence[Upload], refused: Sequence[str] = ()) -> str:
-    """Thumbnails, and what was refused."""
+    """Tray of thumbnails, and refused files."""
     items = "".join(
         f'<li><img src="{image.thumbnail}" alt=""><span>{_name(image.name)}'
         f"{' (synthetic)' if image.synthetic else ''}</span></li>"
@@ -222,7 +222,7 @@ def show_pair(
 def show_batch(
     rows: Sequence[dict[str, Any]], refused: Sequence[str], limits: Sequence[str]
 ) -> str:
-    """How many images of each class, and what was refused."""
+    """Number of images of each predicted class, and refused files."""
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["predicted"]] = counts.get(row["predicted"], 0) + 1

@@ -122,7 +122,7 @@ _recent = _Recent()
 
 
 def sweep(folder: Path, age: float) -> None:
-    """Delete what lies in a folder for longer than some seconds, and folders that are empty."""
+    """Delete files older than some seconds from a folder, and empty folders."""
     for path in sorted(folder.rglob("*"), reverse=True):  # what is inside comes first
         with suppress(OSError):  # gone meanwhile, or not empty
             if time.time() - path.stat().st_mtime > age:

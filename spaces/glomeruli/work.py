@@ -120,7 +120,7 @@ def read_words(text: str) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Heat:
-    """A heat map for a page.
+    """Heat map for the page.
 
     Args:
         image: The picture as a `data:` address.

@@ -55,7 +55,7 @@ _RASTER = 256  # pixels along the longer side, when the overlap of two outlines 
 
 @dataclass(frozen=True, eq=False)
 class SlideObject:
-    """One outlined object.
+    """Annotation: one outlined object.
 
     Attributes:
         id: As the file has it, in text; made from place and geometry where the file has none.

@@ -42,7 +42,7 @@ _ON_COORDS = (
 
 @dataclass(frozen=True)
 class Bag:
-    """The features of one slide.
+    """Bag: the tile features of one slide.
 
     Attributes:
         features: Float32 `[n, dim]`, not normalised.

@@ -78,7 +78,7 @@ class _Candidate:
 
 
 class _Readable(Protocol):
-    """What is needed of a slide: see `wsi.Slide`."""
+    """Interface of a slide that crops are read from: see `wsi.Slide`."""
 
     name: str
     size: tuple[int, int]
@@ -95,7 +95,7 @@ class _Readable(Protocol):
 
 
 class _Region:
-    """A plain image that is read as if it were a slide of one level."""
+    """Region image, read as if it were a slide of one level."""
 
     def __init__(self, path: Path, mpp: float | None) -> None:
         self.name, self.mpp = path.stem, mpp
@@ -276,7 +276,7 @@ def _read_mask(
     min_extent: int,
     summary: CropSummary,
 ) -> list[_Candidate]:
-    """The blobs of a colour mask, from top to bottom; touching pixels share a side."""
+    """Connected components of a colour mask, from top to bottom; touching pixels share a side."""
     from scipy import ndimage
 
     pixels = np.asarray(open_image(path))
@@ -320,7 +320,7 @@ def _read_mask(
 def _classify(
     pixels: NDArray[np.uint8], colours: Mapping[str, str], labels: list[str], path: Path
 ) -> NDArray[np.uint8]:
-    """The class of every pixel of a mask, `[height, width]`; 0 is background."""
+    """Class mask `[height, width]` of a colour mask; 0 is background."""
     names = ["black", "white", *colours]
     anchors = np.array([_rgb(name) for name in names], dtype=np.float32)
     ids = np.array([0, 0, *(labels.index(colours[name]) + 1 for name in colours)], dtype=np.uint8)
@@ -356,7 +356,7 @@ def _rgb(name: str) -> tuple[int, int, int]:
 
 
 def _solidity(blob: NDArray[np.bool_]) -> float:
-    """Area over the area of the convex hull, 0 to 1; a bay between two discs lowers it."""
+    """Solidity: area over that of the convex hull, 0 to 1; a bay between two discs lowers it."""
     from scipy.spatial import ConvexHull
 
     rows = np.flatnonzero(blob.any(axis=1))

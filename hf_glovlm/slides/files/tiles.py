@@ -39,7 +39,7 @@ class TissueMask:
 
     @property
     def fraction(self) -> float:
-        """The part of the slide that is tissue."""
+        """Tissue fraction of the slide."""
         return float(self.array.mean())
 
 
@@ -176,14 +176,14 @@ def lay_tiles(
 
 
 def _starts(side: int, extent: int, step: int) -> NDArray[np.int64]:
-    """Where tiles start so that the last one reaches the edge."""
+    """Tile origins along an axis, so that the last tile reaches the edge."""
     return np.arange(1 + max(0, math.ceil((side - extent) / step)), dtype=np.int64) * step
 
 
 def _tissue_fractions(
     mask: TissueMask, x: NDArray[np.int64], y: NDArray[np.int64], extent: int
 ) -> NDArray[np.float64]:
-    """The part of every tile that is tissue, `[rows, columns]`.
+    """Tissue fraction of every tile, `[rows, columns]`.
 
     Sums over rectangles by a summed-area table (Crow 1984), interpolated between pixels of the
     mask, which is exact as tissue is constant within one.
@@ -199,7 +199,7 @@ def _tissue_fractions(
 
 
 def _interpolate(table: NDArray[Any], at: NDArray[Any], end: int) -> NDArray[Any]:
-    """Rows of a table at fractional places, `[*at.shape, columns]`; beyond the end is the end."""
+    """Linear interpolation of a table's rows, `[*at.shape, columns]`, constant beyond the end."""
     at = np.minimum(at, end)
     low = np.minimum(at.astype(np.int64), end - 1)
     part = (at - low)[..., None]
@@ -226,7 +226,7 @@ def _is_ink(image: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def _otsu(values: NDArray[np.float32]) -> float:
-    """The threshold that separates two groups best; 0 where there is nothing to separate."""
+    """Otsu's threshold, which separates two groups best; 0 where there is one value."""
     if values.size == 0 or values.max() <= values.min():
         return 0.0
     counts, edges = np.histogram(values, 256)
@@ -241,7 +241,7 @@ def _otsu(values: NDArray[np.float32]) -> float:
 def _without_small(
     mask: NDArray[np.bool_], least: int, *, edge_counts: bool = False
 ) -> NDArray[np.bool_]:
-    """Drop connected parts of fewer pixels; with `edge_counts` those at the edge stay."""
+    """Remove small connected components; with `edge_counts` those at the edge stay."""
     from scipy import ndimage
 
     labels, n = ndimage.label(mask)

@@ -45,7 +45,7 @@ class _Reader(Protocol):
 
 
 class Slide:
-    """An open slide; open a fresh one in every process.
+    """Whole-slide image, open; open a fresh one in every process.
 
     Attributes:
         path: The file.
@@ -254,7 +254,7 @@ def slide_name(path: Path) -> str:
 
 
 def name_flags(name: str) -> list[str]:
-    """What a slide's name may give away about a patient, one sentence each.
+    """Possible patient identifiers in a slide's name, one sentence each.
 
     Barcodes of TCGA are research ids and not flagged. What looks like a number, a date or a name
     may be none, so these are notes and nothing is refused.
@@ -325,7 +325,7 @@ def _positive(value: Any) -> float | None:
 
 
 def _tagged_scale(x: float | None, y: float | None) -> tuple[tuple[float, float] | None, list[str]]:
-    """The scale by TIFF resolution tags in micrometres per pixel, unless it is one of paper."""
+    """Micrometres per pixel by TIFF resolution tags, unless they describe paper."""
     if x is None or y is None:
         return None, []
     if not all(SCALE_TAGS[0] <= value <= SCALE_TAGS[1] for value in (x, y)):
@@ -336,7 +336,7 @@ def _tagged_scale(x: float | None, y: float | None) -> tuple[tuple[float, float]
 
 
 def _open_reader(path: Path) -> _Reader:
-    """OpenSlide where it knows the format, tifffile for the rest, or one sentence."""
+    """Reader of a slide: OpenSlide where it knows the format, tifffile for the rest."""
     openslide, failed = _openslide(), None
     if openslide is not None:
         vendor = openslide.OpenSlide.detect_format(path)
