@@ -1,6 +1,7 @@
 """Scripts in a process of their own, which takes over no setting and starts with empty caches."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -56,6 +57,10 @@ def run_script(script: str, *arguments: object, home: Path, **environment: str) 
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "OMP_NUM_THREADS": "1",
     }
+    # A kernel without AVX2 resizes an image to grey levels that may be one off, as another
+    # processor would: the other process has this one's.
+    if "ATEN_CPU_CAPABILITY" in os.environ:
+        own["ATEN_CPU_CAPABILITY"] = os.environ["ATEN_CPU_CAPABILITY"]
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         cwd=home,

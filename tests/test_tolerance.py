@@ -12,13 +12,13 @@ X = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 def test_sums_in_another_order_pass() -> None:
     layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(12)))
     with torch.no_grad():
-        expected, found = layers(X), X
+        expected, actual = layers(X), X
         for layer in layers:
             order = torch.randperm(64)
-            found = found[:, order] @ layer.weight[:, order].T + layer.bias
-    assert not torch.equal(found, expected)
-    assert_same_numbers(found, expected)
-    assert_same_numbers(found.numpy().tolist(), expected)  # as another process prints them
+            actual = actual[:, order] @ layer.weight[:, order].T + layer.bias
+    assert not torch.equal(actual, expected)
+    assert_same_numbers(actual, expected)
+    assert_same_numbers(actual.numpy().tolist(), expected)  # as another process prints them
 
 
 @pytest.mark.parametrize(

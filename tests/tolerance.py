@@ -9,7 +9,7 @@ __all__ = ["assert_same_numbers"]
 
 
 def assert_same_numbers(
-    found: Any, expected: Any, *, roundings: float = 300, scale: float | None = None
+    actual: Any, expected: Any, *, roundings: float = 300, scale: float | None = None
 ) -> None:
     """Assert that two arrays are equal but for the rounding of floating-point sums.
 
@@ -21,17 +21,17 @@ def assert_same_numbers(
     network of n such sums by about n of them.
 
     So the bound is `roundings` units of rounding (float32: 1.2e-7) of the largest value, by default
-    4e-5 of it: networks of the size of the tests' differ by 1 to 20 units, a fault in a weight, a
+    4e-5 of it: networks of the size of the tests' differ by up to ten units, a fault in a weight, a
     mask or an order by a hundred thousand.
 
     Args:
-        found: A tensor, an array, a number or nested lists of numbers, which count as float32.
+        actual: A tensor, an array, a number or nested lists of numbers, which count as float32.
         expected: The same.
         roundings: Largest difference in units of rounding, of the coarser type of the two.
         scale: The size of the terms that were added, where they cancel: by default the largest
             absolute value expected.
     """
-    one, eps_one = _read(found)
+    one, eps_one = _read(actual)
     other, eps_other = _read(expected)
     assert one.shape == other.shape, f"shape {one.shape} instead of {other.shape}"
     assert np.array_equal(np.isfinite(one), np.isfinite(other)), "finite at other places"
