@@ -1,7 +1,7 @@
-"""Three classes, a method that attaches itself to a model, and what of the model then trains."""
+"""Three classes, methods attached to a model, and adaptation with everything in one call."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from hf_glovlm.data import ClassInfo
-from hf_glovlm.methods import METHODS, TowerMethod, Tuning
+from hf_glovlm.methods import METHODS, TowerMethod
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
+from hf_glovlm.training import AdaptConfig, Adapted, adapt
 
 CLASSES = [ClassInfo(n, n, (f"a {n} glomerulus", f"this photo shows {n}")) for n in NAMES]
 PROMPTS = [list(c.prompts) for c in CLASSES]
@@ -36,14 +37,21 @@ def default_recipe(name: str, shots: int) -> dict[str, Any]:
 
 def attach(
     name: str, model: Any, processor: Any, classes: Sequence[ClassInfo] = CLASSES, **settings: Any
-) -> Tuning:
-    """Let a method attach itself."""
+) -> TowerMethod:
+    """Attach a method to a model."""
     method = METHODS[name]
     assert isinstance(method, TowerMethod)
     return method.attach(model, processor, classes, method.configure(settings))
 
 
-def trained_names(model: nn.Module, tuning: Tuning) -> list[set[str]]:
+def adapt_with(model: Any, method: str, support: Any, **options: Any) -> Adapted:
+    """`adapt` with the fields of its config beside its other arguments."""
+    names = {f.name for f in fields(AdaptConfig)} & set(options)
+    config = AdaptConfig(**{name: options.pop(name) for name in names})
+    return adapt(model, method, support, config=config, **options)
+
+
+def trained_names(model: nn.Module, tuning: TowerMethod) -> list[set[str]]:
     """Names of what trains, one set for each optimiser group."""
     names = {id(p): n for n, p in model.named_parameters()}
     return [{names[id(p)] for p in group["params"]} for group in tuning.groups]

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from attaching import CLASSES, NAMES
+from attaching import CLASSES, NAMES, adapt_with
 from by_hand import pixels
 from datasets import Dataset
 from fresh_process import load_without_the_package
@@ -40,7 +40,7 @@ from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import predict
 from hf_glovlm.lab.bench import Shape, _block_operations, bench_context
-from hf_glovlm.methods import METHODS, Recipe, TowerMethod, Tuning, give_joint_space
+from hf_glovlm.methods import METHODS, Recipe, TowerMethod, give_joint_space
 from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.training import Adapted, adapt, adaptation
 from hf_glovlm.training.loop import TensorSource, _optimizer, draw_order, fit, learning_rate, plan
@@ -110,7 +110,7 @@ def quick(
     model, processor = load_backbone(backbone)
     model.to(dtype)
     given: dict[str, Any] = {"processor": processor, "classes": CLASSES, "recipe": QUICK}
-    return adapt(model, "convlm", rows, **{**given, **options})
+    return adapt_with(model, "convlm", rows, **{**given, **options})
 
 
 def method() -> TowerMethod:
@@ -119,7 +119,7 @@ def method() -> TowerMethod:
     return found
 
 
-def attached(backbone: str, **settings: Any) -> tuple[Any, Any, Tuning]:
+def attached(backbone: str, **settings: Any) -> tuple[Any, Any, TowerMethod]:
     """A model in float64 with the method attached and autoencoders that show."""
     model, processor = load_backbone(backbone)
     torch.manual_seed(0)
@@ -288,18 +288,17 @@ def test_the_loss_is_the_one_written_out(
     model, processor, tuning = attached(
         backbones[name], target=target, logits=kind, context=context, **settings
     )
-    step = TowerStep(model, processor, tuning, "prototypes")
+    step = TowerStep(tuning, "prototypes")
     images, index = torch.randn(5, 3, 32, 32).double(), torch.tensor([4, 0, 2, 2, 1])
     captions = ["a tuft", "PAS stain", "collagen", "open loops", "a crescent"]
     if context == "captions":
-        assert tuning.look_at is not None
-        tuning.look_at(Dataset.from_dict({"caption": captions}))
+        tuning.read_support(Dataset.from_dict({"caption": captions}))
     step.train()
     weight, total = torch.tensor([1.0, 1, 1, 0, 1]), 8
     found = step(images, LABELS, weight, total, rows=index)
 
     with torch.no_grad():
-        prototypes = model.class_prototypes(**processor.encode_prompts(step.tuning.prompts))
+        prototypes = model.class_prototypes(**processor.encode_prompts(tuning.class_texts))
         text = prototypes[LABELS]
         if context == "captions":
             text = torch.stack([
@@ -350,11 +349,11 @@ def test_every_parameter_that_trains_gets_a_gradient(
     name: str, settings: dict[str, Any], backbones: dict[str, str]
 ) -> None:
     """Or several processes would wait for each other."""
-    model, processor, tuning = attached(backbones[name], **settings)
-    step = TowerStep(model, processor, tuning, "prototypes").train()
+    model, _, tuning = attached(backbones[name], **settings)
+    step = TowerStep(tuning, "prototypes").train()
     images = torch.randn(5, 3, 32, 32).double()
     step(images, LABELS, torch.ones(5), 5, rows=torch.arange(5)).backward()
-    trained = [p for group in tuning.groups for p in group["params"]]
+    trained = tuning.trained
     assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
     assert all(p.grad is not None for p in trained)
     tower = [p.requires_grad for p in model.backbone.vision_model.parameters()]
@@ -366,16 +365,15 @@ def test_every_parameter_that_trains_gets_a_gradient(
 
 @pytest.mark.parametrize("blocks", [0, 1])
 def test_labels_reach_training_and_nothing_else(blocks: int, backbones: dict[str, str]) -> None:
-    model, processor, tuning = attached(backbones["clip"], theta=0.1, keep=0.5, blocks=blocks)
-    step = TowerStep(model, processor, tuning, "prototypes")
+    _, _, tuning = attached(backbones["clip"], theta=0.1, keep=0.5, blocks=blocks)
+    step = TowerStep(tuning, "prototypes")
     images, rows = torch.randn(5, 3, 32, 32).double(), torch.arange(5)
     with torch.no_grad():
         expected = step.classify(images)
         passes = []
         for labels in (LABELS, (LABELS + 1) % 3):
             step.train()
-            assert tuning.around_images is not None
-            with tuning.around_images(labels, rows, step.current_prototypes()):
+            with tuning.guide_images(labels, rows, step.current_prototypes()):
                 passes.append(step.image_features(images))
                 step.eval()
                 assert step.classify(images).equal(expected)
@@ -388,7 +386,7 @@ def test_predictions_do_not_depend_on_labels_or_captions(
     rows: Dataset, backbones: dict[str, str]
 ) -> None:
     support = with_captions(rows, [f"a tuft, number {i}" for i in range(12)])
-    adapted = quick(backbones["clip"], support, settings={"context": "captions", "theta": 0.1})
+    adapted = quick(backbones["clip"], support, method_config={"context": "captions", "theta": 0.1})
     first = predict(adapted.model, adapted.processor, rows)
     other = rows.remove_columns("label").add_column("label", [2] * 12)
     other = other.cast_column("label", rows.features["label"])
@@ -406,7 +404,7 @@ def test_with_all_switched_off_it_is_fine_tuning_of_the_plain_tower(
     name: str, rows: Dataset, backbones: dict[str, str]
 ) -> None:
     off = {"theta": 1.0, "keep": 1.0, "weight_v": 0.0, "weight_c": 0.0}
-    controls = [quick(backbones[name], rows, torch.float64, settings=s) for s in (off, PLAIN)]
+    controls = [quick(backbones[name], rows, torch.float64, method_config=s) for s in (off, PLAIN)]
     assert furthest(*(weights(c) for c in controls)) < 1e-6
     assert [row["loss"] for row in controls[0].log] == pytest.approx(
         [row["loss"] for row in controls[1].log], abs=1e-6
@@ -436,7 +434,9 @@ def test_each_switch_changes_what_is_learned(rows: Dataset, backbones: dict[str,
         {"layers": [1]},
         {"blocks": 1},
     ]
-    found = [[r["loss"] for r in quick(backbones["clip"], rows, settings=s).log] for s in settings]
+    found = [
+        [r["loss"] for r in quick(backbones["clip"], rows, method_config=s).log] for s in settings
+    ]
     for i, one in enumerate(found):
         for other in found[:i]:
             assert one != pytest.approx(other, abs=1e-7)
@@ -476,13 +476,15 @@ def test_a_caption_that_is_the_class_text_does_what_the_class_does(
             support,
             torch.float64,
             classes=classes,
-            settings={"context": context},
+            method_config={"context": context},
         )
         for context in ("classes", "captions")
     ]
     assert furthest(*(weights(f) for f in found)) < 1e-6
     shuffled = with_captions(rows, [c.prompts[0] for c in classes] * 4)
-    other = quick(backbones["clip"], shuffled, classes=classes, settings={"context": "captions"})
+    other = quick(
+        backbones["clip"], shuffled, classes=classes, method_config={"context": "captions"}
+    )
     assert furthest(weights(other), weights(found[0])) > 1e-4
 
 
@@ -503,7 +505,7 @@ def test_captions_that_are_not_there_are_asked_for(
     if texts is None and "caption" in rows.column_names:
         support = rows.remove_columns("caption")
     with pytest.raises(GloVLMError, match=message):
-        quick(backbones["clip"], support, settings={"context": "captions"})
+        quick(backbones["clip"], support, method_config={"context": "captions"})
 
 
 # --------------------------------------------------------------------------------- what is refused
@@ -530,7 +532,7 @@ def test_a_setting_that_means_nothing_is_refused(
     settings: dict[str, Any], message: str, rows: Dataset, backbones: dict[str, str]
 ) -> None:
     with pytest.raises(GloVLMError, match=message):
-        quick(backbones["clip"], rows, settings=settings)
+        quick(backbones["clip"], rows, method_config=settings)
 
 
 def test_what_it_cannot_do_is_refused(rows: Dataset, backbones: dict[str, str]) -> None:
@@ -549,8 +551,6 @@ def test_what_it_cannot_do_is_refused(rows: Dataset, backbones: dict[str, str]) 
 def test_the_share_of_patches_falls_along_a_cosine(backbones: dict[str, str]) -> None:
     model, _, tuning = attached(backbones["clip"], keep=0.5, keep_schedule="cosine")
     guide = model.context
-    assert tuning.begin is not None
-    assert tuning.after_step is not None
     tuning.begin(40)
     shares = [guide.keep_now.tolist()]
     for step in range(1, 41):
@@ -560,7 +560,6 @@ def test_the_share_of_patches_falls_along_a_cosine(backbones: dict[str, str]) ->
     expected = 0.5 + 0.5 * (1 + np.cos(np.pi * t)) / 2
     assert np.abs(np.array(shares) - expected[:, None]).max() < 1e-6
     assert shares[10] == [1.0, 1.0]
-    assert tuning.finish is not None
     tuning.finish(None)
     assert guide.keep_now is None
 
@@ -578,8 +577,8 @@ def test_an_interrupted_run_ends_as_a_straight_one(
         if row["epoch"] == 2:
             raise Killed
 
-    straight = quick(backbones["clip"], rows, settings=settings)
-    options: dict[str, Any] = {"settings": settings, "output_dir": tmp_path}
+    straight = quick(backbones["clip"], rows, method_config=settings)
+    options: dict[str, Any] = {"method_config": settings, "output_dir": tmp_path}
     with pytest.raises(Killed):
         quick(backbones["clip"], rows, on_epoch=kill, **options)
     resumed = quick(backbones["clip"], rows, resume=True, **options)
@@ -600,7 +599,7 @@ def test_blocks_on_a_frozen_tower_start_from_tokens_that_were_recorded_once(
 
     monkeypatch.setattr(adaptation, "fit", noted)
     runs = [
-        quick(backbones[name], rows, torch.float64, settings={"blocks": 2}, replay=r)
+        quick(backbones[name], rows, torch.float64, method_config={"blocks": 2}, replay=r)
         for r in (True, False)
     ]
     assert sources == ["TensorSource", "ImageSource"]
@@ -618,7 +617,9 @@ def test_blocks_on_a_frozen_tower_start_from_tokens_that_were_recorded_once(
 def test_it_learns(rows: Dataset, backbones: dict[str, str], tmp_path: Path) -> None:
     unseen = all_rows(load_dataset(tiny_images(tmp_path / "unseen", per_class=8, seed=9)))
     settings, recipe = {"logits": "cosine", "keep": 0.7}, {"epochs": 20, "lr": 3e-3}
-    adapted = quick(backbones["clip"], rows, settings=settings, recipe={**recipe, "batch_size": 6})
+    adapted = quick(
+        backbones["clip"], rows, method_config=settings, recipe={**recipe, "batch_size": 6}
+    )
     predictions = predict(adapted.model, adapted.processor, unseen)
     assert predictions.labels is not None
     assert float((predictions.logits.argmax(1) == predictions.labels).mean()) >= 0.8
@@ -638,7 +639,7 @@ def test_it_is_the_same_when_loaded_with_the_package_and_without(
     for name, backbone in backbones.items():
         for blocks in (2,) if name == "pair" else (0,):
             settings = {"keep": 0.5, "blocks": blocks}
-            adapted = quick(backbone, rows, settings=settings)
+            adapted = quick(backbone, rows, method_config=settings)
             folder = tmp_path / f"{name}-{blocks}"
             adapted.save(folder)
             rows[0]["image"].save(folder / "image.png")
@@ -678,9 +679,9 @@ def test_it_is_the_same_when_loaded_with_the_package_and_without(
 # ------------------------------------------------------------------------------------ two processes
 
 CASES: dict[str, dict[str, Any]] = {
-    "classes": {"settings": {"keep": 0.5}, "accumulate": 2},
-    "captions": {"settings": {"keep": 0.5, "context": "captions", "keep_schedule": "cosine"}},
-    "blocks": {"settings": {"blocks": 1, "weight_c": 0.0}},
+    "classes": {"method_config": {"keep": 0.5}, "accumulate": 2},
+    "captions": {"method_config": {"keep": 0.5, "context": "captions", "keep_schedule": "cosine"}},
+    "blocks": {"method_config": {"blocks": 1, "weight_c": 0.0}},
 }
 
 
@@ -693,7 +694,7 @@ def work(folder: Path, backbone: str, place: Path) -> dict[str, Any]:
     losses: dict[str, Any] = {}
     for case, options in CASES.items():
         model, processor = load_backbone(backbone)
-        adapted = adapt(
+        adapted = adapt_with(
             model.double(),
             "convlm",
             rows,
@@ -732,8 +733,8 @@ def test_two_processes_train_to_the_weights_of_one(images: Path, tmp_path: Path)
 
 
 def test_the_penalty_is_zero_where_a_process_has_no_row(backbones: dict[str, str]) -> None:
-    model, processor, tuning = attached(backbones["clip"])
-    step = TowerStep(model, processor, tuning, "prototypes").train()
+    _, _, tuning = attached(backbones["clip"])
+    step = TowerStep(tuning, "prototypes").train()
     loss = step(torch.randn(5, 3, 32, 32).double(), LABELS, torch.zeros(5), 5, rows=torch.arange(5))
     assert loss.item() == 0
     loss.backward()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from attaching import adapt_with
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair
@@ -24,7 +25,6 @@ from hf_glovlm.inference import Predictions
 from hf_glovlm.methods import Recipe
 from hf_glovlm.runs import run
 from hf_glovlm.runs.config import TrainConfig
-from hf_glovlm.training import adapt
 from hf_glovlm.training.loop import TensorSource, fit
 from hf_glovlm.training.losses import HeadStep
 
@@ -37,8 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
     "infonce_published": {"method": "vanilla", "loss": "infonce_published"},
     "accumulated": {"method": "vanilla", "accumulate": 2},
     "clipped": {"method": "vanilla", "clip_norm": 0.05},
-    "lora": {"method": "lora", "settings": {"dropout": 0.0}, "loss": "infonce"},
-    "pair": {"method": "lora", "settings": {"dropout": 0.0}, "backbone": "pair"},
+    "lora": {"method": "lora", "method_config": {"dropout": 0.0}, "loss": "infonce"},
+    "pair": {"method": "lora", "method_config": {"dropout": 0.0}, "backbone": "pair"},
     "context": {"method": "prompt_tuning", "recipe": {"epochs": 2, "batch_size": 5}},
     "penalised": {"method": "kgcoop", "recipe": {"epochs": 2, "batch_size": 5}},
     "guided": {"method": "prograd", "recipe": {"epochs": 2, "batch_size": 5}},
@@ -100,7 +100,7 @@ def _adapt(
 ) -> Any:
     model, processor = load_backbone(backbones[backbone])
     support = rows.select([*range(6), *range(7, 11), *range(14, 17)])
-    return adapt(
+    return adapt_with(
         model.double(),
         support=support,
         processor=processor,

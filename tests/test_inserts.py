@@ -37,7 +37,7 @@ from transformers import ResNetConfig, ResNetModel, SwinConfig, SwinModel
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import encoder_key
-from hf_glovlm.methods import METHODS, Tuning
+from hf_glovlm.methods import METHODS
 from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.model.heads import build_head, describe_head
 from hf_glovlm.model.prompts import (
@@ -259,8 +259,8 @@ def test_maple_equals_both_towers_written_out(name: str, depth: int) -> None:
             ]
         )
     )
-    assert tuning.prompts == [[f"of a {n}."] for n in NAMES]
-    encoded = processor.encode_prompts(tuning.prompts)
+    assert tuning.class_texts == [[f"of a {n}."] for n in NAMES]
+    encoded = processor.encode_prompts(tuning.class_texts)
     for _ in ("while it trains", "and for good"):
         with torch.no_grad():
             found = model.class_prototypes(**encoded)
@@ -323,8 +323,6 @@ def test_cocoop_equals_a_text_pass_for_every_image(name: str, tokens: int) -> No
     start = word_vectors(plain, processor, WORDS[:tokens])
     torch.testing.assert_close(head.context.detach(), start)
     shake(head.shift)
-    assert tuning.image_prototypes is not None
-    assert tuning.head is not None
     pooled = unit(features(plain, inputs))
     rest = " ".join(WORDS[tokens:])
     rest = f"{rest} " if rest else ""
@@ -335,7 +333,7 @@ def test_cocoop_equals_a_text_pass_for_every_image(name: str, tokens: int) -> No
     assert (found[0] - found[1]).abs().max() > 1e-3
 
     tuning.finish(None)
-    assert tuning.head() is head
+    assert tuning.final_head(torch.zeros(3, 32)) is head
     assert not any("conditional" in key for key in model.state_dict())
     classifier = GloVLMForImageClassification(model.config, glovlm=model, head=head).eval()
     with torch.no_grad():
@@ -453,10 +451,6 @@ def test_the_head_is_described_without_its_weights() -> None:
 # ---------------------------------------------------------------------------------- what trains
 
 
-def trained(tuning: Tuning) -> list[nn.Parameter]:
-    return [p for group in tuning.groups for p in group["params"]]
-
-
 @pytest.mark.parametrize(
     ("name", "config", "expected"),
     [
@@ -470,7 +464,7 @@ def trained(tuning: Tuning) -> list[nn.Parameter]:
 def test_parameters_on_a_vit_b_16(name: str, config: dict[str, Any], expected: int) -> None:
     _, processor = load_backbone(str(tiny_clip()))
     tuning = attach(name, vit_b_16(), processor, **config)
-    assert sum(p.numel() for p in trained(tuning)) == expected
+    assert sum(p.numel() for p in tuning.trained) == expected
 
 
 @pytest.mark.parametrize("backbone", ["clip", "siglip", "pair"])
@@ -479,9 +473,9 @@ def test_gradients_reach_all_of_it_and_nothing_else(name: str, backbone: str) ->
     model, processor = loaded(backbone, torch.float32)
     # A network with one hidden unit, as 24 / 16 makes it, may be dead.
     tuning = attach(name, model, processor, **({"reduction": 4} if name == "cocoop" else {}))
-    params = trained(tuning)
+    params = tuning.trained
     assert len({id(p) for p in params}) == len(params)
-    step = TowerStep(model, processor, tuning, "prototypes")
+    step = TowerStep(tuning, "prototypes")
     asked = {id(p) for p in step.parameters() if p.requires_grad}
     assert asked == {id(p) for p in params}  # so that the loop's checkpoint finds them by name
     inputs = pixels(processor, torch.float32)["pixel_values"]
@@ -671,7 +665,7 @@ def test_maples_texts_in_chunks_give_the_same_gradients(name: str) -> None:
     tuning = attach("maple", model, processor)
     coupled = model.inserts.vision
     shake(coupled)
-    encoded = processor.encode_prompts(tuning.prompts)
+    encoded = processor.encode_prompts(tuning.class_texts)
     found = []
     for chunk in (1, 3):  # one text at a time is read once more on the way back
         model.zero_grad()

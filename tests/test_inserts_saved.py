@@ -17,7 +17,7 @@ from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.inference import predict
 from hf_glovlm.model import GloVLMForImageClassification
-from hf_glovlm.training import adapt
+from hf_glovlm.training import AdaptConfig, adapt
 
 IMAGE = IMAGES[0].crop((0, 0, 36, 36))
 MINE = ("vpt", "adapter", "maple", "cocoop")
@@ -38,9 +38,7 @@ def adapted_quickly(name: str, backbone: str, rows: Dataset) -> Any:
         rows,
         processor=processor,
         classes=CLASSES,
-        recipe=QUICK[name],
-        settings={"reduction": 2} if name == "cocoop" else {},
-        seed=3,
+        config=AdaptConfig({"reduction": 2} if name == "cocoop" else {}, QUICK[name], seed=3),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from hf_glovlm.backbones import load_backbone
-from hf_glovlm.methods import Recipe, Tuning, give_joint_space, tower_layers
+from hf_glovlm.methods import Recipe, TowerMethod, give_joint_space, tower_layers
 from hf_glovlm.model import GloVLMConfig, GloVLMModel
 from hf_glovlm.training.frozen_cache import Replay, frozen_blocks, record_tower
 from hf_glovlm.training.loop import TensorSource, fit
@@ -44,10 +44,10 @@ def deep_clip(layers: int = 4) -> tuple[Any, Any]:
 class Step(nn.Module):
     """Cross-entropy of images against class texts, each tower run in full or behind its blocks."""
 
-    def __init__(self, model: Any, processor: Any, tuning: Tuning, pixels: Tensor) -> None:
+    def __init__(self, model: Any, processor: Any, tuning: TowerMethod, pixels: Tensor) -> None:
         super().__init__()
         self.model = model
-        self.text = processor.encode_prompts(tuning.prompts)
+        self.text = processor.encode_prompts(tuning.class_texts)
         self.pixels = pixels
         self.blank: Tensor | None = None
         self.vision: Any = None
@@ -151,7 +151,7 @@ def test_gradients_are_the_same(make: Any, method: str, settings: dict[str, Any]
         torch.manual_seed(0)
         model, processor = make() if make is deep_clip else load(make)
         tuning = attach(method, model, processor, **settings)
-        params = [p for g in tuning.groups for p in g["params"]]
+        params = tuning.trained
         step = Step(model, processor, tuning, torch.randn(11, 3, 32, 32)).eval()
         with torch.no_grad():
             for p in params:  # LoRA's second half starts at zero, and with it half the gradients

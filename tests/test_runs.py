@@ -200,8 +200,7 @@ def test_every_stage_of_a_run_is_the_public_function_of_that_name(
         rows.select(episode.support),
         processor=processor,
         classes=load_classes(list(CLASSES), source=images),
-        recipe={"epochs": 3},
-        seed=1,
+        config={"recipe": {"epochs": 3}, "seed": 1},
     )
     groups = [group_rows(rows).ids[i] for i in episode.test]
     found = predict(adapted.model, processor, rows.select(episode.test), groups=groups)

@@ -78,14 +78,14 @@ def test_text_in_chunks_gives_the_values_and_gradients_of_the_whole(make: Any, n
     model, processor = load(make)
     tuning = attach(name, model, processor, classes)
     (context,) = tuning.groups[0]["params"]
-    step = TowerStep(model, processor, tuning, "prototypes")
+    step = TowerStep(tuning, "prototypes")
     step.train()
     direction = torch.randn(len(classes), 24 if make is tiny_clip else 32)
     with texts_at_once(model) as seen:
         chunked = step.current_prototypes()
         (mine,) = torch.autograd.grad((chunked * direction).sum(), [context])
     assert max(seen) <= TEXT_CHUNK < sum(seen)
-    encoded = processor.encode_prompts(tuning.prompts)
+    encoded = processor.encode_prompts(tuning.class_texts)
     whole = model.class_prototypes(**encoded, chunk_size=len(classes))
     (expected,) = torch.autograd.grad((whole * direction).sum(), [context])
     assert_same_numbers(chunked, whole)
@@ -98,7 +98,7 @@ def test_a_thousand_classes_train_a_chunk_of_texts_at_a_time(name: str) -> None:
     model, processor = load(tiny_clip)
     with texts_at_once(model) as seen:
         tuning = attach(name, model, processor, classes)
-    step = TowerStep(model, processor, tuning, "prototypes")
+    step = TowerStep(tuning, "prototypes")
     step.train()
     with texts_at_once(model) as later:
         step(*batch(1000, n=2)).backward()
@@ -114,7 +114,7 @@ def test_activations_kept_for_the_gradient_do_not_grow_with_the_classes() -> Non
         """Numbers that autograd holds between forward and backward."""
         model, processor = load(tiny_clip)
         tuning = attach("prompt_tuning", model, processor, many(classes))
-        step = TowerStep(model, processor, tuning, "prototypes")
+        step = TowerStep(tuning, "prototypes")
         step.train()
         held: dict[int, int] = {}
 

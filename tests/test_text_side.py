@@ -34,20 +34,20 @@ from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import ClassInfo, all_rows, load_dataset
 from hf_glovlm.data.terminology import described_prompts
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.methods import METHODS, StepState, Tuning, give_joint_space
+from hf_glovlm.methods import METHODS, StepState, TowerMethod, give_joint_space
 from hf_glovlm.methods.context_tokens import (
     ContextConfig,
     ContextEmbedding,
     context_length,
     divergence,
     find_embedding,
-    free_token_ids,
     prompt_features,
     prompt_sets,
     unit_means,
+    unused_token_ids,
     within,
 )
-from hf_glovlm.training import adapt
+from hf_glovlm.training import AdaptConfig, adapt
 from hf_glovlm.training.losses import TowerStep
 
 METHOD_NAMES = ("prompt_tuning", "kgcoop", "prograd", "biomedcoop")
@@ -68,7 +68,16 @@ def unit(*shape: int) -> torch.Tensor:
     return nn.functional.normalize(torch.randn(*shape), dim=-1)
 
 
-def context_of(tuning: Tuning) -> nn.Parameter:
+def further_loss(method: TowerMethod, state: StepState) -> torch.Tensor:
+    """What a method minimises beside the cross-entropy, or does not oppose."""
+    loss = method.penalty(state)
+    if loss is None:
+        loss = method.reference_loss(state)
+    assert loss is not None
+    return loss
+
+
+def context_of(tuning: TowerMethod) -> nn.Parameter:
     (context,) = tuning.groups[0]["params"]
     assert isinstance(context, nn.Parameter)
     return context
@@ -166,9 +175,10 @@ def test_the_context_alone_trains(name: str) -> None:
     assert trained_names(model, tuning) == [{parameter}]
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {parameter}
     assert (tuning.trains_vision, tuning.trains_text) == (False, True)
-    assert tuning.prompts == [[f"{n}."] for n in NAMES]
-    assert (tuning.penalty is not None) == (name in ("kgcoop", "biomedcoop"))
-    assert (tuning.guide is not None) == (name == "prograd")
+    assert tuning.class_texts == [[f"{n}."] for n in NAMES]
+    state = StepState(unit(2, 24), unit(3, 24), 9 * unit(2, 3), torch.arange(2), torch.ones(2))
+    assert (tuning.penalty(state) is not None) == (name in ("kgcoop", "biomedcoop"))
+    assert (tuning.reference_loss(state) is not None) == (name == "prograd")
 
     model, processor = load(tiny_pair)
     tuning = attach(name, model, processor)
@@ -197,7 +207,7 @@ def test_a_context_from_words_starts_as_the_text_with_these_words(name: str, mak
     tuning = attach(name, model, processor, **extra)
     assert len(processor.context_token_ids) == len(words) == len(context_of(tuning))
     with torch.no_grad():
-        mine = model.class_prototypes(**processor.encode_prompts(tuning.prompts))
+        mine = model.class_prototypes(**processor.encode_prompts(tuning.class_texts))
     expected = plain_prototypes([[f"a photo of a {n}."] for n in NAMES], make)
     if make is tiny_siglip2:  # one tokenizer over whole sentences: the seam may fall otherwise
         table = find_embedding(load(make)[0].backbone)[1].weight
@@ -268,7 +278,7 @@ def test_the_compact_context_equals_pefts_trainable_tokens(folder: Any) -> None:
     tuning = attach("prompt_tuning", model, processor, context_tokens=5)
     context = context_of(tuning)
     ids = processor.context_token_ids
-    encoded = processor.encode_prompts(tuning.prompts)
+    encoded = processor.encode_prompts(tuning.class_texts)
     name, _ = find_embedding(theirs.backbone)
     wrapped = get_peft_model(
         theirs.backbone, TrainableTokensConfig(token_indices=ids, target_modules=[name])
@@ -308,7 +318,7 @@ def test_a_context_equals_embeddings_spliced_in_by_hand(method: str, class_speci
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip())
     table = stock.text_model.embeddings.token_embedding
     with torch.no_grad():
-        mine = model.class_prototypes(**processor.encode_prompts(tuning.prompts))
+        mine = model.class_prototypes(**processor.encode_prompts(tuning.class_texts))
         for k, name in enumerate(NAMES):  # [start][v1 ... vM][name].[end]
             ids = torch.tensor([tokenizer(f"{name}.")["input_ids"]])
             learned = context[length * k :][:length] if class_specific else context
@@ -328,7 +338,7 @@ def test_class_specific_contexts_are_apart() -> None:
     assert context.shape == (12, 32)
     assert [len(row) for row in rows] == [4, 4, 4]
     assert len({i for row in rows for i in row}) == 12
-    encoded = processor.encode_prompts(tuning.prompts)
+    encoded = processor.encode_prompts(tuning.class_texts)
     for k in range(3):
         assert encoded["input_ids"][k, 1:5].tolist() == rows[k]
     before = text_features(model, encoded)
@@ -360,7 +370,7 @@ def test_the_rows_of_a_context_are_used_by_no_text(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder())
     rows = len(tokenizer) + 16
-    ids = free_token_ids(SimpleNamespace(tokenizer=tokenizer), rows, [texts], count)
+    ids = unused_token_ids(SimpleNamespace(tokenizer=tokenizer), rows, [texts], count)
     assert len(ids) == len(set(ids)) == count
     assert all(0 <= i < rows for i in ids)
     assert not set(ids) & set(tokenizer.all_special_ids)
@@ -376,20 +386,20 @@ def test_a_context_stays_below_the_end_token_where_that_is_the_highest() -> None
         tokenizer_object=backend, bos_token="<start>", eos_token="<end>", pad_token="<end>"
     )
     # The embedding has rows above the end token, as resized models have.
-    ids = free_token_ids(SimpleNamespace(tokenizer=tokenizer), 64, [["word29 word5"]], 4)
+    ids = unused_token_ids(SimpleNamespace(tokenizer=tokenizer), 64, [["word29 word5"]], 4)
     assert ids == [28, 27, 26, 25]
 
 
 def test_a_vocabulary_with_too_few_free_rows_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip())
     with pytest.raises(GloVLMError, match=r"needs 999 vocabulary rows.*Lower context_tokens"):
-        free_token_ids(SimpleNamespace(tokenizer=tokenizer), 300, PROMPTS, 999)
+        unused_token_ids(SimpleNamespace(tokenizer=tokenizer), 300, PROMPTS, 999)
 
 
 def test_a_context_for_each_of_a_thousand_classes_fits_clips_vocabulary() -> None:
     many = [[f"class {i}."] for i in range(1000)]
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip())
-    ids = free_token_ids(SimpleNamespace(tokenizer=tokenizer), 49_408, many, 16_000)
+    ids = unused_token_ids(SimpleNamespace(tokenizer=tokenizer), 49_408, many, 16_000)
     assert len(set(ids)) == 16_000
     classes = [ClassInfo(t, t.rstrip("."), (t,)) for (t,) in many]
     with pytest.raises(GloVLMError, match=r"needs 16000 vocabulary rows.*class_specific"):
@@ -437,9 +447,7 @@ def test_hand_made_prompts_are_read_without_a_former_context(name: str) -> None:
         logits = 10 * features @ prototypes.T
         labels = torch.tensor([0, 1, 2, 0])
         state = StepState(features, prototypes, logits, labels, torch.ones(4))
-        loss = tuning.penalty or tuning.guide
-        assert loss is not None
-        return loss(state).item()
+        return further_loss(tuning, state).item()
 
     assert penalty([440, 441]) == penalty(None)
 
@@ -521,7 +529,7 @@ def own() -> list[Array]:
 
 
 @pytest.fixture(scope="module")
-def attached() -> dict[str, tuple[Any, Tuning]]:
+def attached() -> dict[str, tuple[Any, TowerMethod]]:
     found = {}
     for name in FROM_WORDS:
         model, processor = load()
@@ -546,25 +554,23 @@ def divergence_by_hand(
 
 @given(data=st.data())
 def test_kgcoop_adds_the_distance_to_the_hand_made_texts(
-    own: list[Array], attached: dict[str, tuple[Any, Tuning]], data: st.DataObject
+    own: list[Array], attached: dict[str, tuple[Any, TowerMethod]], data: st.DataObject
 ) -> None:
     state = data.draw(states())
     _, tuning = attached["kgcoop"]
-    assert tuning.penalty is not None
     t, h = double(state.prototypes), class_means(own)
     expected = 8.0 * (1 - np.mean([t[k] @ h[k] for k in range(3)]))
-    assert tuning.penalty(state).item() == pytest.approx(expected, abs=1e-5)
+    assert further_loss(tuning, state).item() == pytest.approx(expected, abs=1e-5)
 
 
 @given(data=st.data())
 def test_prograd_is_guided_by_the_zero_shot_predictions(
-    own: list[Array], attached: dict[str, tuple[Any, Tuning]], data: st.DataObject
+    own: list[Array], attached: dict[str, tuple[Any, TowerMethod]], data: st.DataObject
 ) -> None:
     state = data.draw(states())
     model, tuning = attached["prograd"]
-    assert tuning.guide is not None
     expected = divergence_by_hand(model, own, state)[state.weight.numpy() > 0].mean()
-    assert tuning.guide(state).item() == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert further_loss(tuning, state).item() == pytest.approx(expected, abs=1e-5, rel=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 4.0])
@@ -574,9 +580,8 @@ def test_a_temperature_softens_both_softmaxes(temperature: float, own: list[Arra
     features, prototypes = unit(5, 24), unit(3, 24)
     logits = 7 * features @ prototypes.T
     state = StepState(features, prototypes, logits, torch.zeros(5).long(), torch.ones(5))
-    assert tuning.guide is not None
     expected = divergence_by_hand(model, own, state, temperature).mean()
-    assert tuning.guide(state).item() == pytest.approx(expected, abs=1e-5)
+    assert further_loss(tuning, state).item() == pytest.approx(expected, abs=1e-5)
 
 
 def kept_by_the_paper(scores: Array, tau: float) -> NDArray[np.bool_]:
@@ -641,7 +646,6 @@ def test_biomedcoop_adds_consistency_and_filtered_distillation(
     model, processor = load()
     chosen = {"consistency": l1, "distillation": l2, "tau": tau, "prompts": "classes"}
     tuning = attach("biomedcoop", model, processor, UNEVEN_CLASSES, **chosen)
-    assert tuning.penalty is not None
     features = hand_made(UNEVEN)
     scale = float(model.logit_scale.exp())
     left_out = set()
@@ -653,7 +657,7 @@ def test_biomedcoop_adds_consistency_and_filtered_distillation(
         state = StepState(f, t, 9 * f @ t.T, torch.zeros(4).long(), weight)
         expected, out = biomedcoop_by_hand(features, state, scale, l1, l2, tau)
         left_out.add(out)
-        assert tuning.penalty(state).item() == pytest.approx(expected, abs=1e-5, rel=1e-5)
+        assert further_loss(tuning, state).item() == pytest.approx(expected, abs=1e-5, rel=1e-5)
     assert len(left_out) > 1 or left_out != {0}  # the filter did something
 
 
@@ -661,12 +665,11 @@ def test_biomedcoop_with_one_prompt_a_class_has_nothing_to_leave_out() -> None:
     classes = [ClassInfo(n, n, (f"a {n} tuft",)) for n in NAMES]
     model, processor = load()
     tuning = attach("biomedcoop", model, processor, classes, prompts="classes")
-    assert tuning.penalty is not None
     hand = plain_prototypes([list(c.prompts) for c in classes])
     features = unit(4, 24)
     logits = model.logit_scale.exp() * features @ hand.T
     state = StepState(features, hand, logits, torch.zeros(4).long(), torch.ones(4))
-    assert tuning.penalty(state).item() == pytest.approx(0, abs=1e-6)
+    assert further_loss(tuning, state).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_part_of_a_batch_that_only_pads_costs_a_finite_number() -> None:
@@ -675,10 +678,8 @@ def test_a_part_of_a_batch_that_only_pads_costs_a_finite_number() -> None:
     for name in FROM_WORDS:
         model, processor = load()
         tuning = attach(name, model, processor)
-        loss = tuning.penalty or tuning.guide
-        assert loss is not None
         state = StepState(unit(2, 24), unit(3, 24), logits, torch.zeros(2).long(), torch.zeros(2))
-        assert torch.isfinite(loss(state))
+        assert torch.isfinite(further_loss(tuning, state))
 
 
 # --------------------------------------------------------------------------------- a training step
@@ -690,13 +691,13 @@ def batch(n: int = 5, classes: int = 3, width: int = 32) -> tuple[torch.Tensor, 
 
 
 def by_hand(
-    model: Any, processor: Any, tuning: Tuning, inputs: tuple[Any, ...], hand: torch.Tensor
+    model: Any, processor: Any, tuning: TowerMethod, inputs: tuple[Any, ...], hand: torch.Tensor
 ) -> tuple[Array, Array]:
     """Gradients of the cross-entropy and of the divergence, each from a forward pass of its own."""
     x, labels, _ = inputs
     found = []
     for kind in ("cross-entropy", "divergence"):
-        t = model.class_prototypes(**processor.encode_prompts(tuning.prompts))
+        t = model.class_prototypes(**processor.encode_prompts(tuning.class_texts))
         f = nn.functional.normalize(model.project_images(x), dim=-1)
         scale = model.logit_scale.exp()
         q = (scale * f @ t.T).log_softmax(-1)
@@ -730,7 +731,7 @@ def test_prograd_projects_a_gradient_that_opposes_the_guide(class_specific: bool
             expected = g - (g * h).sum() / (h * h).sum() * h
             assert abs((expected * h).sum()) < 1e-9 * np.linalg.norm(g) * np.linalg.norm(h) + 1e-12
             assert np.abs(expected - g).max() > 1e-3 * np.abs(g).max()
-        step = TowerStep(model, processor, tuning, "prototypes")
+        step = TowerStep(tuning, "prototypes")
         step.train()
         step(*inputs, len(x)).backward()
         found = context_of(tuning).grad
@@ -745,14 +746,13 @@ def test_prograd_projects_a_gradient_that_opposes_the_guide(class_specific: bool
 def test_a_penalty_is_added_to_the_cross_entropy(name: str) -> None:
     model, processor = load()
     tuning = attach(name, model, processor)
-    assert tuning.penalty is not None
     x, labels, weight = batch()
-    step = TowerStep(model, processor, tuning, "prototypes")
+    step = TowerStep(tuning, "prototypes")
     with torch.no_grad():
         f = nn.functional.normalize(model.project_images(x), dim=-1)
-        t = model.class_prototypes(**processor.encode_prompts(tuning.prompts))
+        t = model.class_prototypes(**processor.encode_prompts(tuning.class_texts))
         logits = model.logit_scale.exp() * f @ t.T
-        penalty = tuning.penalty(StepState(f, t, logits, labels, weight)).item()
+        penalty = further_loss(tuning, StepState(f, t, logits, labels, weight)).item()
         expected = nn.functional.cross_entropy(logits, labels).item() + penalty
         loss = step(x, labels, weight, len(x)).item()
     assert penalty > 1e-3
@@ -788,8 +788,7 @@ def test_peft_alone_loads_the_saved_context(
         support,
         processor=processor,
         classes=CLASSES,
-        recipe={"epochs": 3, "lr": 0.05},
-        output_dir=tmp_path,
+        config=AdaptConfig(recipe={"epochs": 3, "lr": 0.05}, output_dir=tmp_path),
     )
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == (
         "TRAINABLE_TOKENS"
@@ -821,8 +820,7 @@ def test_one_image_a_class_is_enough_and_a_seed_decides(name: str, support: Data
             one_shot(support),
             processor=processor,
             classes=CLASSES,
-            recipe={"epochs": 2},
-            seed=seed,
+            config=AdaptConfig(recipe={"epochs": 2}, seed=seed),
         )
         weight: torch.Tensor = adapted.model.head.weight
         assert torch.isfinite(weight).all()
@@ -845,8 +843,7 @@ def test_kgcoop_stays_nearer_to_the_hand_made_texts_than_coop(support: Dataset) 
             one_shot(support),
             processor=processor,
             classes=CLASSES,
-            settings=chosen,
-            recipe={"epochs": 30, "lr": 1e-3},
+            config=AdaptConfig(chosen, {"epochs": 30, "lr": 1e-3}),
         )
         return 1 - float((adapted.model.head.weight.detach() * hand).sum(1).mean())
 
@@ -858,7 +855,7 @@ def test_kgcoop_stays_nearer_to_the_hand_made_texts_than_coop(support: Dataset) 
 def test_what_stood_in_for_the_terminology_is_in_the_results(support: Dataset) -> None:
     model, processor = load_backbone(str(tiny_clip()))
     classes = [ClassInfo(n, n, (f"own of {n}",)) for n in ("viable", "a dog", "a cat")]
-    options: dict[str, Any] = {"processor": processor, "recipe": {"epochs": 1}}
+    options: dict[str, Any] = {"processor": processor, "config": {"recipe": {"epochs": 1}}}
     adapted = adapt(model, "biomedcoop", one_shot(support), classes=classes, **options)
     assert any("own for a dog, a cat" in note for note in adapted.notes)
     assert any("not verified: viable glomerulus" in note for note in adapted.notes)

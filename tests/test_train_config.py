@@ -20,7 +20,7 @@ def make(method: str, **given: Any) -> TrainConfig:
 @pytest.mark.parametrize("method", SOLVED)
 @pytest.mark.parametrize("name", ["epochs", "lr", "weight_decay", "batch_size"])
 def test_what_is_solved_has_no_recipe(method: str, name: str) -> None:
-    assert make(method).recipe_overrides() == {}
+    assert make(method).adaptation("o").recipe == {}
     with pytest.raises(GloVLMError, match=f"'{method}' is solved, .* it has no {name} to set"):
         make(method, **{name: 1})
 
@@ -28,7 +28,7 @@ def test_what_is_solved_has_no_recipe(method: str, name: str) -> None:
 @pytest.mark.parametrize("method", TRAINED)
 def test_what_is_trained_has_one(method: str) -> None:
     given = {"epochs": 2, "lr": 1e-3, "weight_decay": 0.0, "batch_size": 4}
-    assert make(method, **given).recipe_overrides() == given
+    assert make(method, **given).adaptation("o").recipe == given
 
 
 def test_all_that_is_too_much_is_named() -> None:

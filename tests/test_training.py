@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attaching import adapt_with
 from datasets import ClassLabel, Dataset
 from safetensors.torch import load_file, save_file
 from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair, tiny_siglip
@@ -26,7 +27,7 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import FeatureCache, embed_images, predict, prediction
 from hf_glovlm.methods import METHODS, HeadMethod, TowerMethod, give_joint_space
 from hf_glovlm.model import GloVLMModel, GloVLMProcessor
-from hf_glovlm.training import Adapted, adapt
+from hf_glovlm.training import AdaptConfig, Adapted, adapt
 from hf_glovlm.training.losses import HeadStep, TowerStep, infonce
 
 BACKBONES: dict[str, Callable[[], Any]] = {"clip": tiny_clip, "pair": tiny_pair}
@@ -74,10 +75,10 @@ def backbone(name: str) -> tuple[GloVLMModel, GloVLMProcessor]:
 
 def quick(method: str, name: str, support: Dataset, **options: Any) -> Adapted:
     model, processor = backbone(name)
-    given: dict[str, Any] = {"processor": processor, "recipe": QUICK if method in TRAINED else None}
+    given: dict[str, Any] = {"processor": processor, "recipe": QUICK if method in TRAINED else {}}
     if METHODS[method].transductive:
         given["query"] = support
-    return adapt(model, method, support, **{**given, **options})
+    return adapt_with(model, method, support, **{**given, **options})
 
 
 def weights(adapted: Adapted) -> dict[str, Tensor]:
@@ -207,7 +208,7 @@ def test_a_method_on_the_text_side_leaves_the_image_side_as_it_came(
 
 def test_the_first_context_step_begins_where_the_pretrained_model_is(rows: Dataset) -> None:
     # Only the context's rows move, however long it trains.
-    adapted = quick("prompt_tuning", "clip", rows, settings={"context_tokens": 5})
+    adapted = quick("prompt_tuning", "clip", rows, method_config={"context_tokens": 5})
     key = "backbone.text_model.embeddings.token_embedding.weight"
     before, after = backbone("clip")[0].state_dict()[key], adapted.model.glovlm.state_dict()[key]
     moved = torch.nonzero((before != after).any(1)).flatten().tolist()
@@ -407,13 +408,13 @@ def test_an_adapter_names_the_weights_that_it_belongs_to(
     model, processor = backbone("clip")
     model.config.backbone_revision = "c0ffee"
     options: dict[str, Any] = {"processor": processor, "recipe": QUICK}
-    first = adapt(model, method, support, output_dir=tmp_path / "a", **options)
+    first = adapt_with(model, method, support, output_dir=tmp_path / "a", **options)
     assert base(tmp_path / "a") == (str(tiny_clip()), "c0ffee")
     # Adapted a second time, the base is the once adapted model and no more the pretrained one.
     first.save(tmp_path / "model")
     model, processor = load_backbone(str(tmp_path / "model"))
     options["processor"] = processor
-    adapt(model, method, support, output_dir=tmp_path / "b", **options)
+    adapt_with(model, method, support, output_dir=tmp_path / "b", **options)
     assert base(tmp_path / "b") == (str(tmp_path / "model"), None)
 
 
@@ -483,9 +484,9 @@ def test_the_published_infonce_is_clips_own_loss() -> None:
             return_loss=True,
         ).loss
         tuning = METHODS["vanilla"].attach(model, processor, three(prompts), _vanilla())
-        step = TowerStep(model, processor, tuning, "infonce_published")
+        step = TowerStep(tuning, "infonce_published")
         mine = step(x, labels, torch.ones(5), 5)
-        masked = TowerStep(model, processor, tuning, "infonce")(x, labels, torch.ones(5), 5)
+        masked = TowerStep(tuning, "infonce")(x, labels, torch.ones(5), 5)
     assert float(mine) == pytest.approx(float(theirs), abs=1e-5)
     assert float(masked) < float(mine)  # the false negatives are out of the denominator
 
@@ -520,7 +521,7 @@ def test_the_prototype_loss_is_cross_entropy_over_class_texts() -> None:
     model, processor = backbone("clip")
     prompts = [["viable", "a viable tuft"], ["sclerosed"], ["mesangial"]]
     tuning = METHODS["vanilla"].attach(model, processor, three(prompts), _vanilla())
-    step = TowerStep(model, processor, tuning, "prototypes")
+    step = TowerStep(tuning, "prototypes")
     x, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 1, 2, 0])
     weight = torch.tensor([1.0, 1, 1, 1, 0])
     with torch.no_grad():
@@ -553,7 +554,7 @@ def test_only_what_a_method_added_drops_out(rows: Dataset) -> None:
     tuning = METHODS["lora"].attach(model, processor, classes, METHODS["lora"].configure({}))
     for parameter in tuning.groups[0]["params"]:
         parameter.data.normal_()
-    step = TowerStep(model, processor, tuning, "prototypes").train()
+    step = TowerStep(tuning, "prototypes").train()
     training = {n for n, m in step.named_modules() if m.training}
     assert training
     added = {n for n in training if "lora" not in n}
@@ -647,7 +648,7 @@ def test_what_changes_the_tower_says_so(rows: Dataset) -> None:
     support = pick(rows, 1, 1, 1)
     for method, frozen in (("lora", False), ("vanilla", False), ("prompt_tuning", True)):
         assert quick(method, "clip", support).frozen_tower is frozen
-    text_only = quick("vanilla", "clip", support, settings={"vision_layers": 0})
+    text_only = quick("vanilla", "clip", support, method_config={"vision_layers": 0})
     assert text_only.frozen_tower
 
 
@@ -666,7 +667,7 @@ def test_a_pair_starts_from_the_ridge_fit_to_the_texts_that_it_trains_with(
 ) -> None:
     still = {"projection_lr": 1e-12}
     recipe = {"epochs": 1, "lr": 1e-12}
-    adapted = quick(method, "pair", rows, recipe=recipe, settings=still)
+    adapted = quick(method, "pair", rows, recipe=recipe, method_config=still)
     assert "ridge fit" in adapted.notes[0]
     model, processor = backbone("pair")
     pooled = torch.from_numpy(embed_images(model, processor, rows, project=False))
@@ -684,7 +685,8 @@ def test_an_adapted_model_can_be_adapted_again(rows: Dataset, tmp_path: Path) ->
     assert model.has_joint_space
     start = model.backbone.visual_projection.weight.clone()
     support = pick(rows, 2, 2, 2)
-    again = adapt(model, "vanilla", support, processor=processor, recipe={"epochs": 1, "lr": 1e-9})
+    config = AdaptConfig(recipe={"epochs": 1, "lr": 1e-9})
+    again = adapt(model, "vanilla", support, processor=processor, config=config)
     now = again.model.glovlm.backbone.visual_projection.weight
     assert (now - start).abs().max() < 0.01  # trained on, not fitted anew
     assert again.notes == []
@@ -717,9 +719,9 @@ def test_accumulation_does_not_change_a_tower(
     results = []
     for parts in (1, 3):
         model, processor = backbone("clip")
-        options: dict[str, Any] = {"settings": settings, "recipe": QUICK, "accumulate": parts}
+        options: dict[str, Any] = {"method_config": settings, "recipe": QUICK, "accumulate": parts}
         support = pick(rows, 3, 2, 2)
-        adapted = adapt(model.double(), method, support, processor=processor, **options)
+        adapted = adapt_with(model.double(), method, support, processor=processor, **options)
         results.append(weights(adapted))
     whole, cut = results
     assert max(float((whole[n] - cut[n]).abs().max()) for n in whole) < 1e-6
@@ -739,8 +741,9 @@ def test_augmentation_reaches_the_tower_and_only_it(rows: Dataset) -> None:
 
 def test_a_model_in_double_precision_trains(rows: Dataset) -> None:
     model, processor = backbone("clip")
+    config = {"recipe": {"epochs": 1}}
     adapted = adapt(
-        model.double(), "vanilla", pick(rows, 1, 1, 1), processor=processor, recipe={"epochs": 1}
+        model.double(), "vanilla", pick(rows, 1, 1, 1), processor=processor, config=config
     )
     assert adapted.model.glovlm.dtype == torch.float64
 
@@ -748,9 +751,9 @@ def test_a_model_in_double_precision_trains(rows: Dataset) -> None:
 @pytest.mark.parametrize("method", ["prompt_tuning", "lora", "vanilla", "linear_probe"])
 def test_siglip_adapts_too(method: str, rows: Dataset, tmp_path: Path) -> None:
     model, processor = load_backbone(str(tiny_siglip()))
-    recipe = QUICK if method in TRAINED else None
+    config = AdaptConfig(recipe=QUICK if method in TRAINED else {}, output_dir=tmp_path)
     support = pick(rows, 2, 2, 2)
-    adapted = adapt(model, method, support, processor=processor, recipe=recipe, output_dir=tmp_path)
+    adapted = adapt(model, method, support, processor=processor, config=config)
     adapted.save(tmp_path / "model")
     x = pixels(processor, support)
     reloaded = AutoModelForImageClassification.from_pretrained(tmp_path / "model").eval()
@@ -772,7 +775,7 @@ def test_the_head_holds_the_texts_as_the_adapted_towers_see_them(rows: Dataset) 
         if method == "cocoop":  # its texts differ by image
             continue
         settings = {"logits": "cosine"} if method == "convlm" else {}
-        adapted = quick(method, "clip", pick(rows, 2, 2, 2), settings=settings)
+        adapted = quick(method, "clip", pick(rows, 2, 2, 2), method_config=settings)
         prompts = adapted.model.config.prompts
         texts = prediction.embed_prompts(adapted.model.glovlm, adapted.processor, prompts)
         assert np.abs(adapted.model.head.weight.detach().numpy() - texts).max() < 1e-5

@@ -476,10 +476,10 @@ def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
         model.requires_grad_(False)
         method, classes = get_method("prompt_tuning"), _class_words(n_classes)
         assert isinstance(method, TowerMethod)
-        tuning = method.attach(
+        attached = method.attach(
             model, processor, classes, method.configure({"context_tokens": tokens})
         )
-        step = TowerStep(model, processor, tuning, "prototypes")
+        step = TowerStep(attached, "prototypes")
         labels = torch.arange(n_classes)
         vectors = torch.randn(n_classes, model.config.vision_pooled_dim)
         weight = torch.ones(n_classes)
@@ -516,18 +516,19 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     """Class texts of a text tower that does not change, encoded once or at every step."""
     import torch
 
-    from ..methods import Tuning
+    from ..methods import TowerMethod, get_method
     from ..training.losses import TowerStep
 
     model, processor = _random_clip(shape)
-    for parameter in model.requires_grad_(False).backbone.visual_projection.parameters():
-        parameter.requires_grad_(True)
-    prompts = [list(c.prompts) for c in _class_words(n_classes)]
-    groups = [{"params": list(model.backbone.visual_projection.parameters())}]
+    model.requires_grad_(False).backbone.visual_projection.requires_grad_(True)
+    method = get_method("vanilla")
+    assert isinstance(method, TowerMethod)
+    frozen = method.configure({"vision_layers": 0, "text_layers": 0})
+    attached = method.attach(model, processor, _class_words(n_classes), frozen)
     seconds, losses = [], []
     for trains_text in (True, False):
-        tuning = Tuning(groups, prompts, False, trains_text)
-        step = TowerStep(model, processor, tuning, "prototypes")
+        attached.trains_text = trains_text
+        step = TowerStep(attached, "prototypes")
         vectors = torch.linspace(-1, 1, n_classes * model.config.vision_pooled_dim)
         vectors = vectors.reshape(n_classes, -1)
 
@@ -554,7 +555,7 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
 
 def _bench_replay(shape: Shape, images_per_class: int) -> list[Row]:
     """An epoch of `vanilla` whose frozen blocks run once, and of the plain loop."""
-    from ..training import adapt
+    from ..training import AdaptConfig, adapt
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -569,9 +570,7 @@ def _bench_replay(shape: Shape, images_per_class: int) -> list[Row]:
                     "vanilla",
                     support,
                     processor=processor,
-                    settings=settings,
-                    recipe={"epochs": 3, "lr": 1e-5},
-                    replay=replay,
+                    config=AdaptConfig(settings, {"epochs": 3, "lr": 1e-5}, replay=replay),
                 )
                 seconds.append(min(row["seconds"] for row in adapted.log))
                 losses.append([row["loss"] for row in adapted.log])

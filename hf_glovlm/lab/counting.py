@@ -227,7 +227,7 @@ def _fitting(
 
     def fit(support: Ints) -> Predict:
         adapted = adapt_features(
-            method, features[support], labels[support], seed=seed, config=settings
+            method, features[support], labels[support], seed=seed, method_config=settings
         )
         return lambda rows: softmax(adapted.predict_logits(features[rows]).astype(np.float64))
 

@@ -13,7 +13,6 @@ from .contract import (
     StepState,
     Support,
     TowerMethod,
-    Tuning,
     get_method,
     give_joint_space,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "StepState",
     "Support",
     "TowerMethod",
-    "Tuning",
     "get_method",
     "give_joint_space",
     "target_modules",

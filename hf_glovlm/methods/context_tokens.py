@@ -1,7 +1,7 @@
 """Methods on the text side: learned context tokens in front of the class name."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..data.terminology import described_prompts, terms_of
 from ..errors import GloVLMError, nearest
-from .contract import Recipe, StepState, TowerMethod, Tuning, register
-from .fine_tuning import save_and_merge, trained_projection, wrap_with_peft
+from .contract import Recipe, StepState, TowerMethod, register
+from .fine_tuning import save_and_merge, wrap_with_peft
 
 PROMPT_SOURCES = ("terminology", "classes")
 
@@ -39,18 +39,8 @@ class ContextConfig:
     projection_lr: float = 1e-3
 
 
-@dataclass
-class Losses:
-    """What a context method minimises beside the cross-entropy; see `Tuning`."""
-
-    penalty: Callable[[StepState], Tensor] | None = None
-    guide: Callable[[StepState], Tensor] | None = None
-    whole_batch: bool = False
-    notes: list[str] = field(default_factory=list)
-
-
 class ContextMethod(TowerMethod):
-    """`[start][v1 ... vM][class name].[end]`, of which only the context vectors train.
+    """Learned context: `[start][v1 ... vM][class name].[end]`, of which only v1 ... vM train.
 
     Saved as PEFT trainable tokens, on rows of the vocabulary that no prompt uses.
     """
@@ -59,68 +49,62 @@ class ContextMethod(TowerMethod):
     trains = "M context token embeddings"
     needs_text = True
     saves_adapter = True
+    trains_text = True
+    config: ContextConfig
 
     def prompts(self, classes: Sequence[ClassInfo], config: Any) -> list[list[str]]:
         return [[f"{c.display_name}."] for c in classes]
 
-    def losses(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any
-    ) -> Losses:
-        """Make further losses from the towers as they come, before the context is attached."""
-        return Losses()
+    def build(self) -> None:
+        config, processor, backbone = self.config, self.processor, self.model.backbone
+        self.embedding_name, self.embedding = find_embedding(backbone)
+        words = processor.tokenizer(config.init, add_special_tokens=False)["input_ids"]
+        length = context_length(config, len(words), processor.max_length)
+        sets = len(self.classes) if config.class_specific else 1
+        self.token_ids = unused_token_ids(
+            processor, self.embedding.num_embeddings, self.class_texts, sets * length
+        )
+        rows = [self.token_ids[i * length :][:length] for i in range(sets)]
+        processor.context_token_ids = rows if config.class_specific else rows[0]
+        self.context = ContextEmbedding(self.embedding, self.token_ids, config.init_std)
+        if words:
+            start = self.context.context.data.view(sets, length, -1)
+            start[:, length - len(words) :] = self.embedding.weight.data[words]
+        backbone.set_submodule(self.embedding_name, self.context)
+        self.groups = [{"params": [self.context.context]}]
+        self.train_projection()
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any
-    ) -> Tuning:
-        processor.context_token_ids = None  # hand-made prompts have no learned context
-        losses = self.losses(model, processor, classes, config)
-        if model.config.is_pair and (losses.penalty or losses.guide):
-            losses.notes.append(
+    def finish(self, folder: Path | None) -> None:
+        from peft import TrainableTokensConfig
+
+        self.model.backbone.set_submodule(self.embedding_name, self.embedding)
+        settings = TrainableTokensConfig(
+            token_indices=self.token_ids, target_modules=[self.embedding_name], init_weights=True
+        )
+        peft_model = wrap_with_peft(self.model, settings)
+        for key, parameter in peft_model.named_parameters():
+            if "trainable_tokens_delta" in key:
+                parameter.data.copy_(self.context.context.data)
+        save_and_merge(self.model, peft_model, folder)
+
+
+class AnchoredContextMethod(ContextMethod):
+    """Learned context whose class texts stay near those of hand-made prompts."""
+
+    def hand_made_prompts(self) -> list[list[str]]:
+        """Per class, the prompts to stay near."""
+        return [list(c.prompts) for c in self.classes]
+
+    def build(self) -> None:
+        self.processor.context_token_ids = None  # hand-made prompts have no learned context
+        self.prompt_features = prompt_features(self.model, self.processor, self.hand_made_prompts())
+        self.hand_made = unit_means(self.prompt_features)
+        if self.model.config.is_pair:
+            self.notes.append(
                 "The towers of a pair met on the support alone, so the hand-made prompts that "
                 f"'{self.name}' stays near carry no knowledge of images."
             )
-        prompts = self.prompts(classes, config)
-        name, embedding = find_embedding(model.backbone)
-        words = processor.tokenizer(config.init, add_special_tokens=False)["input_ids"]
-        length = context_length(config, len(words), processor.max_length)
-        sets = len(classes) if config.class_specific else 1
-        ids = free_token_ids(processor, embedding.num_embeddings, prompts, sets * length)
-        rows = [ids[i * length :][:length] for i in range(sets)]
-        processor.context_token_ids = rows if config.class_specific else rows[0]
-        context = ContextEmbedding(embedding, ids, config.init_std)
-        if words:
-            start = context.context.data.view(sets, length, -1)
-            start[:, length - len(words) :] = embedding.weight.data[words]
-        _swap(model.backbone, name, context)
-
-        def finish(folder: Path | None) -> None:
-            from peft import TrainableTokensConfig
-
-            _swap(model.backbone, name, embedding)
-            settings = TrainableTokensConfig(
-                token_indices=ids, target_modules=[name], init_weights=True
-            )
-            peft_model = wrap_with_peft(model, settings)
-            for key, parameter in peft_model.named_parameters():
-                if "trainable_tokens_delta" in key:
-                    parameter.data.copy_(context.context.data)
-            save_and_merge(model, peft_model, folder)
-
-        groups: list[dict[str, Any]] = [{"params": [context.context]}]
-        projection = trained_projection(model)
-        if projection:
-            groups.append({"params": projection, "lr": config.projection_lr})
-        return Tuning(
-            groups,
-            prompts,
-            trains_vision=False,
-            trains_text=True,
-            finish=finish,
-            notes=losses.notes,
-            penalty=losses.penalty,
-            guide=losses.guide,
-            whole_batch=losses.whole_batch,
-        )
+        super().build()
 
 
 def coop_recipe(epochs: int, lr: float = 2e-3, batch_size: int = 32) -> Recipe:
@@ -171,7 +155,7 @@ class KgCoOpConfig(ContextConfig):
 
 
 @register
-class KgCoOp(ContextMethod):
+class KgCoOp(AnchoredContextMethod):
     """CoOp whose class texts stay near the hand-made ones.
 
     Adds `lambda * (1 - mean_k cos(t_k, h_k))`: `t_k` is the class text with the learned context,
@@ -181,20 +165,15 @@ class KgCoOp(ContextMethod):
     name = "kgcoop"
     citation = "KgCoOp: Yao et al. 2023, arXiv:2303.13283"
     Config = KgCoOpConfig
+    config: KgCoOpConfig
 
     def recipe(self, shots: int, config: KgCoOpConfig) -> Recipe:
         return coop_recipe(100, batch_size=128)
 
-    def losses(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: KgCoOpConfig
-    ) -> Losses:
-        hand_made = unit_means(prompt_features(model, processor, [c.prompts for c in classes]))
-
-        def penalty(state: StepState) -> Tensor:
-            cosines = (state.prototypes * hand_made.to(state.prototypes)).sum(-1)
-            return config.weight * (1 - cosines.mean())
-
-        return Losses(penalty=penalty)
+    def penalty(self, state: StepState) -> Tensor:
+        cosines = (state.prototypes * self.hand_made.to(state.prototypes)).sum(-1)
+        weighted: Tensor = self.config.weight * (1 - cosines.mean())
+        return weighted
 
 
 @dataclass(frozen=True)
@@ -211,7 +190,7 @@ class ProGradConfig(ContextConfig):
 
 
 @register
-class ProGrad(ContextMethod):
+class ProGrad(AnchoredContextMethod):
     """CoOp whose gradient never opposes the pretrained model's predictions.
 
     The guide is `KL(p || q)`, averaged over the images: `p` is the softmax of the zero-shot logits
@@ -223,22 +202,16 @@ class ProGrad(ContextMethod):
     name = "prograd"
     citation = "ProGrad: Zhu et al. 2023, arXiv:2205.14865"
     Config = ProGradConfig
+    config: ProGradConfig
+    whole_batch = True
 
     def recipe(self, shots: int, config: ProGradConfig) -> Recipe:
         return coop_recipe(coop_epochs(shots))
 
-    def losses(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: ProGradConfig
-    ) -> Losses:
-        hand_made = unit_means(prompt_features(model, processor, [c.prompts for c in classes]))
-
-        def guide(state: StepState) -> Tensor:
-            zero_shot = zero_shot_logits(model, state, hand_made)
-            return divergence(
-                zero_shot / config.temperature, state.logits / config.temperature, state.weight
-            )
-
-        return Losses(guide=guide, whole_batch=True)
+    def reference_loss(self, state: StepState) -> Tensor:
+        zero_shot = zero_shot_logits(self.model, state, self.hand_made)
+        temperature = self.config.temperature
+        return divergence(zero_shot / temperature, state.logits / temperature, state.weight)
 
 
 @dataclass(frozen=True)
@@ -264,7 +237,7 @@ class BiomedCoOpConfig(ContextConfig):
 
 
 @register
-class BiomedCoOp(ContextMethod):
+class BiomedCoOp(AnchoredContextMethod):
     """CoOp with many prompts of each class as teachers, outlying prompts left out.
 
     Adds `l1 * mean((t - h)^2) + l2 * sum_i KL(p_i || q_i) / (n K)` over the n images of a batch
@@ -284,35 +257,36 @@ class BiomedCoOp(ContextMethod):
     name = "biomedcoop"
     citation = "BiomedCoOp: Koleilat et al. 2025, arXiv:2411.15232"
     Config = BiomedCoOpConfig
+    config: BiomedCoOpConfig
+    whole_batch = True  # the filter sees it
 
     def recipe(self, shots: int, config: BiomedCoOpConfig) -> Recipe:
         return coop_recipe(100, lr=2.5e-3, batch_size=4)
 
-    def losses(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: BiomedCoOpConfig
-    ) -> Losses:
-        texts, notes = prompt_sets(classes, config.prompts)
-        features = prompt_features(model, processor, texts)
-        mean_prompts = unit_means(features)
-        number = max(map(len, features))
-        turns = torch.arange(number, device=mean_prompts.device)
-        sets = torch.stack([f[turns % len(f)] for f in features], dim=1)  # [number, K, dim]
+    def hand_made_prompts(self) -> list[list[str]]:
+        texts, self.notes = prompt_sets(self.classes, self.config.prompts)
+        return texts
 
-        def penalty(state: StepState) -> Tensor:
-            teachers = sets.to(state.prototypes)
-            with torch.no_grad():
-                scale = model.logit_scale.exp()
-                best = scale * torch.stack([(state.features @ t.T).amax(1) for t in teachers])
-                kept = within(mean_over_images(best, state.weight), config.tau)
-                selected = nn.functional.normalize(teachers[kept].mean(0), dim=-1)
-            consistency = nn.functional.mse_loss(
-                state.prototypes, mean_prompts.to(state.prototypes)
-            )
-            teacher = zero_shot_logits(model, state, selected)
-            distillation = divergence(teacher, state.logits, state.weight) / len(selected)
-            return config.consistency * consistency + config.distillation * distillation
+    def build(self) -> None:
+        super().build()
+        number = max(map(len, self.prompt_features))
+        turns = torch.arange(number, device=self.hand_made.device)
+        self.sets = torch.stack(  # [number, K, dim]
+            [features[turns % len(features)] for features in self.prompt_features], dim=1
+        )
 
-        return Losses(penalty=penalty, whole_batch=True, notes=notes)  # the filter sees it
+    def penalty(self, state: StepState) -> Tensor:
+        config, teachers = self.config, self.sets.to(state.prototypes)
+        with torch.no_grad():
+            scale = self.model.logit_scale.exp()
+            best = scale * torch.stack([(state.features @ t.T).amax(1) for t in teachers])
+            kept = within(mean_over_images(best, state.weight), config.tau)
+            selected = nn.functional.normalize(teachers[kept].mean(0), dim=-1)
+        consistency = nn.functional.mse_loss(state.prototypes, self.hand_made.to(state.prototypes))
+        teacher = zero_shot_logits(self.model, state, selected)
+        distillation = divergence(teacher, state.logits, state.weight) / len(selected)
+        weighted: Tensor = config.consistency * consistency + config.distillation * distillation
+        return weighted
 
 
 # -------------------------------------------------------------------------------- hand-made prompts
@@ -482,7 +456,7 @@ def find_embedding(backbone: nn.Module) -> tuple[str, nn.Embedding]:
     return name, embedding
 
 
-def free_token_ids(
+def unused_token_ids(
     processor: Any, num_embeddings: int, prompts: list[list[str]], count: int
 ) -> list[int]:
     """Choose rows of the token embedding that no prompt uses, from the rare end of the vocabulary.
@@ -510,8 +484,3 @@ def free_token_ids(
             f"{len(free)}. Lower context_tokens or do not use class_specific."
         )
     return free
-
-
-def _swap(backbone: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(backbone.get_submodule(parent), leaf, module)

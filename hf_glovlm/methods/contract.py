@@ -6,17 +6,18 @@ A method only declares. Features are computed in `inference.py`, the loop is in 
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError, nearest
+from ..model.heads import prototype_head
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -156,54 +157,6 @@ class StepState:
     logits: Tensor
     labels: Tensor
     weight: Tensor
-
-
-@dataclass
-class Tuning:
-    """What a method that trains inside the towers hands to the loop.
-
-    Args:
-        groups: Optimiser groups: `{"params": [...], "lr": ..., "weight_decay": ...}`, the last two
-            where they are not the recipe's.
-        prompts: Per class, the texts of its prototype.
-        trains_vision: Whether the vision tower changes; if not, images are encoded once.
-        trains_text: Whether class prototypes change from step to step.
-        finish: Called once after the last step: writes the adapter alone into a folder (`None`: do
-            not write), then merges it into the towers. Not needed where what trained is in place.
-        notes: Sentences for the results.
-        penalty: Added to the cross-entropy: a mean over the images of the step.
-        guide: A loss whose gradient that of the cross-entropy is kept from opposing (ProGrad).
-        whole_batch: Whether penalty or guide must see the batch whole; it is then neither split
-            among processes nor accumulated.
-        image_prototypes: Unit image features `[n, dim]` to unit class prototypes of each image
-            `[n, K, dim]`, where these depend on the image (CoCoOp).
-        head: Makes the final head, where it is not the final prototypes.
-        begin: Told the total number of steps before the first.
-        after_step: Called after each optimiser step, counted from 1.
-        look_at: Shown the support once, before anything is encoded for training.
-        around_images: Makes what is entered around the image pass of a training step, from class
-            numbers `[n]` and row numbers `[n]` of this process's images and from the class
-            prototypes `[K, dim]`. Such a method knows the loss `prototypes` only.
-        raw_logits: Whether logits are dot products of unnormalised image features with the unit
-            prototypes, without a factor.
-    """
-
-    groups: list[dict[str, Any]]
-    prompts: list[list[str]]
-    trains_vision: bool
-    trains_text: bool
-    finish: Callable[[Path | None], None] | None = None
-    notes: list[str] = field(default_factory=list)
-    penalty: Callable[[StepState], Tensor] | None = None
-    guide: Callable[[StepState], Tensor] | None = None
-    whole_batch: bool = False
-    image_prototypes: Callable[[Tensor], Tensor] | None = None
-    head: Callable[[], nn.Module] | None = None
-    begin: Callable[[int], None] | None = None
-    after_step: Callable[[int], None] | None = None
-    look_at: Callable[["Dataset"], None] | None = None
-    around_images: Callable[[Tensor, Tensor, Tensor], AbstractContextManager[Any]] | None = None
-    raw_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -355,26 +308,127 @@ class HeadMethod(Method):
 
 
 class TowerMethod(Method):
-    """Something inside the towers trains."""
+    """Method that trains inside the towers.
+
+    The table holds an instance without a model; `attach` returns another that works on one model.
+    A method overrides `build`, and of the other steps those in which it does something.
+
+    Attributes:
+        trains_vision: Whether the vision tower changes; if not, images are encoded once.
+        trains_text: Whether class prototypes change from step to step.
+        whole_batch: Whether `penalty` or `reference_loss` must see the batch whole; it is then
+            neither split among processes nor accumulated.
+        per_image: Whether `image_prototypes` makes prototypes for each image (CoCoOp). This and
+            the next two go with the loss `prototypes` only.
+        guides_images: Whether `guide_images` surrounds the image pass of a training step (ConVLM).
+        raw_logits: Whether logits are dot products of unnormalised image features with the unit
+            prototypes, without a factor.
+        model: The `GloVLMModel` that is adapted in place; set by `attach`, as are those below.
+        processor: Its processor.
+        classes: The classes in label order.
+        config: An instance of `Config`.
+        class_texts: Per class, the texts of its prototype.
+        groups: Optimiser groups: `{"params": [...], "lr": ..., "weight_decay": ...}`, the last two
+            where they are not the recipe's.
+        notes: Sentences for the results.
+    """
 
     validation: ClassVar[Validation] = "early stopping"
+    trains_vision: bool = False
+    trains_text: bool = False
+    whole_batch: bool = False
+    per_image: bool = False
+    guides_images: bool = False
+    raw_logits: bool = False
+    model: Any
+    processor: Any
+    classes: Sequence[ClassInfo]
+    config: Any
+    class_texts: list[list[str]]
+    groups: list[dict[str, Any]]
+    notes: list[str]
 
     @abstractmethod
     def recipe(self, shots: int, config: Any) -> Recipe:
         """How the loop trains it, given the largest number of shots of any class."""
 
-    @abstractmethod
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any
-    ) -> Tuning:
-        """Mark or insert what trains; the model is changed in place.
+    def attach(self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any) -> Self:
+        """Attach the method to a model.
 
         Args:
-            model: A `GloVLMModel` with a joint space, everything frozen.
+            model: A `GloVLMModel` with a joint space, everything frozen; changed in place.
             processor: Its processor.
             classes: The classes in label order.
             config: An instance of `Config`.
         """
+        attached = type(self)()
+        attached.model, attached.processor = model, processor
+        attached.classes, attached.config = classes, config
+        attached.class_texts = self.prompts(classes, config)
+        attached.groups, attached.notes = [], []
+        attached.build()
+        return attached
+
+    @abstractmethod
+    def build(self) -> None:
+        """Mark or insert what trains, and list it in `groups`."""
+
+    def train_projection(self) -> None:
+        """Train the projection of a pair of towers too; a trained dual encoder keeps its own."""
+        if self.model.config.is_pair:
+            projection = self.model.backbone.visual_projection.requires_grad_(True)
+            parameters = list(projection.parameters())
+            self.groups.append({"params": parameters, "lr": self.config.projection_lr})
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The trainable parameters, group by group."""
+        return [p for group in self.groups for p in group["params"]]
+
+    def read_support(self, support: "Dataset") -> None:
+        """Take what is needed of the labelled rows, before anything is encoded for training."""
+
+    def begin(self, steps: int) -> None:
+        """Start of training, of so many optimiser steps in all."""
+
+    def after_step(self, step: int) -> None:
+        """End of an optimiser step, counted from 1; the gradients are still there."""
+
+    def guide_images(
+        self, labels: Tensor, rows: Tensor, prototypes: Tensor
+    ) -> AbstractContextManager[Any]:
+        """Surround the image pass of a training step, where `guides_images`.
+
+        Args:
+            labels: Class numbers `[n]` of this process's images.
+            rows: Their row numbers in the support `[n]`.
+            prototypes: Unit class prototypes `[K, dim]`.
+        """
+        return nullcontext()
+
+    def image_prototypes(self, features: Tensor) -> Tensor:
+        """Unit class prototypes of each image `[n, K, dim]` from unit features, if `per_image`."""
+        raise NotImplementedError
+
+    def penalty(self, state: StepState) -> Tensor | None:
+        """What is added to the loss of a step: a mean over its images, if anything."""
+        return None
+
+    def reference_loss(self, state: StepState) -> Tensor | None:
+        """A loss whose gradient that of the cross-entropy is kept from opposing (ProGrad)."""
+        return None
+
+    def finish(self, folder: Path | None) -> None:
+        """Put what trained into the towers' own weights, after the last step.
+
+        Args:
+            folder: Takes the adapter alone, before it is merged; `None` writes none.
+        """
+
+    def final_head(self, prototypes: Tensor) -> nn.Module:
+        """The `Head` that remains, from the final class prototypes `[K, dim]`."""
+        scale = 1.0 if self.raw_logits else self.model.logit_scale.exp().item()
+        return prototype_head(prototypes, scale, raw=self.raw_logits)
 
 
 METHODS: dict[str, Method] = {}

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data.catalog import ClassInfo
 from ..data.folder import column
 from ..errors import GloVLMError, nearest
 from ..model.context import ContextGuide, GuidedPass
 from ..model.prompts import tower_blocks
-from .contract import Recipe, StepState, TowerMethod, Tuning, register
-from .fine_tuning import _without_gradient
+from .contract import Recipe, StepState, TowerMethod, register
+from .fine_tuning import unused_parameters
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,7 +29,7 @@ _CHOICES = {
 
 
 @dataclass(frozen=True)
-class ContextConfig:
+class ConVLMConfig:
     """Settings of `convlm`.
 
     Args:
@@ -97,9 +96,11 @@ class ConVLM(TowerMethod):
         "ConVLM: Sohail et al. 2025, doi:10.1016/j.inffus.2025.103737; after ZSLViT, "
         "arXiv:2404.07713, and EViT, arXiv:2202.07800"
     )
-    Config = ContextConfig
+    Config = ConVLMConfig
+    config: ConVLMConfig
+    trains_vision = True
 
-    def recipe(self, shots: int, config: ContextConfig) -> Recipe:
+    def recipe(self, shots: int, config: ConVLMConfig) -> Recipe:
         return Recipe(
             lr=1e-5,
             epochs=40,
@@ -111,70 +112,45 @@ class ConVLM(TowerMethod):
             patience=1000,  # all epochs are run; validation says which is kept
         )
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: ContextConfig
-    ) -> Tuning:
+    def build(self) -> None:
+        model, config = self.model, self.config
         _check(config)
-        prompts = self.prompts(classes, config)
-        guide = _add_context(model, config)
+        self.context = _add_context(model, config)
+        self.raw_logits = config.logits == "raw"
         tower, pooler = model.backbone.vision_model, getattr(model.backbone, "vision_pooler", None)
         projection = list(model.backbone.visual_projection.parameters())
-        inside = [guide] if config.blocks else [guide, tower, *filter(None, [pooler])]
+        inside = [self.context]
+        if not config.blocks:
+            inside += [tower, *filter(None, [pooler])]
         for parameter in [*projection, *(p for part in inside for p in part.parameters())]:
             parameter.requires_grad_(True)
         # What no feature depends on stays (a mask token, a pooler that is not read), and so do the
         # autoencoders that no loss reaches.
-        for parameter in _without_gradient(model, processor, prompts[0][:1]):
+        for parameter in unused_parameters(model, self.processor, self.class_texts[0][:1]):
             parameter.requires_grad_(False)
-        guided = config.context != "none"
-        guide.to_vision.requires_grad_(guided and (config.theta < 1 or config.weight_v > 0))
-        guide.to_text.requires_grad_(guided and config.weight_c > 0)
-        trained = [p for part in inside for p in part.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": trained}]
+        guided = self.guides_images = config.context != "none"
+        self.context.to_vision.requires_grad_(guided and (config.theta < 1 or config.weight_v > 0))
+        self.context.to_text.requires_grad_(guided and config.weight_c > 0)
+        self.groups = [{"params": [p for m in inside for p in m.parameters() if p.requires_grad]}]
         if projection:
-            groups.append({"params": projection, "lr": config.projection_lr, "weight_decay": 1e-5})
-        tuning = Tuning(
-            groups,
-            prompts,
-            trains_vision=True,
-            trains_text=False,
-            notes=[
-                f"Context-guided blocks: {', '.join(map(str, guide.layers))} of "
-                f"{len(_stack(model, config))}{' of our own' if config.blocks else ''}."
-            ],
-            raw_logits=config.logits == "raw",
-        )
-        if guided:
-            guidance = _Guidance(model, processor, config)
-            tuning.around_images = guidance.around_images
-            if config.context == "captions":
-                tuning.look_at = guidance.look_at
-            if config.weight_v > 0 or config.weight_c > 0:
-                tuning.penalty = guidance.penalty
-        if config.keep_schedule == "cosine":
-            schedule = _KeepSchedule(guide, config.keep_start)
-            tuning.begin, tuning.after_step = schedule.begin, schedule.after_step
-            tuning.finish = schedule.finish
-        return tuning
-
-
-class _Guidance:
-    """Gives each image of a training step its text, and measures what the autoencoders make of it.
-
-    Args:
-        model: The `GloVLMModel` with its context.
-        processor: Its processor.
-        config: Settings of the method.
-    """
-
-    def __init__(self, model: Any, processor: Any, config: ContextConfig) -> None:
-        self.model, self.processor, self.config = model, processor, config
+            self.groups.append(
+                {"params": projection, "lr": config.projection_lr, "weight_decay": 1e-5}
+            )
+        self.notes = [
+            f"Context-guided blocks: {', '.join(map(str, self.context.layers))} of "
+            f"{len(_stack(model, config))}{' of our own' if config.blocks else ''}."
+        ]
         self.captions: Tensor | None = None
-        self.seen: GuidedPass | None = None
+        self.image_pass: GuidedPass | None = None
+        if config.keep_schedule == "cosine":
+            device = next(self.context.parameters()).device
+            self.context.keep_now = torch.ones(len(self.context.keep), device=device)
 
     @torch.no_grad()
-    def look_at(self, support: "Dataset") -> None:
+    def read_support(self, support: "Dataset") -> None:
         """Encode the caption of every image once: the text tower is frozen."""
+        if self.config.context != "captions":
+            return
         if "caption" not in support.column_names:
             raise GloVLMError(
                 "context 'captions' needs a column 'caption' with a text for each image, and these "
@@ -191,79 +167,69 @@ class _Guidance:
         self.captions = self.model.class_prototypes(**{k: v.to(device) for k, v in encoded.items()})
 
     @contextmanager
-    def around_images(self, labels: Tensor, rows: Tensor, prototypes: Tensor) -> Iterator[None]:
-        """See `Tuning.around_images`."""
+    def guide_images(self, labels: Tensor, rows: Tensor, prototypes: Tensor) -> Iterator[None]:
+        """Give each image its text: its caption's, or its class's."""
         text = prototypes[labels]
         if self.captions is not None:
             text = self.captions[rows.to(self.captions.device)]
-        with self.model.context.read(text) as self.seen:
+        with self.context.read(text) as self.image_pass:
             yield
 
-    def penalty(self, state: StepState) -> Tensor:
-        """L_CTL of the pass that went before, a mean over the images of this process's part."""
-        seen, self.seen = self.seen, None
+    def penalty(self, state: StepState) -> Tensor | None:
+        """L_CTL of the image pass of this step, a mean over the images of this process's part."""
+        config = self.config
+        if not self.guides_images or not (config.weight_v > 0 or config.weight_c > 0):
+            return None
+        seen, self.image_pass = self.image_pass, None
         assert seen is not None
         assert seen.text is not None
         assert seen.final is not None
         text = seen.text.to(seen.final.dtype)
         total = state.logits.new_zeros(())
-        for number, read_text in enumerate(self.model.context.to_text):
-            if self.config.weight_v > 0:
-                token = seen.final if self.config.target == "final" else seen.tokens[number]
+        for number, read_text in enumerate(self.context.to_text):
+            if config.weight_v > 0:
+                token = seen.final if config.target == "final" else seen.tokens[number]
                 loss = _mean_distance(seen.guesses[number], token, state.weight)
-                total = total + self.config.weight_v * loss
-            if self.config.weight_c > 0:
+                total = total + config.weight_v * loss
+            if config.weight_c > 0:
                 loss = _mean_distance(read_text(seen.queries[number]), text, state.weight)
-                total = total + self.config.weight_c * loss
+                total = total + config.weight_c * loss
         return total
 
-
-class _KeepSchedule:
-    """EViT's share of kept patches: all until some step, then down along a cosine.
-
-    Training alone follows it; validation and use see the share that it ends with.
-
-    Args:
-        guide: Whose share changes.
-        start: Where the cosine begins, as a share of the steps.
-    """
-
-    def __init__(self, guide: ContextGuide, start: float) -> None:
-        self.guide, self.start = guide, start
-        self.steps = 0
-        guide.keep_now = torch.ones(len(guide.keep), device=next(guide.parameters()).device)
-
     def begin(self, steps: int) -> None:
-        """Told of the steps in all; a resumed run has the share it stopped with."""
         self.steps = steps
 
     def after_step(self, step: int) -> None:
-        """Set the share of the next step."""
-        assert self.guide.keep_now is not None
-        done = (step / self.steps - self.start) / max(1 - self.start, 1e-9)
+        """Set the next step's share of kept patches: all at first, then down along a cosine (EViT).
+
+        Training alone follows it; validation and use see the share that it ends with.
+        """
+        if self.context.keep_now is None:
+            return
+        start = self.config.keep_start
+        done = (step / self.steps - start) / max(1 - start, 1e-9)
         rest = (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
-        shares = [keep + (1 - keep) * rest for keep in self.guide.keep]
-        self.guide.keep_now.copy_(torch.tensor(shares))  # in place: the checkpoint holds it
+        shares = [keep + (1 - keep) * rest for keep in self.context.keep]
+        self.context.keep_now.copy_(torch.tensor(shares))  # in place: the checkpoint holds it
 
     def finish(self, folder: Path | None) -> None:
-        """Leave the share that the schedule ends with."""
-        self.guide.keep_now = None
+        self.context.keep_now = None  # the share is that which the schedule ends with
 
 
-def _mean_distance(found: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+def _mean_distance(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Mean absolute difference of rows `[n, dim]`, over the rows of weight 1."""
-    distance = (found - wanted).abs().mean(1)
+    distance = (output - target).abs().mean(1)
     return (weight * distance).sum() / weight.sum().clamp(min=1)
 
 
-def _stack(model: Any, config: ContextConfig) -> Sequence[Any]:
+def _stack(model: Any, config: ConVLMConfig) -> Sequence[Any]:
     """The blocks among which `layers` counts."""
     if config.blocks:
         return range(config.blocks)
     return tower_blocks(model.backbone.vision_model)
 
 
-def _add_context(model: Any, config: ContextConfig) -> ContextGuide:
+def _add_context(model: Any, config: ConVLMConfig) -> ContextGuide:
     try:
         depth = len(_stack(model, config))
         quarters = sorted({depth * k // 4 for k in (1, 2, 3)})
@@ -283,7 +249,7 @@ def _add_context(model: Any, config: ContextConfig) -> ContextGuide:
     return guide
 
 
-def _check(config: ContextConfig) -> None:
+def _check(config: ConVLMConfig) -> None:
     """Refuse settings that mean nothing; the model refuses what does not fit its tower."""
     for name, known in _CHOICES.items():
         found = getattr(config, name)

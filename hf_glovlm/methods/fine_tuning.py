@@ -5,16 +5,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..data.catalog import ClassInfo
 from ..errors import GloVLMError
-from .contract import Recipe, TowerMethod, Tuning, register
+from .contract import Recipe, StepState, TowerMethod, register
 from .peft_tuners import (
     AdaLoraBudget,
     build_config,
@@ -100,16 +98,6 @@ def target_modules(
     return names
 
 
-def trained_projection(model: Any) -> list[nn.Parameter]:
-    """The projection of a pair of towers, which always trains; a trained dual encoder has none."""
-    if not model.config.is_pair:
-        return []
-    parameters = list(model.backbone.visual_projection.parameters())
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    return parameters
-
-
 def adapter_base(model: Any) -> str:
     """Where an adapter's base weights are: what stock `AutoModel.from_pretrained` loads first."""
     if model.name_or_path:  # a model of ours, adapted before: no longer the weights it came from
@@ -187,31 +175,24 @@ class Vanilla(TowerMethod):
     needs_text = True
     citation = "Glo-VLMs, arXiv:2511.11984"
     Config = VanillaConfig
+    config: VanillaConfig
 
     def recipe(self, shots: int, config: VanillaConfig) -> Recipe:
         return Recipe(lr=1e-4, epochs=20, batch_size=5, schedule="cosine", final_lr=0.01)
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: VanillaConfig
-    ) -> Tuning:
-        params: list[nn.Parameter] = []
-        for tower, last in (("vision", config.vision_layers), ("text", config.text_layers)):
+    def build(self) -> None:
+        vision, text = self.config.vision_layers, self.config.text_layers
+        self.trains_vision, self.trains_text = vision > 0, text > 0
+        parameters: list[nn.Parameter] = []
+        for tower, last in (("vision", vision), ("text", text)):
             if last > 0:
-                for _, block in _blocks(model.backbone, tower, last):
-                    params += block.parameters()
-        params.append(model.logit_scale)
-        for parameter in params:
+                for _, block in _blocks(self.model.backbone, tower, last):
+                    parameters += block.parameters()
+        parameters.append(self.model.logit_scale)
+        for parameter in parameters:
             parameter.requires_grad_(True)
-        groups: list[dict[str, Any]] = [{"params": params}]
-        projection = trained_projection(model)
-        if projection:
-            groups.append({"params": projection, "lr": config.projection_lr})
-        return Tuning(
-            groups,
-            self.prompts(classes, config),
-            trains_vision=config.vision_layers > 0,
-            trains_text=config.text_layers > 0,
-        )
+        self.groups = [{"params": parameters}]
+        self.train_projection()
 
 
 @dataclass(frozen=True)
@@ -238,26 +219,23 @@ class Full(TowerMethod):
     needs_text = True
     citation = "no paper; the recipe is this package's own"
     Config = FullConfig
+    trains_vision = True
+    trains_text = True
 
     def recipe(self, shots: int, config: FullConfig) -> Recipe:
         return Recipe(lr=1e-5, epochs=20, batch_size=5)
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: FullConfig
-    ) -> Tuning:
-        prompts = self.prompts(classes, config)
-        model.requires_grad_(True)
+    def build(self) -> None:
+        model = self.model.requires_grad_(True)
         # What no feature depends on stays as it is: a pooler that is not read, a mask token.
-        unused = _without_gradient(model, processor, prompts[0][:1])
-        for parameter in unused:
+        for parameter in unused_parameters(model, self.processor, self.class_texts[0][:1]):
             parameter.requires_grad_(False)
-        projection = trained_projection(model)
-        apart = {id(p) for p in projection}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
-        groups: list[dict[str, Any]] = [{"params": rest}]
-        if projection:
-            groups.append({"params": projection, "lr": config.projection_lr})
-        return Tuning(groups, prompts, trains_vision=True, trains_text=True)
+        # The projection of a pair makes a group of its own.
+        apart = model.backbone.visual_projection.parameters() if model.config.is_pair else ()
+        others = {id(p) for p in apart}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in others]
+        self.groups = [{"params": rest}]
+        self.train_projection()
 
 
 @dataclass(frozen=True)
@@ -312,51 +290,62 @@ class Lora(TowerMethod):
     def recipe(self, shots: int, config: Any) -> Recipe:
         return Recipe(lr=2e-5, epochs=20, batch_size=5)
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any
-    ) -> Tuning:
-        tuner, switches = find_tuner(config.tuner)
+    def lora_settings(self) -> LoraSettings:
+        """What is built: the method's own settings, or those that a variant of it fixes."""
+        settings: LoraSettings = self.config
+        return settings
+
+    def build(self) -> None:
+        model, settings = self.model, self.lora_settings()
+        self.trains_vision = settings.towers != "text"
+        self.trains_text = settings.towers != "vision"
+        tuner, switches = find_tuner(settings.tuner)
         name_targets = _norms if tuner == "LN_TUNING" else _maps
-        targets = {n: model.backbone.get_submodule(n) for n in name_targets(model.backbone, config)}
+        targets = {
+            n: model.backbone.get_submodule(n) for n in name_targets(model.backbone, settings)
+        }
         arguments = tuner_arguments(
             tuner,
             targets,
-            r=config.r,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            given={**switches, **config.tuner_config},
+            r=settings.r,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            given={**switches, **settings.tuner_config},
         )
         joins = model.config.is_pair
         arguments["modules_to_save"] = ["visual_projection"] if joins else None
         try:
-            peft_model = wrap_with_peft(model, build_config(tuner, arguments))
+            self.peft_model = wrap_with_peft(model, build_config(tuner, arguments))
         except (ValueError, TypeError, RuntimeError, AssertionError, ImportError) as error:
             raise GloVLMError(
                 f"{describe_tuner(tuner, arguments)[0]} It cannot be built so: "
                 f"{str(error).rstrip('.')}. Change it in tuner_config."
             ) from error
         # PEFT changes the towers in place: the model goes on holding them, adapted.
-        trained = [(n, p) for n, p in peft_model.named_parameters() if p.requires_grad]
-        adapter = [p for n, p in trained if "modules_to_save" not in n]
-        groups: list[dict[str, Any]] = [{"params": adapter}]
+        trained = [(n, p) for n, p in self.peft_model.named_parameters() if p.requires_grad]
+        self.groups = [{"params": [p for n, p in trained if "modules_to_save" not in n]}]
         if joins:
             saved = [p for n, p in trained if "modules_to_save" in n]
-            groups.append({"params": saved, "lr": config.projection_lr})
-        plain = tuner == "LORA" and not (switches or config.tuner_config)
-        finish = partial(save_and_merge, model, peft_model)
-        tuning = Tuning(
-            groups,
-            self.prompts(classes, config),
-            trains_vision=config.towers != "text",
-            trains_text=config.towers != "vision",
-            finish=finish,
-            notes=[] if plain else describe_tuner(tuner, arguments),
-        )
-        if tuner == "ADALORA":
-            budget = AdaLoraBudget(peft_model, finish)
-            tuning.begin, tuning.after_step = budget.begin, budget.after_step
-            tuning.penalty, tuning.finish = budget.penalty, budget.finish
-        return tuning
+            self.groups.append({"params": saved, "lr": settings.projection_lr})
+        if tuner != "LORA" or switches or settings.tuner_config:
+            self.notes = describe_tuner(tuner, arguments)
+        self.budget = AdaLoraBudget(self.peft_model) if tuner == "ADALORA" else None
+
+    def begin(self, steps: int) -> None:
+        if self.budget is not None:
+            self.budget.begin(steps)
+
+    def after_step(self, step: int) -> None:
+        if self.budget is not None:
+            self.budget.after_step(step)
+
+    def penalty(self, state: StepState) -> Tensor | None:
+        return None if self.budget is None else self.budget.penalty()
+
+    def finish(self, folder: Path | None) -> None:
+        if self.budget is not None:
+            self.budget.keep_every_rank()
+        save_and_merge(self.model, self.peft_model, folder)
 
 
 @dataclass(frozen=True)
@@ -401,13 +390,9 @@ class ClipLora(Lora):
             by_step=True,
         )
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: ClipLoraSettings
-    ) -> Tuning:
-        settings = LoraSettings(
-            tuner="RSLORA", last=0, projections="qkv", **dataclasses.asdict(config)
-        )
-        return super().attach(model, processor, classes, settings)
+    def lora_settings(self) -> LoraSettings:
+        given = dataclasses.asdict(self.config)
+        return LoraSettings(tuner="RSLORA", last=0, projections="qkv", **given)
 
 
 def _blocks(
@@ -449,7 +434,7 @@ def _norms(backbone: Any, config: LoraSettings) -> list[str]:
     ]
 
 
-def _without_gradient(model: Any, processor: Any, texts: list[str]) -> list[nn.Parameter]:
+def unused_parameters(model: Any, processor: Any, texts: list[str]) -> list[nn.Parameter]:
     """Parameters that neither an image's nor a text's features depend on."""
     from PIL import Image
 

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError
 from ..model.prompts import ConditionalPromptHead, LayerTokens, tower_blocks
-from .context_tokens import ContextEmbedding, coop_recipe, find_embedding, free_token_ids
-from .contract import Recipe, TowerMethod, Tuning, register
-from .fine_tuning import trained_projection
+from .context_tokens import ContextEmbedding, coop_recipe, find_embedding, unused_token_ids
+from .contract import Recipe, TowerMethod, register
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,19 @@ class VisualPrompts(TowerMethod):
     needs_text = True
     citation = "VPT: Jia et al. 2022, arXiv:2203.12119; settings of MaPLe, arXiv:2210.03117"
     Config = VisualPromptConfig
+    config: VisualPromptConfig
+    trains_vision = True
 
     def recipe(self, shots: int, config: VisualPromptConfig) -> Recipe:
         return coop_recipe(epochs=5, lr=2.5e-3, batch_size=4)
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: VisualPromptConfig
-    ) -> Tuning:
+    def build(self) -> None:
+        config = self.config
         _at_least_one("tokens", config.tokens)
-        depth = len(_blocks(model, "vision_model")) if config.deep else 1
-        inserts = _insert(model, {"vision": {"tokens": config.tokens, "depth": depth}})
-        return Tuning(
-            _groups(model, inserts, config.projection_lr),
-            self.prompts(classes, config),
-            trains_vision=True,
-            trains_text=False,
-        )
+        depth = len(_blocks(self.model, "vision_model")) if config.deep else 1
+        modules = _insert(self.model, {"vision": {"tokens": config.tokens, "depth": depth}})
+        self.groups = [{"params": list(modules.parameters())}]
+        self.train_projection()
 
 
 @dataclass(frozen=True)
@@ -90,23 +86,20 @@ class BottleneckAdapter(TowerMethod):
     needs_text = True
     citation = "Glo-VLMs, arXiv:2511.11984; Houlsby et al. 2019, arXiv:1902.00751"
     Config = BottleneckConfig
+    config: BottleneckConfig
+    trains_vision = True
 
     def recipe(self, shots: int, config: BottleneckConfig) -> Recipe:
         return Recipe(lr=1e-3, epochs=20, batch_size=5, patience=7)
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: BottleneckConfig
-    ) -> Tuning:
-        _at_least_one("reduction", config.reduction)
-        layers = list(range(len(_blocks(model, "vision_model"))))
-        width = max(1, model.backbone.vision_model.config.hidden_size // config.reduction)
-        inserts = _insert(model, {"bottleneck": {"layers": layers, "width": width}})
-        return Tuning(
-            _groups(model, inserts, config.projection_lr),
-            self.prompts(classes, config),
-            trains_vision=True,
-            trains_text=False,
-        )
+    def build(self) -> None:
+        reduction = self.config.reduction
+        _at_least_one("reduction", reduction)
+        layers = list(range(len(_blocks(self.model, "vision_model"))))
+        width = max(1, self.model.backbone.vision_model.config.hidden_size // reduction)
+        modules = _insert(self.model, {"bottleneck": {"layers": layers, "width": width}})
+        self.groups = [{"params": list(modules.parameters())}]
+        self.train_projection()
 
 
 @dataclass(frozen=True)
@@ -141,6 +134,9 @@ class Maple(TowerMethod):
     needs_text = True
     citation = "MaPLe: Khattak et al. 2023, arXiv:2210.03117"
     Config = MapleConfig
+    config: MapleConfig
+    trains_vision = True
+    trains_text = True
 
     def recipe(self, shots: int, config: MapleConfig) -> Recipe:
         return coop_recipe(epochs=5, lr=3.5e-3, batch_size=4)
@@ -149,38 +145,38 @@ class Maple(TowerMethod):
         _, rest = _split(config.init, config.context_tokens)
         return [[" ".join([*rest, f"{c.display_name}."])] for c in classes]
 
-    def attach(
-        self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: MapleConfig
-    ) -> Tuning:
+    def build(self) -> None:
+        model, config, tokens = self.model, self.config, self.config.context_tokens
         _at_least_one("depth", config.depth)
-        prompts = self.prompts(classes, config)
-        words, _ = _split(config.init, config.context_tokens)
+        words, _ = _split(config.init, tokens)
         blocks = [len(_blocks(model, tower)) for tower in ("vision_model", "text_model")]
         depth = min(config.depth, *blocks)
-        name, embedding = find_embedding(model.backbone)
-        ids = free_token_ids(processor, embedding.num_embeddings, prompts, config.context_tokens)
-        spec: dict[str, Any] = {"vision": {"tokens": config.context_tokens, "depth": depth}}
+        self.embedding_name, self.embedding = find_embedding(model.backbone)
+        self.token_ids = unused_token_ids(
+            self.processor, self.embedding.num_embeddings, self.class_texts, tokens
+        )
+        spec: dict[str, Any] = {"vision": {"tokens": tokens, "depth": depth}}
         if depth > 1:
-            spec["text"] = {"token_ids": ids, "depth": depth}
-        inserts = _insert(model, spec)
-        context = ContextEmbedding(embedding, ids, init_std=0.0)
-        context.context.data.copy_(_word_vectors(processor, embedding, words))
-        model.backbone.set_submodule(name, context)
-        processor.context_token_ids = ids
-        deeper = inserts.text.table if depth > 1 else None
-        coupled = CoupledTokens(context.context, deeper, depth, inserts.vision.table.shape[2])
-        inserts.vision = coupled.to(context.context.device, context.context.dtype)
-
-        def finish(folder: Path | None) -> None:
-            inserts.vision = coupled.resolve()
-            with torch.no_grad():
-                embedding.weight[ids] = context.context
-            model.backbone.set_submodule(name, embedding)
-
+            spec["text"] = {"token_ids": self.token_ids, "depth": depth}
+        self.modules = _insert(model, spec)
+        context = ContextEmbedding(self.embedding, self.token_ids, init_std=0.0)
+        context.context.data.copy_(_word_vectors(self.processor, self.embedding, words))
+        model.backbone.set_submodule(self.embedding_name, context)
+        self.processor.context_token_ids = self.token_ids
+        self.first = context.context
+        deeper = self.modules.text.table if depth > 1 else None
+        coupled = CoupledTokens(self.first, deeper, depth, self.modules.vision.table.shape[2])
+        self.coupled = coupled.to(self.first.device, self.first.dtype)
+        self.modules.vision = self.coupled
         # Shared by both, the first text tokens come once: among the coupled ones.
-        groups: list[dict[str, Any]] = [{"params": list(coupled.parameters())}]
-        groups += _projection_group(model, config.projection_lr)
-        return Tuning(groups, prompts, trains_vision=True, trains_text=True, finish=finish)
+        self.groups = [{"params": list(self.coupled.parameters())}]
+        self.train_projection()
+
+    def finish(self, folder: Path | None) -> None:
+        self.modules.vision = self.coupled.resolve()
+        with torch.no_grad():
+            self.embedding.weight[self.token_ids] = self.first
+        self.model.backbone.set_submodule(self.embedding_name, self.embedding)
 
 
 class CoupledTokens(nn.Module):
@@ -247,6 +243,8 @@ class ConditionalPrompts(TowerMethod):
     needs_text = True
     citation = "CoCoOp: Zhou et al. 2022, arXiv:2203.05557"
     Config = ConditionalPromptConfig
+    config: ConditionalPromptConfig
+    per_image = True
 
     def recipe(self, shots: int, config: ConditionalPromptConfig) -> Recipe:
         return coop_recipe(epochs=10, lr=2e-3, batch_size=1)
@@ -256,58 +254,46 @@ class ConditionalPrompts(TowerMethod):
     ) -> list[list[str]]:
         return [[f"{config.init} {c.display_name}."] for c in classes]
 
-    def attach(
-        self,
-        model: Any,
-        processor: Any,
-        classes: Sequence[ClassInfo],
-        config: ConditionalPromptConfig,
-    ) -> Tuning:
+    def build(self) -> None:
+        model, processor, config = self.model, self.processor, self.config
         _at_least_one("reduction", config.reduction)
         words, rest = _split(config.init, config.context_tokens)
         _, embedding = find_embedding(model.backbone)
-        texts = [[" ".join([*rest, f"{c.display_name}."])] for c in classes]
+        texts = [[" ".join([*rest, f"{c.display_name}."])] for c in self.classes]
         # Rows that no text uses hold the places of the learned vectors.
-        places = free_token_ids(processor, embedding.num_embeddings, texts, len(words))
+        places = unused_token_ids(processor, embedding.num_embeddings, texts, len(words))
         processor.context_token_ids = places
         encoded = processor.encode_prompts(texts)
         processor.context_token_ids = None
         dim = model.config.image_feature_dim
-        head = ConditionalPromptHead(
+        self.head = ConditionalPromptHead(
             dim,
-            len(classes),
+            len(self.classes),
             width=embedding.embedding_dim,
             length=encoded["input_ids"].shape[1],
             context=len(words),
             begin=int(encoded["input_ids"][0, : len(places)].tolist() != places),
             hidden=max(1, dim // config.reduction),
         ).to(embedding.weight.device, embedding.weight.dtype)
-        head.input_ids.copy_(encoded["input_ids"])
-        head.attention_mask.copy_(encoded["attention_mask"])
-        head.context.data.copy_(_word_vectors(processor, embedding, words))
-        head.scale.requires_grad_(False)  # the towers' own, known at the end
+        self.head.input_ids.copy_(encoded["input_ids"])
+        self.head.attention_mask.copy_(encoded["attention_mask"])
+        self.head.context.data.copy_(_word_vectors(processor, embedding, words))
+        self.head.scale.requires_grad_(False)  # the towers' own, known at the end
         # Below the text tower, so that a checkpoint has it and the key of cached images does not.
-        text_model = model.backbone.text_model
-        text_model.add_module("conditional_prompts", head)
+        model.backbone.text_model.add_module("conditional_prompts", self.head)
+        self.groups = [{"params": [self.head.context, *self.head.shift.parameters()]}]
+        self.train_projection()
+        self.notes = ["Every image reads every class text anew: prediction costs a text pass each."]
 
-        def finish(folder: Path | None) -> None:
-            del text_model.conditional_prompts
-            head.scale.data.fill_(model.logit_scale.exp().item())
+    def image_prototypes(self, features: Tensor) -> Tensor:
+        return self.head.prototypes(features, self.model)
 
-        groups: list[dict[str, Any]] = [
-            {"params": [head.context, *head.shift.parameters()]},
-            *_projection_group(model, config.projection_lr),
-        ]
-        return Tuning(
-            groups,
-            self.prompts(classes, config),
-            trains_vision=False,
-            trains_text=False,
-            finish=finish,
-            notes=["Every image reads every class text anew: prediction costs a text pass each."],
-            image_prototypes=lambda features: head.prototypes(features, model),
-            head=lambda: head,
-        )
+    def finish(self, folder: Path | None) -> None:
+        del self.model.backbone.text_model.conditional_prompts
+        self.head.scale.data.fill_(self.model.logit_scale.exp().item())
+
+    def final_head(self, prototypes: Tensor) -> nn.Module:
+        return self.head
 
 
 def _blocks(model: Any, tower: str) -> list[nn.Module]:
@@ -322,16 +308,6 @@ def _insert(model: Any, spec: dict[str, Any]) -> Any:
         return model.insert(spec)
     except ValueError as error:
         raise GloVLMError(str(error)) from None
-
-
-def _groups(model: Any, inserts: nn.Module, projection_lr: float) -> list[dict[str, Any]]:
-    """What was inserted, and the projection of a pair."""
-    return [{"params": list(inserts.parameters())}, *_projection_group(model, projection_lr)]
-
-
-def _projection_group(model: Any, lr: float) -> list[dict[str, Any]]:
-    projection = trained_projection(model)
-    return [{"params": projection, "lr": lr}] if projection else []
 
 
 def _at_least_one(name: str, value: int) -> None:

@@ -2,15 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GloVLMError, nearest
-from .contract import StepState
 
 # Short names of LoRA with one of its switches on.
 VARIANTS = {"RSLORA": "use_rslora", "DORA": "use_dora"}
@@ -111,7 +109,7 @@ def tuner_arguments(
     if tuner == "ADALORA":
         arguments = {"target_r": r, "init_r": math.ceil(1.5 * r)}
         arguments |= {"lora_alpha": alpha, "lora_dropout": dropout}
-        # PEFT wants a number at once; the loop tells the right one before its first step.
+        # PEFT needs a number at once; `AdaLoraBudget.begin` sets the right one.
         arguments["total_step"] = 1 + given.get("tinit", 0) + given.get("tfinal", 0)
     elif tuner == "IA3":  # scales the attention's outputs, and the inputs of the MLP's maps
         arguments["feedforward_modules"] = [n for n in targets if not in_attention(n)]
@@ -186,16 +184,14 @@ class AdaLoraBudget:
 
     Args:
         peft_model: A backbone wrapped with AdaLoRA.
-        finish: Saves the adapter and merges it.
     """
 
-    def __init__(self, peft_model: Any, finish: Callable[[Path | None], None]) -> None:
+    def __init__(self, peft_model: Any) -> None:
         self.tuner = peft_model.base_model
         self.config = peft_model.peft_config["default"]
         named = list(peft_model.named_parameters())
         self.right = [p for n, p in named if ".lora_A." in n]  # [r, in]
         self.left = [p for n, p in named if ".lora_B." in n]  # [out, r]
-        self.save_and_merge = finish
 
     def begin(self, steps: int) -> None:
         """Lay the schedule over a run of `steps` optimiser steps."""
@@ -211,7 +207,7 @@ class AdaLoraBudget:
         """Score what trains by its gradient; zero the singular values beyond the budget."""
         self.tuner.update_and_allocate(step)
 
-    def penalty(self, state: StepState) -> Tensor:
+    def penalty(self) -> Tensor:
         """Mean of `|P^T P - 1|` and `|Q Q^T - 1|` (Frobenius) over all factors, times a weight."""
         norms = [
             torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
@@ -219,10 +215,9 @@ class AdaLoraBudget:
         ]
         return self.config.orth_reg_weight * torch.stack(norms).mean()
 
-    def finish(self, folder: Path | None) -> None:
-        """Save and merge with every rank there, the pruned ones zero.
+    def keep_every_rank(self) -> None:
+        """Before saving and merging: every rank is there, the pruned ones zero.
 
         Cut to the last step's ranks, the adapter would not be the state of a better epoch before.
         """
         self.config.rank_pattern = None
-        self.save_and_merge(folder)

@@ -9,12 +9,11 @@ from datasets import Dataset, DatasetDict
 
 from ..errors import GloVLMError, check_settings, nearest
 from ..methods import FeatureMethod, get_method
-from ..training.losses import Loss
+from ..training.config import AdaptConfig, Loss
 
 IN_MEMORY = "data in memory"  # stands for a data set that has no place
 _CHOICES = {
     "shots_from": ("spread", "random", "one_group"),
-    "loss": ("prototypes", "infonce", "infonce_published"),
     "mixed_precision": ("no", "fp16", "bf16"),
     "conformal": (None, "lac", "aps", "raps"),
 }
@@ -143,11 +142,6 @@ class TrainConfig:
                     f"{name} must be one of {', '.join(names)}; found '{given}'."
                     f"{nearest(str(given), names)}"
                 )
-        if self.accumulate < 1 or (self.accumulate > 1 and self.loss != "prototypes"):
-            raise GloVLMError(
-                f"accumulate must be 1 or more, and 1 with loss '{self.loss}', whose negatives are "
-                f"the whole batch; found {self.accumulate}."
-            )
         if self.cross_validate and self.validation_shots:
             raise GloVLMError(
                 "Settings are chosen on validation groups or by leaving groups out, not both: "
@@ -179,11 +173,9 @@ class TrainConfig:
                 "prior must be 'em' or a fraction for every class (viable=0.8,sclerosed=0.2); "
                 f"found '{self.prior}'."
             )
-        for name in ("epochs", "lr", "batch_size", "clip_norm", "n_resamples", "max_steps"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise GloVLMError(f"{name} must be above 0; found {value}.")
-        given = self.recipe_overrides()
+        if not self.n_resamples > 0:
+            raise GloVLMError(f"n_resamples must be above 0; found {self.n_resamples}.")
+        given = self.adaptation(self.output_dir).recipe
         if given and isinstance(method, FeatureMethod):
             raise GloVLMError(
                 f"Method '{method.name}' is solved, not trained in epochs: it has no "
@@ -191,10 +183,19 @@ class TrainConfig:
                 "its settings."
             )
 
-    def recipe_overrides(self) -> dict[str, Any]:
-        """Overrides of the method's recipe."""
-        names = ("epochs", "lr", "weight_decay", "batch_size")
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+    def adaptation(self, output_dir: str | Path) -> AdaptConfig:
+        """Configuration of the adaptation itself, for `adapt`.
+
+        Args:
+            output_dir: Takes the log, the checkpoint and the adapter.
+        """
+        overrides = ("epochs", "lr", "weight_decay", "batch_size")
+        shared = {f.name for f in fields(AdaptConfig)} & {f.name for f in fields(self)}
+        return AdaptConfig(
+            **{name: getattr(self, name) for name in shared - {"output_dir"}},
+            recipe={n: getattr(self, n) for n in overrides if getattr(self, n) is not None},
+            output_dir=output_dir,
+        )
 
     @property
     def folder(self) -> str | None:

@@ -17,7 +17,7 @@ from ..inference import FeatureCache, MemoryCache, Predictions, predict
 from ..inference.sentences import borrow
 from ..methods import METHODS, FeatureMethod, HeadMethod
 from ..metrics import compute_metrics
-from ..training import adapt
+from ..training import AdaptConfig, adapt
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,7 +64,7 @@ def leave_patients_out(
     patients: Sequence[str] | None,
     *,
     classes: "Sequence[ClassInfo] | None" = None,
-    settings: Mapping[str, Any] | None = None,
+    method_config: Mapping[str, Any] | None = None,
     seed: int = 0,
     cache: FeatureCache | None = None,
     on_patient: Callable[[int, int], None] | None = None,
@@ -78,7 +78,7 @@ def leave_patients_out(
         rows: Labelled rows with `image` and `label` (a `ClassLabel`).
         patients: Patient of each row; an empty one is not known.
         classes: Names and prompts in label order.
-        settings: Of the method.
+        method_config: Settings of the method.
         seed: Of every adaptation.
         cache: Keeps features of the towers; by default in memory, and gone afterwards.
         on_patient: Told how many patients are done, of how many.
@@ -105,12 +105,13 @@ def leave_patients_out(
     group = np.array([order.index(patient) for patient in patients])
     probabilities = np.empty((len(rows), len(names)))
     logits = np.empty((len(rows), len(names)), np.float32)
-    options: dict[str, Any] = {"classes": classes, "settings": settings, "seed": seed}
+    config = AdaptConfig(method_config or {}, seed=seed)
     for k in range(len(order)):
         kept, left = np.flatnonzero(group != k), np.flatnonzero(group == k)
         adapted = adapt(
-            borrow(model), method, rows.select(kept), processor=processor, cache=store, **options
-        )
+            borrow(model), method, rows.select(kept),
+            processor=processor, classes=classes, config=config, cache=store,
+        )  # fmt: skip
         predictions = predict(adapted.model, processor, rows.select(left), cache=store)
         probabilities[left], logits[left] = predictions.probabilities, predictions.logits
         if on_patient is not None:

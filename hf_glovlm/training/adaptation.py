@@ -1,4 +1,4 @@
-"""`adapt`: a backbone, a method and a few labelled images in, a classifier out."""
+"""Few-shot adaptation: a backbone, a method and a few labelled images in, a classifier out."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +21,13 @@ from ..methods import (
     Recipe,
     Support,
     TowerMethod,
-    Tuning,
     get_method,
     give_joint_space,
 )
-from ..model.heads import ClassWeights, class_means, prototype_head
+from ..model.heads import ClassWeights, class_means
+from .config import AdaptConfig
 from .loop import BatchSource, ImageSource, TensorSource, fit, plan, seed_everything
-from .losses import HeadStep, Loss, TowerStep
+from .losses import HeadStep, TowerStep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
     from ..data import ClassInfo
 
-MIN_GROUPS_TO_CHOOSE = 4  # a class; leave-one-out on fewer was measured to tell nothing
+MIN_GROUPS_TO_CHOOSE = 4  # a class; leave-one-out on fewer was measured not to help
 
 
 @dataclass
 class Adapted:
-    """What `adapt` returns.
+    """Adapted model, and how it came about.
 
     Args:
         model: A `GloVLMForImageClassification`; save it, put it into a pipeline, predict with it.
@@ -48,11 +48,11 @@ class Adapted:
         settings: The method's config, as it was used.
         recipe: How it was trained; `None` for closed forms.
         log: One row an epoch.
-        trainable_parameters: How many numbers trained.
+        trainable_parameters: Number of trainable parameters.
         frozen_tower: Whether the vision tower is as it came, so that cached features serve.
         notes: Sentences for the results.
-        facts: Numbers that the method found or chose.
-        query_logits: What a transductive method says about the query images `[m, classes]`.
+        facts: Numbers that the method measured or chose.
+        query_logits: Logits of the query images `[m, classes]`, of a transductive method.
         variants: Further heads whose spread is reported.
     """
 
@@ -76,7 +76,7 @@ class Adapted:
 
 @dataclass
 class AdaptedFeatures:
-    """What `adapt_features` returns.
+    """Classifier head on features, and how it came about.
 
     Args:
         head: Features in, logits out.
@@ -85,8 +85,8 @@ class AdaptedFeatures:
         recipe: How it was trained; `None` for closed forms.
         log: One row an epoch.
         notes: Sentences that belong beside its numbers.
-        facts: Numbers that the method found or chose.
-        query_logits: What a transductive method says about the query features `[m, classes]`.
+        facts: Numbers that the method measured or chose.
+        query_logits: Logits of the query features `[m, classes]`, of a transductive method.
     """
 
     head: nn.Module
@@ -109,30 +109,48 @@ class AdaptedFeatures:
 
 @dataclass(frozen=True)
 class _Training:
-    """How to train, apart from the method's own recipe."""
+    """How to train, and where."""
 
-    overrides: Mapping[str, Any]
-    max_steps: int | None
-    accelerator: "Accelerator | None"
+    config: AdaptConfig
     device: torch.device
-    options: dict[str, Any]
-    replay: bool = True
+    accelerator: "Accelerator | None" = None
+    on_epoch: Callable[[dict[str, Any]], None] | None = None
+
+    @property
+    def output_dir(self) -> Path | None:
+        """Where log, checkpoint and adapter go."""
+        folder = self.config.output_dir
+        return None if folder is None else Path(folder)
+
+    @property
+    def loop_options(self) -> dict[str, Any]:
+        """What of this the loop takes as it is."""
+        config = self.config
+        return {
+            "seed": config.seed,
+            "clip_norm": config.clip_norm,
+            "accumulate": config.accumulate,
+            "output_dir": self.output_dir,
+            "resume": config.resume,
+            "on_epoch": self.on_epoch,
+        }
 
     def recipe(
-        self, method: HeadMethod | TowerMethod, labels: Tensor, config: Any
+        self, method: HeadMethod | TowerMethod, labels: Tensor, settings: Any
     ) -> tuple[Recipe, list[str]]:
         """The method's recipe with what the user overrides, cut if it is too long."""
+        overrides, max_steps = self.config.recipe, self.config.max_steps
         n = len(labels)
         shots = int(labels.bincount().max()) if n else 0
-        recipe = Recipe(**{**asdict(method.recipe(shots, config)), **self.overrides})
+        recipe = Recipe(**{**asdict(method.recipe(shots, settings)), **overrides})
         recipe = replace(recipe, batch_size=min(recipe.batch_size, max(n, 1)))
-        if "epochs" in self.overrides:
+        if "epochs" in overrides:
             recipe = replace(recipe, steps=None)
         _, steps = plan(recipe, n)
-        if self.max_steps is None or steps <= self.max_steps:
+        if max_steps is None or steps <= max_steps:
             return recipe, []
-        note = f"Cut to {self.max_steps} of the recipe's {steps} steps; its schedule is shortened."
-        return replace(recipe, steps=self.max_steps), [note]
+        note = f"Cut to {max_steps} of the recipe's {steps} steps; its schedule is shortened."
+        return replace(recipe, steps=max_steps), [note]
 
     def accelerate(self) -> "Accelerator":
         """The accelerator that was given, or a plain one."""
@@ -144,7 +162,7 @@ class _Training:
 
     def adapter_folder(self) -> Path | None:
         """Where an adapter alone goes, emptied; `None` where this process writes nothing."""
-        folder: Path | None = self.options["output_dir"]
+        folder = self.output_dir
         main = self.accelerator is None or self.accelerator.is_main_process
         if folder is None or not main:
             return None
@@ -169,11 +187,11 @@ class _Images:
 
     def embed(self, images: "Dataset", project: bool) -> Tensor:
         """Features of some of them, each encoded once."""
-        found = embed_images(
+        features = embed_images(
             self.model, self.processor, images,
             device=self.device, cache=self.cache, project=project,
         )  # fmt: skip
-        return torch.from_numpy(found)
+        return torch.from_numpy(features)
 
     def embed_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """One prototype a class."""
@@ -181,19 +199,19 @@ class _Images:
 
 
 @dataclass
-class _Found:
-    """What a method on features came to."""
+class _FeatureResult:
+    """A method on features, fitted."""
 
     fitted: Fitted
-    config: Any
+    settings: Any
     recipe: Recipe | None
     log: list[dict[str, Any]]
-    trained: int
+    trainable_parameters: int
 
 
 @dataclass
-class _Outcome(_Found):
-    """What any method came to, before the model is put together."""
+class _Result(_FeatureResult):
+    """Any method, fitted, before the model is put together."""
 
     prompts: list[list[str]]
     frozen_tower: bool
@@ -206,23 +224,12 @@ def adapt(
     *,
     processor: Any = None,
     classes: Sequence["ClassInfo"] | None = None,
-    settings: Mapping[str, Any] | None = None,
-    recipe: Mapping[str, Any] | None = None,
-    loss: Loss = "prototypes",
+    config: AdaptConfig | Mapping[str, Any] | None = None,
     validation: "Dataset | None" = None,
     query: "Dataset | None" = None,
     groups: Sequence[str] | None = None,
-    cross_validate: bool = False,
-    max_steps: int | None = None,
-    seed: int = 0,
-    augment: bool = False,
-    accumulate: int = 1,
-    clip_norm: float | None = None,
     accelerator: "Accelerator | None" = None,
     cache: FeatureCache | None = None,
-    output_dir: str | Path | None = None,
-    resume: bool = False,
-    replay: bool = True,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Adapted:
     """Adapt a backbone to a task from a few labelled images. No test label can be passed in.
@@ -233,25 +240,14 @@ def adapt(
         support: Labelled rows with `image` and `label` (a `ClassLabel`).
         processor: The model's processor; loaded with it when `model` is a name.
         classes: Names and prompts in label order; from the labels' names when not given.
-        settings: Settings of the method.
-        recipe: Overrides of its recipe (`epochs`, `lr`, `weight_decay`, `batch_size`).
-        loss: See `TrainConfig`.
+        config: How to train, or the fields of it that are not the defaults.
         validation: Further labelled rows, to stop early or to choose settings; they count as
             labels.
-        query: The images that a transductive method may look at; a label column is not read.
+        query: The images that a transductive method takes; a label column is not read.
         groups: Patient, case or slide of each support row, for `cross_validate`.
-        cross_validate: Choose settings by leaving out one group at a time.
-        max_steps: Most optimiser steps; a longer recipe is cut, and the results say so.
-        seed: Of initialisation, order, dropout and augmentation.
-        augment: See `TrainConfig`.
-        accumulate: See `TrainConfig`.
-        clip_norm: See `TrainConfig`.
         accelerator: For many processes or mixed precision; made when needed.
         cache: Keeps features of the frozen tower.
-        output_dir: Takes the log, the checkpoint and the adapter.
-        resume: Go on from the checkpoint there.
-        replay: Run blocks that no step changes once rather than at every step; the same result.
-        on_epoch: Told of every epoch.
+        on_epoch: Called with the log row of every epoch.
 
     Returns:
         The adapted model with its head, and how it came about.
@@ -262,46 +258,34 @@ def adapt(
     """
     from ..data import load_classes
 
+    if not isinstance(config, AdaptConfig):
+        config = AdaptConfig.from_mapping(config or {})
+    chosen = get_method(method)
+    settings = chosen.configure(config.method_config)
     if isinstance(model, str):
         model, processor = load_backbone(model)
-    chosen = get_method(method)
-    config = chosen.configure(settings or {})
     if classes is None:
         classes = load_classes(support.features["label"].names)
     labels = _labels(support)
     _check_support(chosen, labels, [c.name for c in classes])
-    _check_settings(chosen, model, recipe, augment, cross_validate)
+    _check_config(chosen, model, config)
 
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
     model.to(device).requires_grad_(False)
-    seed_everything(seed)
+    seed_everything(config.seed)
     images = _Images(
-        model, processor, classes, support, labels, validation, query, augment, device, cache
+        model, processor, classes, support, labels, validation, query, config.augment, device, cache
     )
-    options: dict[str, Any] = {
-        "seed": seed,
-        "clip_norm": clip_norm,
-        "accumulate": accumulate,
-        "output_dir": Path(output_dir) if output_dir is not None else None,
-        "resume": resume,
-        "on_epoch": on_epoch,
-    }
-    training = _Training(recipe or {}, max_steps, accelerator, device, options, replay)
+    training = _Training(config, device, accelerator, on_epoch)
     if isinstance(chosen, TowerMethod):
-        outcome = _adapt_towers(images, chosen, config, loss, training)
+        result = _adapt_towers(images, chosen, settings, training)
     else:
-        left_out = groups if cross_validate else None
-        outcome = _adapt_on_features(images, chosen, config, training, left_out)
-    return _put_together(images, outcome)
+        left_out = groups if config.cross_validate else None
+        result = _adapt_on_features(images, chosen, settings, training, left_out)
+    return _put_together(images, result)
 
 
-def _check_settings(
-    method: Method,
-    model: Any,
-    recipe: Mapping[str, Any] | None,
-    augment: bool,
-    cross_validate: bool,
-) -> None:
+def _check_config(method: Method, model: Any, config: AdaptConfig) -> None:
     """Refuse zero-shot where it would be chance, and settings that would change nothing."""
     if method.name == "zero_shot" and not model.has_joint_space:
         raise GloVLMError(
@@ -310,45 +294,45 @@ def _check_settings(
             "(linear_probe, lora), or a backbone with a joint space (mini, plip)."
         )
     inside = isinstance(method, TowerMethod)
-    if cross_validate and inside:
+    if config.cross_validate and inside:
         raise GloVLMError(
             f"Method '{method.name}' has no setting to choose by leaving groups out: use "
             "--validation-shots to stop early, or leave --cross-validate out."
         )
-    if recipe and isinstance(method, FeatureMethod):
+    if config.recipe and isinstance(method, FeatureMethod):
         raise GloVLMError(
             f"Method '{method.name}' is solved, not trained in epochs: it has no "
-            f"{', '.join(recipe)} to set. Leave that out, or see `glovlm methods --json` for its "
-            "settings."
+            f"{', '.join(config.recipe)} to set. Leave that out, or see `glovlm methods --json` "
+            "for its settings."
         )
-    if augment and not inside:
+    if config.augment and not inside:
         raise GloVLMError(
             f"Method '{method.name}' works on features that are computed once, so --augment would "
             "change nothing: leave it out, or use a method inside the towers (lora)."
         )
 
 
-def _put_together(images: _Images, outcome: _Outcome) -> Adapted:
+def _put_together(images: _Images, result: _Result) -> Adapted:
     """The backbone with its head, classes and prompts, and how it came about."""
     from ..model import GloVLMForImageClassification
 
-    model, fitted = images.model, outcome.fitted
+    model, fitted = images.model, result.fitted
     names = [c.name for c in images.classes]
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {name: k for k, name in enumerate(names)}
     model.config.problem_type = "single_label_classification"
-    model.config.prompts = outcome.prompts
+    model.config.prompts = result.prompts
     model.requires_grad_(True)
     head = fitted.head.requires_grad_(True).to(images.device, model.dtype)
     classifier = GloVLMForImageClassification(model.config, glovlm=model, head=head)
     return Adapted(
         model=classifier.eval(),
         processor=images.processor,
-        settings=outcome.config,
-        recipe=outcome.recipe,
-        log=outcome.log,
-        trainable_parameters=outcome.trained,
-        frozen_tower=outcome.frozen_tower,
+        settings=result.settings,
+        recipe=result.recipe,
+        log=result.log,
+        trainable_parameters=result.trainable_parameters,
+        frozen_tower=result.frozen_tower,
         notes=fitted.notes,
         facts=fitted.facts,
         query_logits=fitted.query_logits,
@@ -365,7 +349,7 @@ def adapt_features(
     logit_scale: float = 100.0,
     query_features: Any = None,
     seed: int = 0,
-    config: Mapping[str, Any] | None = None,
+    method_config: Mapping[str, Any] | None = None,
 ) -> AdaptedFeatures:
     """Run a method on bare features, so that embeddings from any tool serve without a backbone.
 
@@ -378,7 +362,7 @@ def adapt_features(
         logit_scale: Factor between cosines and logits (CLIP: 100).
         query_features: `[m, dim]`, for transductive methods.
         seed: Of everything random.
-        config: Settings of the method.
+        method_config: Settings of the method.
 
     Returns:
         An object with `predict_logits(features) -> [n, classes]`.
@@ -387,7 +371,7 @@ def adapt_features(
         GloVLMError: The method works inside a tower; shapes do not fit; a class has no row.
     """
     chosen = get_method(method)
-    settings = chosen.configure(config or {})
+    settings = chosen.configure(method_config or {})
     if not isinstance(chosen, FeatureMethod | HeadMethod):
         fitting = ", ".join(n for n, m in _methods() if isinstance(m, FeatureMethod | HeadMethod))
         raise GloVLMError(
@@ -413,19 +397,19 @@ def adapt_features(
         prototypes = nn.functional.normalize(prototypes, dim=-1)
     query = None if query_features is None else _matrix(query_features, "query_features")
     single = None if prototypes is None else list(prototypes.unsqueeze(1))
-    given = Support(features, labels, num_classes, prototypes, logit_scale, seed, query, single)
+    rows = Support(features, labels, num_classes, prototypes, logit_scale, seed, query, single)
     seed_everything(seed)
-    training = _Training({}, None, None, torch.device("cpu"), {"seed": seed})
-    found = _fit_features(chosen, settings, given, training, None, None, stands_in=stands_in)
-    logits = found.fitted.query_logits
+    training = _Training(AdaptConfig(seed=seed), torch.device("cpu"))
+    result = _fit_features(chosen, settings, rows, training, None, None, stands_in=stands_in)
+    logits = result.fitted.query_logits
     return AdaptedFeatures(
-        head=found.fitted.head.eval(),
+        head=result.fitted.head.eval(),
         dim=features.shape[1],
-        settings=found.config,
-        recipe=found.recipe,
-        log=found.log,
-        notes=found.fitted.notes,
-        facts=found.fitted.facts,
+        settings=result.settings,
+        recipe=result.recipe,
+        log=result.log,
+        notes=result.fitted.notes,
+        facts=result.fitted.facts,
         query_logits=None if logits is None else logits.numpy(),
     )
 
@@ -459,21 +443,21 @@ def _count_classes(labels: Tensor, prototypes: Tensor | None) -> int:
 def _adapt_on_features(
     images: _Images,
     method: Method,
-    config: Any,
+    settings: Any,
     training: _Training,
     groups: Sequence[str] | None,
-) -> _Outcome:
+) -> _Result:
     """Encode every image once and fit a head; the vision tower stays as it is."""
-    given = _describe_support(images, method, config, training.options["seed"])
+    rows = _describe_support(images, method, settings, training.config.seed)
     stands_in = method.needs_text and not images.model.has_joint_space
-    found = _fit_features(
-        method, config, given, training, images.model, groups, stands_in=stands_in
+    result = _fit_features(
+        method, settings, rows, training, images.model, groups, stands_in=stands_in
     )
-    prompts = method.prompts(images.classes, config)
-    return _Outcome(**vars(found), prompts=prompts, frozen_tower=True)
+    prompts = method.prompts(images.classes, settings)
+    return _Result(**vars(result), prompts=prompts, frozen_tower=True)
 
 
-def _describe_support(images: _Images, method: Method, config: Any, seed: int) -> Support:
+def _describe_support(images: _Images, method: Method, settings: Any, seed: int) -> Support:
     """The support as a method on features sees it."""
     model, support, labels = images.model, images.support, images.labels
     projection = _linear_projection(model) if method.on_pooled else None
@@ -486,7 +470,7 @@ def _describe_support(images: _Images, method: Method, config: Any, seed: int) -
         features = images.embed(support, project)
     prototypes, single, scale = None, None, model.logit_scale.exp().item()
     if method.needs_text and model.has_joint_space:
-        prompts = method.prompts(images.classes, config)
+        prompts = method.prompts(images.classes, settings)
         prototypes = images.embed_texts(prompts)
         if method.needs_prompt_features:
             each = images.embed_texts([[text] for texts in prompts for text in texts])
@@ -512,14 +496,14 @@ def _describe_support(images: _Images, method: Method, config: Any, seed: int) -
 
 def _fit_features(
     method: Method,
-    config: Any,
-    given: Support,
+    settings: Any,
+    support: Support,
     training: _Training,
     model: Any | None,
     groups: Sequence[str] | None,
     *,
     stands_in: bool,
-) -> _Found:
+) -> _FeatureResult:
     """Run a method on features: choose settings where there is something to choose on, then fit."""
     notes: list[str] = []
     facts: dict[str, Any] = {}
@@ -533,31 +517,31 @@ def _fit_features(
     if isinstance(method, HeadMethod):
         if groups is not None:
             raise _nothing_to_choose(method)
-        head = method.build(given, config).to(training.device)
-        recipe, cut = training.recipe(method, given.labels, config)
+        head = method.build(support, settings).to(training.device)
+        recipe, cut = training.recipe(method, support.labels, settings)
         notes += cut
         trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
-        log = _fit_head(method, head, given, config, recipe, training)
-        fitted = method.finish(head.cpu().eval(), given, config, model)
+        log = _fit_head(method, head, support, settings, recipe, training)
+        fitted = method.finish(head.cpu().eval(), support, settings, model)
     else:
         assert isinstance(method, FeatureMethod)
         folds: list[Fold] = []
         if groups is not None:
             if method.validation != "search":
                 raise _nothing_to_choose(method)
-            folds, said = _leave_groups_out(given, groups, stands_in)
-            notes.append(said)
-        elif given.validation is not None and method.validation == "search":
-            folds = [Fold(replace(given, validation=None), *given.validation)]
+            folds, note = _leave_groups_out(support, groups, stands_in)
+            notes.append(note)
+        elif support.validation is not None and method.validation == "search":
+            folds = [Fold(replace(support, validation=None), *support.validation)]
             notes.append("Settings were chosen on the validation labels, which count as labels.")
-        elif given.validation is not None and method.validation == "none":
+        elif support.validation is not None and method.validation == "none":
             notes.append(
                 "This method has nothing to choose: the validation labels were not used, but count."
             )
         if folds:
-            config = method.choose(folds, config)
-            facts["chosen_settings"] = asdict(config)
-        fitted = method.fit(given, config)
+            settings = method.choose(folds, settings)
+            facts["chosen_settings"] = asdict(settings)
+        fitted = method.fit(support, settings)
         weights = fitted.head.named_parameters()
         fixed = ("scale", "text.scale", "alpha", "beta")
         trained = 0
@@ -567,16 +551,16 @@ def _fit_features(
         fitted.head.cosine = False  # its rows are no texts
     fitted.notes = [*notes, *fitted.notes]
     fitted.facts = {**facts, **fitted.facts}
-    return _Found(fitted, config, recipe, log, trained)
+    return _FeatureResult(fitted, settings, recipe, log, trained)
 
 
 def _leave_groups_out(
-    given: Support, groups: Sequence[str], stands_in: bool
+    support: Support, groups: Sequence[str], stands_in: bool
 ) -> tuple[list[Fold], str]:
     """One fold for each group, if every class has enough of them; a sentence for the results."""
     held = [
-        len({g for g, k in zip(groups, given.labels.tolist(), strict=True) if k == c})
-        for c in range(given.num_classes)
+        len({g for g, k in zip(groups, support.labels.tolist(), strict=True) if k == c})
+        for c in range(support.num_classes)
     ]
     if min(held) < MIN_GROUPS_TO_CHOOSE:
         return [], (
@@ -586,14 +570,14 @@ def _leave_groups_out(
     folds = []
     for name in sorted(set(groups)):
         out = torch.tensor([g == name for g in groups])
-        features, labels = given.features[~out], given.labels[~out]
-        prototypes = given.prototypes
+        features, labels = support.features[~out], support.labels[~out]
+        prototypes = support.prototypes
         if stands_in:
-            prototypes = class_means(features, labels, given.num_classes)
+            prototypes = class_means(features, labels, support.num_classes)
         inner = replace(
-            given, features=features, labels=labels, prototypes=prototypes, validation=None
+            support, features=features, labels=labels, prototypes=prototypes, validation=None
         )
-        folds.append(Fold(inner, given.features[out], given.labels[out]))
+        folds.append(Fold(inner, support.features[out], support.labels[out]))
     return folds, f"Settings were chosen by leaving out each of {len(folds)} groups in turn."
 
 
@@ -608,8 +592,8 @@ def _nothing_to_choose(method: Method) -> GloVLMError:
 def _fit_head(
     method: HeadMethod,
     head: nn.Module,
-    given: Support,
-    config: Any,
+    support: Support,
+    settings: Any,
     recipe: Recipe,
     training: _Training,
 ) -> list[dict[str, Any]]:
@@ -617,20 +601,20 @@ def _fit_head(
     log: list[dict[str, Any]] = []
     accelerator = training.accelerator
     if accelerator is None or accelerator.is_main_process:
-        step = HeadStep(head, lambda: method.penalty(head, given, config))
+        step = HeadStep(head, lambda: method.penalty(head, support, settings))
         held_out = None
-        if given.validation is not None and method.validation == "early stopping":
-            held_out = TensorSource(*given.validation)
+        if support.validation is not None and method.validation == "early stopping":
+            held_out = TensorSource(*support.validation)
         log = fit(
             step,
             [{"params": [p for p in head.parameters() if p.requires_grad]}],
-            TensorSource(given.features, given.labels),
+            TensorSource(support.features, support.labels),
             recipe,
             accelerator=training.accelerate(),
             distributed=False,
             validate=_validator(step, held_out, training.device),
             # Features are small, and batch norm sees the whole batch or gives another result.
-            **{**training.options, "accumulate": 1},
+            **{**training.loop_options, "accumulate": 1},
         )
     if accelerator is not None and accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
@@ -646,49 +630,48 @@ def _fit_head(
 
 
 def _adapt_towers(
-    images: _Images, method: TowerMethod, config: Any, loss: Loss, training: _Training
-) -> _Outcome:
+    images: _Images, method: TowerMethod, settings: Any, training: _Training
+) -> _Result:
     """Attach a method to the towers, train it, and take the class prototypes it ends with."""
-    model, processor, classes = images.model, images.processor, images.classes
+    model, classes = images.model, images.classes
     pair = None
     if model.config.is_pair:
-        pair = _start_pair(images, method.prompts(classes, config))
-    tuning = method.attach(model, processor, classes, config)
-    if tuning.look_at is not None:
-        tuning.look_at(images.support)
-    _check_loss(method, tuning, loss, training.options["accumulate"])
-    step = TowerStep(model, processor, tuning, loss)
-    if pair is not None and tuning.image_prototypes is None:
+        pair = _start_pair(images, method.prompts(classes, settings))
+    method = method.attach(model, images.processor, classes, settings)
+    method.read_support(images.support)
+    _check_loss(method, training.config)
+    step = TowerStep(method, training.config.loss)
+    if pair is not None and not method.per_image:
         pair.follow(images, step.current_prototypes().detach().cpu().float())
 
     pooled = None if pair is None else pair.pooled
-    source, held_out = _sources(images, tuning.trains_vision, pooled)
+    source, held_out = _sources(images, method.trains_vision, pooled)
     accelerator = training.accelerate()
-    if training.replay:
+    if training.config.replay:
         with accelerator.autocast():  # as the blocks would run at every step
             if isinstance(source, ImageSource) and not images.augment:
                 source, held_out = _replayed(step, source, held_out)
-            if tuning.image_prototypes is None:
+            if not method.per_image:
                 step.replay_texts()
-    recipe, cut = training.recipe(method, images.labels, config)
+    recipe, cut = training.recipe(method, images.labels, settings)
     log = fit(
         step,
-        tuning.groups,
+        method.groups,
         source,
         recipe,
         accelerator=accelerator,
         validate=_validator(step, held_out, training.device),
-        begin=tuning.begin,
-        after_step=tuning.after_step,
-        **training.options,
+        begin=method.begin,
+        after_step=method.after_step,
+        **training.loop_options,
     )
-    trained = sum(p.numel() for group in tuning.groups for p in group["params"])
+    trainable = sum(p.numel() for p in method.trained)
 
     step.stop_replay()
-    if tuning.finish is not None:
-        tuning.finish(training.adapter_folder() if method.saves_adapter else None)
-    head = tuning.head() if tuning.head is not None else _head_of_prototypes(step)
-    fitted = Fitted(head, [*cut, *tuning.notes])
+    method.finish(training.adapter_folder() if method.saves_adapter else None)
+    with torch.no_grad():
+        prototypes = step.current_prototypes().cpu().float()
+    fitted = Fitted(method.final_head(prototypes), [*cut, *method.notes])
     if pair is not None and pair.bridged:
         fitted.facts["joint_space"] = False
         fitted.notes.insert(
@@ -696,7 +679,9 @@ def _adapt_towers(
             "The towers had no joint space: the projection started from a ridge fit on the "
             "support and trained.",
         )
-    return _Outcome(fitted, config, recipe, log, trained, tuning.prompts, not tuning.trains_vision)
+    return _Result(
+        fitted, settings, recipe, log, trainable, method.class_texts, not method.trains_vision
+    )
 
 
 @dataclass(frozen=True)
@@ -736,40 +721,31 @@ def _start_pair(images: _Images, prompts: Sequence[Sequence[str]]) -> _Pair:
     return _Pair(pooled, prototypes, bridged)
 
 
-def _check_loss(method: TowerMethod, tuning: Tuning, loss: Loss, accumulate: int) -> None:
+def _check_loss(method: TowerMethod, config: AdaptConfig) -> None:
     """Refuse a loss, or a batch in parts, that what a method adds to the loss does not go with."""
-    if tuning.whole_batch and (accumulate > 1 or loss != "prototypes"):
+    loss, accumulate = config.loss, config.accumulate
+    if method.whole_batch and (accumulate > 1 or loss != "prototypes"):
         raise GloVLMError(
             f"Method '{method.name}' needs whole batches and loss 'prototypes': found accumulate "
             f"{accumulate}, loss '{loss}'. Leave both as they are by default."
         )
-    alone = tuning.image_prototypes is not None or tuning.around_images is not None
-    if (alone or tuning.raw_logits) and loss != "prototypes":
+    alone = method.per_image or method.guides_images or method.raw_logits
+    if alone and loss != "prototypes":
         raise GloVLMError(f"Method '{method.name}' knows loss 'prototypes' only; found '{loss}'.")
-
-
-def _head_of_prototypes(step: TowerStep) -> nn.Module:
-    """The class prototypes as the towers stand now, as a head."""
-    with torch.no_grad():
-        prototypes = step.current_prototypes().cpu().float()
-    raw = step.tuning.raw_logits
-    scale = 1.0 if raw else step.model.logit_scale.exp().item()
-    return prototype_head(prototypes, scale, raw=raw)
 
 
 def _replayed(
     step: TowerStep, source: ImageSource, held_out: BatchSource | None
 ) -> tuple[BatchSource, BatchSource | None]:
     """The same batches as states behind the frozen blocks, where there are some and they fit."""
-    wanted = [source] if held_out is None else [source, held_out]
-    found: list[BatchSource] = []
-    for images in wanted:
+    recorded: list[BatchSource] = []
+    for images in [source] if held_out is None else [source, held_out]:
         states = step.replay_images(images.fetch, len(images.labels))
         if states is None:
             step.stop_replay()
             return source, held_out
-        found.append(TensorSource(states, images.labels))
-    return found[0], found[1] if held_out is not None else None
+        recorded.append(TensorSource(states, images.labels))
+    return recorded[0], recorded[1] if held_out is not None else None
 
 
 def _sources(

@@ -1,19 +1,18 @@
-"""What a training step minimises: a head on features, or images against class texts."""
+"""Training losses: of a head on features, and of images against class texts."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..methods import StepState, Tuning
+from ..methods import StepState, TowerMethod
 from ..model.context import ContextGuide
 from ..model.prompts import TEXT_CHUNK
+from .config import Loss
 from .frozen_cache import Replay, record_tower
 from .loop import gather, world_size
-
-Loss = Literal["prototypes", "infonce", "infonce_published"]
 
 
 class HeadStep(nn.Module):
@@ -48,25 +47,23 @@ class TowerStep(nn.Module):
     """Loss of images against class texts, with whatever trains inside the towers.
 
     Args:
-        model: A `GloVLMModel` to which a method has attached itself.
-        processor: Its processor.
-        tuning: What the method attached.
+        method: A method that is attached to a model.
         loss: `prototypes`, `infonce` or `infonce_published`.
     """
 
-    def __init__(self, model: Any, processor: Any, tuning: Tuning, loss: Loss) -> None:
+    def __init__(self, method: TowerMethod, loss: Loss) -> None:
         super().__init__()
-        self.model = model
-        self.tuning = tuning
+        self.model = method.model
+        self.method = method
         self.loss = loss
-        encoded = processor.encode_prompts(tuning.prompts)
-        self.text = {k: v.to(model.logit_scale.device) for k, v in encoded.items()}
+        encoded = method.processor.encode_prompts(method.class_texts)
+        self.text = {k: v.to(self.model.logit_scale.device) for k, v in encoded.items()}
         self.images_replay: Replay | None = None
         self.blank: Tensor | None = None
         self.texts_replay: tuple[Replay, Tensor] | None = None
         self.fixed: Tensor | None = None
-        self.takes_rows = tuning.around_images is not None
-        if not tuning.trains_text:  # text of an unchanged tower is encoded once
+        self.takes_rows = method.guides_images
+        if not method.trains_text:  # text of an unchanged tower is encoded once
             with torch.no_grad():
                 self.fixed = self.current_prototypes()
 
@@ -115,13 +112,13 @@ class TowerStep(nn.Module):
             return self.images_replay.record(run, rows)
         self.train()
         blank = torch.zeros_like(fetch([0]).to(device, dtype))
-        found = record_tower(
+        recorded = record_tower(
             tower, run, rows, blank=lambda _: self.model.get_image_features(blank).pooler_output
         )
-        if found is None:
+        if recorded is None:
             return None
         self.blank = blank
-        self.images_replay, states = found
+        self.images_replay, states = recorded
         return states
 
     def replay_texts(self) -> None:
@@ -135,9 +132,9 @@ class TowerStep(nn.Module):
             pooled: Tensor = self.model.get_text_features(ids[rows], mask[rows]).pooler_output
             return pooled
 
-        found = record_tower(self.model.backbone.text_model, encode, len(ids))
-        if found is not None:
-            self.texts_replay = found[0], found[1].to(self._device)
+        recorded = record_tower(self.model.backbone.text_model, encode, len(ids))
+        if recorded is not None:
+            self.texts_replay = recorded[0], recorded[1].to(self._device)
 
     def stop_replay(self) -> None:
         """Run whole towers again."""
@@ -157,20 +154,20 @@ class TowerStep(nn.Module):
         if self.images_replay is not None and self.blank is not None:
             with self.images_replay.play(inputs):
                 features = self.model.get_image_features(self.blank).pooler_output
-        elif self.tuning.trains_vision:
+        elif self.method.trains_vision:
             features = self.model.get_image_features(inputs).pooler_output
         else:
             features = self.model.project_images(inputs)
-        return features if self.tuning.raw_logits else nn.functional.normalize(features, dim=-1)
+        return features if self.method.raw_logits else nn.functional.normalize(features, dim=-1)
 
     def compare(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Prototypes `[K, dim]`, or `[n, K, dim]` one set an image, and logits `[n, K]`."""
         scale = self.model.logit_scale.exp()
-        if self.tuning.image_prototypes is not None:
-            prototypes = self.tuning.image_prototypes(features)
+        if self.method.per_image:
+            prototypes = self.method.image_prototypes(features)
             return prototypes, scale * torch.einsum("nd,nkd->nk", features, prototypes)
         prototypes = self.current_prototypes()
-        if self.tuning.raw_logits:
+        if self.method.raw_logits:
             return prototypes, features @ prototypes.T
         return prototypes, scale * features @ prototypes.T
 
@@ -179,11 +176,11 @@ class TowerStep(nn.Module):
         self.eval()
         return self.compare(self.image_features(inputs))[1]
 
-    def _around_images(self, labels: Tensor, rows: Tensor | None) -> AbstractContextManager[Any]:
-        if self.tuning.around_images is None:
+    def _guide_images(self, labels: Tensor, rows: Tensor | None) -> AbstractContextManager[Any]:
+        if not self.takes_rows:
             return nullcontext()
         assert rows is not None  # the loop gives them to a step with `takes_rows`
-        return self.tuning.around_images(labels, rows, self.current_prototypes())
+        return self.method.guide_images(labels, rows, self.current_prototypes())
 
     def forward(
         self,
@@ -200,11 +197,11 @@ class TowerStep(nn.Module):
             labels: Class numbers `[n]`.
             weight: `[n]`, 0 for rows that only pad.
             total: Images of the batch in all processes and parts.
-            rows: Row numbers of the images `[n]`, for a method that wants them.
+            rows: Row numbers of the images `[n]`, for a step with `takes_rows`.
         """
-        with self._around_images(labels, rows):
+        with self._guide_images(labels, rows):
             features = self.image_features(inputs)
-        if self.loss != "prototypes" or self.tuning.whole_batch:
+        if self.loss != "prototypes" or self.method.whole_batch:
             # These need the whole batch in one place: every process computes all of it.
             features, labels, weight = gather(features), gather(labels), gather(weight)
             count = float(weight.sum())
@@ -219,29 +216,31 @@ class TowerStep(nn.Module):
             scale = self.model.logit_scale.exp()
             masked = self.loss == "infonce"
             loss = infonce(features, prototypes[labels], labels, weight, scale, masked)
-        if self.tuning.guide is not None:
-            trained = [p for group in self.tuning.groups for p in group["params"]]
-            loss = steer(loss, self.tuning.guide(state), trained)
-        if self.tuning.penalty is not None:
-            loss = loss + float(weight.sum()) / count * self.tuning.penalty(state)
+        reference = self.method.reference_loss(state)
+        if reference is not None:
+            loss = project_gradient(loss, reference, self.method.trained)
+        penalty = self.method.penalty(state)
+        if penalty is not None:
+            loss = loss + float(weight.sum()) / count * penalty
         return loss
 
 
-def steer(loss: Tensor, guide: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """A loss of the same value whose gradient does not oppose that of a guide (ProGrad).
+def project_gradient(loss: Tensor, reference: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """A loss of the same value whose gradient does not oppose that of a reference (ProGrad).
 
-    Where the gradient `g` of the loss and `h` of the guide point apart (`g.h < 0`), `g` is replaced
-    by `g - (g.h / h.h) h`, for each parameter by itself (Zhu et al. 2023, arXiv:2205.14865, eq. 4).
+    Where the gradient `g` of the loss and `h` of the reference point apart (`g.h < 0`), `g` is
+    replaced by `g - (g.h / h.h) h`, for each parameter by itself (Zhu et al. 2023,
+    arXiv:2205.14865, eq. 4).
 
     Args:
         loss: Scalar.
-        guide: Scalar; a parameter that it does not depend on keeps its gradient.
+        reference: Scalar; a parameter that it does not depend on keeps its gradient.
         parameters: All that train.
     """
-    wanted: Any = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    guided: Any = torch.autograd.grad(guide, parameters, retain_graph=True, allow_unused=True)
+    own: Any = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    others: Any = torch.autograd.grad(reference, parameters, retain_graph=True, allow_unused=True)
     surrogate = loss.new_zeros(())
-    for parameter, g, h in zip(parameters, wanted, guided, strict=True):
+    for parameter, g, h in zip(parameters, own, others, strict=True):
         if g is None:
             continue
         if h is not None and (dot := (g * h).sum()) < 0:
