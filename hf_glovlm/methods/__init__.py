@@ -1,4 +1,4 @@
-"""Adaptation methods, grouped by what they touch: one table, one contract, one result class."""
+"""Few-shot adaptation methods: one table, one contract, one result class."""
 
 # Importing lists the methods, in the order of the table.
 from . import closed_form, heads, context_tokens, layers, fine_tuning, convlm  # noqa: F401, I001

@@ -38,7 +38,7 @@ class ZeroShotConfig:
 
 @register
 class ZeroShot(FeatureMethod):
-    """Cosine between image and class texts, prompts averaged after normalising; no labels.
+    """Zero-shot: cosine between image and class texts, prompts averaged after normalising.
 
     A sampled prompt set holds one of each class's prompts, drawn with replacement and
     independently of the other classes; a class with one prompt keeps it (as MI-Zero,
@@ -108,7 +108,7 @@ class Prototype(FeatureMethod):
 
 @register
 class SSText(FeatureMethod):
-    """A closed form between image features and class texts, for supports of any balance.
+    """SS-Text: a closed form between image features and class texts, for supports of any balance.
 
     `w_k = s / (N lambda) sum_(i in k) f_i + t_k` with `lambda = 1 / N`, at least 0.001; logits are
     the cosines to `w_k` times the logit scale s.
@@ -129,7 +129,7 @@ class SSText(FeatureMethod):
 
 @register
 class SSTextPlus(FeatureMethod):
-    """SS-Text with a strength of its own for each class, and classes pushed apart.
+    """SS-Text+: SS-Text with a strength of its own for each class, and classes pushed apart.
 
     `w_k = s / (N lambda_k) sum_(i in k) f_i + t_k` with `lambda_k = 1 / n_k`, then
     `w_k - unit(2 w_k - mean_j w_j)`.
@@ -159,7 +159,7 @@ class GdaConfig:
             factor D counts every dimension as evidence of its own, while the features of an encoder
             move in a few tens: (N - 1 + those) / D of it is due, 0.01 at 1 shot to 0.3 at 16.
         support_prior: Whether class shares of the support are the prior. By default all classes are
-            equal: how many were labelled does not say how common a class is.
+            equal: how many were labelled is no measure of how common a class is.
     """
 
     alpha: float = 0.1
@@ -189,7 +189,7 @@ class Gda(FeatureMethod):
         residuals, total = features - means[support.labels], features - features.mean(0)
         spread = residuals.square().sum() / max(1, len(features) - 1)
         if residuals.square().sum() <= 1e-9 * total.square().sum():
-            # Every class is one image (or copies of it): nothing tells how a class varies.
+            # Every class is one image (or copies of it): how a class varies is unknown.
             residuals = torch.zeros_like(residuals)
             spread = total.square().sum() / max(1, len(features) - 1)
             notes.append(
@@ -205,7 +205,7 @@ class Gda(FeatureMethod):
 
 
 def apply_precision(vectors: Tensor, residuals: Tensor, spread: Tensor) -> Tensor:
-    """Multiply by the ridge precision `P = D ((N - 1) S + tr(S) I)^-1`, without forming it.
+    """Product with the ridge precision `P = D ((N - 1) S + tr(S) I)^-1`, without forming it.
 
     Args:
         vectors: `[K, D]`.
@@ -248,7 +248,7 @@ class TipAdapterConfig:
 
 @register
 class TipAdapter(FeatureMethod):
-    """A cache of the support's features beside the class texts.
+    """Tip-Adapter: a key-value cache of the support's features beside the class texts.
 
     `logits = s f.t + alpha exp(-beta (1 - f.key)) values`. The paper's keys are means of ten
     augmented views; here they are the features of the images as they are.
@@ -285,7 +285,7 @@ class TipAdapter(FeatureMethod):
 
 
 def cache_head(support: Support, alpha: float, beta: float, balance: bool) -> CacheHead:
-    """Make a cache of the support: unit features as keys, classes as values.
+    """Key-value cache of the support: unit features as keys, classes as values.
 
     Args:
         support: The labelled images, with class texts.
@@ -316,7 +316,7 @@ def search_tip_adapter(
     betas: Sequence[float] = TIP_BETAS,
     alphas: Sequence[float] = TIP_ALPHAS,
 ) -> tuple[float, float, float]:
-    """Find what the double loop `for beta: for alpha: if better: keep` finds.
+    """Grid search of Tip-Adapter: the result of `for beta: for alpha: if better: keep`.
 
     Better is a higher balanced accuracy over the classes present, which is plain accuracy where
     these have equally many images.
@@ -344,7 +344,7 @@ def count_hits(
     betas: Sequence[float],
     alphas: Sequence[float],
 ) -> Tensor:
-    """Count the images that Tip-Adapter gets right, for every beta, alpha and class.
+    """Correct predictions of Tip-Adapter, counted for every beta, alpha and class.
 
     The cache's logits are a sum of exponentials in beta, so their values at a few Chebyshev points
     give them at every beta to rounding. And an image is right for the alphas of one interval:
@@ -445,7 +445,7 @@ class TransClipConfig:
 
 @register
 class TransClip(FeatureMethod):
-    """Labels a whole query batch at once: Gaussians, class texts, and nearest neighbours.
+    """TransCLIP: labels a whole query batch at once by Gaussians, class texts and neighbours.
 
     From unit support means and zero-shot probabilities it alternates assignments z, means and one
     diagonal covariance. What is saved are the final means, covariance and class texts: for an image
@@ -511,7 +511,7 @@ class TransClip(FeatureMethod):
 
 
 def neighbour_graph(features: Tensor, neighbours: int) -> Tensor:
-    """Join each image to its nearest others by their cosine, in both directions.
+    """Nearest-neighbour graph of images by their cosines, symmetric.
 
     Args:
         features: Unit features `[m, dim]`.

@@ -1,4 +1,4 @@
-"""Methods on the text side: learned context tokens in front of the class name."""
+"""Prompt learning (CoOp and its successors): learned context tokens before the class name."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,7 +156,7 @@ class KgCoOpConfig(ContextConfig):
 
 @register
 class KgCoOp(AnchoredContextMethod):
-    """CoOp whose class texts stay near the hand-made ones.
+    """KgCoOp: CoOp whose class texts stay near the hand-made ones.
 
     Adds `lambda * (1 - mean_k cos(t_k, h_k))`: `t_k` is the class text with the learned context,
     `h_k` the mean of the class's own prompts, which in pathology are the hand-made ones.
@@ -181,7 +181,7 @@ class ProGradConfig(ContextConfig):
     """Settings of `prograd`: 16 tokens, as published: the last start from words, the others from 0.
 
     Args:
-        temperature: Of both softmaxes in the guide, T.
+        temperature: Of both softmaxes in the reference loss, T.
     """
 
     init: str = "a photo of a"
@@ -191,12 +191,12 @@ class ProGradConfig(ContextConfig):
 
 @register
 class ProGrad(AnchoredContextMethod):
-    """CoOp whose gradient never opposes the pretrained model's predictions.
+    """ProGrad: CoOp whose gradient never opposes the pretrained model's predictions.
 
-    The guide is `KL(p || q)`, averaged over the images: `p` is the softmax of the zero-shot logits
-    over the mean of each class's own prompts, `q` that of the learned context, both at temperature
-    T. Of the guide only the direction counts: where the gradients conflict, that of the
-    cross-entropy loses its part along the guide's (lambda = 1).
+    The reference loss is `KL(p || q)`, averaged over the images: `p` is the softmax of the
+    zero-shot logits over the mean of each class's own prompts, `q` that of the learned context,
+    both at temperature T. Only its direction counts: where the gradients conflict, that of the
+    cross-entropy loses its part along this one (lambda = 1).
     """
 
     name = "prograd"
@@ -238,7 +238,7 @@ class BiomedCoOpConfig(ContextConfig):
 
 @register
 class BiomedCoOp(AnchoredContextMethod):
-    """CoOp with many prompts of each class as teachers, outlying prompts left out.
+    """BiomedCoOp: CoOp with many prompts of each class as teachers, outlying prompts left out.
 
     Adds `l1 * mean((t - h)^2) + l2 * sum_i KL(p_i || q_i) / (n K)` over the n images of a batch
     and the K classes. `t` holds the class texts with the learned context, `h` the unit means of all
@@ -293,11 +293,11 @@ class BiomedCoOp(AnchoredContextMethod):
 
 
 def prompt_sets(classes: Sequence[ClassInfo], source: str) -> tuple[list[list[str]], list[str]]:
-    """The prompts of each class that `biomedcoop` learns from.
+    """Prompt ensembles of each class, from which `biomedcoop` learns.
 
     Args:
         classes: The classes.
-        source: `terminology`, for classes that it knows and a crop can show, or `classes`: their
+        source: `terminology`, for classes that it has and a crop can show, or `classes`: their
             own prompts.
 
     Returns:
@@ -333,7 +333,7 @@ def prompt_sets(classes: Sequence[ClassInfo], source: str) -> tuple[list[list[st
 
 @torch.no_grad()
 def prompt_features(model: Any, processor: Any, prompts: Sequence[Sequence[str]]) -> list[Tensor]:
-    """Encode every prompt of every class by itself, a chunk of them at a time.
+    """Text features of every single prompt, encoded a chunk at a time.
 
     Args:
         model: A `GloVLMModel`.
@@ -350,19 +350,19 @@ def prompt_features(model: Any, processor: Any, prompts: Sequence[Sequence[str]]
 
 
 def unit_means(features: Sequence[Tensor]) -> Tensor:
-    """The normalised mean of each class's unit features `[P_k, dim]`: `[K, dim]`."""
+    """Class prototypes `[K, dim]`: the normalised means of unit features `[P_k, dim]`."""
     return nn.functional.normalize(torch.stack([f.mean(0) for f in features]), dim=-1)
 
 
 def zero_shot_logits(model: Any, state: StepState, prototypes: Tensor) -> Tensor:
-    """Logits `[n, K]` of a step's images for fixed class texts `[K, dim]`; nothing trains here."""
+    """Zero-shot logits `[n, K]` of a step's images for fixed class texts `[K, dim]`."""
     features = state.features.detach()
     scale: Tensor = model.logit_scale.detach().exp()
     return scale * features @ prototypes.to(features).T
 
 
 def divergence(teacher: Tensor, student: Tensor, weight: Tensor) -> Tensor:
-    """`KL(softmax(teacher) || softmax(student))`, the weighted mean over images.
+    """Kullback-Leibler divergence from teacher to student, the weighted mean over images.
 
     Args:
         teacher: Logits `[n, K]`.
@@ -379,10 +379,10 @@ def mean_over_images(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def within(scores: Tensor, tau: float) -> Tensor:
-    """Which scores `[n]` lie at most `tau` standard deviations from their mean; all if none does.
+    """Outlier filter: which scores `[n]` lie at most `tau` standard deviations from their mean.
 
     Returns:
-        Booleans `[n]`, at least one of them true.
+        Booleans `[n]`; all true where none lies within.
     """
     kept = torch.ones_like(scores, dtype=torch.bool)
     if len(scores) > 1:
@@ -395,7 +395,7 @@ def within(scores: Tensor, tau: float) -> Tensor:
 
 
 def context_length(config: ContextConfig, words: int, max_length: int) -> int:
-    """The number of learned tokens M.
+    """Number of learned context tokens M.
 
     Args:
         config: Settings of the context.
@@ -417,7 +417,7 @@ def context_length(config: ContextConfig, words: int, max_length: int) -> int:
 
 
 class ContextEmbedding(nn.Module):
-    """A token embedding of which a few rows train and the table itself is neither copied nor moved.
+    """Token embedding of which a few rows train, without a copy of the table.
 
     Gives what PEFT's trainable tokens give, without their copy of the vocabulary at every step.
 
@@ -450,7 +450,7 @@ class ContextEmbedding(nn.Module):
 
 
 def find_embedding(backbone: nn.Module) -> tuple[str, nn.Embedding]:
-    """Find the text tower's token embedding and its name inside the backbone."""
+    """Token embedding of the text tower, after its name inside the backbone."""
     embedding = backbone.text_model.get_input_embeddings()  # type: ignore[union-attr, operator]
     name = next(n for n, m in backbone.named_modules() if m is embedding)
     return name, embedding
@@ -459,7 +459,7 @@ def find_embedding(backbone: nn.Module) -> tuple[str, nn.Embedding]:
 def unused_token_ids(
     processor: Any, num_embeddings: int, prompts: list[list[str]], count: int
 ) -> list[int]:
-    """Choose rows of the token embedding that no prompt uses, from the rare end of the vocabulary.
+    """Rows of the token embedding that no prompt uses, from the rare end of the vocabulary.
 
     Args:
         processor: A `GloVLMProcessor`.
@@ -468,19 +468,19 @@ def unused_token_ids(
         count: How many rows are needed.
 
     Raises:
-        GloVLMError: The vocabulary has too few free rows.
+        GloVLMError: The vocabulary has too few such rows.
     """
     tokenizer = processor.tokenizer
     rows = tokenizer([text for of_class in prompts for text in of_class])["input_ids"]
     taken = {i for row in rows for i in row} | set(tokenizer.all_special_ids)
     # A CLIP whose end token has the id 2 (OpenAI's by its old configuration, `mini`) is read at the
     # highest id of a text: the context must not be that, or nothing behind it would count.
-    free = [i for i in range(min(map(max, rows)) - 1, -1, -1) if i not in taken][:count]
-    if len(free) < count:
-        free = [i for i in range(num_embeddings - 1, -1, -1) if i not in taken][:count]
-    if len(free) < count:
+    unused = [i for i in range(min(map(max, rows)) - 1, -1, -1) if i not in taken][:count]
+    if len(unused) < count:
+        unused = [i for i in range(num_embeddings - 1, -1, -1) if i not in taken][:count]
+    if len(unused) < count:
         raise GloVLMError(
             f"Prompt tuning needs {count} vocabulary rows that no prompt uses; this tokenizer has "
-            f"{len(free)}. Lower context_tokens or do not use class_specific."
+            f"{len(unused)}. Lower context_tokens or do not use class_specific."
         )
-    return free
+    return unused

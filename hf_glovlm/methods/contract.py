@@ -1,6 +1,6 @@
-"""What an adaptation method is: a name, a typed config, a recipe, and one of three ways to run.
+"""Interface of an adaptation method: a name, a typed config, a recipe, and one of three kinds.
 
-A method only declares. Features are computed in `inference.py`, the loop is in `training.py`.
+Features are computed in `inference`, the training loop is in `training`.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Validation = Literal["none", "search", "early stopping"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the loop trains.
+    """Training recipe: optimiser, learning-rate schedule, epochs and batches.
 
     Args:
         lr: Learning rate of a group that does not set its own.
@@ -72,7 +72,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Support:
-    """The labelled images, as a method on features sees them. No test label is ever in it.
+    """Support set: the labelled images, as a method on features takes them; no test label.
 
     Args:
         features: Image features `[n, dim]`, not normalised; pooled vectors `[n, width]` for a
@@ -106,19 +106,19 @@ class Support:
 
     @property
     def texts(self) -> Tensor:
-        """The prototypes of a method that needs them, which was checked before."""
+        """Class prototypes `[K, dim]`, of a method that needs them (checked before)."""
         assert self.prototypes is not None
         return self.prototypes
 
 
 @dataclass
 class Fitted:
-    """What a method on features leaves behind.
+    """Fitted classifier.
 
     Args:
         head: A `Head` of `model/heads.py`: features in, logits out.
         notes: Sentences for the results.
-        facts: Numbers that were found or chosen, for the results.
+        facts: Numbers that were measured or chosen, for the results.
         query_logits: `[m, K]` of a transductive method for `Support.query`; its results are
             measured on these, while the head is what remains for other images.
         variants: Further heads whose spread is reported (sampled prompt sets).
@@ -133,7 +133,7 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Fold:
-    """One part of a search: fit on the support, score on labelled features of other groups."""
+    """Cross-validation fold: fit on the support, score on labelled features of other groups."""
 
     support: Support
     features: Tensor
@@ -142,7 +142,7 @@ class Fold:
 
 @dataclass(frozen=True)
 class StepState:
-    """What a further loss of a tower method sees of one step.
+    """Training step, as the further losses of a tower method take it.
 
     Args:
         features: Unit image features `[n, dim]`; as they are for a method with `raw_logits`.
@@ -161,11 +161,11 @@ class StepState:
 
 @dataclass(frozen=True)
 class NoConfig:
-    """A method without settings."""
+    """Settings of a method that has none."""
 
 
 class Method(ABC):
-    """One adaptation method; subclass one of the three below and decorate with `register`.
+    """Adaptation method; subclass one of the three below and decorate with `register`.
 
     Attributes:
         name: On the command line.
@@ -173,7 +173,7 @@ class Method(ABC):
         trains: What changes, in words.
         needs_text: Whether it uses class texts.
         saves_adapter: Whether it leaves a PEFT adapter beside the merged model.
-        transductive: Whether it looks at the unlabelled query batch.
+        transductive: Whether it uses the unlabelled query batch.
         validation: What further labels would be used for, if they are given.
         needs_prompt_features: Whether it takes the features of every single prompt.
         on_pooled: Whether it takes image vectors before the backbone's last projection.
@@ -194,7 +194,7 @@ class Method(ABC):
     Config: ClassVar[type] = NoConfig
 
     def configure(self, settings: Mapping[str, Any]) -> Any:
-        """Make the typed config, and refuse what it does not know.
+        """Typed config from plain settings.
 
         Raises:
             GloVLMError: A setting is unknown or of the wrong type.
@@ -219,7 +219,7 @@ class Method(ABC):
         return self.Config(**settings)
 
     def prompts(self, classes: Sequence[ClassInfo], config: Any) -> list[list[str]]:
-        """The texts that stand for each class."""
+        """Prompts: the texts that stand for each class."""
         return [list(c.prompts) for c in classes]
 
     def describe(self) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class Method(ABC):
 
 
 class FeatureMethod(Method):
-    """Frozen towers, closed form or a solver of its own: features in, head out.
+    """Method on frozen features with a closed form or a solver of its own.
 
     Attributes:
         grid: Values of settings among which `choose` searches, if it is given labelled folds.
@@ -248,10 +248,10 @@ class FeatureMethod(Method):
 
     @abstractmethod
     def fit(self, support: Support, config: Any) -> Fitted:
-        """Make the head from the support."""
+        """Fit the head to the support."""
 
     def choose(self, folds: Sequence[Fold], config: Any) -> Any:
-        """Choose settings on labelled images of groups that the method was not fitted on.
+        """Hyperparameter search on labelled images of groups that the method was not fitted on.
 
         Every combination of `grid` is fitted on each fold's support. The highest balanced accuracy
         over all folds wins, ties by the mean log-likelihood, then the setting that was given.
@@ -279,20 +279,20 @@ class FeatureMethod(Method):
 
 
 class HeadMethod(Method):
-    """Frozen towers, a module on features trained by the loop with cross-entropy."""
+    """Method on frozen features whose head the loop trains with cross-entropy."""
 
     validation: ClassVar[Validation] = "early stopping"
 
     @abstractmethod
     def recipe(self, shots: int, config: Any) -> Recipe:
-        """How the loop trains it, given the largest number of shots of any class."""
+        """Training recipe, given the largest number of shots of any class."""
 
     @abstractmethod
     def build(self, support: Support, config: Any) -> nn.Module:
-        """Make the untrained module; its parameters that require a gradient train."""
+        """Untrained head; its parameters that require a gradient train."""
 
     def penalty(self, head: nn.Module, support: Support, config: Any) -> Tensor | None:
-        """What is added to the mean loss of every step, if anything."""
+        """Regulariser that is added to the mean loss of every step, if any."""
         return None
 
     def finish(self, head: nn.Module, support: Support, config: Any, model: Any | None) -> Fitted:
@@ -350,7 +350,7 @@ class TowerMethod(Method):
 
     @abstractmethod
     def recipe(self, shots: int, config: Any) -> Recipe:
-        """How the loop trains it, given the largest number of shots of any class."""
+        """Training recipe, given the largest number of shots of any class."""
 
     def attach(self, model: Any, processor: Any, classes: Sequence[ClassInfo], config: Any) -> Self:
         """Attach the method to a model.
@@ -411,7 +411,7 @@ class TowerMethod(Method):
         raise NotImplementedError
 
     def penalty(self, state: StepState) -> Tensor | None:
-        """What is added to the loss of a step: a mean over its images, if anything."""
+        """Regulariser that is added to the loss of a step, a mean over its images, if any."""
         return None
 
     def reference_loss(self, state: StepState) -> Tensor | None:
@@ -435,7 +435,7 @@ METHODS: dict[str, Method] = {}
 
 
 def register(method: type[Method]) -> type[Method]:
-    """List a method in the table; refuse one that does not say what it is."""
+    """Add a method to the table; every attribute that describes it must be there."""
     for attribute in ("name", "family", "trains", "needs_text", "citation"):
         if not hasattr(method, attribute):
             raise TypeError(f"{method.__name__} must state '{attribute}'.")
@@ -481,7 +481,7 @@ def _default(setting: dataclasses.Field[Any]) -> Any:
 def give_joint_space(
     model: Any, pooled: Tensor, labels: Tensor, prototypes: Tensor, penalty: float = 1.0
 ) -> None:
-    """Start a pair's projection from a ridge fit of image vectors onto their class texts.
+    """Ridge regression from image vectors to class texts, where a pair's projection starts.
 
     Minimises `sum_i |W (x_i - mean x) - (t_i - mean t)|^2 + lambda |W|^2` in closed form, classes
     weighted equally, with `lambda = penalty * trace(X^T X) / n`: the penalty is relative to the

@@ -1,4 +1,4 @@
-"""ConVLM: texts guide the vision tower's tokens while it trains, and it learns to drop patches."""
+"""ConVLM: context-guided token learning and patch dropping in the vision tower."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ class ConVLMConfig:
         renormalize: Whether its weights sum to one; as published they do not.
         context: What guides: the text of the image's class, a `caption` column with one text an
             image, or nothing (plain token pruning, and no further loss).
-        target: What a text is to foresee: the class token behind the `final` norm (published
+        target: What is predicted from a text: the class token behind the `final` norm (published
             code), or that which the `layer` itself reads (published figure).
         weight_v: Of the loss between that token and the one made of the text.
         weight_c: Of the loss between the text and the one made of the class token's query.
@@ -74,7 +74,7 @@ class ConVLMConfig:
 
 @register
 class ConVLM(TowerMethod):
-    """Context-guided token learning and token enhancement, end to end or on a frozen tower.
+    """ConVLM: context-guided token learning and token enhancement, end to end or on a frozen tower.
 
     `L = CE(logits, y) + weight_v sum_l mean|AE_c(t) - x| + weight_c sum_l mean|AE_v(q_l) - t|` over
     the guided layers l, with t the text, x the class token (`target`) and q_l its query with the
@@ -250,13 +250,13 @@ def _add_context(model: Any, config: ConVLMConfig) -> ContextGuide:
 
 
 def _check(config: ConVLMConfig) -> None:
-    """Refuse settings that mean nothing; the model refuses what does not fit its tower."""
+    """Check of the settings; what does not fit the tower, the model refuses."""
     for name, known in _CHOICES.items():
-        found = getattr(config, name)
-        if found not in known:
+        value = getattr(config, name)
+        if value not in known:
             raise GloVLMError(
                 f"Setting '{name}' of method 'convlm' is one of {', '.join(known)}; found "
-                f"'{found}'.{nearest(str(found), known)}"
+                f"'{value}'.{nearest(str(value), known)}"
             )
     for name in ("weight_v", "weight_c", "blocks"):
         if getattr(config, name) < 0:

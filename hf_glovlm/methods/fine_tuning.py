@@ -1,4 +1,4 @@
-"""Methods inside the towers: fine-tuning of blocks or of everything, and LoRA with all of PEFT."""
+"""Fine-tuning of the towers: of blocks, of everything, and parameter-efficient with PEFT."""
 
 import dataclasses
 import warnings
@@ -37,7 +37,7 @@ ATTENTION_NAMES = {
 
 
 def tower_layers(tower: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find a transformer tower's list of blocks: its longest module list.
+    """Transformer blocks of a tower: its longest module list.
 
     Returns:
         The name inside the tower, and the list.
@@ -63,7 +63,7 @@ def target_modules(
     projections: str = "qkvo",
     mlp: bool = False,
 ) -> list[str]:
-    """Name the linear maps of a backbone's blocks, as PEFT's `target_modules` takes them.
+    """Names of the linear maps of a backbone's blocks, as PEFT's `target_modules` takes them.
 
     Args:
         backbone: A dual encoder with `vision_model` and `text_model`.
@@ -86,20 +86,20 @@ def target_modules(
     for prefix, block in _blocks(backbone, towers, last, layers):
         linear = [n for n, module in block.named_modules() if isinstance(module, nn.Linear)]
         for kind in projections:
-            found = [n for n in linear if _ends(n, ATTENTION_NAMES[kind])]
-            if not found:
+            matching = [n for n in linear if _ends(n, ATTENTION_NAMES[kind])]
+            if not matching:
                 raise GloVLMError(
                     f"No '{kind}' projection was found in {prefix} ({type(block).__name__}); known "
                     f"names: {', '.join(ATTENTION_NAMES[kind])}."
                 )
-            names += [f"{prefix}.{n}" for n in found]
+            names += [f"{prefix}.{n}" for n in matching]
         if mlp:
             names += [f"{prefix}.{n}" for n in linear if not in_attention(n)]
     return names
 
 
 def adapter_base(model: Any) -> str:
-    """Where an adapter's base weights are: what stock `AutoModel.from_pretrained` loads first."""
+    """Base model of an adapter: what stock `AutoModel.from_pretrained` loads first."""
     if model.name_or_path:  # a model of ours, adapted before: no longer the weights it came from
         return str(model.name_or_path)
     if model.config.is_pair:
@@ -137,16 +137,16 @@ def save_and_merge(model: Any, peft_model: Any, folder: Path | None) -> None:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Keep from users what peft 0.21 says about its own workings and about local bases."""
+    """Silence warnings of peft 0.21 that do not concern a user."""
     with warnings.catch_warnings():
-        for told in (
+        for message in (
             ".*gradient_checkpointing",
             "Could not find a config file in",
             "Failed to load the CUDA extension",  # BOFT's; it has another way
             "Setting boft_n_butterfly_factor",
             "Unsupported layer type",  # LN_TUNING's; it takes layer norms all the same
         ):
-            warnings.filterwarnings("ignore", message=told)
+            warnings.filterwarnings("ignore", message=message)
         yield
 
 
@@ -167,7 +167,7 @@ class VanillaConfig:
 
 @register
 class Vanilla(TowerMethod):
-    """Fine-tune the last blocks of both towers and the logit scale; projections stay."""
+    """Partial fine-tuning: the last blocks of both towers and the logit scale."""
 
     name = "vanilla"
     family = "both sides"
@@ -208,7 +208,7 @@ class FullConfig:
 
 @register
 class Full(TowerMethod):
-    """Fine-tune everything: both towers, their projections and the logit scale.
+    """Full fine-tuning: both towers, their projections and the logit scale.
 
     Its recipe is ours, from no paper: `vanilla`'s epochs and batches at a tenth of its rate.
     """
@@ -273,7 +273,7 @@ class LoraSettings:
 
 @register
 class Lora(TowerMethod):
-    """Low-rank updates of q and v in the last block of both towers, or any other tuner of PEFT.
+    """LoRA: low-rank updates of q and v in the last block of both towers, or any tuner of PEFT.
 
     The logit scale stays as pretrained (the published code trains it at 2e-5, which moves it by
     less than 0.01 in 20 epochs), so that the adapter alone holds all that changed.
@@ -291,7 +291,7 @@ class Lora(TowerMethod):
         return Recipe(lr=2e-5, epochs=20, batch_size=5)
 
     def lora_settings(self) -> LoraSettings:
-        """What is built: the method's own settings, or those that a variant of it fixes."""
+        """Settings of LoRA: the method's own, or those that a variant of it fixes."""
         settings: LoraSettings = self.config
         return settings
 
@@ -435,7 +435,7 @@ def _norms(backbone: Any, config: LoraSettings) -> list[str]:
 
 
 def unused_parameters(model: Any, processor: Any, texts: list[str]) -> list[nn.Parameter]:
-    """Parameters that neither an image's nor a text's features depend on."""
+    """Unused parameters: neither an image's nor a text's features depend on them."""
     from PIL import Image
 
     encoded = processor.encode_prompts([texts])

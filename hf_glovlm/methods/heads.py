@@ -1,4 +1,4 @@
-"""Methods on the feature side: a head on frozen image features, solved or trained by gradients."""
+"""Feature-side methods: a head on frozen image features, solved or trained by gradients."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ WHOLE_SUPPORT = 2**31 - 1  # a batch size: one step an epoch, however many image
 
 
 def place_texts(text: ClassWeights, support: Support) -> None:
-    """Put the class texts into a head, where they stay as they are while the rest trains."""
+    """Freeze the class texts in a head while the rest trains."""
     with torch.no_grad():
         text.weight.copy_(support.texts)
         text.scale.fill_(support.logit_scale)
@@ -48,7 +48,7 @@ class LinearProbeConfig:
 
 @register
 class LinearProbe(FeatureMethod):
-    """Multinomial logistic regression (L-BFGS) on L2-normalised features."""
+    """Linear probe: multinomial logistic regression (L-BFGS) on L2-normalised features."""
 
     name = "linear_probe"
     family = "feature side"
@@ -110,14 +110,14 @@ def fit_logistic(
         grad = np.concatenate([slope.T @ images + weight / (C * n), slope.sum(0)[:, None]], 1)
         return float(loss + np.square(weight).sum() / (2 * C * n)), grad.reshape(-1)
 
-    found = minimize(
+    solution = minimize(
         objective,
         np.zeros(rows * (dim + 1)),
         jac=True,
         method="L-BFGS-B",
         options={"maxiter": max_iter, "maxls": 50, "gtol": 1e-4, "ftol": 64 * 2.0**-52},
     )
-    values = found.x.reshape(rows, dim + 1)
+    values = solution.x.reshape(rows, dim + 1)
     weight, bias = all_classes(values[:, :dim]), all_classes(values[:, dim])
     return torch.from_numpy(weight.copy()), torch.from_numpy(bias.copy())
 
@@ -183,7 +183,7 @@ class LpPlusPlus(FeatureMethod):
 def lp_plus_plus_path(
     features: Tensor, labels: Tensor, texts: Tensor, config: LpPlusPlusConfig
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Where LP++ stands at the start and after each epoch, in the precision of its features.
+    """Iterates of LP++ at the start and after each epoch, in the precision of its features.
 
     Args:
         features: Unit features `[n, dim]`.
@@ -278,7 +278,7 @@ class ZsLpConfig:
 
 
 class PrototypeMethod(HeadMethod):
-    """What the methods below share: in the end, class prototypes are all that is left."""
+    """Method whose fitted head is one class prototype a class."""
 
     family = "feature side"
     needs_text = True
@@ -360,7 +360,7 @@ class TaskResConfig:
 
 @register
 class TaskRes(PrototypeMethod):
-    """A residual beside each class text: `t_k + alpha x_k`, x from zero."""
+    """TaskRes: a residual beside each class text, `t_k + alpha x_k`, x from zero."""
 
     name = "taskres"
     trains = "a residual to each class text"
@@ -394,7 +394,7 @@ class ClipAdapterConfig:
 
 @register
 class ClipAdapter(HeadMethod):
-    """A bottleneck beside the image feature; class texts stay as they are."""
+    """CLIP-Adapter: a bottleneck beside the image feature; class texts stay as they are."""
 
     name = "clip_adapter"
     family = "feature side"
@@ -419,7 +419,7 @@ class ClipAdapter(HeadMethod):
 
 @register
 class TipAdapterF(HeadMethod):
-    """Tip-Adapter whose keys train while alpha and beta stay; these are searched on validation.
+    """Tip-Adapter-F: the keys train; alpha and beta stay, or are searched on validation.
 
     The published code keeps the epoch that is best on the test set; here it is the last.
     """
@@ -502,7 +502,7 @@ class Projection(nn.Module):
 
 @register
 class ProLip(HeadMethod):
-    """Fine-tune the last visual projection, held at its pretrained values.
+    """ProLIP: fine-tunes the last visual projection, held at its pretrained values.
 
     Adds `lambda |W - W0|^2` (squared Frobenius norm) with lambda = 1 / shots. The published
     runs see 300 random views of every image, one an epoch; here the vectors are computed once.
@@ -571,7 +571,7 @@ class ClassifierConfig:
 
 @register
 class Classifier(HeadMethod):
-    """Linear, batch norm, ReLU, dropout, Linear on frozen features, trained by cross-entropy."""
+    """MLP with one hidden layer (batch norm, ReLU, dropout) on frozen features."""
 
     name = "classifier"
     family = "feature side"

@@ -1,4 +1,4 @@
-"""Methods that put something new between the towers' blocks, or read the text of every image."""
+"""Adapter modules and learned tokens between the towers' blocks, and CoCoOp."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -316,7 +316,7 @@ def _at_least_one(name: str, value: int) -> None:
 
 
 def _split(init: str, count: int) -> tuple[list[str], list[str]]:
-    """Part the first words, which become learned tokens, from the rest."""
+    """The first words, which become learned tokens, and the rest."""
     words = init.split()
     if not 1 <= count <= len(words):
         raise GloVLMError(
@@ -329,12 +329,12 @@ def _split(init: str, count: int) -> tuple[list[str], list[str]]:
 def _word_ids(processor: Any, word: str) -> list[int]:
     ids: list[int] = processor.tokenizer(word, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise GloVLMError(f"The tokenizer knows nothing of '{word}': give other words with init.")
+        raise GloVLMError(f"The tokenizer has no token for '{word}': give other words with init.")
     return ids
 
 
 def _word_vectors(processor: Any, embedding: nn.Embedding, words: Sequence[str]) -> Tensor:
-    """Embed each word as one token `[words, width]`: the mean of its pieces, if it has several."""
+    """Word embeddings `[words, width]`: the mean of a word's pieces, if it has several."""
     return torch.stack(
         [embedding.weight.detach()[_word_ids(processor, word)].mean(0) for word in words]
     )

@@ -1,4 +1,4 @@
-"""PEFT's tuners: which can serve here, and what the config of each is given."""
+"""Tuners of PEFT: which of them can adapt a backbone, and the config of each."""
 
 import dataclasses
 import math
@@ -49,7 +49,7 @@ SET_BY_THE_METHOD = ("target_modules", "modules_to_save", "total_step")
 
 
 def tuner_names() -> list[str]:
-    """PEFT's tuners that can serve here, and the short names."""
+    """Names of PEFT's tuners that can serve here, and the short names."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     names = (kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
@@ -65,16 +65,16 @@ def find_tuner(name: str) -> tuple[str, dict[str, Any]]:
     Raises:
         GloVLMError: PEFT has none of this name, or it cannot serve here.
     """
-    asked = name.upper().replace("-", "_")
+    key = name.upper().replace("-", "_")
     known = tuner_names()
-    if asked in UNSUITABLE:
-        raise GloVLMError(f"PEFT's {asked} {UNSUITABLE[asked]}: choose one of {', '.join(known)}.")
-    if asked not in known:
+    if key in UNSUITABLE:
+        raise GloVLMError(f"PEFT's {key} {UNSUITABLE[key]}: choose one of {', '.join(known)}.")
+    if key not in known:
         raise GloVLMError(
             f"PEFT has no tuner '{name}' that adapts linear maps; it has {', '.join(known)}."
-            f"{nearest(asked, known)}"
+            f"{nearest(key, known)}"
         )
-    return ("LORA", {VARIANTS[asked]: True}) if asked in VARIANTS else (asked, {})
+    return ("LORA", {VARIANTS[key]: True}) if key in VARIANTS else (key, {})
 
 
 def tuner_arguments(
@@ -132,12 +132,12 @@ def build_config(tuner: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def describe_tuner(tuner: str, arguments: Mapping[str, Any]) -> list[str]:
-    """Sentences for the results: what the tuner was given, and how its adapter loads."""
+    """Notes on a tuner for the results: its arguments, and how its adapter loads."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     left_out = (*SET_BY_THE_METHOD, "feedforward_modules", "progressbar")
-    told = ", ".join(f"{k} {v}" for k, v in arguments.items() if k not in left_out)
-    notes = [f"PEFT tuner {tuner}: {told or 'with its own defaults'}."]
+    listed = ", ".join(f"{k} {v}" for k, v in arguments.items() if k not in left_out)
+    notes = [f"PEFT tuner {tuner}: {listed or 'with its own defaults'}."]
     if getattr(PEFT_TYPE_TO_TUNER_MAPPING[tuner], "uses_shared_state", False):  # type: ignore[index]
         notes.append(
             f"{tuner} shares vectors among layers: its adapter loads with peft's "
@@ -152,7 +152,7 @@ def in_attention(name: str) -> bool:
 
 
 def _check(tuner: str, given: Mapping[str, Any]) -> set[str]:
-    """Names of the arguments that a tuner takes; refuse what it does not know or cannot have."""
+    """Names of the arguments that a tuner takes; refuses others that are given."""
     from peft import PeftConfig
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -178,7 +178,7 @@ def _check(tuner: str, given: Mapping[str, Any]) -> set[str]:
 
 
 class AdaLoraBudget:
-    """AdaLoRA's part in the loop: ranks fall to the budget, and factors stay near orthogonal.
+    """Rank allocation of AdaLoRA: ranks fall to the budget, and factors stay near orthogonal.
 
     Zhang et al. 2023, arXiv:2303.10512.
 

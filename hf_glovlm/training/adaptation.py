@@ -84,7 +84,7 @@ class AdaptedFeatures:
         settings: The method's config, as it was used.
         recipe: How it was trained; `None` for closed forms.
         log: One row an epoch.
-        notes: Sentences that belong beside its numbers.
+        notes: Sentences for the results.
         facts: Numbers that the method measured or chose.
         query_logits: Logits of the query features `[m, classes]`, of a transductive method.
     """
@@ -109,7 +109,7 @@ class AdaptedFeatures:
 
 @dataclass(frozen=True)
 class _Training:
-    """How to train, and where."""
+    """Training settings and hardware of one adaptation."""
 
     config: AdaptConfig
     device: torch.device
@@ -124,7 +124,7 @@ class _Training:
 
     @property
     def loop_options(self) -> dict[str, Any]:
-        """What of this the loop takes as it is."""
+        """Arguments of `fit` that every method has in common."""
         config = self.config
         return {
             "seed": config.seed,
@@ -153,7 +153,7 @@ class _Training:
         return replace(recipe, steps=max_steps), [note]
 
     def accelerate(self) -> "Accelerator":
-        """The accelerator that was given, or a plain one."""
+        """The given accelerator, or a plain one."""
         if self.accelerator is not None:
             return self.accelerator
         from accelerate import Accelerator
@@ -161,7 +161,7 @@ class _Training:
         return Accelerator(cpu=self.device.type == "cpu")
 
     def adapter_folder(self) -> Path | None:
-        """Where an adapter alone goes, emptied; `None` where this process writes nothing."""
+        """Folder of an adapter alone, emptied; `None` where this process writes nothing."""
         folder = self.output_dir
         main = self.accelerator is None or self.accelerator.is_main_process
         if folder is None or not main:
@@ -172,7 +172,7 @@ class _Training:
 
 @dataclass(frozen=True)
 class _Images:
-    """The images of a task, and the model that encodes them."""
+    """Images of a task, and the model that encodes them."""
 
     model: Any
     processor: Any
@@ -186,7 +186,7 @@ class _Images:
     cache: FeatureCache | None
 
     def embed(self, images: "Dataset", project: bool) -> Tensor:
-        """Features of some of them, each encoded once."""
+        """Image features, each image encoded once."""
         features = embed_images(
             self.model, self.processor, images,
             device=self.device, cache=self.cache, project=project,
@@ -194,7 +194,7 @@ class _Images:
         return torch.from_numpy(features)
 
     def embed_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """One prototype a class."""
+        """Class prototypes `[K, dim]`."""
         return torch.from_numpy(embed_prompts(self.model, self.processor, prompts))
 
 
@@ -232,7 +232,7 @@ def adapt(
     cache: FeatureCache | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Adapted:
-    """Adapt a backbone to a task from a few labelled images. No test label can be passed in.
+    """Few-shot adaptation of a backbone to a task. No test label can be passed in.
 
     Args:
         model: A `GloVLMModel`, which is changed and taken over, or a backbone's name.
@@ -313,7 +313,7 @@ def _check_config(method: Method, model: Any, config: AdaptConfig) -> None:
 
 
 def _put_together(images: _Images, result: _Result) -> Adapted:
-    """The backbone with its head, classes and prompts, and how it came about."""
+    """Adapted model: the backbone with its head, classes and prompts."""
     from ..model import GloVLMForImageClassification
 
     model, fitted = images.model, result.fitted
@@ -351,7 +351,7 @@ def adapt_features(
     seed: int = 0,
     method_config: Mapping[str, Any] | None = None,
 ) -> AdaptedFeatures:
-    """Run a method on bare features, so that embeddings from any tool serve without a backbone.
+    """Few-shot classifier on precomputed features, such as embeddings from any other tool.
 
     Args:
         method: A name of `METHODS` that works on features.
@@ -415,18 +415,18 @@ def adapt_features(
 
 
 def _whole_numbers(labels: Any, n: int) -> Tensor:
-    """Class numbers `[n]`, whatever they came as."""
-    numbers = torch.as_tensor(labels)
-    if numbers.is_floating_point() or numbers.shape != (n,):
+    """Class numbers `[n]` from any array of integers."""
+    tensor = torch.as_tensor(labels)
+    if tensor.is_floating_point() or tensor.shape != (n,):
         raise GloVLMError(
-            f"Expected {n} whole class numbers as support_labels, found {tuple(numbers.shape)} of "
-            f"{numbers.dtype}."
+            f"Expected {n} whole class numbers as support_labels, found {tuple(tensor.shape)} of "
+            f"{tensor.dtype}."
         )
-    return numbers.long()
+    return tensor.long()
 
 
 def _count_classes(labels: Tensor, prototypes: Tensor | None) -> int:
-    """How many classes there are: the rows of the texts if there are any, else by the labels."""
+    """Number of classes: rows of the texts if there are any, else by the labels."""
     lowest, highest = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
     num_classes = highest + 1 if prototypes is None else len(prototypes)
     if lowest < 0 or highest >= num_classes:
@@ -458,7 +458,7 @@ def _adapt_on_features(
 
 
 def _describe_support(images: _Images, method: Method, settings: Any, seed: int) -> Support:
-    """The support as a method on features sees it."""
+    """Support set of a method on features."""
     model, support, labels = images.model, images.support, images.labels
     projection = _linear_projection(model) if method.on_pooled else None
     project = projection is None
@@ -557,7 +557,7 @@ def _fit_features(
 def _leave_groups_out(
     support: Support, groups: Sequence[str], stands_in: bool
 ) -> tuple[list[Fold], str]:
-    """One fold for each group, if every class has enough of them; a sentence for the results."""
+    """Leave-one-group-out folds, if every class has enough groups; a note for the results."""
     held = [
         len({g for g, k in zip(groups, support.labels.tolist(), strict=True) if k == c})
         for c in range(support.num_classes)
@@ -686,7 +686,7 @@ def _adapt_towers(
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two encoders side by side as they are before a method is attached.
+    """Pair of encoders before a method is attached.
 
     Args:
         pooled: Vectors of the support `[n, width]`.
@@ -737,7 +737,7 @@ def _check_loss(method: TowerMethod, config: AdaptConfig) -> None:
 def _replayed(
     step: TowerStep, source: ImageSource, held_out: BatchSource | None
 ) -> tuple[BatchSource, BatchSource | None]:
-    """The same batches as states behind the frozen blocks, where there are some and they fit."""
+    """Batches as states behind the frozen blocks, where there are some and they fit."""
     recorded: list[BatchSource] = []
     for images in [source] if held_out is None else [source, held_out]:
         states = step.replay_images(images.fetch, len(images.labels))
@@ -751,7 +751,7 @@ def _replayed(
 def _sources(
     images: _Images, trains_vision: bool, pooled: Tensor | None
 ) -> tuple[BatchSource, BatchSource | None]:
-    """Where training and validation batches come from: pixels, or vectors of a frozen tower."""
+    """Sources of training and validation batches: pixels, or vectors of a frozen tower."""
     processor, validation = images.processor, images.validation
     held_out: BatchSource | None = None
     if trains_vision:
@@ -771,7 +771,7 @@ def _sources(
 
 
 def refit_projection(model: Any, pooled: Tensor, labels: Tensor, prototypes: Tensor) -> None:
-    """Start a pair's projection anew for other class texts, keeping its parameters in place."""
+    """Refit a pair's projection to other class texts, keeping its parameters in place."""
     projection = model.backbone.visual_projection
     give_joint_space(model, pooled, labels, prototypes)
     with torch.no_grad():
@@ -792,7 +792,7 @@ def _labels(rows: "Dataset") -> Tensor:
 
 
 def _linear_projection(model: Any) -> nn.Linear | None:
-    """What stands between pooled vectors and image features, if it is one matrix."""
+    """Projection from pooled vectors to image features, if it is one matrix."""
     projection = getattr(model.backbone, "visual_projection", None)
     return projection if isinstance(projection, nn.Linear) else None
 
@@ -818,7 +818,7 @@ def _methods() -> list[tuple[str, Method]]:
 
 
 def _matrix(values: Any, name: str) -> Tensor:
-    """A finite matrix of fp32, whatever it came as."""
+    """Finite matrix of fp32 from any array."""
     import numpy as np
 
     try:

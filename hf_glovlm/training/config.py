@@ -13,7 +13,7 @@ Loss = Literal["prototypes", "infonce", "infonce_published"]
 
 @dataclass(frozen=True)
 class AdaptConfig:
-    """How `adapt` trains.
+    """Adaptation settings: how `adapt` trains.
 
     Args:
         method_config: Settings of the method (`glovlm methods --json` lists them).

@@ -1,4 +1,4 @@
-"""Blocks of a tower that do not change are run once; afterwards their output is played back."""
+"""Activation cache: frozen leading blocks of a tower run once, then their output is replayed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ CHUNK = 32  # rows that go through the tower together while they are recorded
 
 
 class Replay:
-    """A tower that starts behind its frozen blocks, from states that were recorded once.
+    """Replay of a tower from behind its frozen blocks, from states that were recorded once.
 
     Its embedding still runs, on whatever input it is given then: it makes masks and shapes.
 
@@ -66,7 +66,7 @@ class Replay:
 
     @contextmanager
     def play(self, states: Tensor) -> Iterator[None]:
-        """Inside, the tower takes its frozen blocks' output from here, whatever its input is.
+        """Context in which the tower takes its frozen blocks' output from `states`.
 
         Args:
             states: `[n, tokens, width]`, rows of what `record` returned, on the tower's device.
@@ -95,7 +95,7 @@ def record_tower(
         tower: As it is during training, with the parts in training mode that will be.
         run: Runs the tower on some of the rows and returns features of these `[n, dim]`.
         rows: Number of rows.
-        blank: The same from an input of the same shape that says nothing, if that will stand in
+        blank: The same from an empty input of the same shape, if that will stand in
             for the input; `run` when not given.
         keep_bytes: Most memory to take.
 
@@ -125,9 +125,9 @@ def record_tower(
 
 
 def frozen_blocks(tower: nn.Module, run: Callable[[], Any]) -> int:
-    """Count the leading blocks of a tower whose output is the same at every step.
+    """Number of leading blocks of a tower whose output is the same at every step.
 
-    The method is not asked: whatever trains in or before a block (its weights, an adapter, inserted
+    Whatever trains in or before a block (its weights, an adapter, inserted
     tokens, an embedding) makes its output require a gradient.
 
     Args:
@@ -145,12 +145,12 @@ def frozen_blocks(tower: nn.Module, run: Callable[[], Any]) -> int:
     seen: list[int] = []
     changes: list[bool] = []
 
-    def look(i: int, output: Any) -> None:
+    def note(i: int, output: Any) -> None:
         seen.append(i)
         changes.append(_state(output).requires_grad)
 
     hooks = [
-        block.register_forward_hook(lambda _module, _inputs, output, i=i: look(i, output))
+        block.register_forward_hook(lambda _module, _inputs, output, i=i: note(i, output))
         for i, block in enumerate(blocks)
     ]
     try:

@@ -1,4 +1,4 @@
-"""The one training loop, over Accelerate: batches in, a log out, a checkpoint after every epoch."""
+"""Training loop over Accelerate: batches in, a log out, a checkpoint after every epoch."""
 
 import json
 import math
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BatchSource(Protocol):
-    """Where batches come from: inputs by index, and their labels."""
+    """Batch source: inputs by index, and their labels."""
 
     labels: Tensor
 
@@ -33,7 +33,7 @@ class BatchSource(Protocol):
 
 @dataclass
 class TensorSource:
-    """Features that are already there: `[n, dim]`."""
+    """Batch source of features in memory `[n, dim]`."""
 
     inputs: Tensor
     labels: Tensor
@@ -44,7 +44,7 @@ class TensorSource:
 
 
 class ImageSource:
-    """Images, decoded and preprocessed when first asked for and kept while they are few.
+    """Batch source of images, preprocessed at first use and kept while they are few.
 
     Args:
         images: Rows with `image`.
@@ -135,7 +135,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def plan(recipe: Recipe, n: int) -> tuple[int, int]:
-    """Count the epochs and the optimiser steps that a recipe makes of `n` images."""
+    """Numbers of epochs and optimiser steps of a recipe on `n` images."""
     batches = math.ceil(n / recipe.batch_size)
     if recipe.steps is None:
         return recipe.epochs, recipe.epochs * batches
@@ -145,7 +145,7 @@ def plan(recipe: Recipe, n: int) -> tuple[int, int]:
 def learning_rate(
     recipe: Recipe, base: float, epoch: int, epochs: int, step: int = 0, steps: int = 1
 ) -> float:
-    """The rate of a step: warm-up, then constant, cosine, or halved after each quarter.
+    """Learning rate of a step: warm-up, then constant, cosine, or halved after each quarter.
 
     Args:
         recipe: How to train.
@@ -166,10 +166,10 @@ def learning_rate(
 
 
 def draw_order(recipe: Recipe, labels: Tensor, seed: int, epoch: int) -> Tensor:
-    """Draw the rows of one epoch `[n]`, the same in every process.
+    """Order of the rows in one epoch `[n]`, drawn the same in every process.
 
     Args:
-        recipe: Says how: every row once, or drawn with replacement by one over its class's size.
+        recipe: Its `sampling`: every row once, or with replacement by one over its class's size.
         labels: Class numbers `[n]`.
         seed: Of the run.
         epoch: Counted from 0.
@@ -200,14 +200,14 @@ def fit(
     begin: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The loop, for every method that trains and for pretraining.
+    """Training loop, for every method that trains and for pretraining.
 
     One process or many give the same: the order is drawn from `(seed, epoch)` for the whole batch,
     each process takes every n-th row of it, and the parts' losses add up to the batch's mean.
 
     Args:
         step: `forward(inputs, labels, weight, total)` gives this process's part of the loss; with
-            an attribute `takes_rows` that is true it is told the row numbers too, as `rows`.
+            an attribute `takes_rows` that is true it is given the row numbers too, as `rows`.
         groups: Optimiser groups, `{"params", "lr"?, "weight_decay"?}`.
         source: Where batches come from.
         recipe: How to train.
@@ -220,9 +220,9 @@ def fit(
         output_dir: Takes `log.jsonl` and, after every epoch (of more than 100, about a hundred
             times), `checkpoint.safetensors`.
         resume: Go on from that checkpoint.
-        on_epoch: Told of every epoch's log row.
-        begin: Told the number of steps in all before the first.
-        after_step: Told of every optimiser step that was made, counted from 1.
+        on_epoch: Called with every epoch's log row.
+        begin: Called with the number of steps in all before the first.
+        after_step: Called with the number of every optimiser step, counted from 1.
 
     Returns:
         The log, one row an epoch.
@@ -307,7 +307,7 @@ def _backward(
     processes: int,
     takes_rows: bool,
 ) -> float:
-    """Add up the gradients of a batch, part by part; return its loss, the same in all processes."""
+    """Gradient accumulation over a batch, part by part; its loss, the same in all processes."""
     parts = [batch[i::accumulate] for i in range(accumulate) if batch[i::accumulate]]
     total = 0.0
     for i, part in enumerate(parts):
@@ -354,7 +354,7 @@ def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Opti
 
 
 class _State:
-    """What has to survive a crash: trained tensors, optimiser moments, the log, the best epoch.
+    """Checkpoint: trained tensors, optimiser moments, the log, the best epoch.
 
     One safetensors file, replaced as a whole, so that it is never half-written.
     """

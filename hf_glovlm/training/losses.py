@@ -68,12 +68,12 @@ class TowerStep(nn.Module):
                 self.fixed = self.current_prototypes()
 
     def train(self, mode: bool = True) -> "TowerStep":
-        """Only what a method added drops out: a few images against a noisy tower teach nothing."""
+        """Training mode of what a method added alone: few images do not outweigh a noisy tower."""
         super().train(False)
         for name, module in self.named_modules():
-            # PEFT's: its layers, some of which look at their own flag, and what they hold.
+            # PEFT's: its layers, some of which read their own flag, and what they hold.
             peft = type(module).__module__.startswith("peft.")
-            # Its own flag alone: it looks at texts in training mode, and nothing in it drops out.
+            # Its own flag alone: it reads texts in training mode, and nothing in it drops out.
             guide = isinstance(module, ContextGuide)
             if peft or guide or "dropout" in name.rpartition(".")[0]:
                 module.training = mode
@@ -226,7 +226,7 @@ class TowerStep(nn.Module):
 
 
 def project_gradient(loss: Tensor, reference: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """A loss of the same value whose gradient does not oppose that of a reference (ProGrad).
+    """Gradient projection: a loss whose gradient does not oppose that of a reference (ProGrad).
 
     Where the gradient `g` of the loss and `h` of the reference point apart (`g.h < 0`), `g` is
     replaced by `g - (g.h / h.h) h`, for each parameter by itself (Zhu et al. 2023,
@@ -257,7 +257,7 @@ def infonce(
     scale: Tensor,
     mask_same_class: bool,
 ) -> Tensor:
-    """Symmetric in-batch contrastive loss, each image against the class text of every other.
+    """InfoNCE: symmetric in-batch contrastive loss, each image against the others' class texts.
 
     Two images of one class share their text; taken as negatives of each other they are false.
 
