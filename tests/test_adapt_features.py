@@ -51,7 +51,7 @@ def test_separable_classes_are_learned_from_any_support(name: str, counts: tuple
 
 
 @pytest.mark.parametrize("name", WITH_LABELS)
-def test_without_texts_the_class_means_stand_in_and_that_is_said(name: str) -> None:
+def test_without_texts_the_class_means_stand_in_and_a_note_is_made(name: str) -> None:
     features, labels, _, unseen = clusters((3, 2, 4))
     fitted = fit(name, features, labels)
     assert fitted.predict_logits(unseen).argmax(1).tolist() == [0, 1, 2]
@@ -177,10 +177,10 @@ def test_groups_are_left_out_one_at_a_time_if_there_are_enough(per_class: int, f
     features, labels, _, _ = clusters((12, 12))
     groups = [f"patient {i % per_class}" for i in range(24)]
     given_ = Support(torch.tensor(features), torch.tensor(labels), 2)
-    found, said = _leave_groups_out(given_, groups, stands_in=False)
-    assert len(found) == folds
-    assert ("kept at their defaults" in said) == (folds == 0)
-    for fold in found:
+    actual, noted = _leave_groups_out(given_, groups, stands_in=False)
+    assert len(actual) == folds
+    assert ("kept at their defaults" in noted) == (folds == 0)
+    for fold in actual:
         assert len(fold.support.labels) + len(fold.labels) == 24
         assert not {tuple(row) for row in fold.features.tolist()} & {
             tuple(row) for row in fold.support.features.tolist()

@@ -114,9 +114,9 @@ def quick(
 
 
 def method() -> TowerMethod:
-    found = METHODS["convlm"]
-    assert isinstance(found, TowerMethod)
-    return found
+    actual = METHODS["convlm"]
+    assert isinstance(actual, TowerMethod)
+    return actual
 
 
 def attached(backbone: str, **settings: Any) -> tuple[Any, Any, TowerMethod]:
@@ -139,8 +139,8 @@ def weights(adapted: Adapted) -> dict[str, Tensor]:
 
 def logits(adapted: Adapted) -> Tensor:
     with torch.no_grad():
-        found: Tensor = adapted.model(**pixels(adapted.processor, adapted.model.dtype)).logits
-    return found
+        actual: Tensor = adapted.model(**pixels(adapted.processor, adapted.model.dtype)).logits
+    return actual
 
 
 # -------------------------------------------------------------------------------- pinned constants
@@ -180,9 +180,9 @@ def test_the_recipe_is_the_published_one(backbones: dict[str, str]) -> None:
     assert (projection["lr"], projection["weight_decay"]) == (5e-3, 1e-5)
     assert inside["betas"] == projection["betas"] == (0.9, 0.999)
     assert [names[id(p)] for p in projection["params"]] == ["backbone.visual_projection.weight"]
-    found = {names[id(p)] for p in inside["params"]}
+    actual = {names[id(p)] for p in inside["params"]}
     own = {n for n in names.values() if n.startswith(("backbone.vision_model.", "context."))}
-    assert found == own
+    assert actual == own
     assert not any(p.requires_grad for p in model.backbone.text_model.parameters())
 
 
@@ -259,8 +259,8 @@ def test_a_checkpoint_from_before_goes_on(tmp_path: Path) -> None:
     facts["best_value"], facts["stale"] = float("-inf"), 0
     tensors = {k: v for k, v in tensors.items() if not k.startswith("best.")}
     save_file(tensors, path, metadata={"facts": json.dumps(facts)})
-    found = train(4, tmp_path, resume=True)
-    assert all(t.equal(straight[n]) for n, t in found.items())
+    actual = train(4, tmp_path, resume=True)
+    assert all(t.equal(straight[n]) for n, t in actual.items())
 
 
 # ------------------------------------------------------------------------------------------ losses
@@ -295,7 +295,7 @@ def test_the_loss_is_the_one_written_out(
         tuning.read_support(Dataset.from_dict({"caption": captions}))
     step.train()
     weight, total = torch.tensor([1.0, 1, 1, 0, 1]), 8
-    found = step(images, LABELS, weight, total, rows=index)
+    actual = step(images, LABELS, weight, total, rows=index)
 
     with torch.no_grad():
         prototypes = model.class_prototypes(**processor.encode_prompts(tuning.class_texts))
@@ -323,8 +323,8 @@ def test_the_loss_is_the_one_written_out(
         loss_v = np.abs(guess - token.numpy())[counted].mean()
         loss_c = np.abs(back - text.numpy())[counted].mean()
         expected += 4 / total * (0.7 * loss_v + 0.3 * loss_c)
-    assert found.item() == pytest.approx(expected, abs=2e-6)
-    found.backward()
+    assert actual.item() == pytest.approx(expected, abs=2e-6)
+    actual.backward()
     for part in (*model.context.to_vision, *model.context.to_text):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
 
@@ -411,10 +411,10 @@ def test_with_all_switched_off_it_is_fine_tuning_of_the_plain_tower(
     )
     adapted = controls[0]
     inputs = pixels(adapted.processor, torch.float64)
-    found = logits(adapted)
+    actual = logits(adapted)
     adapted.model.glovlm.remove_context()
     with torch.no_grad():
-        assert_same_numbers(adapted.model(**inputs).logits, found)
+        assert_same_numbers(adapted.model(**inputs).logits, actual)
 
 
 def test_each_switch_changes_what_is_learned(rows: Dataset, backbones: dict[str, str]) -> None:
@@ -434,11 +434,11 @@ def test_each_switch_changes_what_is_learned(rows: Dataset, backbones: dict[str,
         {"layers": [1]},
         {"blocks": 1},
     ]
-    found = [
+    actual = [
         [r["loss"] for r in quick(backbones["clip"], rows, method_config=s).log] for s in settings
     ]
-    for i, one in enumerate(found):
-        for other in found[:i]:
+    for i, one in enumerate(actual):
+        for other in actual[:i]:
             assert one != pytest.approx(other, abs=1e-7)
 
 
@@ -470,7 +470,7 @@ def test_a_caption_that_is_the_class_text_does_what_the_class_does(
 ) -> None:
     classes = [replace(c, prompts=c.prompts[:1]) for c in CLASSES]
     support = with_captions(rows, [classes[k].prompts[0] for k in rows["label"]])
-    found = [
+    actual = [
         quick(
             backbones["clip"],
             support,
@@ -480,12 +480,12 @@ def test_a_caption_that_is_the_class_text_does_what_the_class_does(
         )
         for context in ("classes", "captions")
     ]
-    assert furthest(*(weights(f) for f in found)) < 1e-6
+    assert furthest(*(weights(f) for f in actual)) < 1e-6
     shuffled = with_captions(rows, [c.prompts[0] for c in classes] * 4)
     other = quick(
         backbones["clip"], shuffled, classes=classes, method_config={"context": "captions"}
     )
-    assert furthest(weights(other), weights(found[0])) > 1e-4
+    assert furthest(weights(other), weights(actual[0])) > 1e-4
 
 
 @pytest.mark.parametrize(
@@ -668,12 +668,12 @@ def test_it_is_the_same_when_loaded_with_the_package_and_without(
         inputs = adapted.processor(images=[rows[0]["image"]], return_tensors="pt")
         with torch.no_grad():
             expected = adapted.model(**inputs).logits[0]
-        found = result[name]
-        assert_same_numbers(found["logits"], expected)
+        actual = result[name]
+        assert_same_numbers(actual["logits"], expected)
         mine = adapted.model.glovlm.kept_patches(inputs["pixel_values"])
-        assert found["kept"] == [k.tolist() for k in mine]
+        assert actual["kept"] == [k.tolist() for k in mine]
         probabilities = dict(zip(NAMES, expected.softmax(0).tolist(), strict=True))
-        assert found["scores"] == pytest.approx(probabilities, abs=1e-5)
+        assert actual["scores"] == pytest.approx(probabilities, abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------ two processes
@@ -727,8 +727,8 @@ def test_two_processes_train_to_the_weights_of_one(images: Path, tmp_path: Path)
         assert furthest(first, second) == 0
         assert furthest(first, alone) < 1e-8
         for rank in ("0", "1"):
-            told = json.loads((tmp_path / rank / "losses.json").read_text())
-            assert told[case] == pytest.approx(losses[case], abs=1e-6)
+            calls = json.loads((tmp_path / rank / "losses.json").read_text())
+            assert calls[case] == pytest.approx(losses[case], abs=1e-6)
     assert plan(Recipe(lr=1, epochs=3, batch_size=7), 10) == (3, 6)
 
 
@@ -765,5 +765,5 @@ def test_the_bench_compares_towers_of_one_shape() -> None:
 if __name__ == "__main__":
     place, backbone, image_folder = sys.argv[1:]
     mine = Path(place) / os.environ["RANK"]
-    found = work(mine, backbone, Path(image_folder))
-    (mine / "losses.json").write_text(json.dumps(found))
+    actual = work(mine, backbone, Path(image_folder))
+    (mine / "losses.json").write_text(json.dumps(actual))

@@ -291,5 +291,5 @@ def test_train_py_is_launched_as_glovlm_train_is(images: Path, tmp_path: Path) -
 if __name__ == "__main__":
     place, clip_folder, pair_folders, image_folder = sys.argv[1:]
     mine = Path(place) / os.environ["RANK"]
-    found = work(mine, clip_folder, pair_folders, Path(image_folder))
-    (mine / "losses.json").write_text(json.dumps(found))
+    actual = work(mine, clip_folder, pair_folders, Path(image_folder))
+    (mine / "losses.json").write_text(json.dumps(actual))

@@ -277,10 +277,10 @@ def test_lp_plus_plus_takes_the_published_path(counts: tuple[int, ...], dim: int
     support = Support(torch.tensor(features), torch.tensor(labels), len(counts), t)
     fitted = method("lp_plus_plus").fit(support, LpPlusPlusConfig())
     logits = unit(features) @ (weight + alpha[:, None] * texts).T + bias
-    found = fitted.head(torch.tensor(features).float()).detach().numpy()
+    actual = fitted.head(torch.tensor(features).float()).detach().numpy()
     assert fitted.head.normalize
     assert fitted.head.scale.item() == 1  # no temperature
-    assert np.abs(found - logits).max() < 1e-5 * max(1, np.abs(logits).max())
+    assert np.abs(actual - logits).max() < 1e-5 * max(1, np.abs(logits).max())
     assert fitted.facts["epoch"] == 300
     assert fitted.facts["weight_rate"] == pytest.approx(weight_rate)
 
@@ -499,8 +499,8 @@ def test_training_is_the_formula_under_the_published_optimiser(name: str) -> Non
     head = chosen.finish(module.float(), given, config, None).head
     fresh = 2 * np.random.default_rng(5).normal(size=(20, 8))
     logits, _ = formula(expected, fresh, y, t)
-    found = head(torch.tensor(fresh).float()).detach().numpy()
-    assert np.abs(found - logits).max() < 1e-5 * SCALE
+    actual = head(torch.tensor(fresh).float()).detach().numpy()
+    assert np.abs(actual - logits).max() < 1e-5 * SCALE
 
 
 @pytest.mark.parametrize("name", ["zs_lp", "clap", "taskres", "prolip"])
@@ -538,7 +538,7 @@ def test_clap_holds_each_class_by_its_zero_shot_confidence(
 def test_a_length_is_another_rate() -> None:
     """Ten times as long is a hundred times slower, which is how much the length matters."""
     given = support_of((4, 1, 2), 8)
-    found: list[Any] = []
+    actual: list[Any] = []
     for length_, rate in ((10.0, 0.1), (1.0, 0.001)):
         config = method("zs_lp").configure({"length": length_})
         module = method("zs_lp").build(given, config)
@@ -549,8 +549,8 @@ def test_a_length_is_another_rate() -> None:
             replace(method("zs_lp").recipe(4, config), epochs=10, warmup_epochs=0),
             accelerator=Accelerator(cpu=True),
         )
-        found.append(method("zs_lp").finish(module, given, config, None).head.weight)
-    slow, same = found
+        actual.append(method("zs_lp").finish(module, given, config, None).head.weight)
+    slow, same = actual
     assert torch.allclose(slow, same, atol=1e-5)
     assert (slow - given.prototypes).abs().max() > 1e-2
 
@@ -718,8 +718,8 @@ def test_any_support_gives_a_head_that_is_saved_whole(
 
     again = build_head(describe_head(fitted.head), dim, len(counts))
     again.load_state_dict(fitted.head.state_dict())
-    found = again.eval()(torch.tensor(fresh).float()).detach().numpy()
-    assert_same_numbers(found, logits)
+    actual = again.eval()(torch.tensor(fresh).float()).detach().numpy()
+    assert_same_numbers(actual, logits)
     assert all(isinstance(p, nn.Parameter) for p in fitted.head.parameters())
 
 

@@ -67,11 +67,11 @@ def test_vpt_equals_tokens_put_in_by_hand(name: str, deep: bool) -> None:
     table = model.inserts.vision.table
     blocks = 5 if name == "deep" else 2
     assert table.shape == (blocks if deep else 1, 3, 32)
-    found = features(model, inputs)
+    actual = features(model, inputs)
     for i in range(len(IMAGES)):
         expected = image_by_hand(plain, one(inputs, i), replacing(table.detach()))
-        torch.testing.assert_close(found[i], expected, atol=1e-9, rtol=1e-8)
-    assert (found - features(plain, inputs)).abs().max() > 1e-2
+        torch.testing.assert_close(actual[i], expected, atol=1e-9, rtol=1e-8)
+    assert (actual - features(plain, inputs)).abs().max() > 1e-2
 
 
 @given(depth=st.integers(1, 5), tokens=st.integers(1, 6), seed=st.integers(0, 1000))
@@ -147,21 +147,21 @@ def test_attentions_and_hidden_states_show_the_tokens(name: str, recorded_before
     model, processor = loaded(name, torch.float32)
     model.set_attn_implementation("eager")
     inputs = pixels(processor, torch.float32)
-    wanted = {"output_attentions": True, "output_hidden_states": True}
-    length = model.get_image_features(**inputs, **wanted).hidden_states[0].shape[1]
+    requested = {"output_attentions": True, "output_hidden_states": True}
+    length = model.get_image_features(**inputs, **requested).hidden_states[0].shape[1]
     if not recorded_before:  # transformers puts its hooks in at the first request
         model, _ = loaded(name, torch.float32)
         model.set_attn_implementation("eager")
     model.insert({"vision": {"tokens": 3, "depth": 2}})
     with torch.no_grad():
-        found = model.get_image_features(**inputs, **wanted)
-    assert [h.shape[1] for h in found.hidden_states] == [length + 3, length + 3, length]
-    assert found.last_hidden_state.shape[1] == length
+        actual = model.get_image_features(**inputs, **requested)
+    assert [h.shape[1] for h in actual.hidden_states] == [length + 3, length + 3, length]
+    assert actual.last_hidden_state.shape[1] == length
     begin = 1 if name in ("clip", "pair") else 0  # behind the class token
-    first = found.hidden_states[0][:, begin : begin + 3]
+    first = actual.hidden_states[0][:, begin : begin + 3]
     assert first.equal(model.inserts.vision.table[0].expand(4, -1, -1))
-    assert [a.shape[-2:] for a in found.attentions] == [(length + 3, length + 3)] * 2
-    torch.testing.assert_close(found.attentions[1].sum(-1), torch.ones(4, 4, length + 3))
+    assert [a.shape[-2:] for a in actual.attentions] == [(length + 3, length + 3)] * 2
+    torch.testing.assert_close(actual.attentions[1].sum(-1), torch.ones(4, 4, length + 3))
 
 
 # -------------------------------------------------------------------------------------- bottlenecks
@@ -181,11 +181,11 @@ def test_bottlenecks_equal_the_formula_behind_every_block(name: str) -> None:
         change = hidden @ weights[f"{up}.weight"].T + weights[f"{up}.bias"]
         return x + torch.from_numpy(change)
 
-    found = features(model, inputs)
+    actual = features(model, inputs)
     for i in range(len(IMAGES)):
         expected = image_by_hand(plain, one(inputs, i), after=after)
-        torch.testing.assert_close(found[i], expected, atol=1e-9, rtol=1e-8)
-    assert (found - features(plain, inputs)).abs().max() > 1e-2
+        torch.testing.assert_close(actual[i], expected, atol=1e-9, rtol=1e-8)
+    assert (actual - features(plain, inputs)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -263,8 +263,8 @@ def test_maple_equals_both_towers_written_out(name: str, depth: int) -> None:
     encoded = processor.encode_prompts(tuning.class_texts)
     for _ in ("while it trains", "and for good"):
         with torch.no_grad():
-            found = model.class_prototypes(**encoded)
-        torch.testing.assert_close(found, classes, atol=1e-9, rtol=1e-8)
+            actual = model.class_prototypes(**encoded)
+        torch.testing.assert_close(actual, classes, atol=1e-9, rtol=1e-8)
         torch.testing.assert_close(features(model, inputs), images, atol=1e-9, rtol=1e-8)
         tuning.finish(None)
 
@@ -328,9 +328,9 @@ def test_cocoop_equals_a_text_pass_for_every_image(name: str, tokens: int) -> No
     rest = f"{rest} " if rest else ""
     expected = torch.stack([conditional_by_hand(plain, processor, head, f, rest) for f in pooled])
     with torch.no_grad():
-        found = tuning.image_prototypes(pooled)
-    torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-8)
-    assert (found[0] - found[1]).abs().max() > 1e-3
+        actual = tuning.image_prototypes(pooled)
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-8)
+    assert (actual[0] - actual[1]).abs().max() > 1e-3
 
     tuning.finish(None)
     assert tuning.final_head(torch.zeros(3, 32)) is head
@@ -369,8 +369,8 @@ def test_a_logit_depends_on_its_image_and_class_alone(n: int, classes: int, chun
     expected = torch.cat([head(images[i : i + 1], model) for i in range(n)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_glovlm.model.prompts.TEXT_CHUNK", chunk)
-        found = head(3 * images, model)  # nor on the length of the feature
-    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-9)
+        actual = head(3 * images, model)  # nor on the length of the feature
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-9)
 
 
 def test_no_more_texts_than_a_chunk_go_through_the_tower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,13 +395,13 @@ def test_gradients_through_chunks_equal_those_at_once(monkeypatch: pytest.Monkey
     model, processor = loaded("clip")
     head = conditional_head(model, processor, 5)
     images = unit(torch.randn(3, 24, dtype=torch.float64))
-    found = []
+    actual = []
     for chunk in (4, 1000):
         monkeypatch.setattr("hf_glovlm.model.prompts.TEXT_CHUNK", chunk)
         head.zero_grad()
         head(images, model).log_softmax(-1)[:, 0].sum().backward()
-        found.append(gradients(head.context, *head.shift.parameters()))
-    for chunked, whole in zip(*found, strict=True):
+        actual.append(gradients(head.context, *head.shift.parameters()))
+    for chunked, whole in zip(*actual, strict=True):
         torch.testing.assert_close(chunked, whole, atol=1e-10, rtol=1e-8)
 
 
@@ -414,7 +414,7 @@ def test_texts_of_another_thread_keep_their_own_words() -> None:
     words = dict(processor(text=["viable"] * 6, return_tensors="pt"))
     with torch.no_grad():
         expected = head(images, model), model.get_text_features(**words).pooler_output
-    both, found = Barrier(2), {}
+    both, actual = Barrier(2), {}
     embedding = model.get_input_embeddings()
 
     def meet(module: nn.Module, args: Any) -> None:
@@ -424,7 +424,7 @@ def test_texts_of_another_thread_keep_their_own_words() -> None:
 
     def run(key: int, call: Callable[[], Tensor]) -> None:
         with torch.no_grad():
-            found[key] = call()
+            actual[key] = call()
 
     threads = [
         Thread(target=run, args=(0, lambda: head(images, model))),
@@ -434,8 +434,8 @@ def test_texts_of_another_thread_keep_their_own_words() -> None:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    torch.testing.assert_close(found[0], expected[0])
-    torch.testing.assert_close(found[1], expected[1])
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
     assert not embedding._forward_hooks
 
 
@@ -627,9 +627,9 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     expected = both_features(model, processor)
     model.to(dtype)
     assert {p.dtype for p in model.inserts.parameters()} == {dtype}
-    found = both_features(model, processor, dtype)
+    actual = both_features(model, processor, dtype)
     # A tenth of what the inserts themselves do, or less.
-    assert (unit(found) - unit(expected)).norm(dim=1).max() < 0.05
+    assert (unit(actual) - unit(expected)).norm(dim=1).max() < 0.05
 
 
 @pytest.mark.parametrize("name", ["clip", "pair"])
@@ -637,8 +637,8 @@ def test_autocast_keeps_the_towers_precision(name: str) -> None:
     model, processor = with_everything(name)
     expected = both_features(model, processor)
     with torch.autocast("cpu", torch.bfloat16):
-        found = both_features(model, processor)
-    assert (unit(found) - unit(expected)).norm(dim=1).max() < 0.05
+        actual = both_features(model, processor)
+    assert (unit(actual) - unit(expected)).norm(dim=1).max() < 0.05
 
 
 def test_block_checkpointing_gives_the_same_gradients() -> None:
@@ -655,8 +655,8 @@ def test_block_checkpointing_gives_the_same_gradients() -> None:
     expected = after_a_step()
     assert len(expected) == 2 + 4 * 2
     model.backbone.activation_checkpointing_enable()
-    for found, wanted in zip(after_a_step(), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-4)
+    for actual, target in zip(after_a_step(), expected, strict=True):
+        torch.testing.assert_close(actual, target, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["clip", "pair"])
@@ -666,12 +666,12 @@ def test_maples_texts_in_chunks_give_the_same_gradients(name: str) -> None:
     coupled = model.inserts.vision
     shake(coupled)
     encoded = processor.encode_prompts(tuning.class_texts)
-    found = []
+    actual = []
     for chunk in (1, 3):  # one text at a time is read once more on the way back
         model.zero_grad()
         model.class_prototypes(**encoded, chunk_size=chunk)[0].cumsum(0).prod().backward()
-        found.append(gradients(coupled.first, coupled.deeper))
-    for chunked, whole in zip(*found, strict=True):
+        actual.append(gradients(coupled.first, coupled.deeper))
+    for chunked, whole in zip(*actual, strict=True):
         assert whole.abs().max() > 0
         assert_same_numbers(chunked, whole)
 

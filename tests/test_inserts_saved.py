@@ -53,15 +53,15 @@ QUICK: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def runs(rows: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Each method on CLIP and on a pair, adapted and saved: the result and its folder."""
-    found = {}
+    actual = {}
     for name in MINE:
         for backbone in ("clip", "pair"):
             folder = tmp_path_factory.mktemp(f"{name}-{backbone}")
             adapted = adapted_quickly(name, backbone, rows)
             adapted.save(folder)
             IMAGE.save(folder / "image.png")
-            found[f"{name}-{backbone}"] = (adapted, folder)
-    return found
+            actual[f"{name}-{backbone}"] = (adapted, folder)
+    return actual
 
 
 ALL_RUNS = [f"{name}-{backbone}" for name in MINE for backbone in ("clip", "pair")]
@@ -132,13 +132,13 @@ def test_remote_code_without_the_package(runs: dict[str, Any], tmp_path: Path) -
     result = load_without_the_package([runs[name][1] for name in chosen], tmp_path, TEXTS)
     for name in chosen:
         adapted, folder = runs[name]
-        found = result[folder.name]
+        actual = result[folder.name]
         inputs = adapted.processor(images=[IMAGE], return_tensors="pt")
         prompts = adapted.processor.encode_prompts(adapted.model.config.prompts)
         with torch.no_grad():
             expected = adapted.model(**inputs).logits[0]
             prototypes = adapted.model.glovlm.class_prototypes(**prompts)
-        assert_same_numbers(found["logits"], expected)
-        assert_same_numbers(found["texts"], prototypes)
+        assert_same_numbers(actual["logits"], expected)
+        assert_same_numbers(actual["texts"], prototypes)
         probabilities = dict(zip(NAMES, expected.softmax(0).tolist(), strict=True))
-        assert found["scores"] == pytest.approx(probabilities, abs=1e-5), name
+        assert actual["scores"] == pytest.approx(probabilities, abs=1e-5), name

@@ -214,11 +214,11 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked_for(accelerator: Accel
         before = state(step)
         fit(step, groups(step), support(), recipe, accelerator=accelerator, clip_norm=clip_norm)
         moves.append(torch.cat([(before[n] - t).flatten() for n, t in state(step).items()]))
-    free, clipped, loose = moves
-    assert free.norm() > 0.1
+    without, clipped, loose = moves
+    assert without.norm() > 0.1
     assert clipped.norm().item() == pytest.approx(0.01, rel=1e-3)
-    assert torch.allclose(clipped / clipped.norm(), free / free.norm(), atol=1e-6)
-    assert torch.equal(loose, free)
+    assert torch.allclose(clipped / clipped.norm(), without / without.norm(), atol=1e-6)
+    assert torch.equal(loose, without)
 
 
 def test_mixed_precision_reaches_the_step() -> None:
@@ -283,7 +283,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_harms(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rate_that_is_too_high_is_told_as_such(accelerator: Accelerator) -> None:
+def test_a_rate_that_is_too_high_is_named_as_the_cause(accelerator: Accelerator) -> None:
     step = plain_step()
     recipe = Recipe(lr=1e200, epochs=30, batch_size=11, optimizer="sgd")
     with pytest.raises(GloVLMError, match=r"became (nan|inf) in epoch \d+: the learning rate \(1e"):
@@ -322,7 +322,7 @@ def test_a_resumed_run_ends_in_the_very_same_weights(
         fit(first, groups(first), support(), recipe, on_epoch=kill_after(epoch), **options)
     torch.manual_seed(99)
     torch.rand(17)
-    told: list[int] = []
+    calls: list[int] = []
     second = random_step()
     log = fit(
         second,
@@ -330,10 +330,10 @@ def test_a_resumed_run_ends_in_the_very_same_weights(
         support(),
         recipe,
         resume=True,
-        on_epoch=lambda row: told.append(row["epoch"]),
+        on_epoch=lambda row: calls.append(row["epoch"]),
         **options,
     )
-    assert told == list(range(epoch + 1, 6))
+    assert calls == list(range(epoch + 1, 6))
     assert same(state(second), state(straight))
     assert without_time(log) == without_time(expected)
     assert [json.loads(r) for r in (tmp_path / "log.jsonl").read_text().splitlines()] == log
@@ -445,11 +445,11 @@ def test_resuming_without_a_checkpoint_begins(accelerator: Accelerator, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("recipe", "seed", "found"),
+    ("recipe", "seed", "message"),
     [(replace(ADAMW, lr=2e-2), 0, "'lr': 0.01"), (ADAMW, 1, "seed 0"), (SGD, 0, "'adamw'")],
 )
 def test_a_checkpoint_of_other_settings_is_refused(
-    accelerator: Accelerator, tmp_path: Path, recipe: Recipe, seed: int, found: str
+    accelerator: Accelerator, tmp_path: Path, recipe: Recipe, seed: int, message: str
 ) -> None:
     options: dict[str, Any] = {"accelerator": accelerator, "output_dir": tmp_path}
     step = plain_step()
@@ -457,7 +457,7 @@ def test_a_checkpoint_of_other_settings_is_refused(
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     with pytest.raises(GloVLMError, match=r"written with other settings.*--overwrite") as caught:
         fit(step, groups(step), support(), recipe, seed=seed, resume=True, **options)
-    assert found in str(caught.value)
+    assert message in str(caught.value)
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
@@ -536,7 +536,7 @@ def test_without_validation_the_last_epoch_is_kept(accelerator: Accelerator) -> 
 
 def test_the_log_has_one_row_an_epoch(accelerator: Accelerator, tmp_path: Path) -> None:
     step = plain_step()
-    told: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
     log = fit(
         step,
         groups(step),
@@ -545,10 +545,10 @@ def test_the_log_has_one_row_an_epoch(accelerator: Accelerator, tmp_path: Path) 
         accelerator=accelerator,
         output_dir=tmp_path,
         validate=lambda: 0.5,
-        on_epoch=lambda row: told.append(dict(row)),
+        on_epoch=lambda row: calls.append(dict(row)),
     )
     written = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert written == log == told
+    assert written == log == calls
     assert [row["epoch"] for row in log] == [1, 2, 3]
     assert {row["epochs"] for row in log} == {3}
     assert set(log[0]) == {"epoch", "epochs", "loss", "lr", "seconds", "validation_macro_auc"}
@@ -602,7 +602,7 @@ def test_frozen_weights_are_not_in_the_checkpoint(accelerator: Accelerator, tmp_
     assert now == {"now.head.2.weight", "now.head.2.bias"}
 
 
-def test_a_tracker_is_told_of_every_epoch() -> None:
+def test_a_tracker_gets_every_epoch() -> None:
     class Remembers(GeneralTracker):
         name = "remembers"
         requires_logging_directory = False

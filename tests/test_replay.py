@@ -134,8 +134,8 @@ def test_the_loss_curve_and_what_is_learned_are_the_same(
     make: Any, method: str, settings: dict[str, Any], left_out: tuple[int, int]
 ) -> None:
     plain, learned, none = trained(make, method, settings, replay=False)
-    replayed, again, found = trained(make, method, settings, replay=True)
-    assert (none, found) == ((0, 0), left_out)
+    replayed, again, actual = trained(make, method, settings, replay=True)
+    assert (none, actual) == ((0, 0), left_out)
     assert plain[-1] < plain[0]
     assert np.abs(np.array(plain) - np.array(replayed)).max() < 1e-5
     assert max(float((a - b).abs().max()) for a, b in zip(learned, again, strict=True)) < 1e-5
@@ -310,9 +310,9 @@ def test_a_block_may_return_a_tensor_or_a_tuple(form: str) -> None:
     tower = Odd(form).eval().requires_grad_(False)
     tower.layers[2].requires_grad_(True)
     x = torch.randn(70, 5, 6)  # more than one chunk
-    found = record_tower(tower, lambda rows: tower(x[rows]), 70)
-    assert found is not None
-    replay, states = found
+    actual = record_tower(tower, lambda rows: tower(x[rows]), 70)
+    assert actual is not None
+    replay, states = actual
     assert (replay.frozen, states.shape) == (2, (70, 5, 6))
     index = [69, 0, 33]
     with replay.play(states[index]):
@@ -336,11 +336,11 @@ def test_states_beyond_the_memory_are_not_kept() -> None:
     x = torch.randn(40, 5, 6)
     needed = 40 * 5 * 6 * 4
 
-    def found(keep_bytes: int) -> Any:
+    def actual(keep_bytes: int) -> Any:
         return record_tower(tower, lambda rows: tower(x[rows]), 40, keep_bytes=keep_bytes)
 
-    assert found(needed - 1) is None
-    assert found(needed)[1].nbytes == needed
+    assert actual(needed - 1) is None
+    assert actual(needed)[1].nbytes == needed
 
 
 def test_the_blocks_come_back_after_an_error() -> None:
@@ -366,9 +366,9 @@ def test_texts_of_many_lengths_are_played_back_by_their_rows(make: Any) -> None:
         features: Tensor = model.get_text_features(text["input_ids"][rows], mask).pooler_output
         return features
 
-    found = record_tower(model.backbone.text_model, run, 4)
-    assert found is not None
-    replay, states = found
+    actual = record_tower(model.backbone.text_model, run, 4)
+    assert actual is not None
+    replay, states = actual
     assert replay.frozen == 1
     for rows in (slice(0, 4), slice(1, 3)):  # as chunks of texts go through the tower
         with replay.play(states[rows]):
@@ -381,13 +381,13 @@ def test_recording_follows_the_precision_it_is_called_in() -> None:
     tower_layers(model.backbone.vision_model)[1][3].requires_grad_(True)
     pixels = torch.randn(3, 3, 32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = record_tower(
+        actual = record_tower(
             model.backbone.vision_model,
             lambda rows: model.get_image_features(pixels[rows]).pooler_output,
             3,
         )
-        assert found is not None
-        with found[0].play(found[1]):
+        assert actual is not None
+        with actual[0].play(actual[1]):
             played = model.get_image_features(pixels[:1]).pooler_output
         plain = model.get_image_features(pixels).pooler_output
     assert torch.equal(played, plain)

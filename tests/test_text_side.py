@@ -186,8 +186,8 @@ def test_the_context_alone_trains(name: str) -> None:
     assert {n.rpartition(".")[2] for n in context} == {"context"}
     assert projection == {f"backbone.visual_projection.{n}" for n in ("weight", "bias")}
     assert tuning.groups[1]["lr"] == 1e-3
-    said = any("no knowledge of images" in note for note in tuning.notes)
-    assert said is (name != "prompt_tuning")
+    noted = any("no knowledge of images" in note for note in tuning.notes)
+    assert noted is (name != "prompt_tuning")
 
 
 def test_a_random_context_starts_as_a_small_normal_draw() -> None:
@@ -390,7 +390,7 @@ def test_a_context_stays_below_the_end_token_where_that_is_the_highest() -> None
     assert ids == [28, 27, 26, 25]
 
 
-def test_a_vocabulary_with_too_few_free_rows_is_refused() -> None:
+def test_a_vocabulary_with_too_few_unused_rows_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip())
     with pytest.raises(GloVLMError, match=r"needs 999 vocabulary rows.*Lower context_tokens"):
         unused_token_ids(SimpleNamespace(tokenizer=tokenizer), 300, PROMPTS, 999)
@@ -426,8 +426,8 @@ def test_every_prompt_is_encoded_as_if_alone(make: Any) -> None:
     prompts = [["a viable tuft", "PAS"], ["collagen"], ["a crescent of the tuft", "normal", "H&E"]]
     features = prompt_features(model, processor, prompts)
     assert [len(f) for f in features] == [2, 1, 3]
-    for texts, found in zip(prompts, features, strict=True):
-        for text, feature in zip(texts, found, strict=True):
+    for texts, actual in zip(prompts, features, strict=True):
+        for text, feature in zip(texts, actual, strict=True):
             alone = text_features(model, processor.encode_prompts([[text]]))[0]
             assert_same_numbers(feature, nn.functional.normalize(alone, dim=0))
     expected = [rows_unit(double(f).mean(0)) for f in features]
@@ -478,7 +478,7 @@ def test_prompt_sets_come_from_the_terminology_by_either_name() -> None:
         ("lupus nephritis class IV", "normal dogs"),  # a label of a whole biopsy
     ],
 )
-def test_prompt_sets_that_could_not_tell_are_not_used(labels: tuple[str, ...]) -> None:
+def test_prompt_sets_that_distinguish_nothing_are_not_used(labels: tuple[str, ...]) -> None:
     classes = [ClassInfo(n, n, (f"own of {n}",)) for n in labels]
     texts, notes = prompt_sets(classes, "terminology")
     assert texts == [[f"own of {n}"] for n in labels]
@@ -530,11 +530,11 @@ def own() -> list[Array]:
 
 @pytest.fixture(scope="module")
 def attached() -> dict[str, tuple[Any, TowerMethod]]:
-    found = {}
+    methods = {}
     for name in FROM_WORDS:
         model, processor = load()
-        found[name] = (model, attach(name, model, processor))
-    return found
+        methods[name] = (model, attach(name, model, processor))
+    return methods
 
 
 def class_means(prompts: list[Array]) -> Array:
@@ -695,7 +695,7 @@ def by_hand(
 ) -> tuple[Array, Array]:
     """Gradients of the cross-entropy and of the divergence, each from a forward pass of its own."""
     x, labels, _ = inputs
-    found = []
+    actual = []
     for kind in ("cross-entropy", "divergence"):
         t = model.class_prototypes(**processor.encode_prompts(tuning.class_texts))
         f = nn.functional.normalize(model.project_images(x), dim=-1)
@@ -707,8 +707,8 @@ def by_hand(
         else:
             loss = -q[torch.arange(len(labels)), labels].mean()
         (g,) = torch.autograd.grad(loss, [context_of(tuning)])
-        found.append(double(g))
-    return found[0], found[1]
+        actual.append(double(g))
+    return actual[0], actual[1]
 
 
 @pytest.mark.parametrize("class_specific", [False, True])
@@ -734,9 +734,9 @@ def test_prograd_projects_a_gradient_that_opposes_the_guide(class_specific: bool
         step = TowerStep(tuning, "prototypes")
         step.train()
         step(*inputs, len(x)).backward()
-        found = context_of(tuning).grad
-        assert found is not None
-        mine = double(found)
+        actual = context_of(tuning).grad
+        assert actual is not None
+        mine = double(actual)
         assert np.abs(mine - expected).max() < 1e-5 * max(1.0, np.abs(expected).max())
         seen.add(bool(conflict))
     assert seen == {True, False}
@@ -848,8 +848,8 @@ def test_kgcoop_stays_nearer_to_the_hand_made_texts_than_coop(support: Dataset) 
         return 1 - float((adapted.model.head.weight.detach() * hand).sum(1).mean())
 
     words = {"context_tokens": 0, "init": "a photo of a"}
-    free, near = distance("prompt_tuning", **words), distance("kgcoop")
-    assert near < 0.5 * free
+    alone, near = distance("prompt_tuning", **words), distance("kgcoop")
+    assert near < 0.5 * alone
 
 
 def test_what_stood_in_for_the_terminology_is_in_the_results(support: Dataset) -> None:

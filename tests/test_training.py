@@ -122,8 +122,8 @@ def test_a_method_leaves_a_classifier_that_reloads_and_predicts_the_same(
     assert type(reloaded) is type(adapted.model)
     processor = GloVLMProcessor.from_pretrained(tmp_path)
     with torch.no_grad():
-        found = reloaded(pixel_values=pixels(processor, some)).logits
-    assert_same_numbers(found, logits)
+        actual = reloaded(pixel_values=pixels(processor, some)).logits
+    assert_same_numbers(actual, logits)
     assert reloaded.config.id2label == dict(enumerate(CLASSES))
     assert reloaded.config.label2id == {n: k for k, n in enumerate(CLASSES)}
     assert [len(texts) for texts in reloaded.config.prompts] == [1, 1, 1]
@@ -229,10 +229,10 @@ def test_the_first_context_step_begins_where_the_pretrained_model_is(rows: Datas
         ("prompt_tuning", "pair", 16 * 32 + 64 * 32 + 32),
     ],
 )
-def test_the_numbers_that_train_are_counted(
+def test_the_trainable_parameters_are_counted(
     method: str, name: str, expected: int, rows: Dataset
 ) -> None:
-    recipe = {"epochs": 1} if method in TRAINED else None
+    recipe = {"epochs": 1} if method in TRAINED else {}
     adapted = quick(method, name, pick(rows, 1, 1, 1), recipe=recipe)
     assert adapted.trainable_parameters == expected
 
@@ -255,7 +255,7 @@ def test_zero_shot_needs_no_image(rows: Dataset) -> None:
     assert same(*(weights(quick("zero_shot", "clip", pick(rows, n, n, n))) for n in (0, 3)))
 
 
-def test_a_loss_that_explodes_is_told(rows: Dataset) -> None:
+def test_a_loss_that_explodes_is_an_error(rows: Dataset) -> None:
     with pytest.raises(GloVLMError, match=r"The loss became nan.*Lower --lr"):
         quick("vanilla", "clip", rows, recipe={"lr": 1e30, "epochs": 5})
 
@@ -266,8 +266,8 @@ def test_a_loss_that_explodes_is_told(rows: Dataset) -> None:
 @pytest.mark.parametrize(
     ("method", "name", "recipe"),
     [
-        ("linear_probe", "clip", None),
-        ("linear_probe", "pair", None),
+        ("linear_probe", "clip", {}),
+        ("linear_probe", "pair", {}),
         ("classifier", "clip", {"epochs": 40}),
         ("lora", "clip", {"epochs": 30, "lr": 2e-2}),
         ("lora", "pair", {"epochs": 20, "lr": 2e-3}),
@@ -276,7 +276,7 @@ def test_a_loss_that_explodes_is_told(rows: Dataset) -> None:
     ],
 )
 def test_training_beats_chance_on_unseen_patients(
-    method: str, name: str, recipe: dict[str, Any] | None, rows: Dataset, unseen: Dataset
+    method: str, name: str, recipe: dict[str, Any], rows: Dataset, unseen: Dataset
 ) -> None:
     adapted = quick(method, name, rows, recipe=recipe)
     assert accuracy(adapted, unseen) >= 0.8
@@ -465,8 +465,8 @@ def test_infonce_is_the_double_loop(labels: list[int], weight: list[float], mask
     texts = prototypes[labels]
     expected = by_hand(images, texts, labels, weight, 12.0, mask)
     index, counted = torch.tensor(labels), torch.tensor(weight)
-    found = infonce(images, texts, index, counted, torch.tensor(12.0), mask)
-    assert float(found) == pytest.approx(expected, abs=1e-9)
+    actual = infonce(images, texts, index, counted, torch.tensor(12.0), mask)
+    assert float(actual) == pytest.approx(expected, abs=1e-9)
 
 
 def test_the_published_infonce_is_clips_own_loss() -> None:
@@ -674,8 +674,8 @@ def test_a_pair_starts_from_the_ridge_fit_to_the_texts_that_it_trains_with(
     labels = torch.tensor(rows["label"][:])
     give_joint_space(model, pooled, labels, adapted.model.head.weight.detach())
     expected = model.backbone.visual_projection.state_dict()
-    found = adapted.model.glovlm.backbone.visual_projection.state_dict()
-    assert max(float((found[n] - expected[n]).abs().max()) for n in expected) < 1e-4
+    actual = adapted.model.glovlm.backbone.visual_projection.state_dict()
+    assert max(float((actual[n] - expected[n]).abs().max()) for n in expected) < 1e-4
     assert accuracy(adapted, rows) == 1
 
 

@@ -547,10 +547,10 @@ def test_neighbours_are_joined_both_ways_and_never_to_themselves(
 def outputs(name: str, support: Support, x: Any) -> Array:
     """The head's logits on `x`, and under them the assignments of a transductive method."""
     fitted = fit(name, support)
-    found = logits(fitted, x)
+    actual = logits(fitted, x)
     if fitted.query_logits is not None:
-        found = np.concatenate([found, fitted.query_logits.double().numpy()])
-    return found
+        actual = np.concatenate([actual, fitted.query_logits.double().numpy()])
+    return actual
 
 
 @st.composite

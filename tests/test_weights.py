@@ -161,8 +161,8 @@ def test_clip_loras_rate_falls_by_step_from_2e_4_to_1e_6() -> None:
     assert (epochs, steps) == (667, 2000)
     t = np.array([0, 1, 2, 3, 500, 1000, 1999, 2000])
     expected = 1e-6 + (2e-4 - 1e-6) * (1 + np.cos(np.pi * t / 2000)) / 2
-    found = [learning_rate(recipe, recipe.lr, i // 3, epochs, i, steps) for i in t.tolist()]
-    assert np.abs(np.array(found) - expected).max() < 1e-15
+    actual = [learning_rate(recipe, recipe.lr, i // 3, epochs, i, steps) for i in t.tolist()]
+    assert np.abs(np.array(actual) - expected).max() < 1e-15
     optimizer = _optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], recipe)
     assert optimizer.defaults["betas"] == (0.9, 0.999)
     assert optimizer.defaults["weight_decay"] == 0.01
@@ -630,9 +630,9 @@ def test_target_modules_names_every_map_of_every_block(
     backbone = model.backbone
     both = {"vision": vision, "text": text}
     for tower, (path, block) in both.items():
-        found = target_modules(backbone, tower, mlp=True)
-        assert found == expected_names(tower, path, block, [0, 1])
-        assert all(isinstance(backbone.get_submodule(n), nn.Linear) for n in found)
+        actual = target_modules(backbone, tower, mlp=True)
+        assert actual == expected_names(tower, path, block, [0, 1])
+        assert all(isinstance(backbone.get_submodule(n), nn.Linear) for n in actual)
         assert target_modules(backbone, tower, projections="vq", last=1) == expected_names(
             tower, path, [block[2], block[0]], [1]
         )
