@@ -48,6 +48,19 @@ def test_wilson_holds_the_fractions_that_the_score_test_accepts(count: int, n: i
     assert (low, high) == pytest.approx((expected_low, expected_high), abs=1e-9)
 
 
+def test_wilson_is_the_published_formula_up_to_rounding() -> None:
+    z = 1.959963984540054
+    for n in (1, 2, 3, 10, 97, 1000, 10**6):
+        for count in sorted({0, 1, n // 3, n - 1, n}):
+            p = count / n
+            half = z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+            bounds = (p + z**2 / (2 * n) + np.array([-half, half])) / (1 + z**2 / n)
+            assert wilson_interval(count, n) == pytest.approx(bounds, abs=1e-12)
+            assert (wilson_interval(count, n)[0] == 0) == (count == 0)
+            assert (wilson_interval(count, n)[1] == 1) == (count == n)
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
 @pytest.mark.parametrize(("count", "n"), [(-1, 4), (5, 4)])
 def test_wilson_refuses_impossible_counts(count: int, n: int) -> None:
     with pytest.raises(GloVLMError, match="Expected a count"):

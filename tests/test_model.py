@@ -547,6 +547,43 @@ def test_labels_give_a_loss(classifier: Any, loaded: tuple[Any, Any]) -> None:
     assert logits_of(classifier, loaded[1]).equal(found.logits)
 
 
+def _binary(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy as the formula states it, in double precision."""
+    p = logits.double().sigmoid()
+    return -(labels * p.log() + (1 - labels) * (1 - p).log()).mean()
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "by_hand"),
+    [
+        (
+            "single_label_classification",
+            torch.tensor([0, 2, 1, 0]),
+            lambda z, y: -z.double().log_softmax(1)[torch.arange(4), y].mean(),
+        ),
+        ("multi_label_classification", torch.tensor([[1.0, 1, 0]] * 3 + [[0, 0, 1]]), _binary),
+        (None, torch.tensor([[0.0, 1, 0]] * 2 + [[1, 0, 1]] * 2), _binary),
+        (
+            "regression",
+            torch.arange(12.0).reshape(4, 3) / 10,
+            lambda z, y: ((z.double() - y) ** 2).mean(),
+        ),
+    ],
+)
+def test_the_loss_follows_the_problem_type(
+    problem_type: str | None,
+    labels: Tensor,
+    by_hand: Any,
+    classifier: Any,
+    loaded: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(classifier.config, "problem_type", problem_type)
+    with torch.no_grad():
+        found = classifier(**pixels(loaded[1]), labels=labels)
+    assert float(found.loss) == pytest.approx(float(by_hand(found.logits, labels)), rel=1e-5)
+
+
 def test_contrastive_loss(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     inputs = processor(images=IMAGES[:3], text=TEXTS, return_tensors="pt")

@@ -139,6 +139,24 @@ def test_group_columns(
     assert ("patients are unknown" in groups.note) == (column != "patient_id")
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdef"), st.none() | st.sampled_from("uvwxyz")),
+        min_size=1,
+        max_size=14,
+    )
+)
+def test_merged_groups_are_the_components_of_a_graph(pairs: list[tuple[str, str | None]]) -> None:
+    slides, glomeruli = zip(*pairs, strict=True)
+    columns = {"slide_id": list(slides), "glomerulus_id": list(glomeruli)}
+    groups = group_rows(make_rows([0] * len(pairs), **columns))
+    linked = np.array(
+        [[a == c or (b is not None and b == d) for c, d in pairs] for a, b in pairs], dtype=int
+    )
+    reached = np.linalg.matrix_power(linked, len(pairs)).astype(bool)  # no scipy here
+    assert groups.ids == [min(np.array(slides)[row]) for row in reached]
+
+
 def _smooth(seed: int) -> Image.Image:
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((80, 80), Image.Resampling.BICUBIC)

@@ -170,23 +170,19 @@ def _fallback_links(ds: "Dataset", alone: Sequence[int], lower: Sequence[str]) -
 
 
 def _components(raw: Sequence[str], links: Iterable[Sequence[int]]) -> list[str]:
-    """Union-find over rows; each row gets the smallest id of its component."""
-    parent = list(range(len(raw)))
+    """Connected components of rows; each row gets the smallest id of its component."""
+    from scipy.cluster.hierarchy import DisjointSet
 
-    def root(row: int) -> int:
-        while parent[row] != row:
-            parent[row] = parent[parent[row]]
-            row = parent[row]
-        return row
-
+    rows = DisjointSet(range(len(raw)))
     for first, *rest in links:
         for other in rest:
-            parent[root(other)] = root(first)
-    roots = [root(row) for row in range(len(raw))]
-    smallest: dict[int, str] = {}
-    for row, top in enumerate(roots):
-        smallest[top] = min(smallest.get(top, raw[row]), raw[row])
-    return [smallest[top] for top in roots]
+            rows.merge(first, other)
+    ids = list(raw)
+    for component in rows.subsets():
+        smallest = min(raw[row] for row in component)
+        for row in component:
+            ids[row] = smallest
+    return ids
 
 
 def _near_duplicates(images: Sequence[ImageValue], distance: int = 6) -> list[list[int]]:

@@ -46,7 +46,7 @@ class GloVLMImageClassifierOutput(ModelOutput):
     """Output of `GloVLMForImageClassification`.
 
     Args:
-        loss: Cross-entropy, when labels were given.
+        loss: By the config's `problem_type`, when labels were given.
         logits: Calibrated logits `[n, classes]` (temperature, prior correction).
         image_embeds: Image features `[n, dim]`, not normalised.
         hidden_states: Of the vision tower, when asked for.
@@ -459,7 +459,11 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
 
         Args:
             pixel_values: `[n, 3, height, width]`, from the processor.
-            labels: Class numbers `[n]`; gives a cross-entropy loss.
+            labels: Gives a loss, as in the image classifiers of transformers, by the config's
+                `problem_type`: `single_label_classification` takes class numbers `[n]` (softmax
+                cross-entropy), `multi_label_classification` floats 0 or 1 `[n, classes]` (binary
+                cross-entropy), `regression` numbers `[n]` or `[n, classes]` (mean squared error).
+                Without one, whole numbers are classes and floats are multi-label.
             return_dict: Whether to return an output object rather than a tuple.
             pixel_attention_mask: For SigLIP 2. (`Trainer` drops inputs that are not named here.)
             spatial_shapes: For SigLIP 2.
@@ -473,7 +477,7 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
         )
         features: Any = vision.pooler_output
         logits = self.classify_features(features)
-        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = GloVLMImageClassifierOutput(
             loss=loss,
             logits=logits,

@@ -38,7 +38,6 @@ SAMPLING = (
 NEIGHBOURS = (
     "Tiles of one slide are neighbours, not independent draws: their intervals are too narrow."
 )
-QUANTILE = 1.959963984540054  # of the normal distribution, for 95%
 PRIOR_COUNT = 0.5  # Jeffreys: what each cell of a small confusion matrix is given beforehand
 
 
@@ -64,13 +63,10 @@ def wilson_interval(count: int, n: int) -> tuple[float, float]:
         raise GloVLMError(f"Expected a count in 0 ... {n}, found {count}.")
     if n == 0:
         return 0.0, 1.0
-    fraction, z2 = count / n, QUANTILE**2
-    centre = (fraction + z2 / (2 * n)) / (1 + z2 / n)
-    half = QUANTILE * np.sqrt(fraction * (1 - fraction) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    # Rounding must not keep 0 of n or n of n from their bounds.
-    low = 0.0 if count == 0 else max(0.0, float(centre - half))
-    high = 1.0 if count == n else min(1.0, float(centre + half))
-    return low, high
+    from scipy.stats import binomtest
+
+    low, high = binomtest(count, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def count_classes(
