@@ -11,9 +11,9 @@ another quantity. Such resamples are left out of the percentiles and counted.
 """
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,11 +23,14 @@ from hf_glovlm.errors import GloVLMError, nearest
 
 __all__ = [
     "METRICS",
-    "MetricInfo",
+    "Metric",
     "PairedRun",
+    "Resamples",
+    "Sample",
     "compute_metrics",
     "compute_subgroups",
     "evaluate_metric",
+    "mean_of",
     "paired_differences",
     "recall_by_group",
     "summarise_draws",
@@ -43,45 +46,287 @@ MIN_GROUPS_PER_CLASS = 5
 _CHUNK = 1_000_000
 
 
+class Sample:
+    """Labelled predictions whose sums over groups are kept.
+
+    Attributes:
+        labels: Class indices, `[n]`.
+        probabilities: `[n, K]`, rows sum to 1.
+        similarities: Cosines of images and class texts, `[n, K]`, where there are some.
+        group: Number of each image's group, `[n]` in 0 ... G-1.
+        n_groups: G.
+    """
+
+    def __init__(
+        self,
+        labels: Ints,
+        probabilities: Floats,
+        group: Ints,
+        n_groups: int,
+        similarities: Floats | None = None,
+    ) -> None:
+        self.labels, self.probabilities, self.similarities = labels, probabilities, similarities
+        self.group, self.n_groups = group, n_groups
+        self._sums: dict[PerImage, Floats] = {}
+
+    @cached_property
+    def one_hot(self) -> Floats:
+        """1 in the column of each image's class, `[n, K]`."""
+        return np.eye(self.probabilities.shape[1])[self.labels]
+
+    @cached_property
+    def top(self) -> Ints:
+        """The most probable class of each image, `[n]`: the first one on a tie."""
+        top: Ints = self.probabilities.argmax(1)
+        return top
+
+    def by_group(self, per_image: "PerImage") -> Floats:
+        """Sums over the images of each group, `[G, c]`, of a function's `[n]` or `[n, c]`."""
+        if per_image not in self._sums:
+            values = per_image(self)
+            block = values[:, None] if values.ndim == 1 else values
+            sums = self._sums[per_image] = np.zeros((self.n_groups, block.shape[1]))
+            np.add.at(sums, self.group, block)
+        return self._sums[per_image]
+
+    @cached_property
+    def ranks(self) -> list["_Ranks"]:
+        """Each class against the others."""
+        ranks = []
+        for c, scores in enumerate(self.probabilities.T):
+            own = self.labels == c
+            rest = np.flatnonzero(~own)
+            rest = rest[np.argsort(scores[rest], kind="stable")]
+            below, not_above = (
+                np.searchsorted(scores[rest], scores[own], side) for side in ("left", "right")
+            )
+            ranks.append(_Ranks(self.group[own], self.group[rest], below, not_above))
+        return ranks
+
+
+class Resamples:
+    """A sample under R weightings of its groups; a weight is a number of copies.
+
+    All that a metric needs: what it asks for is computed once, for all metrics.
+
+    Attributes:
+        sample: The predictions.
+        weights: Multiplicity of each group, `[G, R]`; a column of ones is the sample itself.
+    """
+
+    def __init__(self, sample: Sample, weights: Floats) -> None:
+        self.sample, self.weights = sample, weights
+        self._totals: dict[PerImage, Floats] = {}
+
+    def total(self, per_image: "PerImage") -> Floats:
+        """Sums over the images of each resample, `[c, R]`; see `Sample.by_group`."""
+        if per_image not in self._totals:
+            self._totals[per_image] = self.sample.by_group(per_image).T @ self.weights
+        return self._totals[per_image]
+
+    def mean(self, per_image: "PerImage") -> Floats:
+        """Mean over the images of each resample, `[R]`, of a function that gives `[n]`."""
+        mean: Floats = self.total(per_image)[0] / self.n
+        return mean
+
+    @property
+    def hits(self) -> Floats:
+        """Images of each class that are classified right, `[K, R]`."""
+        return self.total(_hits)
+
+    @property
+    def actual(self) -> Floats:
+        """Images of each class, `[K, R]`."""
+        return self.total(_actual)
+
+    @property
+    def predicted(self) -> Floats:
+        """Images that are classified as each class, `[K, R]`."""
+        return self.total(_predicted)
+
+    @cached_property
+    def n(self) -> Floats:
+        """Images, `[R]`."""
+        n: Floats = self.actual.sum(0)
+        return n
+
+    @cached_property
+    def present(self) -> NDArray[np.bool_]:
+        """Which classes the labels of the sample hold, `[K]`."""
+        present: NDArray[np.bool_] = self.sample.by_group(_actual).sum(0) > 0
+        return present
+
+    @cached_property
+    def auc(self) -> Floats:
+        """Area under the ROC curve of each class against the others, `[K, R]`."""
+        return np.stack([_auc(ranks, self.weights) for ranks in self.sample.ranks])
+
+
+PerImage = Callable[[Sample], Floats]
+Statistic = Callable[[Resamples], Floats]
+
+
+def mean_of(per_image: PerImage) -> Statistic:
+    """The `function` of a metric that is the mean of a number per image, `[n]`."""
+    return lambda resamples: resamples.mean(per_image)
+
+
+def _hits(sample: Sample) -> Floats:
+    hits: Floats = sample.one_hot * (sample.top == sample.labels)[:, None]
+    return hits
+
+
+def _actual(sample: Sample) -> Floats:
+    return sample.one_hot
+
+
+def _predicted(sample: Sample) -> Floats:
+    return np.eye(sample.probabilities.shape[1])[sample.top]
+
+
+def _bin_gaps(sample: Sample) -> Floats:
+    """Accuracy minus confidence of each image, in the column of its confidence's bin."""
+    confidence = sample.probabilities.max(1, keepdims=True)
+    right = (sample.top == sample.labels)[:, None]
+    gaps: Floats = np.eye(ECE_BINS)[_bins(confidence[:, 0])] * (right - confidence)
+    return gaps
+
+
+def _margin(sample: Sample) -> Floats:
+    p = sample.probabilities
+    margin: Floats = p.max(1) - np.partition(p, -2, axis=1)[:, -2]
+    return margin
+
+
+def _own_cosine(sample: Sample) -> Floats:
+    assert sample.similarities is not None  # rows of similarities are left out without
+    return np.take_along_axis(sample.similarities, sample.labels[:, None], axis=1)[:, 0]
+
+
+def _cosine_gap(sample: Sample) -> Floats:
+    assert sample.similarities is not None
+    own, n_classes = _own_cosine(sample), sample.similarities.shape[1]
+    gap: Floats = own - (sample.similarities.sum(1) - own) / (n_classes - 1)
+    return gap
+
+
+def _macro_f1(resamples: Resamples) -> Floats:
+    # scikit-learn does so with labels=range(K), zero_division=0. Its default, labels=None, is the
+    # mean over the classes found in labels or predictions: an absent class does not count.
+    hits, actual = resamples.hits, resamples.actual
+    f1 = np.divide(2 * hits, actual + resamples.predicted, out=np.zeros_like(hits), where=hits > 0)
+    vanished = (actual[resamples.present] == 0).any(0)
+    return np.where(vanished, np.nan, f1.mean(0))
+
+
 @dataclass(frozen=True)
-class MetricInfo:
-    """A row of `METRICS`; `higher_is_better` is None where a metric describes and does not rank."""
+class Metric:
+    """A row of `METRICS`: all that is known of a metric, so that a row is all it takes to add one.
+
+    Attributes:
+        title: In tables.
+        definition: In one sentence.
+        higher_is_better: None where a metric describes and does not rank.
+        function: From the resamples to a value each, `[R]`, NaN where it is undefined; for a mean
+            over images see `mean_of`.
+        bounds: The lowest and the highest value.
+        of_similarities: Whether it needs the cosines of images and class texts; without these it
+            is left out.
+        over_classes: Whether it is a mean over classes, so that its note names those that the
+            labels lack.
+        summarised: Whether the report of a study has a column for it.
+        hub_name: What the Hub calls it, if otherwise.
+    """
 
     title: str
     definition: str
     higher_is_better: bool | None
+    function: Statistic
+    bounds: tuple[float, float] = (0.0, 1.0)
     of_similarities: bool = False
+    over_classes: bool = False
+    summarised: bool = True
+    hub_name: str | None = None
 
 
-METRICS: dict[str, MetricInfo] = {
-    "accuracy": MetricInfo("Accuracy", "Fraction of images whose top class is right.", True),
-    "balanced_accuracy": MetricInfo(
-        "Balanced accuracy", "Mean recall over the classes present in the labels.", True
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(
+        "Accuracy",
+        "Fraction of images whose top class is right.",
+        True,
+        lambda r: r.hits.sum(0) / r.n,
+        summarised=False,
     ),
-    "macro_auc": MetricInfo(
+    "balanced_accuracy": Metric(
+        "Balanced accuracy",
+        "Mean recall over the classes present in the labels.",
+        True,
+        lambda r: (r.hits / r.actual)[r.present].mean(0),
+        over_classes=True,
+    ),
+    "macro_auc": Metric(
         "Macro-AUC",
         "Mean over the classes present in the labels of the one-vs-rest area under the ROC curve "
         "(Mann-Whitney; a tie counts one half).",
         True,
+        lambda r: r.auc[r.present].mean(0),
+        over_classes=True,
+        hub_name="roc_auc",
     ),
-    # scikit-learn does so with labels=range(K), zero_division=0. Its default, labels=None, is the
-    # mean over the classes found in labels or predictions: an absent class does not count.
-    "macro_f1": MetricInfo(
-        "Macro-F1", "Mean F1 over all classes of the task; an absent class counts 0.", True
+    "macro_f1": Metric(
+        "Macro-F1",
+        "Mean F1 over all classes of the task; an absent class counts 0.",
+        True,
+        _macro_f1,
+        over_classes=True,
+        hub_name="f1",
     ),
-    "ece": MetricInfo(
-        "ECE", "Calibration error of the top class over 15 equal bins (lower, upper].", False
+    "ece": Metric(
+        "ECE",
+        "Calibration error of the top class over 15 equal bins (lower, upper].",
+        False,
+        lambda r: np.abs(r.total(_bin_gaps)).sum(0) / r.n,
     ),
-    "brier": MetricInfo("Brier", "Mean squared error summed over classes, 0 to 2.", False),
-    "boundary_margin": MetricInfo(
-        "Boundary margin", "Mean of the largest minus the second largest probability.", None
+    "brier": Metric(
+        "Brier",
+        "Mean squared error summed over classes, 0 to 2.",
+        False,
+        mean_of(lambda sample: ((sample.probabilities - sample.one_hot) ** 2).sum(1)),
+        bounds=(0.0, 2.0),
+        summarised=False,
+        hub_name="brier_score",
     ),
-    "alignment": MetricInfo(
-        "Alignment", "Mean cosine of an image and the text of its class.", None, True
+    "boundary_margin": Metric(
+        "Boundary margin",
+        "Mean of the largest minus the second largest probability.",
+        None,
+        mean_of(_margin),
+        summarised=False,
     ),
-    "similarity_gap": MetricInfo(
-        "Similarity gap", "Alignment minus the mean cosine with the other classes.", None, True
+    "alignment": Metric(
+        "Alignment",
+        "Mean cosine of an image and the text of its class.",
+        None,
+        mean_of(_own_cosine),
+        bounds=(-1.0, 1.0),
+        of_similarities=True,
+        summarised=False,
     ),
+    "similarity_gap": Metric(
+        "Similarity gap",
+        "Alignment minus the mean cosine with the other classes.",
+        None,
+        mean_of(_cosine_gap),
+        bounds=(-2.0, 2.0),
+        of_similarities=True,
+        summarised=False,
+    ),
+}
+# What every class has beside its counts: functions to `[K, R]`.
+_PER_CLASS: dict[str, Statistic] = {
+    "recall": lambda r: r.hits / r.actual,
+    "specificity": lambda r: (r.n - r.actual - r.predicted + r.hits) / (r.n - r.actual),
+    "auc": lambda r: r.auc,
 }
 
 
@@ -152,16 +397,21 @@ def compute_metrics(
     ids = np.arange(len(y)) if groups is None else _checked_groups(groups, len(y))
     group_ids, group = np.unique(ids, return_inverse=True)
     n_groups = len(group_ids)
-    table = _tabulate(y, p, group, n_groups, cosines)
-
-    value = _statistics(table, np.ones((n_groups, 1)))
+    sample = Sample(y, p, group, n_groups, cosines)
+    functions = {
+        name: row.function
+        for name, row in METRICS.items()
+        if cosines is not None or not row.of_similarities
+    }
+    functions |= {_of_class(name): function for name, function in _PER_CLASS.items()}
+    value = _statistics(functions, sample, np.ones((n_groups, 1)))
     resampled = {key: np.empty((len(v), n_resamples)) for key, v in value.items()}
     rng = np.random.default_rng(seed)
     for columns, weights in _resamples(rng, n_groups, n_resamples, len(y)):
-        for key, statistic in _statistics(table, weights).items():
+        for key, statistic in _statistics(functions, sample, weights).items():
             resampled[key][:, columns] = statistic
 
-    actual = table.sums["actual"]
+    actual = sample.by_group(_actual)
     holders = (actual > 0).sum(0)  # groups with an image of the class
     others = (actual.sum(1, keepdims=True) > actual).sum(0)  # groups with an image of another
     unknown = "intervals over images: groups unknown" if groups is None and n_resamples else ""
@@ -177,15 +427,15 @@ def compute_metrics(
     np.add.at(confusion, (y, p.argmax(1)), 1)
     return {
         "metrics": {
-            key: entry(key, 0, holders.min(), macro_note if key in _MACRO else "")
-            for key in METRICS
-            if key in value
+            name: entry(name, 0, holders.min(), macro_note if METRICS[name].over_classes else "")
+            for name in METRICS
+            if name in functions
         },
         "per_class": {
             name: {
-                "recall": entry("recall", c, holders[c]),
-                "specificity": entry("specificity", c, others[c]),
-                "auc": entry("auc", c, min(holders[c], others[c])),
+                "recall": entry(_of_class("recall"), c, holders[c]),
+                "specificity": entry(_of_class("specificity"), c, others[c]),
+                "auc": entry(_of_class("auc"), c, min(holders[c], others[c])),
                 "n": int(counts[c]),
                 "groups": int(holders[c]),
             }
@@ -282,6 +532,8 @@ def paired_differences(
             raise GloVLMError(f"Expected a metric, found '{name}'.{nearest(name, METRICS)}")
         if METRICS[name].higher_is_better is None:
             raise GloVLMError(f"Expected a metric that ranks methods, '{name}' only describes.")
+        if METRICS[name].of_similarities:
+            raise GloVLMError(f"Expected a metric of probabilities, '{name}' is one of cosines.")
     if not runs or n_resamples < 1:
         found = f"{len(runs)} runs and {n_resamples} resamples"
         raise GloVLMError(f"Expected at least one run and one resample, found {found}.")
@@ -303,8 +555,8 @@ def paired_differences(
         own, group = np.unique(ids, return_inverse=True)
         place = np.searchsorted(union, own)
         held[place[group], y] = True
-        pair = [_tabulate(y, p, group, len(own), None) for p in (a, b)]
-        tables.append((place, pair[0], pair[1]))
+        of_a, of_b = (Sample(y, p, group, len(own)) for p in (a, b))
+        tables.append((place, of_a, of_b))
 
     rng = np.random.default_rng(seed)
     drawn = _multiplicities(rng, len(runs), n_resamples)
@@ -425,21 +677,23 @@ def evaluate_metric(name: str, **options: Any) -> Any:
     if name not in METRICS:
         known = ", ".join(METRICS)
         raise GloVLMError(f"Expected one of {known}, found '{name}'.{nearest(name, METRICS)}")
-    return _evaluate_class(name)(**{"keep_in_memory": True} | options)
+    return _evaluate_class(name, METRICS[name])(**{"keep_in_memory": True} | options)
 
 
 @cache
-def _evaluate_class(name: str) -> type[Any]:
+def _evaluate_class(name: str, row: Metric) -> type[Any]:
     # `import evaluate` pulls in torch and transformers (9 s), so it waits until someone asks. A
     # factory, because with a module `__getattr__` mypy would accept every misspelt name of this
     # module; import_module and type(), because evaluate has no types to import or inherit from.
     evaluate, datasets = map(importlib.import_module, ("evaluate", "datasets"))
-    info = METRICS[name]
+    low, high = row.bounds
+    better = {True: " Higher is better.", False: " Lower is better.", None: ""}
+    ranks = better[row.higher_is_better]
 
     def _info(self: Any) -> Any:
         table = datasets.Sequence(datasets.Value("float64"))
         return evaluate.MetricInfo(
-            description=info.definition,
+            description=f"{row.definition} Range: {low:g} to {high:g}.{ranks}",
             citation="",
             inputs_description="predictions: [n, K]; references: class indices [n].",
             features=datasets.Features(predictions=table, references=datasets.Value("int64")),
@@ -447,7 +701,7 @@ def _evaluate_class(name: str) -> type[Any]:
 
     def _compute(self: Any, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {"n_resamples": 0} | options
-        if info.of_similarities:
+        if row.of_similarities:
             cosines = _checked_cosines(predictions)
             arguments["similarities"] = cosines
             predictions = np.full(cosines.shape, 1 / cosines.shape[1])
@@ -461,9 +715,6 @@ def _evaluate_class(name: str) -> type[Any]:
     return type(title, (evaluate.Metric,), {"_info": _info, "_compute": _compute})
 
 
-_MACRO = ("balanced_accuracy", "macro_auc", "macro_f1")
-
-
 class _Ranks(NamedTuple):
     """One class against the rest, sorted once: negatives ascend, positives point into them."""
 
@@ -473,66 +724,17 @@ class _Ranks(NamedTuple):
     not_above: Ints  # and with a smaller or equal one [P]
 
 
-class _Table(NamedTuple):
-    """Predictions reduced to what any weighting of their groups needs."""
-
-    sums: dict[str, Floats]  # per group: [G, K], [G, bins] or [G, 1]
-    ranks: list[_Ranks]  # one per class
+def _of_class(name: str) -> str:
+    return f"{name} of a class"  # no name of a metric
 
 
-def _tabulate(y: Ints, p: Floats, group: Ints, n_groups: int, cosines: Floats | None) -> _Table:
-    one_hot = np.eye(p.shape[1])
-    top, confidence = p.argmax(1), p.max(1, keepdims=True)
-    right = (top == y)[:, None]
-    columns = {
-        "hits": one_hot[y] * right,
-        "actual": one_hot[y],
-        "predicted": one_hot[top],
-        "ece": np.eye(ECE_BINS)[_bins(confidence[:, 0])] * (right - confidence),
-        "brier": ((p - one_hot[y]) ** 2).sum(1, keepdims=True),
-        "boundary_margin": confidence - np.partition(p, -2, axis=1)[:, [-2]],
-    }
-    if cosines is not None:
-        own = np.take_along_axis(cosines, y[:, None], axis=1)
-        columns["alignment"] = own
-        columns["similarity_gap"] = own - (cosines.sum(1, keepdims=True) - own) / (p.shape[1] - 1)
-    sums = {name: np.zeros((n_groups, block.shape[1])) for name, block in columns.items()}
-    for name, block in columns.items():
-        np.add.at(sums[name], group, block)
-    ranks = []
-    for c, scores in enumerate(p.T):
-        rest = np.flatnonzero(y != c)
-        rest = rest[np.argsort(scores[rest], kind="stable")]
-        below, not_above = (
-            np.searchsorted(scores[rest], scores[y == c], side) for side in ("left", "right")
-        )
-        ranks.append(_Ranks(group[y == c], group[rest], below, not_above))
-    return _Table(sums, ranks)
-
-
-def _statistics(table: _Table, weights: Floats) -> dict[str, Floats]:
-    """All metrics under R weightings of the groups: `[G, R]` -> `[1 or K, R]`, NaN if undefined."""
-    total = {name: block.T @ weights for name, block in table.sums.items()}
-    hits, actual, predicted = total["hits"], total["actual"], total["predicted"]
-    n = actual.sum(0, keepdims=True)
-    present = table.sums["actual"].any(0)
-    vanished = (actual[present] == 0).any(0)
-    auc = np.stack([_auc(ranks, weights) for ranks in table.ranks])
+def _statistics(
+    functions: Mapping[str, Statistic], sample: Sample, weights: Floats
+) -> dict[str, Floats]:
+    """Values under R weightings of the groups: `[G, R]` -> `[1 or K, R]`, NaN if undefined."""
+    resamples = Resamples(sample, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
-        recall = hits / actual
-        f1 = np.divide(2 * hits, actual + predicted, out=np.zeros_like(hits), where=hits > 0)
-        result = {
-            "accuracy": hits.sum(0) / n,
-            "balanced_accuracy": recall[present].mean(0, keepdims=True),
-            "macro_auc": auc[present].mean(0, keepdims=True),
-            "macro_f1": np.where(vanished, np.nan, f1.mean(0, keepdims=True)),
-            "ece": np.abs(total["ece"]).sum(0) / n,
-            "recall": recall,
-            "specificity": (n - actual - predicted + hits) / (n - actual),
-            "auc": auc,
-        }
-        means = ("brier", "boundary_margin", "alignment", "similarity_gap")
-        return result | {name: total[name] / n for name in means if name in total}
+        return {name: np.atleast_2d(function(resamples)) for name, function in functions.items()}
 
 
 def _auc(ranks: _Ranks, weights: Floats) -> Floats:
@@ -549,12 +751,13 @@ def _auc(ranks: _Ranks, weights: Floats) -> Floats:
 
 
 def _differences(
-    tables: Sequence[tuple[Ints, _Table, _Table]], metrics: Sequence[str], weights: Floats
+    tables: Sequence[tuple[Ints, Sample, Sample]], metrics: Sequence[str], weights: Floats
 ) -> Floats:
     """Metrics of b minus those of a: `[metrics, runs, R]`."""
+    functions = {name: METRICS[name].function for name in metrics}
     out = np.empty((len(metrics), len(tables), weights.shape[1]))
-    for j, (place, a, b) in enumerate(tables):
-        of_a, of_b = (_statistics(table, weights[place]) for table in (a, b))
+    for j, (place, *pair) in enumerate(tables):
+        of_a, of_b = (_statistics(functions, sample, weights[place]) for sample in pair)
         for i, name in enumerate(metrics):
             out[i, j] = of_b[name] - of_a[name]
     return out

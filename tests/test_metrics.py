@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cases import case_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as reference
@@ -49,32 +50,60 @@ def plain_ece(y, p):
     return total
 
 
-def restated(y, p, cosines):
-    """Every scalar metric from scikit-learn or a plain loop; None where it is undefined."""
-    n_classes, top = p.shape[1], p.argmax(1)
+def plain_aucs(y, p):
     present = np.unique(y)
+    return [reference.roc_auc_score(y == c, p[:, c]) for c in present if len(present) > 1]
+
+
+def plain_balanced_accuracy(y, p):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # predicted classes without labels
-        aucs = [reference.roc_auc_score(y == c, p[:, c]) for c in present if len(present) > 1]
-        balanced = reference.balanced_accuracy_score(y, top)
-    own = [cosines[i, y[i]] for i in range(len(y))]
-    other = [np.mean([cosines[i, c] for c in range(n_classes) if c != y[i]]) for i in range(len(y))]
-    best = np.sort(p, axis=1)
-    return {
-        "accuracy": reference.accuracy_score(y, top),
-        "balanced_accuracy": balanced,
-        "macro_auc": float(np.mean(aucs)) if aucs else None,
-        "macro_f1": reference.f1_score(
-            y, top, average="macro", labels=range(n_classes), zero_division=0
-        ),
-        "ece": plain_ece(y, p),
-        "brier": np.mean(
-            [sum((p[i, c] - (y[i] == c)) ** 2 for c in range(n_classes)) for i in range(len(y))]
-        ),
-        "boundary_margin": np.mean(best[:, -1] - best[:, -2]),
-        "alignment": np.mean(own),
-        "similarity_gap": np.mean(own) - np.mean(other),
-    }
+        return reference.balanced_accuracy_score(y, p.argmax(1))
+
+
+def plain_brier(y, p):
+    columns = range(p.shape[1])
+    return np.mean([sum((p[i, c] - (y[i] == c)) ** 2 for c in columns) for i in range(len(y))])
+
+
+def plain_alignment(y, cosines):
+    return np.mean([cosines[i, y[i]] for i in range(len(y))])
+
+
+def plain_gap(y, cosines):
+    columns = range(cosines.shape[1])
+    other = [np.mean([cosines[i, c] for c in columns if c != y[i]]) for i in range(len(y))]
+    return plain_alignment(y, cosines) - np.mean(other)
+
+
+# Every metric of METRICS from scikit-learn or a plain loop: labels, probabilities and cosines to a
+# number, or to None where the metric is undefined.
+REFERENCES = {
+    "accuracy": lambda y, p, cosines: reference.accuracy_score(y, p.argmax(1)),
+    "balanced_accuracy": lambda y, p, cosines: plain_balanced_accuracy(y, p),
+    "macro_auc": lambda y, p, cosines: float(np.mean(plain_aucs(y, p) or [np.nan])),
+    "macro_f1": lambda y, p, cosines: reference.f1_score(
+        y, p.argmax(1), average="macro", labels=range(p.shape[1]), zero_division=0
+    ),
+    "ece": lambda y, p, cosines: plain_ece(y, p),
+    "brier": lambda y, p, cosines: plain_brier(y, p),
+    "boundary_margin": lambda y, p, cosines: np.mean(np.diff(np.sort(p, axis=1))[:, -1]),
+    "alignment": lambda y, p, cosines: plain_alignment(y, cosines),
+    "similarity_gap": lambda y, p, cosines: plain_gap(y, cosines),
+}
+OF_PROBABILITIES = [name for name, row in m.METRICS.items() if not row.of_similarities]
+OVER_CLASSES = [name for name, row in m.METRICS.items() if row.over_classes]
+
+
+def reference_of(name):
+    where = "REFERENCES in tests/test_metrics.py"
+    return case_of(REFERENCES, name, "METRICS", where, "a plain restatement of the metric")
+
+
+def restated(y, p, cosines):
+    """Every scalar metric as its reference states it; None where it is undefined."""
+    found = {name: reference_of(name)(y, p, cosines) for name in m.METRICS}
+    return {name: None if np.isnan(value) else value for name, value in found.items()}
 
 
 def values(result):
@@ -188,7 +217,7 @@ def slow_resamples(y, p, cosines, groups, n_resamples, seed):
         take = np.repeat(np.arange(len(y)), times[group])
         row = restated(y[take], p[take], cosines[take])
         if set(y[take]) != set(y):
-            row |= dict.fromkeys(("balanced_accuracy", "macro_auc", "macro_f1"))
+            row |= dict.fromkeys(OVER_CLASSES)
         for c in range(p.shape[1]):
             own, top = y[take] == c, p[take].argmax(1)
             row["recall", c] = (top[own] == c).mean() if own.any() else None
@@ -209,7 +238,7 @@ def test_intervals_equal_those_of_a_slow_loop(seed, unit_groups):
     entries = dict(result["metrics"])
     for c, row in result["per_class"].items():
         entries |= {(name, int(c)): row[name] for name in ("recall", "specificity")}
-    assert len(entries) == 9 + 6
+    assert len(entries) == len(m.METRICS) + 2 * p.shape[1]
     for key, entry in entries.items():
         defined = [row[key] for row in slow if row[key] is not None]
         assert entry["undefined_resamples"] == 60 - len(defined), key
@@ -257,11 +286,12 @@ def test_a_weight_is_a_number_of_copies(seed):
     y, p, cosines, groups = draw_table(seed)
     ids, group = np.unique(groups, return_inverse=True)
     times = np.random.default_rng(seed).integers(1, 4, size=len(ids))
-    table = m._tabulate(y, p, group, len(ids), cosines)
-    weighted = m._statistics(table, times[:, None].astype(float))
+    functions = {name: row.function for name, row in m.METRICS.items()}
+    sample = m.Sample(y, p, group, len(ids), cosines)
+    weighted = m._statistics(functions, sample, times[:, None].astype(float))
     copies = np.repeat(np.arange(len(y)), times[group])
-    ones = m._tabulate(y[copies], p[copies], group[copies], len(ids), cosines[copies])
-    for name, value in m._statistics(ones, np.ones((len(ids), 1))).items():
+    repeated = m.Sample(y[copies], p[copies], group[copies], len(ids), cosines[copies])
+    for name, value in m._statistics(functions, repeated, np.ones((len(ids), 1))).items():
         np.testing.assert_allclose(weighted[name], value, atol=1e-12, err_msg=name)
 
 
@@ -270,13 +300,12 @@ def test_a_weight_is_a_number_of_copies(seed):
 def test_intervals_are_ordered_and_in_range(seed):
     y, p, cosines, groups = draw_table(seed)
     result = m.compute_metrics(y, p, groups=groups, similarities=cosines, n_resamples=60)
-    span = {"brier": (0, 2), "alignment": (-1, 1), "similarity_gap": (-2, 2)}
     for name, entry in result["metrics"].items():
         if entry["ci95"] is None:
             assert entry["value"] is None or entry["undefined_resamples"] == 60
             continue
         low, high = entry["ci95"]
-        floor, ceiling = span.get(name, (0, 1))
+        floor, ceiling = m.METRICS[name].bounds
         assert floor - 1e-9 <= low <= high <= ceiling + 1e-9
         inside = low - 1e-9 <= entry["value"] <= high + 1e-9
         assert inside == ("value outside its interval" not in entry["note"])

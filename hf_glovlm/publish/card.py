@@ -50,7 +50,7 @@ _PRIVATE = re.compile(
     re.I,
 )
 # Metric ids of the Hub, where it has one for ours.
-_HUB_METRICS = {"macro_auc": "roc_auc", "macro_f1": "f1", "brier": "brier_score"}
+_HUB_METRICS = {name: row.hub_name for name, row in METRICS.items() if row.hub_name}
 
 
 def render_card(results: Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from .workflow import Loader, run
 __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
 
 COMPARED = ("macro_auc", "balanced_accuracy")
-SUMMARISED = ("balanced_accuracy", "macro_auc", "macro_f1", "ece")
+SUMMARISED = tuple(name for name, row in METRICS.items() if row.summarised)
 RECALL_ROWS = 60  # of the table of groups in the report that people read
 RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
 _OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
@@ -391,7 +391,7 @@ def _section(
         results = [r for r, _ in runs.values()]
         if not results:
             continue
-        values = {k: [r["metrics"][k]["value"] for r in results] for k in SUMMARISED}
+        values = {k: [r["metrics"].get(k, {}).get("value") for r in results] for k in SUMMARISED}
         methods.append(
             {
                 **asdict(method),
