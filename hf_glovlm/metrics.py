@@ -1,4 +1,4 @@
-"""Metrics of a classifier of glomeruli, each with an interval over groups: arrays in, dict out.
+"""Classification metrics with bootstrap intervals over groups: arrays in, dict out.
 
 A group is what was sampled, a patient, a case or a slide; its images are not independent. So every
 interval is the 95% percentile interval of a bootstrap that draws groups with replacement and keeps
@@ -212,7 +212,7 @@ def _cosine_gap(sample: Sample) -> Floats:
 
 def _macro_f1(resamples: Resamples) -> Floats:
     # scikit-learn does so with labels=range(K), zero_division=0. Its default, labels=None, is the
-    # mean over the classes found in labels or predictions: an absent class does not count.
+    # mean over the classes in labels or predictions: an absent class does not count.
     hits, actual = resamples.hits, resamples.actual
     f1 = np.divide(2 * hits, actual + resamples.predicted, out=np.zeros_like(hits), where=hits > 0)
     vanished = (actual[resamples.present] == 0).any(0)
@@ -332,7 +332,7 @@ _PER_CLASS: dict[str, Statistic] = {
 
 @dataclass(frozen=True, eq=False)
 class PairedRun:
-    """Two methods, `a` and `b`, on the test side of one label draw.
+    """Paired run: two methods, `a` and `b`, on the test side of one label draw.
 
     Attributes:
         draw: Number of the label draw (episode).
@@ -359,7 +359,7 @@ def compute_metrics(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure one set of predictions, every number with its interval over groups.
+    """Metrics of one set of predictions, every number with its interval over groups.
 
     Args:
         labels: Class indices in 0 ... K-1, `[n]`.
@@ -464,7 +464,7 @@ def compute_subgroups(
     columns: Mapping[str, Sequence[Any]],
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Measure the images of each stain, each scanner and so on alone.
+    """Metrics within subgroups: the images of each stain, each scanner and so on alone.
 
     Args:
         labels: Class indices `[n]`.
@@ -482,7 +482,7 @@ def compute_subgroups(
     """
     y, p = _checked(labels, probabilities)
     groups = options.pop("groups", None)
-    found: dict[str, dict[str, Any]] = {}
+    subgroups: dict[str, dict[str, Any]] = {}
     for column, values in columns.items():
         if len(values) != len(y):
             raise GloVLMError(f"Expected {len(y)} values of '{column}', found {len(values)}.")
@@ -492,8 +492,8 @@ def compute_subgroups(
             held = None if groups is None else [groups[i] for i in rows]
             measured = compute_metrics(y[rows], p[rows], groups=held, **options)
             kept = {key: measured[key] for key in ("n", "n_groups", "metrics")}
-            found.setdefault(column, {})[name] = kept
-    return found
+            subgroups.setdefault(column, {})[name] = kept
+    return subgroups
 
 
 def paired_differences(
@@ -504,7 +504,7 @@ def paired_differences(
     *,
     unit: str = "groups",
 ) -> dict[str, dict[str, Any]]:
-    """Compare methods `b` and `a` on the same images: a bootstrap over groups crossed with draws.
+    """Paired differences of methods `b` and `a`: a bootstrap over groups crossed with draws.
 
     Label draws redraw the same few groups, so their spread alone is no interval. Each resample
     draws groups (from the union over all runs) and draws, both with replacement; the group
@@ -535,8 +535,8 @@ def paired_differences(
         if METRICS[name].of_similarities:
             raise GloVLMError(f"Expected a metric of probabilities, '{name}' is one of cosines.")
     if not runs or n_resamples < 1:
-        found = f"{len(runs)} runs and {n_resamples} resamples"
-        raise GloVLMError(f"Expected at least one run and one resample, found {found}.")
+        given = f"{len(runs)} runs and {n_resamples} resamples"
+        raise GloVLMError(f"Expected at least one run and one resample, found {given}.")
     if len({run.draw for run in runs}) < len(runs):
         raise GloVLMError("Expected one run per draw, found a draw twice: pass each draw once.")
     checked = []
@@ -660,7 +660,7 @@ def recall_by_group(
 
 
 def evaluate_metric(name: str, **options: Any) -> Any:
-    """Give a metric as an `evaluate.Metric`; needs neither network nor Hub.
+    """A metric as an `evaluate.Metric`; needs neither network nor Hub.
 
     `compute(predictions=probabilities, references=labels)` returns `{name: value}`; with
     `n_resamples=2000` (and `groups=[...]`) also `<name>_ci95`, `<name>_note` and
@@ -668,7 +668,7 @@ def evaluate_metric(name: str, **options: Any) -> Any:
 
     Args:
         name: A name in `METRICS`.
-        **options: Passed to `evaluate.Metric`. `keep_in_memory` is on unless said otherwise, so
+        **options: Passed to `evaluate.Metric`. `keep_in_memory` is on by default, so
             that predictions about patients are not written to the shared cache folder.
 
     Raises:
@@ -716,7 +716,7 @@ def _evaluate_class(name: str, row: Metric) -> type[Any]:
 
 
 class _Ranks(NamedTuple):
-    """One class against the rest, sorted once: negatives ascend, positives point into them."""
+    """Ranks of one class against the rest: negatives ascend, positives point into them."""
 
     positive: Ints  # group of each positive [P]
     negative: Ints  # group of each negative, by ascending score [N]
@@ -764,7 +764,7 @@ def _differences(
 
 
 def _multiplicities(rng: np.random.Generator, n: int, size: int) -> Floats:
-    """How often each of n things comes up when n are drawn with replacement: `[n, size]`."""
+    """Multiplicities of n things when n are drawn with replacement: `[n, size]`."""
     cells = rng.integers(n, size=(size, n)) * size + np.arange(size)[:, None]
     return np.bincount(cells.ravel(), minlength=n * size).reshape(n, size).astype(np.float64)
 
@@ -830,9 +830,9 @@ def _checked(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Ints, Floats]
         raise GloVLMError(f"Expected one label per row, found {len(y)} labels, {len(p)} rows.")
     off = np.abs(p.sum(1) - 1)
     if off.max() > 1e-4:
-        found = f"{p[off.argmax()].sum():.6g} in row {off.argmax()}"
+        given = f"{p[off.argmax()].sum():.6g} in row {off.argmax()}"
         raise GloVLMError(
-            f"Expected rows of probabilities that sum to 1, found {found}: apply softmax over the "
+            f"Expected rows of probabilities that sum to 1, found {given}: apply softmax over the "
             "classes, in float32 or better."
         )
     return y, p
@@ -854,8 +854,8 @@ def _checked_table(
     bad = ~((table >= low) & (table <= high))  # NaN compares false
     if bad.any():
         row = bad.any(1).argmax()
-        found = f"{table[row][bad[row]][0]:.6g} in row {row}"
-        raise GloVLMError(f"Expected {what} in {low} ... {high}, found {found}: {advice}.")
+        given = f"{table[row][bad[row]][0]:.6g} in row {row}"
+        raise GloVLMError(f"Expected {what} in {low} ... {high}, found {given}: {advice}.")
     return table
 
 
@@ -870,13 +870,13 @@ def _checked_labels(values: ArrayLike, n_classes: int, what: str) -> Ints:
     except ValueError:
         raise GloVLMError(f"Expected {what} as class indices [n], found ragged lists.") from None
     if y.ndim != 1 or len(y) == 0 or y.dtype.kind not in "iu":
-        found = f"{y.dtype} of shape {y.shape}"
+        given = f"{y.dtype} of shape {y.shape}"
     elif y.min() < 0 or y.max() >= n_classes:
-        found = f"{y.min()} ... {y.max()}"
+        given = f"{y.min()} ... {y.max()}"
     else:
         return y.astype(np.int64)
     raise GloVLMError(
-        f"Expected {what} as class indices [n] in 0 ... {n_classes - 1}, found {found}: map class "
+        f"Expected {what} as class indices [n] in 0 ... {n_classes - 1}, found {given}: map class "
         "names to indices first."
     )
 

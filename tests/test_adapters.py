@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import case_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -163,19 +164,53 @@ def test_prototype_head_gives_scaled_cosines_of_whatever_it_is_given() -> None:
 # --------------------------------------------------------------------------------- table and words
 
 
-def test_methods_describe_themselves() -> None:
-    for name, method in METHODS.items():
-        row = method.describe()
-        assert row["name"] == name
-        assert row["trains"]
-        assert row["citation"]
-        assert row["family"] in (
-            *("training-free", "feature side", "text side", "image side", "both sides"),
-        )
-        assert isinstance(row["settings"], dict)
-        assert row["needs_text"] == (name not in ("linear_probe", "classifier", "prototype"))
-        assert row["validation"] in ("none", "search", "early stopping")
-        assert row["transductive"] == (name == "transclip")
+# Every method of METHODS: its family, whether it needs texts, how it uses validation images, and
+# whether it is transductive.
+METHOD_CASES = {
+    "zero_shot": ("training-free", True, "none", False),
+    "prototype": ("training-free", False, "none", False),
+    "ss_text": ("training-free", True, "none", False),
+    "ss_text_plus": ("training-free", True, "none", False),
+    "gda": ("training-free", True, "search", False),
+    "tip_adapter": ("training-free", True, "search", False),
+    "transclip": ("training-free", True, "search", True),
+    "linear_probe": ("feature side", False, "search", False),
+    "lp_plus_plus": ("feature side", True, "early stopping", False),
+    "zs_lp": ("feature side", True, "early stopping", False),
+    "clap": ("feature side", True, "early stopping", False),
+    "taskres": ("feature side", True, "early stopping", False),
+    "clip_adapter": ("feature side", True, "early stopping", False),
+    "tip_adapter_f": ("feature side", True, "search", False),
+    "prolip": ("feature side", True, "early stopping", False),
+    "classifier": ("feature side", False, "early stopping", False),
+    "vanilla": ("both sides", True, "early stopping", False),
+    "full": ("both sides", True, "early stopping", False),
+    "lora": ("both sides", True, "early stopping", False),
+    "clip_lora": ("both sides", True, "early stopping", False),
+    "prompt_tuning": ("text side", True, "early stopping", False),
+    "kgcoop": ("text side", True, "early stopping", False),
+    "prograd": ("text side", True, "early stopping", False),
+    "biomedcoop": ("text side", True, "early stopping", False),
+    "vpt": ("image side", True, "early stopping", False),
+    "adapter": ("image side", True, "early stopping", False),
+    "maple": ("both sides", True, "early stopping", False),
+    "cocoop": ("text side", True, "early stopping", False),
+    "convlm": ("image side", True, "early stopping", False),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_describe_themselves(name: str) -> None:
+    where = "METHOD_CASES in tests/test_adapters.py"
+    what = "its family, need of texts, use of validation and whether it is transductive"
+    expected = case_of(METHOD_CASES, name, "METHODS", where, what)
+    row = METHODS[name].describe()
+    assert row["name"] == name
+    assert row["trains"]
+    assert row["citation"]
+    assert isinstance(row["settings"], dict)
+    keys = ("family", "needs_text", "validation", "transductive")
+    assert tuple(row[key] for key in keys) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import published
 import pytest
 import torch
+from cases import case_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,15 +27,16 @@ from tiny import (
     tiny_siglip,
     tiny_siglip2,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPImageProcessor, Siglip2ImageProcessor, SwinConfig, SwinModel
 
 from hf_glovlm import adapt, embed_images, load_backbone, load_dataset
 from hf_glovlm.data.splits import all_rows
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.explain import (
-    METHODS,
+    HEAT_MAPS,
     HeatMap,
+    MapMethod,
     View,
     attention,
     compare_with_shuffled,
@@ -46,14 +48,24 @@ from hf_glovlm.explain import (
     measure_faithfulness,
     nearest_support,
     overlay,
+    register_map,
     save_figure,
     summarise_maps,
 )
-from hf_glovlm.explain.view import central_ellipse, mean_colour, reveal, view_image
+from hf_glovlm.explain.patches import central_ellipse, mean_colour, reveal, view_image
 from hf_glovlm.lab.phantoms import render_cohort
 from hf_glovlm.model import GloVLMForImageClassification
 
-PATCHED = ("rollout", "gradient", "similarity", "occlusion")
+# What each heat map of HEAT_MAPS is drawn of: `plain`, any vision transformer, or one with
+# `context`-guided layers.
+MAP_CASES = {
+    "rollout": "plain",
+    "gradient": "plain",
+    "similarity": "plain",
+    "occlusion": "plain",
+    "kept": "context",
+}
+PATCHED = [name for name in HEAT_MAPS if MAP_CASES.get(name) == "plain"]
 
 
 @cache
@@ -570,6 +582,27 @@ def test_every_backbone_has_every_map(name: str, method: str) -> None:
     assert json.dumps(heat.describe())
 
 
+@pytest.mark.parametrize("method", HEAT_MAPS)
+def test_every_map_has_a_model_that_it_applies_to(method: str) -> None:
+    where = "MAP_CASES in tests/test_explain.py"
+    case = case_of(MAP_CASES, method, "HEAT_MAPS", where, "what the map is drawn of")
+    model, processor = classifier("pair")
+    if case == "context":
+        model.glovlm.add_context({"layers": [0, 1], "text_dim": 32, "keep": 0.5})
+    heat = explain(model, processor, picture(), method=method, target="sclerosed")
+    assert heat.values.shape == (heat.view.rows, heat.view.columns)
+    assert np.isfinite(heat.values).all()
+    row = HEAT_MAPS[method]
+    assert row.name == heat.method == method
+    assert row.title
+    assert "arXiv" in row.citation or "doi" in row.citation
+    if row.of_class:
+        assert heat.legend == "evidence for sclerosed"
+    other = explain(model, processor, picture(), method=method, target="viable")
+    assert np.array_equal(heat.values, other.values) != row.of_class
+    assert ("the same for every class" in row.unit) != row.of_class
+
+
 def test_kept_patches() -> None:
     model, processor = classifier("pair")
     image = picture()
@@ -792,11 +825,11 @@ def test_a_figure_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     from matplotlib.figure import Figure
 
     said: list[str] = []
-    for name in ("suptitle", "supxlabel"):
+    for name in ("suptitle", "supxlabel", "colorbar"):
         plain: Callable[..., Any] = getattr(Figure, name)
 
-        def note(self: Any, text: str, *, plain: Any = plain, **kwargs: Any) -> Any:
-            said.append(text)
+        def note(self: Any, text: Any, *, plain: Any = plain, **kwargs: Any) -> Any:
+            said.append(kwargs.get("label", text))
             return plain(self, text, **kwargs)
 
         monkeypatch.setattr(Figure, name, note)
@@ -808,6 +841,7 @@ def test_a_figure_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     text = " ".join(said)
     for part in (
         f"{heat.target}: {heat.score:.2f}",
+        f"evidence for {heat.target}",
         f"glomerulus blanked {heat.glomerulus_blanked[heat.index]:.2f}",
         f"context blanked {heat.context_blanked[heat.index]:.2f}",
         "central ellipse that stands in",
@@ -881,8 +915,14 @@ def test_the_nearest_support(cached: tuple[Any, Any, list[str]]) -> None:
         nearest_support(classifier("clip")[0], features)
 
 
-def test_the_table() -> None:
-    for method in METHODS.values():
-        assert method.title
-        assert method.unit
-        assert "arXiv" in method.citation or "doi" in method.citation
+def test_a_map_must_describe_itself() -> None:
+    class Silent(MapMethod):
+        name = "silent"
+
+        def draw(self, case: Any) -> Tensor:
+            return torch.zeros(1)
+
+    with pytest.raises(TypeError, match="Silent must state 'title'"):
+        register_map(Silent)
+    with pytest.raises(TypeError, match="already a heat map 'rollout'"):
+        register_map(type(HEAT_MAPS["rollout"]))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from cases import case_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -42,17 +43,7 @@ from hf_glovlm.training.losses import HeadStep
 
 Array = NDArray[Any]
 
-FEATURE_SIDE = (
-    "linear_probe",
-    "lp_plus_plus",
-    "zs_lp",
-    "clap",
-    "taskres",
-    "clip_adapter",
-    "tip_adapter_f",
-    "prolip",
-    "classifier",
-)
+FEATURE_SIDE = [name for name, method in METHODS.items() if method.family == "feature side"]
 
 
 def method(name: str) -> Any:
@@ -151,18 +142,20 @@ def test_recipes_are_the_published_ones(name: str, shots: int, expected: dict[st
     assert {key: recipe[key] for key in expected} == expected
 
 
-def test_settings_and_the_use_of_validation_are_pinned() -> None:
-    assert {n: method(n).describe()["settings"] for n in FEATURE_SIDE} == SETTINGS
-    assert {n: method(n).validation for n in FEATURE_SIDE} == VALIDATION
+@pytest.mark.parametrize("name", FEATURE_SIDE)
+def test_settings_recipes_and_the_use_of_validation_are_pinned(name: str) -> None:
+    where = "{} in tests/test_feature_side.py".format
+    settings = case_of(SETTINGS, name, "METHODS", where("SETTINGS"), "its published settings")
+    assert method(name).describe()["settings"] == settings
+    use = case_of(VALIDATION, name, "METHODS", where("VALIDATION"), "its use of validation images")
+    assert method(name).validation == use
+    if isinstance(METHODS[name], HeadMethod):
+        recipes = {n: recipe for n, _, recipe in RECIPES}
+        case_of(recipes, name, "METHODS", where("RECIPES"), "its published recipe")
+    assert re.search(r"arXiv:\d{4}\.\d{5}", METHODS[name].citation)
 
 
-def test_every_method_of_the_family_is_here_and_says_where_it_comes_from() -> None:
-    family = {n for n, m in METHODS.items() if m.family == "feature side"}
-    assert family == set(FEATURE_SIDE)
-    trained = {n for n in family if isinstance(METHODS[n], HeadMethod)}
-    assert trained == {name for name, _, _ in RECIPES}
-    for name in family:
-        assert re.search(r"arXiv:\d{4}\.\d{5}", METHODS[name].citation)
+def test_which_methods_work_on_pooled_vectors_and_which_without_texts() -> None:
     assert [n for n in FEATURE_SIDE if METHODS[n].on_pooled] == ["prolip"]
     without_text = [n for n in FEATURE_SIDE if not METHODS[n].needs_text]
     assert without_text == ["linear_probe", "classifier"]

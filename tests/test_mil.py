@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from cases import case_of
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -116,13 +117,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 
 def settings(cohort: Cohort, output: Path, **options: Any) -> MilConfig:
     features, labels, _ = cohort
-    name = options.get("aggregator", "abmil")
+    name, where = options.get("aggregator", "abmil"), "TINY in tests/test_mil.py"
+    own = case_of(TINY, name, "AGGREGATORS", where, "its settings for a small bag")
     return MilConfig(
         features=str(features),
         labels=str(labels),
         output_dir=str(output),
         device="cpu",
-        **{"aggregator_config": TINY[name], "epochs": 3, "n_resamples": 50, "lr": 2e-3, **options},
+        **{"aggregator_config": own, "epochs": 3, "n_resamples": 50, "lr": 2e-3, **options},
     )
 
 

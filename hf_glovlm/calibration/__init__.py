@@ -1,4 +1,4 @@
-"""What goes on top of an adapted model: temperature, prevalence, conformal sets, abstention.
+"""Calibration of an adapted model: temperature, prevalence, conformal sets, abstention.
 
 All of it is fitted on labelled images of groups (patients, slides) that no method learned from and
 that are not tested, at the prevalence that these groups have: arrays in, plain values out. The one
@@ -69,12 +69,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was fitted on the calibration images of one adapted model.
+    """Calibration of one adapted model, fitted on its calibration images.
 
     Attributes:
-        temperature: Divides the head's logits; 1 where it was not asked for.
-        conformal: `ConformalThresholds.to_dict()`, where asked for.
-        abstention: `Abstention.to_dict()`, where asked for.
+        temperature: Divides the head's logits; 1 where none was fitted.
+        conformal: `ConformalThresholds.to_dict()`, or None.
+        abstention: `Abstention.to_dict()`, or None.
         notes: Sentences that belong beside the numbers.
         facts: `n`, `groups`, `per_class` (images of each class), `nll` (`before` and `after` the
             temperature and the shift), and of the sets `coverage_range`, by class if per class.
@@ -104,7 +104,7 @@ def calibrate(
     max_risk: float | None = None,
     shift: ArrayLike | None = None,
 ) -> Calibration:
-    """Fit what was asked for on the calibration images, in the order in which it acts.
+    """Calibrate: fit temperature, sets and abstention in the order in which they act.
 
     Args:
         logits: `[n, K]` of the head, before temperature and shift.

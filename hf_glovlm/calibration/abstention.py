@@ -1,4 +1,4 @@
-"""Abstention: no answer below a confidence, so that the answers that are given keep to a risk."""
+"""Abstention: no prediction below a confidence, so that the others keep to a risk."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ DELTA = 0.05
 
 
 def risk_coverage(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, Any]:
-    """Trace the error among the answers against the share of images that get one.
+    """Risk-coverage curve: error among the answered images against their share.
 
     Images are answered in the order of their confidence, the largest probability; equally
     confident ones together (Geifman and El-Yaniv 2017, arXiv 1705.08500).
@@ -41,7 +41,7 @@ def risk_coverage(probabilities: ArrayLike, labels: ArrayLike) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Abstention:
-    """A confidence below which no answer is given.
+    """Selective classifier: a confidence below which no answer is given.
 
     Attributes:
         threshold: Smallest largest-probability that is answered; None where no threshold keeps to
@@ -49,7 +49,7 @@ class Abstention:
         coverage: Share of the calibration images that it answers.
         risk: Their share of errors; None without an answer.
         bound: What the risk lies below, with a confidence of 1 - delta.
-        max_risk: The risk that was asked for.
+        max_risk: The largest risk allowed.
         delta: How often, over calibration sets, the bound may be wrong.
         n: Calibration images.
     """
@@ -70,7 +70,7 @@ class Abstention:
 def abstention_threshold(
     probabilities: ArrayLike, labels: ArrayLike, max_risk: float, *, delta: float = DELTA
 ) -> Abstention:
-    """Find the confidence from which on answers are wrong at most `max_risk` of the time.
+    """Confidence threshold from which on answers are wrong at most `max_risk` of the time.
 
     Of the ten coverages 10%, 20% ... 100% of the calibration images the largest is taken whose
     upper bound on the risk is at most `max_risk`. Bounds are those of Clopper and Pearson (1934) at
@@ -106,14 +106,14 @@ def abstention_threshold(
 
 
 def images_without_error(max_risk: float, delta: float = DELTA) -> int:
-    """How many calibration images a threshold takes at least, if not one answer is wrong."""
+    """Fewest calibration images that a threshold takes, if not one answer is wrong."""
     return math.ceil(math.log(delta / STEPS) / math.log1p(-max_risk))
 
 
 def measure_abstention(
     probabilities: ArrayLike, labels: ArrayLike, threshold: float | None
 ) -> dict[str, Any]:
-    """Measure a threshold on test images.
+    """Risk and coverage of a threshold on test images.
 
     Args:
         probabilities: `[n, K]`, made in the same way as those of the calibration.

@@ -1,4 +1,4 @@
-"""Split-conformal sets: of the classes as many as a promised coverage takes."""
+"""Split-conformal prediction sets: as many classes as a promised coverage takes."""
 
 import json
 import math
@@ -23,7 +23,7 @@ CLUSTERED = (
 
 @dataclass(frozen=True)
 class ConformalThresholds:
-    """What turns probabilities into sets of classes; kept as JSON in the model's config.
+    """Conformal thresholds: from probabilities to sets; kept as JSON in the model's config.
 
     Attributes:
         method: `lac`, `aps` or `raps`.
@@ -128,7 +128,7 @@ def fit_conformal(
     penalty: float = PENALTY,
     free_ranks: int = FREE_RANKS,
 ) -> ConformalThresholds:
-    """Find the thresholds of split-conformal sets on calibration images.
+    """Fit the thresholds of split-conformal sets on calibration images.
 
     A threshold is the ceil((n + 1)(1 - alpha))-th smallest score of the calibration images for
     their own class (Vovk, Gammerman and Shafer 2005). The scores of a class y:
@@ -181,7 +181,7 @@ def fit_conformal(
 
 
 def conformal_sets(probabilities: ArrayLike, thresholds: ConformalThresholds) -> Bools:
-    """Say for each image which classes its set holds.
+    """Prediction sets: which classes the set of each image holds.
 
     Args:
         probabilities: `[n, K]`, made in the same way as those of the calibration.
@@ -206,7 +206,7 @@ def conformal_sets(probabilities: ArrayLike, thresholds: ConformalThresholds) ->
 
 
 def _scores(p: Floats, method: str, penalty: float, free_ranks: int) -> Floats:
-    """How ill each class fits each image, `[n, K]`; equally probable classes score the same."""
+    """Nonconformity score of each class, `[n, K]`; equally probable classes score the same."""
     if method == "lac":
         return 1 - p
     order = np.argsort(-p, axis=1, kind="stable")
@@ -222,12 +222,12 @@ def _scores(p: Floats, method: str, penalty: float, free_ranks: int) -> Floats:
 
 
 def _exact(alpha: float) -> Fraction:
-    """Alpha as it is written: 0.1 is one tenth, so that no rank is off by a rounding error."""
+    """Alpha as written: 0.1 is one tenth, so that no rank is off by a rounding error."""
     return Fraction(str(float(alpha)))
 
 
 def describe_sets(sets: ArrayLike, class_names: Sequence[str]) -> list[str]:
-    """Tell sets to a person: `"ischemic or sclerotic"`, `"none"`.
+    """Prediction sets in words: `"ischemic or sclerotic"`, `"none"`.
 
     Args:
         sets: `[n, K]` from `conformal_sets`.
@@ -250,7 +250,7 @@ def measure_sets(
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure sets on test images.
+    """Coverage and size of prediction sets on test images.
 
     Args:
         sets: `[n, K]` from `conformal_sets`.

@@ -1,4 +1,4 @@
-"""What the fits of this folder take, checked: tables `[n, K]` of numbers and their labels `[n]`."""
+"""Checked inputs of calibration: tables `[n, K]` of numbers and their labels `[n]`."""
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -11,7 +11,7 @@ Bools = NDArray[np.bool_]
 
 
 def softmax(logits: Floats) -> Floats:
-    """Probabilities of logits `[n, K]`."""
+    """Softmax of logits `[n, K]` over the classes."""
     exponential = np.exp(logits - logits.max(axis=1, keepdims=True))
     result: Floats = exponential / exponential.sum(axis=1, keepdims=True)
     return result

@@ -1,4 +1,4 @@
-"""Temperature and prevalence: what makes probabilities of the logits of a head."""
+"""Temperature scaling and prior correction: from the logits of a head to probabilities."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from .inputs import (
 )
 
 TEMPERATURES = (0.01, 100.0)  # the range that is searched
-PRIOR_FLOOR = 1e-6  # what a class keeps that EM finds nowhere, so that its logit stays finite
+PRIOR_FLOOR = 1e-6  # of a class without any image in EM, so that its logit stays finite
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike, *, balanced: bool = False) -> float:
-    """Find the temperature that minimises the negative log-likelihood of held-out labels.
+    """Temperature scaling: minimise the negative log-likelihood of held-out labels.
 
     Guo et al. 2017 (arXiv 1706.04599), section 4.2. The likelihood is concave in 1 / temperature,
     so the root of its derivative is exact. Where every image is right it has no maximum at all;
@@ -79,7 +79,7 @@ def find_temperature(logits: ArrayLike, labels: ArrayLike, *, balanced: bool) ->
 
 
 def declared_prior(prevalence: Mapping[str, float], class_names: Sequence[str]) -> Floats:
-    """Check a prevalence that a user declares.
+    """Prior of a prevalence that a user declares, checked.
 
     Args:
         prevalence: Class -> fraction above 0, every class, sum 1 within 1e-3.
@@ -116,7 +116,7 @@ def declared_prior(prevalence: Mapping[str, float], class_names: Sequence[str]) 
 
 
 def prior_shift(new_prior: ArrayLike, old_prior: ArrayLike | None = None) -> Floats:
-    """Find what is added to calibrated logits so that they fit another prevalence.
+    """Prior shift: what is added to calibrated logits so that they fit another prevalence.
 
     Args:
         new_prior: Class fractions `[K]` above 0 where the model is used.
@@ -138,7 +138,7 @@ def prior_shift(new_prior: ArrayLike, old_prior: ArrayLike | None = None) -> Flo
 def correct_prior(
     probabilities: ArrayLike, new_prior: ArrayLike, old_prior: ArrayLike | None = None
 ) -> Floats:
-    """Turn probabilities under one prevalence into those under another, by Bayes' rule.
+    """Prior correction: probabilities under another prevalence, by Bayes' rule.
 
     Saerens, Latinne and Decaestecker 2002 (Neural Computation 14:21), equation 2.4.
 
@@ -160,7 +160,7 @@ def correct_prior(
 
 @dataclass(frozen=True, eq=False)
 class PriorEstimate:
-    """What EM found over unlabelled queries; a method that uses it is transductive.
+    """Prior estimated by EM over unlabelled queries; a method that uses it is transductive.
 
     Attributes:
         prior: Class fractions `[K]`, above 0, sum 1.
@@ -180,11 +180,11 @@ def estimate_prior(
     tolerance: float = 1e-8,
     max_iterations: int = 10_000,
 ) -> PriorEstimate:
-    """Estimate the prevalence among unlabelled queries by EM; there is no way to give labels.
+    """Prior of unlabelled queries by expectation maximisation.
 
     Saerens, Latinne and Decaestecker 2002, equation 2.9: correct the probabilities to the present
     estimate, average them, repeat. The likelihood is concave in the prior, so the limit is its
-    maximum. It takes probabilities at their word: set the temperature first.
+    maximum. It presupposes calibrated probabilities: set the temperature first.
 
     Args:
         probabilities: `[n, K]` of the queries under `old_prior`, rows sum to 1.
@@ -193,7 +193,7 @@ def estimate_prior(
         max_iterations: Where EM stops at the latest.
 
     Returns:
-        The estimate; a class that is found nowhere keeps 1e-6.
+        The estimate; a class without any image keeps 1e-6.
 
     Raises:
         GloVLMError: A shape or range is wrong.

@@ -127,9 +127,7 @@ def explain(
     model: ModelArgument,
     images: Annotated[list[Path], Argument(help="Image files.")],
     output_dir: Annotated[Path, Option(help="Takes a figure an image, and the scores.")],
-    method: Annotated[
-        str, Option(help="gradient, rollout, similarity, occlusion or kept.")
-    ] = "gradient",
+    method: Annotated[str, Option(help="Heat map; an unknown name lists all.")] = "gradient",
     target: Annotated[Text, Option("--class", help="Explained class. (the predicted)")] = None,
     text: Annotated[Text, Option(help="A text to explain, in place of a class.")] = None,
     masks: Annotated[Path | None, Option(help="Folder of masks, white is glomerulus.")] = None,
@@ -138,7 +136,7 @@ def explain(
     device: DeviceFlag = "auto",
     as_json: JsonFlag = False,
 ) -> None:
-    """Draw heat maps, beside its scores with the glomerulus and the rest blanked."""
+    """Draw a heat map of each image, beside its scores with the glomerulus and the rest blanked."""
     from ..explain import explain_files, load_masks
     from ..inference import resolve_device
     from ..publish.adapter_only import load_model

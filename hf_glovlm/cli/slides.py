@@ -110,7 +110,7 @@ def mil(
     features: Annotated[Text, Option(help="Folder of feature files, NAME.h5 a slide.")] = None,
     labels: Annotated[Text, Option(help="CSV: slide, label[, patient_id][, split].")] = None,
     output_dir: Annotated[Text, Option(help="Where the run is written.")] = None,
-    aggregator: Annotated[Text, Option(help="mean, max, abmil or transmil. (abmil)")] = None,
+    aggregator: Annotated[Text, Option(help="An unknown name lists all. (abmil)")] = None,
     settings: Annotated[Texts, Option("--set", metavar="KEY=VALUE", help="Of it.")] = None,
     epochs: Annotated[Whole, Option(help="Passes over the training slides.")] = None,
     lr: Annotated[Real, Option(help="Learning rate. (2e-4)")] = None,

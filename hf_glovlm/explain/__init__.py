@@ -1,4 +1,4 @@
-"""Heat maps for any backbone: what a classifier looks at, and how far a map can be trusted."""
+"""Heat maps for any backbone, and how faithful they are to the classifier."""
 
 from .faithfulness import (
     Curves,
@@ -11,12 +11,20 @@ from .faithfulness import (
     summarise_maps,
 )
 from .figures import COLORMAP, explain_files, load_masks, overlay, save_figure
-from .maps import METHODS, HeatMap, MapMethod, Neighbours, explain, nearest_support
-from .view import View
+from .maps import (
+    HEAT_MAPS,
+    HeatMap,
+    MapMethod,
+    Neighbours,
+    explain,
+    nearest_support,
+    register_map,
+)
+from .patches import View
 
 __all__ = [
     "COLORMAP",
-    "METHODS",
+    "HEAT_MAPS",
     "Curves",
     "HeatMap",
     "MapMethod",
@@ -32,6 +40,7 @@ __all__ = [
     "measure_maps",
     "nearest_support",
     "overlay",
+    "register_map",
     "save_figure",
     "shuffle_weights",
     "summarise_maps",

@@ -1,4 +1,4 @@
-"""Where a vision transformer looks: its attention, the gradients of it, and what they add up to.
+"""Attention of a vision transformer, its gradients, and how both add up over the layers.
 
 Attention is read off the eager back end, to which the tower is switched for one pass. A pooler that
 attends to all tokens (SigLIP's, CoCa's) is computed anew beside the pass, since it returns none.
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from ..errors import GloVLMError
 from ..model.towers import AttentionalPooler
-from .view import View, has_patches
+from .patches import View, has_patches
 
 _ONE_AT_A_TIME = Lock()  # a switched back end is the model's, not a thread's
 
 
 @dataclass
 class Attention:
-    """What one image's pass left behind.
+    """Attention of one image's forward pass.
 
     Args:
         layers: Attention of each block `[heads, tokens, tokens]`; patches stand last.
@@ -96,7 +96,7 @@ def read_attention(
 
 
 def roll_out(attention: Attention, pooling: str) -> Tensor:
-    """Multiply attention through the layers (attention rollout, arXiv 2005.00928).
+    """Attention rollout: attention multiplied through the layers (arXiv 2005.00928).
 
     `R = A_L ... A_1` with `A_l = (mean over heads + I) / 2`, the half of it for the residual
     stream; then the row of what is pooled.
@@ -117,7 +117,7 @@ def roll_out(attention: Attention, pooling: str) -> Tensor:
 
 
 def weigh_by_gradient(attention: Attention, pooling: str) -> Tensor:
-    """Add up attention that raises the score (Chefer et al. 2021, arXiv 2103.15679, eq. 5 and 6).
+    """Gradient-weighted attention (Chefer et al. 2021, arXiv 2103.15679, equations 5 and 6).
 
     `R <- R + mean over heads(relu(gradient * A_l)) R` from `R = I`; then the row of what is pooled.
     A pooler's own attention is weighed in the same way. Where tokens are averaged, the identity,
@@ -141,14 +141,14 @@ def weigh_by_gradient(attention: Attention, pooling: str) -> Tensor:
 
 
 def read_out(flow: Tensor, attention: Attention, pooling: str, weights: Tensor | None) -> Tensor:
-    """Say how much of each patch reaches the pooled vector.
+    """Share of each patch in the pooled vector.
 
     Args:
         flow: From the first layer's tokens to the last's `[tokens, tokens]`.
         attention: Of one image.
         pooling: `cls`; `mean` of the patches; `cls_mean`, of which each half counts the same;
             anything else is the class token's, or the patches' mean where there is none.
-        weights: Of a pooler that attends to all own tokens `[own tokens]`; it has its way.
+        weights: Of a pooler that attends to all own tokens `[own tokens]`; used instead.
 
     Returns:
         `[patches]`.

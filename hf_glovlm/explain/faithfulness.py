@@ -1,4 +1,4 @@
-"""Whether heat maps tell the truth about a model, and whether a model looks at the glomerulus.
+"""Faithfulness of heat maps to their model, and how much of the heat lies on the glomerulus.
 
 Deletion and insertion (RISE, arXiv 1806.07421), heat inside an annotated glomerulus against its
 area, and maps of the same model with its weights shuffled (arXiv 1810.03292).
@@ -16,14 +16,14 @@ from numpy.typing import ArrayLike, NDArray
 from ..data.folder import ImageValue
 from ..errors import GloVLMError
 from ..inference import still
-from .maps import METHODS, Case, HeatMap, explain, take_case
+from .maps import HEAT_MAPS, ExplainedImage, HeatMap, explain, prepare_image
 
 Curve = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """Probability of a class while patches go or come, the hottest first.
+    """Deletion and insertion curves: probability of a class as patches go or come, hottest first.
 
     Args:
         fractions: Share of the patches that were changed `[steps + 1]`, 0 to 1.
@@ -41,13 +41,13 @@ class Curves:
 
     def areas(self) -> dict[str, float]:
         """Area under each curve, and what the map gains over random order (above 0 is better)."""
-        found = {
+        areas = {
             name: float(np.trapezoid(getattr(self, name), self.fractions))
             for name in ("deletion", "insertion", "random_deletion", "random_insertion")
         }
-        found["deletion_gain"] = found["random_deletion"] - found["deletion"]
-        found["insertion_gain"] = found["insertion"] - found["random_insertion"]
-        return found
+        areas["deletion_gain"] = areas["random_deletion"] - areas["deletion"]
+        areas["insertion_gain"] = areas["insertion"] - areas["random_insertion"]
+        return areas
 
 
 def measure_faithfulness(
@@ -61,7 +61,7 @@ def measure_faithfulness(
     seed: int = 0,
     batch_size: int = 32,
 ) -> Curves:
-    """Blank the hottest patches first, and reveal them first.
+    """Deletion and insertion curves of a map: the hottest patches are blanked or revealed first.
 
     Args:
         model: The classifier that the map is of.
@@ -79,14 +79,16 @@ def measure_faithfulness(
     with still(model):
         text = heat.target if len(heat.classes) > len(model.config.id2label) else None
         target = heat.target if text is None else None
-        case = take_case(model, processor, image, target=target, text=text, batch_size=batch_size)
+        case = prepare_image(
+            model, processor, image, target=target, text=text, batch_size=batch_size
+        )
         if case.view != heat.view:
             raise GloVLMError("The heat map is of another image, or of another model.")
         return _follow(case, heat, _follow_random(case, steps, orders, seed), seed)
 
 
 def _follow_random(
-    case: Case, steps: int, orders: int, seed: int
+    case: ExplainedImage, steps: int, orders: int, seed: int
 ) -> tuple[Curve, Curve, Curve, NDArray[np.int64]]:
     """Mean curves over random orders, and the numbers of patches at which they are taken."""
     if steps < 1 or orders < 1:
@@ -94,12 +96,12 @@ def _follow_random(
     n = case.view.rows * case.view.columns
     cuts = np.unique(np.linspace(0, n, min(steps, n) + 1).round().astype(np.int64))
     rng = np.random.default_rng(seed)
-    found = np.mean([_along(case, rng.permutation(n), cuts) for _ in range(orders)], axis=0)
-    return cuts / n, found[0], found[1], cuts
+    curves = np.mean([_along(case, rng.permutation(n), cuts) for _ in range(orders)], axis=0)
+    return cuts / n, curves[0], curves[1], cuts
 
 
 def _follow(
-    case: Case,
+    case: ExplainedImage,
     heat: HeatMap,
     random: tuple[Curve, Curve, Curve, NDArray[np.int64]],
     seed: int,
@@ -111,11 +113,11 @@ def _follow(
     return Curves(fractions, deletion, insertion, random_deletion, random_insertion)
 
 
-def _along(case: Case, order: NDArray[np.int64], cuts: NDArray[np.int64]) -> Curve:
+def _along(case: ExplainedImage, order: NDArray[np.int64], cuts: NDArray[np.int64]) -> Curve:
     """Probability while patches are blanked in this order, and while they are revealed `[2, s]`."""
     place = torch.from_numpy(np.argsort(order))
     gone = place < torch.from_numpy(cuts).unsqueeze(1)
-    return case.show(torch.cat([~gone, gone])).reshape(2, -1)
+    return case.score_shown(torch.cat([~gone, gone])).reshape(2, -1)
 
 
 def heat_inside(heat: HeatMap, mask: ArrayLike) -> dict[str, float]:
@@ -161,13 +163,13 @@ def measure_maps(
         processor: Its processor.
         images: n images.
         masks: Where the glomerulus is in each `[height, width]`.
-        methods: Names of `METHODS`; all by default.
+        methods: Names of `HEAT_MAPS`; all by default.
         targets: Class of each image; by default the one that is most probable.
         curves: Whether to measure deletion and insertion, too.
         window: For `occlusion`: side of the blank in patches.
         steps: See `measure_faithfulness`.
         seed: Draws random orders.
-        on_image: Told how many images are done, of how many.
+        on_image: Called with the number of images done, and of all.
 
     Returns:
         Rows for `summarise_maps`, and per method that does not apply to this model, why.
@@ -177,15 +179,15 @@ def measure_maps(
     for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
         target = None if targets is None else targets[number]
         with still(model):
-            case = take_case(model, processor, image, target=target, mask=mask, window=window)
+            case = prepare_image(model, processor, image, target=target, mask=mask, window=window)
             random = _follow_random(case, steps, 1, seed + number) if curves else None
-            for method in methods or METHODS:
+            for method in methods or HEAT_MAPS:
                 if method in refused:
                     continue
                 try:
                     heat = case.draw(method)
                 except GloVLMError as error:
-                    if number or method not in METHODS:
+                    if number or method not in HEAT_MAPS:
                         raise
                     refused[method] = str(error)
                     continue
@@ -235,11 +237,11 @@ def summarise_maps(
         }
         ones = np.ones(len(of))
         columns["excess"] = columns["heat"] - columns["area"]
-        said: dict[str, Any] = {
+        means: dict[str, Any] = {
             name: _mean(values, ones, ids, n_resamples, seed) for name, values in columns.items()
         }
-        said["ratio"] = _mean(columns["heat"], columns["area"], ids, n_resamples, seed)
-        summary[method] = {"images": len(of), "groups": len(set(ids)), **said}
+        means["ratio"] = _mean(columns["heat"], columns["area"], ids, n_resamples, seed)
+        summary[method] = {"images": len(of), "groups": len(set(ids)), **means}
     return summary
 
 
@@ -310,7 +312,7 @@ def compare_with_shuffled(
         model: The classifier.
         processor: Its processor.
         images: The images.
-        methods: Names of `METHODS`; by default all that apply.
+        methods: Names of `HEAT_MAPS`; by default all that apply.
         seed: Of the shuffling.
         window: For `occlusion`.
 
@@ -321,8 +323,8 @@ def compare_with_shuffled(
     from scipy.stats import rankdata
 
     other = shuffle_weights(model, seed)
-    found: dict[str, list[float]] = {}
-    for method in methods or METHODS:
+    correlations: dict[str, list[float]] = {}
+    for method in methods or HEAT_MAPS:
         for image in images:
             try:
                 heat = explain(model, processor, image, method=method, window=window)
@@ -336,8 +338,8 @@ def compare_with_shuffled(
             ranks = [rankdata(h.values.ravel()) for h in (heat, again)]
             flat = min(rank.std() for rank in ranks) == 0
             value = 0.0 if flat else float(np.corrcoef(*ranks)[0, 1])
-            found.setdefault(method, []).append(value)
-    return {method: float(np.mean(values)) for method, values in found.items()}
+            correlations.setdefault(method, []).append(value)
+    return {method: float(np.mean(values)) for method, values in correlations.items()}
 
 
 def _mean(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data.folder import ImageValue, open_image
 from ..errors import GloVLMError, nearest
-from .maps import METHODS, HeatMap, explain
+from .maps import HEAT_MAPS, HeatMap, explain
 
 # Even steps of brightness, and the same to people who confuse red and green.
 COLORMAP = "cividis"
@@ -22,7 +22,7 @@ DISCLAIMER = "Research use only, not for diagnosis."
 def overlay(
     image: ImageValue, heat: HeatMap, *, opacity: float = 0.5, colormap: str = COLORMAP
 ) -> Image.Image:
-    """Lay a heat map over its image.
+    """Overlay of a heat map on its image.
 
     Args:
         image: The image that the map is of.
@@ -72,7 +72,7 @@ def save_figure(
     colormap: str = COLORMAP,
     title: str = "",
 ) -> Path:
-    """Write a PNG: the image, the overlay with its scale, the scores, and what it is not for.
+    """Write a figure: the image, the overlay with its legend, the scores, and what it is not for.
 
     Args:
         path: Where to write; the file appears whole or not at all.
@@ -96,11 +96,11 @@ def save_figure(
     left.imshow(open_image(image))
     left.set_title("image", fontsize=9)
     right.imshow(overlay(image, heat, opacity=opacity, colormap=colormap))
-    right.set_title(METHODS[heat.method].title, fontsize=9)
+    right.set_title(HEAT_MAPS[heat.method].title, fontsize=9)
     for axis in (left, right):
         axis.set_axis_off()
     scale = ScalarMappable(Normalize(low, high if high > low else low + 1), colormap)
-    figure.colorbar(scale, ax=right, shrink=0.7)
+    figure.colorbar(scale, ax=right, shrink=0.7, label=heat.legend)
     figure.supxlabel("\n".join(describe_scores(heat)), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.tmp")
@@ -155,7 +155,7 @@ def explain_files(
         window: See `explain`.
         opacity: See `overlay`.
         colormap: See `overlay`.
-        on_image: Told how many images are done, of how many.
+        on_image: Called with the number of images done, and of all.
 
     Returns:
         Per image what the JSON file holds.
@@ -189,9 +189,9 @@ def explain_files(
         if on_image is not None:
             on_image(number + 1, len(images))
     about = {
-        "method": METHODS[method].title,
-        "unit": METHODS[method].unit,
-        "citation": METHODS[method].citation,
+        "method": HEAT_MAPS[method].title,
+        "unit": HEAT_MAPS[method].unit,
+        "citation": HEAT_MAPS[method].citation,
         "note": DISCLAIMER,
         "images": rows,
     }
@@ -213,7 +213,7 @@ def load_masks(folder: str | Path, images: Sequence[str | Path]) -> list[NDArray
     Raises:
         GloVLMError: A mask is missing or cannot be read.
     """
-    found = []
+    masks = []
     for image in map(Path, images):
         places = [Path(folder) / f"{image.stem}.png"]
         if not image.is_absolute():
@@ -224,8 +224,8 @@ def load_masks(folder: str | Path, images: Sequence[str | Path]) -> list[NDArray
                 f"{folder} holds no mask for {image.name}: expected {places[0].name}, white where "
                 "the glomerulus is."
             )
-        found.append(np.asarray(open_image(path)).max(-1) > 127)
-    return found
+        masks.append(np.asarray(open_image(path)).max(-1) > 127)
+    return masks
 
 
 def _free_name(stem: str, taken: set[str]) -> str:

@@ -1,12 +1,13 @@
-"""Heat maps of a classifier: which patches of an image speak for a class, by one of five methods.
+"""Heat maps of a classifier: the evidence for a class in each patch of an image.
 
-A map tells what a model uses, not what is the matter with a glomerulus. Research use only, not for
-diagnosis.
+One table, `HEAT_MAPS`; an entry is a class decorated with `@register_map`. A map shows what a model
+uses, not what is the matter with a glomerulus. Research use only, not for diagnosis.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ..inference import embed_prompts, still
 from ..model.heads import CacheHead
 from ..model.towers import TowerPair
 from .attention import read_attention, roll_out, weigh_by_gradient
-from .view import (
+from .patches import (
     Floats,
     Mask,
     View,
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class HeatMap:
-    """How much each patch of an image speaks for a class, with the scores that belong beside it.
+    """Heat map: the evidence for a class in each patch, with the scores that belong beside it.
 
     Args:
-        values: `[rows, columns]`, in the method's own unit (see `METHODS`); higher speaks for it.
-        method: A name of `METHODS`.
-        target: The class, or the text, that was asked for.
+        values: `[rows, columns]`, in the method's own unit (see `HEAT_MAPS`); higher is more.
+        method: A name of `HEAT_MAPS`.
+        target: The class, or the text, that is explained.
         index: Its place in `classes`.
         classes: What it was chosen from.
         scores: Probability of each class `[K]`.
@@ -72,6 +73,13 @@ class HeatMap:
         """Probability of the target."""
         return self.scores[self.index]
 
+    @property
+    def legend(self) -> str:
+        """What a colour stands for: `evidence for sclerosed`."""
+        if HEAT_MAPS[self.method].of_class:
+            return f"evidence for {self.target}"
+        return "share of a patch, the same for every class"
+
     def on_image(self) -> Floats:
         """The values laid over the whole image `[height, width]`; NaN where nothing was seen."""
         return self.view.spread(self.values)
@@ -93,12 +101,12 @@ class HeatMap:
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a map is asked about.
+class Target:
+    """Target of an explanation: a class, or a text against the texts of the classes.
 
     Args:
         names: What is chosen from.
-        index: What is asked for.
+        index: What is explained.
         logits: From image features `[n, dim]` to `[n, K]`.
         contrast: The same as cosines, where the head compares these; else the logits again.
     """
@@ -110,12 +118,12 @@ class Question:
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """One image before one question; made by `take_case`.
+class ExplainedImage:
+    """One image with the target that is explained; made by `prepare_image`.
 
     Args:
         model: The classifier, in evaluation mode.
-        question: What is asked.
+        target: What is explained.
         view: Where the patches lie.
         inputs: Of the image, for the model.
         scores: Probability of each class: of the image, with the glomerulus blanked and with the
@@ -126,7 +134,7 @@ class Case:
     """
 
     model: Any
-    question: Question
+    target: Target
     view: View
     inputs: dict[str, Tensor]
     scores: NDArray[np.float64]
@@ -134,7 +142,7 @@ class Case:
     window: int = 1
     batch_size: int = 32
 
-    def show(self, shown: Tensor) -> NDArray[np.float64]:
+    def score_shown(self, shown: Tensor) -> NDArray[np.float64]:
         """Probability of the target while only some patches are shown.
 
         Args:
@@ -145,17 +153,17 @@ class Case:
         """
         colour = mean_colour(self.inputs)
         batches = reveal(self.inputs, shown, colour, self.view, self.batch_size)
-        return classify(self.model, self.question, batches)[:, self.question.index]
+        return classify(self.model, self.target, batches)[:, self.target.index]
 
     def draw(self, method: str) -> HeatMap:
         """The heat map by one method; see `explain`."""
-        values = find_method(method).draw(self).float().cpu().numpy()
+        values = find_map(method).draw(self).float().cpu().numpy()
         return HeatMap(
             values=values.reshape(self.view.rows, self.view.columns),
             method=method,
-            target=self.question.names[self.question.index],
-            index=self.question.index,
-            classes=self.question.names,
+            target=self.target.names[self.target.index],
+            index=self.target.index,
+            classes=self.target.names,
             scores=self.scores[0].tolist(),
             glomerulus_blanked=self.scores[1].tolist(),
             context_blanked=self.scores[2].tolist(),
@@ -165,21 +173,40 @@ class Case:
         )
 
 
-@dataclass(frozen=True)
-class MapMethod:
-    """A row of `METHODS`.
+class MapMethod(ABC):
+    """Heat map method: an entry of `HEAT_MAPS`.
 
-    Args:
-        title: For people.
+    Attributes:
+        name: On the command line.
+        title: In figures.
         unit: What a value is.
         citation: Where the method is from.
-        draw: From a case to values `[patches]`.
+        of_class: Whether the map is evidence for the target, not the same for every class.
     """
 
-    title: str
-    unit: str
-    citation: str
-    draw: Callable[[Case], Tensor]
+    name: ClassVar[str]
+    title: ClassVar[str]
+    unit: ClassVar[str]
+    citation: ClassVar[str]
+    of_class: ClassVar[bool] = True
+
+    @abstractmethod
+    def draw(self, case: ExplainedImage) -> Tensor:
+        """Values of the patches, `[rows * columns]`; refuses models that it does not apply to."""
+
+
+HEAT_MAPS: dict[str, MapMethod] = {}
+
+
+def register_map(method: type[MapMethod]) -> type[MapMethod]:
+    """List a heat map in the table; refuse one that does not describe itself."""
+    for attribute in ("name", "title", "unit", "citation"):
+        if not hasattr(method, attribute):
+            raise TypeError(f"{method.__name__} must state '{attribute}'.")
+    if method.name in HEAT_MAPS:
+        raise TypeError(f"There is already a heat map '{method.name}'.")
+    HEAT_MAPS[method.name] = method()
+    return method
 
 
 def explain(
@@ -194,16 +221,16 @@ def explain(
     window: int = 1,
     batch_size: int = 32,
 ) -> HeatMap:
-    """Draw one heat map.
+    """Heat map of one image.
 
     Args:
         model: The classifier; left in the mode and with the attention back end that it had.
         processor: Its processor.
         image: A picture, a path, or `{"path", "bytes"}`.
-        method: A name of `METHODS`.
-        target: The class asked about, by name or number; by default the most probable.
-        text: A free text to ask about instead, against the prompts of the model's classes. Needs
-            an image and a text tower that share a space.
+        method: A name of `HEAT_MAPS`.
+        target: The explained class, by name or number; by default the most probable.
+        text: Any text to explain instead, against the prompts of the model's classes. Needs an
+            image and a text tower that share a space.
         mask: Where the glomerulus is, `[height, width]` of the image; above 0 is inside.
         window: For `occlusion`: side of the blank in patches.
         batch_size: Images at a time.
@@ -212,9 +239,9 @@ def explain(
         GloVLMError: The image cannot be read, the method does not apply to this model, or the
             class, the text or the mask does not fit.
     """
-    find_method(method)
+    find_map(method)
     with still(model):
-        case = take_case(
+        case = prepare_image(
             model,
             processor,
             image,
@@ -227,7 +254,7 @@ def explain(
         return case.draw(method)
 
 
-def take_case(
+def prepare_image(
     model: Any,
     processor: Any,
     image: ImageValue,
@@ -237,8 +264,8 @@ def take_case(
     mask: ArrayLike | None = None,
     window: int = 1,
     batch_size: int = 32,
-) -> Case:
-    """Prepare an image and a question for many maps; see `explain`. The model must be `still`."""
+) -> ExplainedImage:
+    """Prepare an image and its target for many maps; see `explain`. The model must be `still`."""
     if window < 1 or batch_size < 1:
         raise GloVLMError(
             f"Expected a window and a batch size of 1 or more, found {window} and {batch_size}."
@@ -247,18 +274,18 @@ def take_case(
     given = None if mask is None else check_mask(mask, picture)
     inside = central_ellipse(*picture.size) if given is None else given
     view, inputs = view_image(model, processor, picture)
-    question = ask(model, processor, inputs, target, text)
+    explained = choose_target(model, processor, inputs, target, text)
     blanked = [
         view_image(model, processor, blank_image(picture, part))[1] for part in (inside, ~inside)
     ]
-    scores = classify(model, question, [inputs, *blanked])
+    scores = classify(model, explained, [inputs, *blanked])
     where: Literal["given", "central ellipse"] = "central ellipse" if given is None else "given"
-    return Case(model, question, view, inputs, scores, where, window, batch_size)
+    return ExplainedImage(model, explained, view, inputs, scores, where, window, batch_size)
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The support images nearest to each of n images, the nearest first.
+    """Nearest neighbours in the support of each of n images, the nearest first.
 
     Args:
         indices: Row of the support, in the order in which the model learned it `[n, k]`.
@@ -272,7 +299,7 @@ class Neighbours:
 
 
 def nearest_support(model: Any, features: ArrayLike, *, k: int = 3) -> Neighbours:
-    """Find the nearest support images, for a model that keeps their features (Tip-Adapter).
+    """Nearest support images, for a model that keeps their features (Tip-Adapter).
 
     Names of files are never kept, so the number of a row is all there is. Where the keys were
     trained (`tip_adapter_f`), they have moved away from the images they started from.
@@ -305,7 +332,7 @@ def nearest_support(model: Any, features: ArrayLike, *, k: int = 3) -> Neighbour
     return Neighbours(indices.numpy(), labels, cosines.numpy())
 
 
-# -------------------------------------------------------------------------------- what is asked
+# ------------------------------------------------------------------------------------- targets
 
 
 def class_names(model: Any) -> list[str]:
@@ -313,23 +340,27 @@ def class_names(model: Any) -> list[str]:
     return [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
 
 
-def find_method(name: str) -> MapMethod:
-    """Look a method up, or say which there are."""
-    if name not in METHODS:
+def find_map(name: str) -> MapMethod:
+    """Find a heat map by its name.
+
+    Raises:
+        GloVLMError: There is none; lists those there are and names the nearest.
+    """
+    if name not in HEAT_MAPS:
         raise GloVLMError(
-            f"Unknown heat map '{name}': expected {', '.join(METHODS)}.{nearest(name, METHODS)}"
+            f"Unknown heat map '{name}': expected {', '.join(HEAT_MAPS)}.{nearest(name, HEAT_MAPS)}"
         )
-    return METHODS[name]
+    return HEAT_MAPS[name]
 
 
-def ask(
+def choose_target(
     model: Any,
     processor: Any,
     inputs: dict[str, Tensor],
     target: str | int | None = None,
     text: str | None = None,
-) -> Question:
-    """Make of a class or a text what a map can be asked.
+) -> Target:
+    """Make a target of a class or a text.
 
     Args:
         model: The classifier.
@@ -345,7 +376,7 @@ def ask(
     if text is not None:
         if target is not None:
             raise GloVLMError("Ask for a class or for a text, not for both.")
-        return _ask_text(model, processor, names, text)
+        return _text_target(model, processor, names, text)
 
     def compare(features: Tensor) -> Tensor:
         unit = nn.functional.normalize(features, dim=-1)
@@ -354,8 +385,8 @@ def ask(
 
     contrast = compare if getattr(model.head, "cosine", False) else model.classify_features
     if target is None:
-        question = Question(names, 0, model.classify_features, contrast)
-        index = int(classify(model, question, [inputs])[0].argmax())
+        first = Target(names, 0, model.classify_features, contrast)
+        index = int(classify(model, first, [inputs])[0].argmax())
     elif isinstance(target, int) and 0 <= target < len(names):
         index = target
     elif target in names:
@@ -365,10 +396,10 @@ def ask(
             f"'{target}' is no class of this model, which knows {', '.join(names)}."
             f"{nearest(str(target), names)}"
         )
-    return Question(names, index, model.classify_features, contrast)
+    return Target(names, index, model.classify_features, contrast)
 
 
-def _ask_text(model: Any, processor: Any, names: list[str], text: str) -> Question:
+def _text_target(model: Any, processor: Any, names: list[str], text: str) -> Target:
     if not model.config.joint_space or not text.strip():
         raise GloVLMError(
             "A text can be asked about where image and text towers share a space; "
@@ -381,25 +412,25 @@ def _ask_text(model: Any, processor: Any, names: list[str], text: str) -> Questi
     prompts = model.config.prompts or [[name] for name in names]
     others = torch.from_numpy(embed_prompts(model.glovlm, processor, prompts)).to(device)
     with torch.no_grad():
-        asked = model.glovlm.class_prototypes(
+        given = model.glovlm.class_prototypes(
             ids, mask, torch.zeros(1, dtype=torch.long).to(device)
         )
-        texts = torch.cat([asked, others.to(asked.dtype)])
+        texts = torch.cat([given, others.to(given.dtype)])
         scale = model.glovlm.logit_scale.exp()
 
     def compare(features: Tensor) -> Tensor:
         return nn.functional.normalize(features, dim=-1) @ texts.T
 
-    return Question([text, *names], 0, lambda features: scale * compare(features), compare)
+    return Target([text, *names], 0, lambda features: scale * compare(features), compare)
 
 
 def classify(
-    model: Any, question: Question, batches: Iterable[dict[str, Tensor]]
+    model: Any, target: Target, batches: Iterable[dict[str, Tensor]]
 ) -> NDArray[np.float64]:
     """Probability of each class for batches of inputs: `[n, K]`."""
     with torch.no_grad():
         logits = [
-            question.logits(model.glovlm.get_image_features(**inputs).pooler_output)
+            target.logits(model.glovlm.get_image_features(**inputs).pooler_output)
             for inputs in batches
         ]
     probabilities: NDArray[np.float64] = torch.cat(logits).double().softmax(-1).cpu().numpy()
@@ -412,12 +443,12 @@ def check_mask(mask: ArrayLike, image: Image.Image) -> Mask:
     Raises:
         GloVLMError: It is not as large as the image, or has no inside or no outside.
     """
-    found = np.asarray(mask)
-    inside: Mask = found > 0
-    if found.shape != (image.height, image.width):
+    given = np.asarray(mask)
+    inside: Mask = given > 0
+    if given.shape != (image.height, image.width):
         raise GloVLMError(
             f"Expected a mask of {image.height} x {image.width} (height, width) as the image, "
-            f"found {' x '.join(map(str, found.shape))}."
+            f"found {' x '.join(map(str, given.shape))}."
         )
     if inside.all() or not inside.any():
         raise GloVLMError(
@@ -427,34 +458,65 @@ def check_mask(mask: ArrayLike, image: Image.Image) -> Mask:
     return inside
 
 
-# ---------------------------------------------------------------------------------- the methods
+# ----------------------------------------------------------------------------------- the table
 
 
 def _pooling(model: Any) -> str:
     return model.config.vision_pooling if model.config.is_pair else "pooler"
 
 
-def _draw_rollout(case: Case) -> Tensor:
-    attention = read_attention(case.model, case.inputs, case.view)
-    return roll_out(attention, _pooling(case.model))
+@register_map
+class Rollout(MapMethod):
+    """Attention rollout: `attention.roll_out`."""
+
+    name = "rollout"
+    title = "Attention rollout"
+    unit = "share of the patch in the pooled vector, by attention alone; the same for every class"
+    citation = "Abnar and Zuidema 2020, arXiv:2005.00928"
+    of_class = False
+
+    def draw(self, case: ExplainedImage) -> Tensor:
+        attention = read_attention(case.model, case.inputs, case.view)
+        return roll_out(attention, _pooling(case.model))
 
 
-def _draw_gradient(case: Case) -> Tensor:
-    def score(features: Tensor) -> Tensor:
-        return case.question.logits(features)[0, case.question.index]
+@register_map
+class GradientAttention(MapMethod):
+    """Gradient-weighted attention: `attention.weigh_by_gradient`."""
 
-    attention = read_attention(case.model, case.inputs, case.view, score)
-    return weigh_by_gradient(attention, _pooling(case.model))
+    name = "gradient"
+    title = "Gradient-weighted attention"
+    unit = "attention that raises the class's logit, added up over the layers"
+    citation = "Chefer et al. 2021, arXiv:2103.15679"
+
+    def draw(self, case: ExplainedImage) -> Tensor:
+        def score(features: Tensor) -> Tensor:
+            return case.target.logits(features)[0, case.target.index]
+
+        attention = read_attention(case.model, case.inputs, case.view, score)
+        return weigh_by_gradient(attention, _pooling(case.model))
 
 
-def _draw_similarity(case: Case) -> Tensor:
-    with torch.no_grad():
-        similar = case.question.contrast(_features_alone(case))
-    others = [k for k in range(similar.shape[1]) if k != case.question.index]
-    return similar[:, case.question.index] - similar[:, others].mean(1)
+@register_map
+class PatchSimilarity(MapMethod):
+    """Contrast of cosines: each patch token, pooled alone, with the class and with the others."""
+
+    name = "similarity"
+    title = "Similarity of patch and class"
+    unit = (
+        "the patch token's cosine with the class minus the mean of the others' (logits, where the "
+        "head compares no cosines)"
+    )
+    citation = "after Zhou et al. 2022, arXiv:2112.01071"
+
+    def draw(self, case: ExplainedImage) -> Tensor:
+        with torch.no_grad():
+            similar = case.target.contrast(_features_alone(case))
+        others = [k for k in range(similar.shape[1]) if k != case.target.index]
+        return similar[:, case.target.index] - similar[:, others].mean(1)
 
 
-def _features_alone(case: Case) -> Tensor:
+def _features_alone(case: ExplainedImage) -> Tensor:
     """Image features of each patch token as if it were all that is pooled: `[patches, dim]`.
 
     Where class token and mean are joined, the image's own class token stays.
@@ -477,7 +539,7 @@ def _features_alone(case: Case) -> Tensor:
     room = case.inputs["pixel_values"].shape[1] if "spatial_shapes" in case.inputs else count
     prefix = len(tokens) - room
     tokens = tokens[: prefix + count]
-    # Two of the same, so that a pooler that leaves the first token out has one to look at.
+    # Two of the same, so that a pooler that leaves the first token out still has one.
     alone = tokens[prefix:].unsqueeze(1).expand(-1, 2, -1)
     pooled: Tensor = alone[:, 0]
     if not isinstance(backbone, TowerPair):
@@ -495,14 +557,14 @@ def _features_alone(case: Case) -> Tensor:
 
 
 def _own_pooling(tower: Any, tokens: Tensor, pooled: Tensor) -> Callable[[Tensor], Tensor]:
-    """How a tower pools tokens `[n, length, width]`: the one way that gives what it gave."""
+    """Pooling of a tower, from tokens `[n, length, width]`: the one that gives its own vector."""
     norm = getattr(tower, "post_layernorm", None)
     ways = [getattr(tower, "head", None), getattr(tower, "pooler", None)]
     ways += [None if norm is None else lambda x: norm(x[:, 0]), lambda x: x[:, 0]]
     way: Callable[[Tensor], Tensor]
     for way in filter(None, ways):
-        found = way(tokens.unsqueeze(0))
-        if found.shape == pooled.shape and torch.allclose(found, pooled, rtol=1e-3, atol=1e-4):
+        own = way(tokens.unsqueeze(0))
+        if own.shape == pooled.shape and torch.allclose(own, pooled, rtol=1e-3, atol=1e-4):
             return way
     raise GloVLMError(
         f"{type(tower).__name__} pools its tokens in a way of its own, so patches cannot be "
@@ -510,62 +572,46 @@ def _own_pooling(tower: Any, tokens: Tensor, pooled: Tensor) -> Callable[[Tensor
     )
 
 
-def _draw_occlusion(case: Case) -> Tensor:
-    view, side = case.view, case.window
-    row = torch.arange(view.rows).unsqueeze(1) // side
-    column = torch.arange(view.columns).unsqueeze(0) // side
-    window = (row * (int(column.max()) + 1) + column).flatten()
-    shown = window != torch.arange(int(window.max()) + 1).unsqueeze(1)
-    whole = case.scores[0, case.question.index]
-    return torch.from_numpy(whole - case.show(shown))[window]
+@register_map
+class Occlusion(MapMethod):
+    """Occlusion: fall of the probability when a window of patches is blanked."""
+
+    name = "occlusion"
+    title = "Occlusion"
+    unit = "how far the class's probability falls when the patch is blanked"
+    citation = "Zeiler and Fergus 2014, arXiv:1311.2901"
+
+    def draw(self, case: ExplainedImage) -> Tensor:
+        view, side = case.view, case.window
+        row = torch.arange(view.rows).unsqueeze(1) // side
+        column = torch.arange(view.columns).unsqueeze(0) // side
+        window = (row * (int(column.max()) + 1) + column).flatten()
+        shown = window != torch.arange(int(window.max()) + 1).unsqueeze(1)
+        whole = case.scores[0, case.target.index]
+        return torch.from_numpy(whole - case.score_shown(shown))[window]
 
 
-def _draw_kept(case: Case) -> Tensor:
-    model = case.model
-    if not getattr(model.config, "context", None):
-        raise GloVLMError(
-            "Only a model with context-guided layers (method convlm) drops patches, and this one "
-            "keeps all: use 'gradient' or 'occlusion'."
-        )
-    with torch.no_grad():
-        layers = model.glovlm.kept_patches(**case.inputs)
-    count = torch.zeros(case.view.rows * case.view.columns)
-    for layer in layers:
-        numbers = layer[0].cpu()
-        count[numbers[numbers >= 0]] += 1  # -1 stands for all that were fused into one
-    return count / len(layers)
+@register_map
+class KeptPatches(MapMethod):
+    """Patch selection of context-guided layers (method convlm)."""
 
+    name = "kept"
+    title = "Patches kept"
+    unit = "share of the context-guided layers that keep the patch; the same for every class"
+    citation = "ConVLM, doi:10.1016/j.inffus.2025.103737"
+    of_class = False
 
-METHODS: dict[str, MapMethod] = {
-    "rollout": MapMethod(
-        "Attention rollout",
-        "share of the patch in the pooled vector, by attention alone; the same for every class",
-        "Abnar and Zuidema 2020, arXiv:2005.00928",
-        _draw_rollout,
-    ),
-    "gradient": MapMethod(
-        "Gradient-weighted attention",
-        "attention that raises the class's logit, added up over the layers",
-        "Chefer et al. 2021, arXiv:2103.15679",
-        _draw_gradient,
-    ),
-    "similarity": MapMethod(
-        "Similarity of patch and class",
-        "the patch token's cosine with the class minus the mean of the others' (logits, where the "
-        "head compares no cosines)",
-        "after Zhou et al. 2022, arXiv:2112.01071",
-        _draw_similarity,
-    ),
-    "occlusion": MapMethod(
-        "Occlusion",
-        "how far the class's probability falls when the patch is blanked",
-        "Zeiler and Fergus 2014, arXiv:1311.2901",
-        _draw_occlusion,
-    ),
-    "kept": MapMethod(
-        "Patches kept",
-        "share of the context-guided layers that keep the patch; the same for every class",
-        "ConVLM, doi:10.1016/j.inffus.2025.103737",
-        _draw_kept,
-    ),
-}
+    def draw(self, case: ExplainedImage) -> Tensor:
+        model = case.model
+        if not getattr(model.config, "context", None):
+            raise GloVLMError(
+                "Only a model with context-guided layers (method convlm) drops patches, and this "
+                "one keeps all: use 'gradient' or 'occlusion'."
+            )
+        with torch.no_grad():
+            layers = model.glovlm.kept_patches(**case.inputs)
+        count = torch.zeros(case.view.rows * case.view.columns)
+        for layer in layers:
+            numbers = layer[0].cpu()
+            count[numbers[numbers >= 0]] += 1  # -1 stands for all that were fused into one
+        return count / len(layers)

@@ -81,7 +81,7 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                 with gr.Accordion("Heat map", open=False, elem_id="heat-open"):
                     with gr.Row():
                         image = gr.Dropdown([], label="Image", elem_id="heat-image")
-                        titles = [(m.title, name) for name, m in explain.METHODS.items()]
+                        titles = [(m.title, name) for name, m in explain.HEAT_MAPS.items()]
                         method = gr.Dropdown(
                             titles, value="gradient", label="Method", elem_id="heat-method"
                         )

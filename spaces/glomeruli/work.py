@@ -146,8 +146,8 @@ def draw_heat(loaded: Loaded, image: Upload, method: str, target: str | None = N
     about = heat.describe()
     name = heat.target.replace("_", " ")
     sentences = [
-        f"{explain.METHODS[method].title}, dark blue for the lowest value and yellow for the "
-        f"highest. A value is: {explain.METHODS[method].unit}.",
+        f"{explain.HEAT_MAPS[method].title}, dark blue for the lowest value and yellow for the "
+        f"highest. A value is: {explain.HEAT_MAPS[method].unit}.",
         f"Probability of {name}: {heat.score:.2f}; with the glomerulus blanked "
         f"{about['glomerulus_blanked']:.2f}; with its surroundings blanked "
         f"{about['context_blanked']:.2f} (an ellipse in the middle stands in for the glomerulus).",

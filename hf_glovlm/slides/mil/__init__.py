@@ -1,6 +1,6 @@
-"""Slide labels by multiple-instance learning: feature files and a table in, a measured run out.
+"""Multiple-instance learning: slide labels from bags of tile features.
 
-`train_mil` does for bags of tiles what `runs.run` does for images; `apply_mil` uses what it leaves.
+`train_mil` does for bags of tiles what `runs.run` does for images; `apply_mil` uses its model.
 """
 
 from .classifier import SlideClassifier, SlidePrediction, apply_mil, load_aggregator

@@ -1,7 +1,8 @@
-"""Multiple-instance learning: the tiles of one slide in, the logits of the slide out.
+"""Aggregators of multiple-instance learning: tile features of a slide in, its class logits out.
 
-One table, `AGGREGATORS`. Every aggregator takes a bag `[n, dim]` of one tile or more and says three
-things about it: class logits, how much each tile counted, and for which class each tile spoke.
+One table, `AGGREGATORS`; an entry is a class decorated with `@register_aggregator`. It takes a bag
+`[n, dim]` of one tile or more and gives class logits, the attention to each tile, and the evidence
+of each tile for each class.
 """
 
 import math
@@ -15,22 +16,22 @@ from torch import Tensor, nn
 
 from ...errors import GloVLMError, nearest
 
-__all__ = ["AGGREGATORS", "Aggregator", "BagOutput", "build_aggregator"]
+__all__ = ["AGGREGATORS", "Aggregator", "BagOutput", "build_aggregator", "register_aggregator"]
 
 
 class BagOutput(NamedTuple):
-    """What an aggregator says about a bag of n tiles and K classes.
+    """Output of an aggregator for a bag of n tiles and K classes.
 
     Args:
         logits: `[K]`, float32.
-        attention: `[n]`, how much each tile counted, 0 or more, summing to 1; `None` where the
-            aggregator has no such thing (`max`).
-        tile_scores: `[n, K]`, for which class each tile spoke: the attention times the tile's own
-            class logits less their mean over the classes (softmax does not see a constant). For
-            `mean` and `abmil` they sum over the tiles to the slide's logits less their mean, so
-            they share the decision out exactly. `max` has no attention: the centred logits alone.
-            For `transmil` they are an account, not a decomposition (its class token is normalised
-            after the tiles are added up).
+        attention: Weight of each tile `[n]`, 0 or more, summing to 1; `None` where the aggregator
+            has none (`max`).
+        tile_scores: Evidence of each tile for each class `[n, K]`: the attention times the tile's
+            own class logits less their mean over the classes (softmax does not see a constant).
+            For `mean` and `abmil` they sum over the tiles to the slide's logits less their mean:
+            an exact decomposition. `max` has no attention: the centred logits alone. For
+            `transmil` they are no decomposition (its class token is normalised after the tiles
+            are added up).
     """
 
     logits: Tensor
@@ -105,7 +106,7 @@ class TransmilConfig(InstanceConfig):
 
 
 class Aggregator(nn.Module, ABC):
-    """Tiles in, slide logits out; make one with `build_aggregator`.
+    """Aggregator: an entry of `AGGREGATORS`; make one with `build_aggregator`.
 
     Attributes:
         name: On the command line.
@@ -159,10 +160,10 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def aggregate(self, features: Tensor) -> BagOutput:
-        """What `forward` does with a standardised bag `[n, dim]`."""
+        """Aggregate a standardised bag `[n, dim]`."""
 
     def standardise(self, mean: Tensor, spread: Tensor) -> None:
-        """Give every dimension mean 0 and spread 1, since encoders differ in scale by the hundred.
+        """Standardise every dimension, since encoders differ in scale by the hundred.
 
         Args:
             mean: `[dim]`, over the tiles of the training slides.
@@ -173,7 +174,7 @@ class Aggregator(nn.Module, ABC):
 
     @classmethod
     def describe(cls) -> dict[str, Any]:
-        """One row of the table, for people."""
+        """Row of the table, as plain values."""
         return {
             "name": cls.name,
             "permutation_invariant": cls.permutation_invariant,
@@ -183,13 +184,28 @@ class Aggregator(nn.Module, ABC):
         }
 
 
+AGGREGATORS: dict[str, type[Aggregator]] = {}
+
+
+def register_aggregator(kind: type[Aggregator]) -> type[Aggregator]:
+    """List an aggregator in the table; refuse one that does not describe itself."""
+    for attribute in ("name", "citation", "permutation_invariant", "has_attention", "Config"):
+        if not hasattr(kind, attribute):
+            raise TypeError(f"{kind.__name__} must state '{attribute}'.")
+    if kind.name in AGGREGATORS:
+        raise TypeError(f"There is already an aggregator '{kind.name}'.")
+    AGGREGATORS[kind.name] = kind
+    return kind
+
+
 def _evidence(tile_logits: Tensor) -> Tensor:
     """Class logits `[n, K]` less their mean over the classes."""
     return tile_logits - tile_logits.mean(-1, keepdim=True)
 
 
+@register_aggregator
 class MeanPooling(Aggregator):
-    """The mean of the tiles' class logits: every tile counts the same."""
+    """Mean pooling of the tiles' class logits."""
 
     name = "mean"
     citation = "Mean pooling, the plain baseline of Ilse et al. 2018, arXiv:1802.04712"
@@ -207,8 +223,9 @@ class MeanPooling(Aggregator):
         return BagOutput(tile_logits.mean(0), attention, _evidence(tile_logits) / len(features))
 
 
+@register_aggregator
 class MaxPooling(MeanPooling):
-    """An instance classifier: of every class the tile that speaks for it loudest."""
+    """Max pooling of the tiles' class logits: of every class its largest."""
 
     name = "max"
     citation = "Instance-level max pooling, as in Ilse et al. 2018, arXiv:1802.04712"
@@ -219,8 +236,9 @@ class MaxPooling(MeanPooling):
         return BagOutput(tile_logits.amax(0), None, _evidence(tile_logits))
 
 
+@register_aggregator
 class GatedAttention(Aggregator):
-    """Attention-based pooling with a gate.
+    """Gated attention pooling.
 
     `a = softmax_i(w^T (tanh(V h_i) * sigmoid(U h_i)))`, slide logits `W sum_i a_i h_i + b` (Ilse et
     al. 2018, equation 9). `h_i` is the tile's embedding: linear, ReLU, dropout.
@@ -248,8 +266,9 @@ class GatedAttention(Aggregator):
         return BagOutput(shares.sum(0), attention, _evidence(shares))
 
 
+@register_aggregator
 class TransformerPooling(Aggregator):
-    """A transformer over the tiles, after TransMIL: they see each other before they are counted.
+    """Transformer over the tiles, after TransMIL.
 
     The tiles' tokens and a class token pass a layer of self-attention; a positional encoding is
     convolved over the tiles laid out as a square in the order given (`_Pyramid`); then the class
@@ -309,7 +328,7 @@ class _Attention(nn.Module):
         self.out = nn.Sequential(nn.Linear(config.width, config.width), nn.Dropout(config.dropout))
 
     def between_all(self, tokens: Tensor) -> Tensor:
-        """Tokens `[t, width]` in, what attention adds to each `[t, width]` out."""
+        """Self-attention: tokens `[t, width]` in, what it adds to each `[t, width]` out."""
         query, key, value = self._split(tokens)
         # The approximate inverse needs single precision.
         with torch.autocast(tokens.device.type, enabled=False):
@@ -317,7 +336,7 @@ class _Attention(nn.Module):
         return self.out(mixed.transpose(0, 1).flatten(1).to(tokens.dtype))
 
     def of_first(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """What attention adds to the first token `[width]`, and its weights `[t]` over all."""
+        """Attention of the first token: what it adds `[width]`, and its weights `[t]` over all."""
         query, key, value = self._split(tokens)
         scores = (query[:, :1] @ key.transpose(1, 2)).float() / math.sqrt(query.shape[-1])
         weights = scores.softmax(-1)
@@ -348,7 +367,7 @@ class _Pyramid(nn.Module):
 
 
 def nystrom_attention(query: Tensor, key: Tensor, value: Tensor, landmarks: int) -> Tensor:
-    """Attention in time and memory that grow with the number of tokens (arXiv:2102.03902).
+    """Nystrom attention, linear in the number of tokens (arXiv:2102.03902).
 
     `softmax(Q K'^T) pinv(softmax(Q' K'^T)) softmax(Q' K^T) V`, where Q' and K' are means over runs
     of tokens, and the pseudo-inverse is six steps of its iteration (equation 14 there).
@@ -386,16 +405,10 @@ def _pseudo_inverse(matrix: Tensor, steps: int = 6) -> Tensor:
     return inverse
 
 
-AGGREGATORS: dict[str, type[Aggregator]] = {
-    aggregator.name: aggregator
-    for aggregator in (MeanPooling, MaxPooling, GatedAttention, TransformerPooling)
-}
-
-
 def build_aggregator(
     name: str, dim: int, num_classes: int, settings: Mapping[str, Any] | None = None
 ) -> Aggregator:
-    """Make an untrained aggregator; its weights come from torch's generator.
+    """Build an untrained aggregator; its weights come from torch's generator.
 
     Args:
         name: A name of `AGGREGATORS`.

@@ -1,4 +1,4 @@
-"""A trained slide classifier: from the tiles of a slide to a label, and to a heat map of it."""
+"""Slide classifier: from the tile features of a slide to its label and a heat map."""
 
 import json
 import math
@@ -16,24 +16,24 @@ from ...files import write_text
 from ..files.bags import Bag
 from .aggregators import Aggregator, build_aggregator
 
-# What a bag says of its tiles: features of another model are refused, other tiles are noted.
+# Attributes of a bag: features of another model are refused, other tiles are noted.
 FINGERPRINT = "fingerprint"
 TILES = ("tile_mpp", "tile_size", "overlap_fraction")
 
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """What a classifier says about a slide of n tiles.
+    """Prediction for a slide of n tiles.
 
     Attributes:
         label: The most probable class, the first one on a tie.
         probabilities: Of each class, summing to 1; not calibrated.
         logits: `[K]`, float32.
-        attention: `[n]`, float32, how much each tile counted, summing to 1; `None` for `max`.
-        tile_scores: `[n, K]`, float32, for which class each tile spoke; see `BagOutput`. As a heat
-            map of one class these say more than the attention, which also marks what is plainly
-            of another class.
-        notes: Sentences on what does not quite fit, for a person.
+        attention: Weight of each tile `[n]`, float32, summing to 1; `None` for `max`.
+        tile_scores: Evidence of each tile for each class `[n, K]`, float32; see `BagOutput`. As a
+            heat map of one class these show more than the attention, which also marks tiles that
+            are plainly of another class.
+        notes: Sentences on what does not quite fit.
     """
 
     label: str
@@ -46,13 +46,13 @@ class SlidePrediction:
 
 @dataclass
 class SlideClassifier:
-    """An aggregator with what it needs to be used: its classes, and the features it was made for.
+    """Slide classifier: an aggregator with its classes and the encoder of its features.
 
     Attributes:
         aggregator: In evaluation mode.
         classes: `[K]`.
-        encoder: What the training bags said of the model that made them (`fingerprint`) and of
-            their tiles (`tile_mpp`, `tile_size`, `overlap_fraction`), as far as they agreed.
+        encoder: Attributes of the training bags, as far as they agree: of the model that made
+            them (`fingerprint`) and of their tiles (`tile_mpp`, `tile_size`, `overlap_fraction`).
     """
 
     aggregator: Aggregator
@@ -68,14 +68,14 @@ class SlideClassifier:
         notes = self._compare(bag)
         device = self.aggregator.classify.weight.device
         with torch.inference_mode():
-            found = self.aggregator(torch.from_numpy(bag.features).to(device))
-        probabilities = found.logits.double().softmax(0).tolist()
+            output = self.aggregator(torch.from_numpy(bag.features).to(device))
+        probabilities = output.logits.double().softmax(0).tolist()
         return SlidePrediction(
-            label=self.classes[int(found.logits.argmax())],
+            label=self.classes[int(output.logits.argmax())],
             probabilities=dict(zip(self.classes, probabilities, strict=True)),
-            logits=found.logits.cpu().numpy(),
-            attention=None if found.attention is None else found.attention.cpu().numpy(),
-            tile_scores=found.tile_scores.cpu().numpy(),
+            logits=output.logits.cpu().numpy(),
+            attention=None if output.attention is None else output.attention.cpu().numpy(),
+            tile_scores=output.tile_scores.cpu().numpy(),
             notes=notes,
         )
 
@@ -106,14 +106,14 @@ class SlideClassifier:
             )
         if not len(bag.features):
             raise GloVLMError(f"{bag.name} has no tile: no tissue was found, or the file is empty.")
-        wanted, found = self.encoder.get(FINGERPRINT), bag.attributes.get(FINGERPRINT)
-        if wanted and found and wanted != found:
+        known, given = self.encoder.get(FINGERPRINT), bag.attributes.get(FINGERPRINT)
+        if known and given and known != given:
             raise GloVLMError(
-                f"{bag.name}: the features come from another model ({str(found)[:12]}) than the "
-                f"classifier was trained on ({str(wanted)[:12]}): encode the slide with that one."
+                f"{bag.name}: the features come from another model ({str(given)[:12]}) than the "
+                f"classifier was trained on ({str(known)[:12]}): encode the slide with that one."
             )
         notes = []
-        if wanted and not found:
+        if known and not given:
             notes.append("The features do not say which model made them; it was not checked.")
         for name in TILES:
             here, there = bag.attributes.get(name), self.encoder.get(name)

@@ -1,4 +1,4 @@
-"""The labelled slides of a run: read, checked, and put on sides that share no patient."""
+"""Cohort of labelled slides: read, checked, and split so that no patient is on two sides."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _SPLIT, _VALIDATION, _FOLDS = range(3)  # streams of random numbers
 
 
 class Bags:
-    """Feature files by number, kept in memory while they are few."""
+    """Bags by number, kept in memory while they are few."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -66,7 +66,7 @@ class BagSource:
 
 @dataclass(frozen=True)
 class Cohort:
-    """All labelled slides, checked."""
+    """Cohort: all labelled slides, checked."""
 
     names: list[str]
     labels: list[int]
@@ -103,7 +103,7 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Sides:
-    """Which slides learn, choose the epoch and are tested."""
+    """Train, validation and test slides, by number."""
 
     train: list[int]
     validation: list[int]
@@ -111,7 +111,7 @@ class Sides:
 
 
 def read_cohort(config: MilConfig) -> Cohort:
-    """Read the table and look at every bag once; refuse what would spoil the run."""
+    """Read the table and every bag once; refuse what would spoil the run."""
     folder = Path(config.features).expanduser()
     table = read_slide_table(Path(config.labels).expanduser())
     files = list_bags(folder)
@@ -186,7 +186,7 @@ def _refuse_copies(
 def _describe_encoder(
     names: Sequence[str], seen: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
-    """What all bags agree on; two models are refused, other differences are noted."""
+    """Attributes that all bags agree on; two models are refused, other differences noted."""
     encoder: dict[str, Any] = {}
     notes: list[str] = []
     for key in (FINGERPRINT, *TILES):
@@ -212,7 +212,7 @@ def _describe_encoder(
 
 
 def split_cohort(cohort: Cohort, config: MilConfig) -> list[Sides]:
-    """The sides of every training; with folds one for each, and one of all slides last."""
+    """Sides of every training; with folds one for each, and one of all slides last."""
     everyone = np.arange(len(cohort.names))
     if cohort.splits is not None and config.folds is not None:
         raise GloVLMError("The table declares a split, so leave folds out, or drop the column.")

@@ -1,4 +1,4 @@
-"""`MilConfig`: one slide classifier, complete, checked before anything is read."""
+"""Settings of a slide classifier, checked before anything is read."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -13,7 +13,7 @@ _DEVICES = ("auto", "cpu")
 
 @dataclass
 class MilConfig:
-    """One slide classifier, complete: the flags of `glovlm mil` and the content of `config.yaml`.
+    """Settings of a slide classifier: the flags of `glovlm mil` and the content of `config.yaml`.
 
     Args:
         features: Folder of feature files, `NAME.h5` a slide.

@@ -1,4 +1,4 @@
-"""One whole run on bags: `MilConfig` says what, `train_mil` does it."""
+"""Training of slide classifiers by multiple-instance learning: one whole run on bags."""
 
 import json
 import math
@@ -46,7 +46,7 @@ class BagStep(nn.Module):
         self.aggregator = aggregator
 
     def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
-        """This bag's part `[]` of the batch's mean; the mean over processes takes it back."""
+        """This bag's part `[]` of the batch's mean, times the processes that average it."""
         logits = self.aggregator(inputs[0]).logits.unsqueeze(0)
         losses = nn.functional.cross_entropy(logits, labels, reduction="none")
         return world_size() * (weight * losses).sum() / total
@@ -55,14 +55,14 @@ class BagStep(nn.Module):
 def train_mil(
     config: MilConfig, *, on_event: Callable[[str, dict[str, Any]], None] | None = None
 ) -> dict[str, Any]:
-    """Train a slide classifier on bags of tile features, test it on other patients, write the run.
+    """Train a slide classifier on bags of tile features, test it on other patients, save the run.
 
     Under `accelerate launch` the processes train together, each on its share of a batch. Nothing is
     ever chosen on the test side.
 
     Args:
         config: What to do.
-        on_event: Told of progress: `("stage", {"name"})`, `("epoch", row)`.
+        on_event: Called with the progress: `("stage", {"name"})`, `("epoch", row)`.
 
     Returns:
         The content of `results.json`; every process returns it, only the main one writes.
@@ -72,7 +72,7 @@ def train_mil(
     """
     from ...environment import describe_environment
 
-    tell = on_event or (lambda kind, what: None)
+    notify = on_event or (lambda kind, what: None)
     clock = [time.perf_counter()]
     accelerator = _accelerate(config)
     output = Path(config.output_dir).expanduser()
@@ -80,7 +80,7 @@ def train_mil(
     accelerator.wait_for_everyone()
     if finished is not None:
         return finished
-    tell("stage", {"name": "reading the bags"})
+    notify("stage", {"name": "reading the bags"})
     cohort = read_cohort(config)
     parts = split_cohort(cohort, config)
     clock.append(time.perf_counter())
@@ -88,21 +88,21 @@ def train_mil(
     with unfinished(output, config, accelerator.is_main_process) as work:
         accelerator.wait_for_everyone()
         _keep_inputs(work, cohort.fingerprint, accelerator)
-        found: dict[int, tuple[int, SlidePrediction]] = {}
+        predictions: dict[int, tuple[int, SlidePrediction]] = {}
         logs: list[list[dict[str, Any]]] = []
         for k, sides in enumerate(parts):
             part = f" ({k + 1} of {len(parts)})" if len(parts) > 1 else ""
-            tell("stage", {"name": f"training {config.aggregator}{part}"})
+            notify("stage", {"name": f"training {config.aggregator}{part}"})
             place = work / "training" / str(k)
-            classifier, log = _train(cohort, sides, config, accelerator, k, place, tell)
+            classifier, log = _train(cohort, sides, config, accelerator, k, place, notify)
             logs.append(log)
-            found |= {i: (k, classifier.predict(cohort.bags[i])) for i in sides.test}
+            predictions |= {i: (k, classifier.predict(cohort.bags[i])) for i in sides.test}
         clock.append(time.perf_counter())
-        tell("stage", {"name": "measuring"})
-        tested = sorted(found)
+        notify("stage", {"name": "measuring"})
+        tested = sorted(predictions)
         measured = compute_metrics(
             [cohort.labels[i] for i in tested],
-            np.array([list(found[i][1].probabilities.values()) for i in tested]),
+            np.array([list(predictions[i][1].probabilities.values()) for i in tested]),
             groups=[cohort.groups[i] for i in tested],
             class_names=cohort.classes,
             n_resamples=config.n_resamples,
@@ -124,7 +124,7 @@ def train_mil(
         }
         if accelerator.is_main_process:
             classifier.save(work / "model")
-            _write_slides(work, cohort, found, results)
+            _write_slides(work, cohort, predictions, results)
             rows = [{"training": k} | row for k, log in enumerate(logs) for row in log]
             write_text(work / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             write_text(work / "README.md", render_card(results))
@@ -152,9 +152,9 @@ def _train(
     accelerator: "Accelerator",
     k: int,
     place: Path,
-    tell: Callable[[str, dict[str, Any]], None],
+    notify: Callable[[str, dict[str, Any]], None],
 ) -> tuple[SlideClassifier, list[dict[str, Any]]]:
-    """Train on one side; the classifier in the state of the last epoch, or of the best one."""
+    """Train on one side; returns the classifier of the last epoch, or of the best, and the log."""
     seed_everything(config.seed, k)
     aggregator = build_aggregator(
         config.aggregator, cohort.dim, len(cohort.classes), config.aggregator_config
@@ -165,10 +165,10 @@ def _train(
 
     def validate() -> float:
         step.eval()
-        said = [classifier.predict(cohort.bags[i]) for i in sides.validation]
+        predictions = [classifier.predict(cohort.bags[i]) for i in sides.validation]
         measured = compute_metrics(
             [cohort.labels[i] for i in sides.validation],
-            np.array([list(s.probabilities.values()) for s in said]),
+            np.array([list(s.probabilities.values()) for s in predictions]),
             n_resamples=0,
         )
         return float(measured["metrics"]["macro_auc"]["value"])
@@ -186,13 +186,13 @@ def _train(
         validate=validate if sides.validation else None,
         output_dir=place,
         resume=config.resume,
-        on_epoch=lambda row: tell("epoch", row | {"training": k}),
+        on_epoch=lambda row: notify("epoch", row | {"training": k}),
     )
     return classifier, log
 
 
 def _recipe(config: MilConfig, slides: int) -> Recipe:
-    """How the loop trains on so many slides."""
+    """Training recipe for a number of slides."""
     epochs = config.epochs
     if epochs is None:
         epochs = max(LEAST_EPOCHS, math.ceil(LEAST_STEPS / math.ceil(slides / config.batch_size)))
@@ -273,23 +273,24 @@ def _notes(cohort: Cohort, config: MilConfig, measured: dict[str, Any]) -> list[
 def _write_slides(
     work: Path,
     cohort: Cohort,
-    found: dict[int, tuple[int, SlidePrediction]],
+    predictions: dict[int, tuple[int, SlidePrediction]],
     results: dict[str, Any],
 ) -> None:
     """`predictions.parquet`, a row a tested slide, and each one's tiles in `attention/`."""
     split = results["data"]["split_hash"]
     rows: list[dict[str, Any]] = []
-    for i in sorted(found):
-        k, said = found[i]
+    for i in sorted(predictions):
+        k, prediction = predictions[i]
         rows.append(
             {
                 "slide": cohort.names[i],
                 "patient": cohort.groups[i] if cohort.group_column != "slide_id" else None,
                 "label": cohort.classes[cohort.labels[i]],
-                "predicted": said.label,
-                **{f"p_{name}": p for name, p in said.probabilities.items()},
+                "predicted": prediction.label,
+                **{f"p_{name}": p for name, p in prediction.probabilities.items()},
                 **{
-                    f"logit_{c}": float(x) for c, x in zip(cohort.classes, said.logits, strict=True)
+                    f"logit_{c}": float(x)
+                    for c, x in zip(cohort.classes, prediction.logits, strict=True)
                 },
                 "tiles": cohort.tiles[i],
                 "training": k,
@@ -298,9 +299,11 @@ def _write_slides(
         )
         bag = cohort.bags[i]
         columns: dict[str, Any] = {"x": bag.coords[:, 0], "y": bag.coords[:, 1]}
-        if said.attention is not None:
-            columns["attention"] = said.attention
-        columns |= {f"score_{c}": said.tile_scores[:, j] for j, c in enumerate(cohort.classes)}
+        if prediction.attention is not None:
+            columns["attention"] = prediction.attention
+        columns |= {
+            f"score_{c}": prediction.tile_scores[:, j] for j, c in enumerate(cohort.classes)
+        }
         _write_table(work / "attention" / f"{cohort.names[i]}.parquet", columns)
     _write_table(work / "predictions.parquet", {key: [row[key] for row in rows] for key in rows[0]})
 
@@ -318,7 +321,7 @@ def _write_table(path: Path, columns: dict[str, Any]) -> None:
 
 
 def render_card(results: dict[str, Any]) -> str:
-    """The card of a run, from its results: no slide, patient or place is named.
+    """Card of a run, from its results: no slide, patient or path is named.
 
     Args:
         results: The content of `results.json`.

@@ -1,4 +1,4 @@
-"""How an image became the patches that a model saw, and the way back."""
+"""Patch grid of a model's input: where each patch lies in the image, and blanking of patches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ GLOMERULUS = 0.8  # of a crop's width and height, where it was cut at 1.25 times
 
 @dataclass(frozen=True)
 class View:
-    """What a model saw of one image, as a grid of patches.
+    """Patch grid: what a model sees of one image.
 
     Args:
         rows: Patches from top to bottom.
@@ -53,7 +53,7 @@ class View:
         return np.asarray(laid, np.float32)
 
     def cover(self, mask: Mask) -> Floats:
-        """How much of each patch a mask `[height, width]` of the image covers `[rows, columns]`."""
+        """Share of each patch `[rows, columns]` that a mask `[height, width]` covers."""
         # Sums from the corner make the exact area of any rectangle.
         sums = np.pad(mask.astype(np.float64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
         left, top, right, bottom = self.box
@@ -71,12 +71,12 @@ def _between(sums: NDArray[np.float64], at: NDArray[np.float64], axis: int) -> N
     high = np.minimum(low + 1, last)
     shape = [-1, 1] if axis == 0 else [1, -1]
     part = (at - low).reshape(shape)
-    found: NDArray[np.float64] = sums.take(low, axis) * (1 - part) + sums.take(high, axis) * part
-    return found
+    between: NDArray[np.float64] = sums.take(low, axis) * (1 - part)
+    return between + sums.take(high, axis) * part
 
 
 def view_image(model: Any, processor: Any, image: Image.Image) -> tuple[View, dict[str, Tensor]]:
-    """Prepare one image for a model, and say where each patch of it lies.
+    """Prepare one image for a model, with the place of each patch.
 
     Args:
         model: A classifier of ours.
@@ -197,7 +197,7 @@ def reveal(
 
 
 def central_ellipse(width: int, height: int) -> Mask:
-    """Where a glomerulus lies in a crop of 1.25 times its extent, for want of its outline."""
+    """Mask where a glomerulus lies in a crop of 1.25 times its extent, for want of its outline."""
     y, x = np.mgrid[:height, :width]
     across = (x + 0.5 - width / 2) / (GLOMERULUS * width / 2)
     down = (y + 0.5 - height / 2) / (GLOMERULUS * height / 2)
