@@ -35,7 +35,8 @@ import torch
 from hf_glovlm.backbones import BACKBONES
 from hf_glovlm.backbones.table import Backbone
 from hf_glovlm.explain import MapMethod, register_map
-from hf_glovlm.methods import FeatureMethod, Fitted, register
+from hf_glovlm.methods import FeatureMethod, Fitted
+from hf_glovlm.methods.contract import register
 from hf_glovlm.metrics import METRICS, Metric, mean_of
 from hf_glovlm.model.heads import linear_head
 from hf_glovlm.slides.mil.aggregators import (
