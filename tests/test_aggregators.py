@@ -79,17 +79,17 @@ def test_an_aggregator_must_describe_itself() -> None:
 def test_a_bag_gives_logits_attention_and_tile_scores(name: str, n: int) -> None:
     aggregator = small(name)
     with torch.no_grad():
-        found = aggregator(bag(n))
-    assert found.logits.shape == (CLASSES,)
-    assert found.tile_scores.shape == (n, CLASSES)
-    assert found.logits.dtype == found.tile_scores.dtype == torch.float32
-    assert torch.isfinite(found.logits).all()
-    assert found.tile_scores.sum(1).abs().max() < 1e-5  # centred over the classes
-    assert (found.attention is not None) == aggregator.has_attention
-    if found.attention is not None:
-        assert found.attention.shape == (n,)
-        assert (found.attention >= 0).all()
-        assert float(found.attention.sum()) == pytest.approx(1, abs=1e-5)
+        observed = aggregator(bag(n))
+    assert observed.logits.shape == (CLASSES,)
+    assert observed.tile_scores.shape == (n, CLASSES)
+    assert observed.logits.dtype == observed.tile_scores.dtype == torch.float32
+    assert torch.isfinite(observed.logits).all()
+    assert observed.tile_scores.sum(1).abs().max() < 1e-5  # centred over the classes
+    assert (observed.attention is not None) == aggregator.has_attention
+    if observed.attention is not None:
+        assert observed.attention.shape == (n,)
+        assert (observed.attention >= 0).all()
+        assert float(observed.attention.sum()) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,8 +133,10 @@ def test_the_positional_encoding_sees_the_order() -> None:
 @pytest.mark.parametrize("name", ["mean", "abmil"])
 def test_tile_scores_share_out_the_slides_logits(name: str) -> None:
     with torch.no_grad():
-        found = small(name)(bag(25))
-    assert torch.allclose(found.tile_scores.sum(0), found.logits - found.logits.mean(), atol=1e-5)
+        observed = small(name)(bag(25))
+    assert torch.allclose(
+        observed.tile_scores.sum(0), observed.logits - observed.logits.mean(), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -184,11 +186,11 @@ def test_mean_and_max_pool_the_logits_of_an_instance_classifier() -> None:
         w = weights(aggregator)
         logits = embedded(w, tiles) @ w["classify.weight"].T + w["classify.bias"]
         with torch.no_grad():
-            found = aggregator(tiles)
-        np.testing.assert_allclose(found.logits, pool(logits, axis=0), atol=1e-5)
+            observed = aggregator(tiles)
+        np.testing.assert_allclose(observed.logits, pool(logits, axis=0), atol=1e-5)
         share = logits - logits.mean(1, keepdims=True)
         np.testing.assert_allclose(
-            found.tile_scores, share / (11 if name == "mean" else 1), atol=1e-5
+            observed.tile_scores, share / (11 if name == "mean" else 1), atol=1e-5
         )
 
 
@@ -201,9 +203,9 @@ def test_abmil_is_gated_attention_over_embedded_tiles() -> None:
     attention = softmax((signal * gate) @ w["weigh.weight"][0])
     logits = w["classify.weight"] @ (attention @ h) + w["classify.bias"]
     with torch.no_grad():
-        found = aggregator(tiles)
-    np.testing.assert_allclose(found.attention, attention, atol=1e-6)
-    np.testing.assert_allclose(found.logits, logits, atol=1e-5)
+        observed = aggregator(tiles)
+    np.testing.assert_allclose(observed.attention, attention, atol=1e-6)
+    np.testing.assert_allclose(observed.logits, logits, atol=1e-5)
 
 
 def exact_attention(
@@ -243,11 +245,11 @@ def test_transmil_with_few_tiles_is_two_layers_of_exact_attention() -> None:
     final = layer_norm(tokens[0] + update[0], w["norm.weight"], w["norm.bias"])
     attention = rows.mean(0)[1:] / rows.mean(0)[1:].sum()
     with torch.no_grad():
-        found = aggregator(tiles)
+        observed = aggregator(tiles)
     np.testing.assert_allclose(
-        found.logits, w["classify.weight"] @ final + w["classify.bias"], atol=1e-5
+        observed.logits, w["classify.weight"] @ final + w["classify.bias"], atol=1e-5
     )
-    np.testing.assert_allclose(found.attention, attention, atol=1e-6)
+    np.testing.assert_allclose(observed.attention, attention, atol=1e-6)
 
 
 def test_nystrom_attention_is_what_its_paper_says() -> None:
@@ -325,11 +327,11 @@ def test_a_bag_of_20000_tiles_takes_memory_that_grows_with_it_and_not_with_its_s
 @pytest.mark.parametrize("name", NAMES)
 def test_a_bag_of_20000_tiles_is_aggregated(name: str) -> None:
     with torch.no_grad():
-        found = small(name, **({"landmarks": 64} if name == "transmil" else {}))(bag(20_000))
-    assert torch.isfinite(found.logits).all()
-    assert torch.isfinite(found.tile_scores).all()
-    if found.attention is not None:
-        assert float(found.attention.sum()) == pytest.approx(1, abs=1e-3)
+        observed = small(name, **({"landmarks": 64} if name == "transmil" else {}))(bag(20_000))
+    assert torch.isfinite(observed.logits).all()
+    assert torch.isfinite(observed.tile_scores).all()
+    if observed.attention is not None:
+        assert float(observed.attention.sum()) == pytest.approx(1, abs=1e-3)
 
 
 # ----------------------------------------------------------------------------------- bad input

@@ -146,14 +146,14 @@ def test_sampled_prompt_sets_give_a_spread(images: Path, tmp_path: Path) -> None
     )
     settings: dict[str, Any] = {"prompts": str(tmp_path / "classes.yaml"), "method": "zero_shot"}
     config = make(images, tmp_path / "run", **settings, method_config={"prompt_sets": 5}, shots=0)
-    found = run(config)["prompt_sets"]
-    assert found["sets"] == 5
-    low, high = found["macro_auc"]["range"]
-    assert low <= found["macro_auc"]["median"] <= high
+    observed = run(config)["prompt_sets"]
+    assert observed["sets"] == 5
+    low, high = observed["macro_auc"]["range"]
+    assert low <= observed["macro_auc"]["median"] <= high
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "sentence"),
     [
         ({"cross_validate": True, "shots": 4}, "leaving out each of"),
         ({"cross_validate": True, "shots": 2}, "kept at their defaults"),
@@ -165,12 +165,12 @@ def test_sampled_prompt_sets_give_a_spread(images: Path, tmp_path: Path) -> None
     ],
 )
 def test_how_settings_came_about_is_said(
-    images: Path, tmp_path: Path, settings: dict[str, Any], said: str
+    images: Path, tmp_path: Path, settings: dict[str, Any], sentence: str
 ) -> None:
     if settings.get("backbone") == "pair":
         settings = {**settings, "backbone": tiny_pair()}
     results = run(make(images, tmp_path / "run", **settings))
-    assert any(said in note for note in results["notes"])
+    assert any(sentence in note for note in results["notes"])
     if "max_steps" in settings:
         assert results["training"]["recipe"]["steps"] == 3
 

@@ -43,7 +43,7 @@ def softmax(z):
 
 
 def draw(seed, n=60, n_classes=3, sharpness=2.0):
-    """Logits that tell something, and labels."""
+    """Informative logits, and labels."""
     rng = np.random.default_rng(seed)
     y = rng.integers(n_classes, size=n)
     z = rng.normal(size=(n, n_classes))
@@ -76,26 +76,26 @@ def test_temperature_is_the_minimum_of_the_likelihood(sharpness: float, balanced
         keep = (y != 0) | (np.arange(50) < 10)  # unbalanced
         z, y = z[keep], y[keep]
         weight = np.array([1 / (y == label).sum() for label in y]) if balanced else None
-        found = fit_temperature(z, y, balanced=balanced)
+        fitted = fit_temperature(z, y, balanced=balanced)
         of = (z, np.eye(3)[y], weight)
         grid = np.geomspace(0.01, 100, 400)
-        assert nll(found, *of) <= min(nll(t, *of) for t in grid) + 1e-12
+        assert nll(fitted, *of) <= min(nll(t, *of) for t in grid) + 1e-12
         best = minimize_scalar(
             lambda t, of=of: nll(math.exp(t), *of),
             bounds=(math.log(0.01), math.log(100)),
             method="bounded",
             options={"xatol": 1e-10},
         )
-        assert found == pytest.approx(math.exp(best.x), rel=1e-5)
+        assert fitted == pytest.approx(math.exp(best.x), rel=1e-5)
 
 
 @given(seed=seeds, factor=st.floats(0.2, 5))
 def test_temperature_follows_the_scale_and_ignores_the_origin(seed: int, factor: float) -> None:
     z, y = draw(seed)
-    found = fit_temperature(z, y)
+    fitted = fit_temperature(z, y)
     rows = np.random.default_rng(seed).normal(size=(len(z), 1))
-    assert fit_temperature(factor * z, y) == pytest.approx(factor * found, rel=1e-6)
-    assert fit_temperature(z + 100 * rows, y) == pytest.approx(found, rel=1e-6)
+    assert fit_temperature(factor * z, y) == pytest.approx(factor * fitted, rel=1e-6)
+    assert fit_temperature(z + 100 * rows, y) == pytest.approx(fitted, rel=1e-6)
 
 
 def test_temperature_finds_what_the_labels_were_drawn_with() -> None:
@@ -185,14 +185,14 @@ def queries(seed, prior, n=4000):
 def test_em_finds_the_prevalence_without_labels() -> None:
     truth = np.array([0.85, 0.1, 0.05])
     p = queries(0, truth)
-    found = estimate_prior(p)
-    assert found.converged
-    assert 1 < found.iterations < 1000
-    assert np.abs(found.prior - truth).max() < 0.03
+    fitted = estimate_prior(p)
+    assert fitted.converged
+    assert 1 < fitted.iterations < 1000
+    assert np.abs(fitted.prior - truth).max() < 0.03
     assert np.abs(p.mean(0) - truth).max() > 0.15  # what averaging alone would have said
     old = np.array([0.3, 0.3, 0.4])
     other = estimate_prior(correct_prior(p, old), old)
-    assert np.allclose(other.prior, found.prior, atol=1e-5)  # whatever prior the model had
+    assert np.allclose(other.prior, fitted.prior, atol=1e-5)  # whatever prior the model had
 
 
 def test_one_step_of_em_equals_its_equation() -> None:
@@ -204,9 +204,9 @@ def test_one_step_of_em_equals_its_equation() -> None:
             joint = [row[k] * prior[k] / old[k] for k in range(3)]
             total += np.array(joint) / sum(joint)
         prior = total / len(p)
-        found = estimate_prior(p, old, max_iterations=steps)
-        assert np.allclose(found.prior, prior, rtol=0, atol=1e-12)
-        assert (found.iterations, found.converged) == (steps, False)
+        fitted = estimate_prior(p, old, max_iterations=steps)
+        assert np.allclose(fitted.prior, prior, rtol=0, atol=1e-12)
+        assert (fitted.iterations, fitted.converged) == (steps, False)
 
 
 @given(seed=seeds)
@@ -219,18 +219,18 @@ def test_em_climbs_to_the_maximum(seed: int) -> None:
 
     path = [likelihood(estimate_prior(p, max_iterations=n).prior) for n in (1, 2, 5, 20)]
     assert path == sorted(path)
-    found = estimate_prior(p, tolerance=1e-12, max_iterations=100_000).prior
+    fitted = estimate_prior(p, tolerance=1e-12, max_iterations=100_000).prior
     # Karush-Kuhn-Tucker on the simplex: the gradient is 1 where a class has weight, else below.
-    gradient = (p / (p @ found)[:, None]).mean(0)
+    gradient = (p / (p @ fitted)[:, None]).mean(0)
     assert (gradient <= 1 + 1e-3).all()
-    assert np.abs(gradient[found > 1e-3] - 1).max() < 1e-3
+    assert np.abs(gradient[fitted > 1e-3] - 1).max() < 1e-3
 
 
 def test_a_class_that_em_finds_nowhere_keeps_a_finite_logit() -> None:
     p = np.array([[0.9, 0.1, 0], [0.2, 0.8, 0]])
-    found = estimate_prior(p).prior
-    assert 0 < found[2] < 2e-6
-    assert np.isfinite(prior_shift(found)).all()
+    fitted = estimate_prior(p).prior
+    assert 0 < fitted[2] < 2e-6
+    assert np.isfinite(prior_shift(fitted)).all()
 
 
 def test_em_cannot_see_labels() -> None:
@@ -534,14 +534,14 @@ def test_the_intervals_of_sets_are_over_groups() -> None:
 def test_risk_and_coverage_equal_a_plain_loop(seed: int) -> None:
     p, y = tied(seed)
     confidence, wrong = p.max(1), p.argmax(1) != y
-    found = risk_coverage(p, y)
+    fitted = risk_coverage(p, y)
     levels = sorted(set(confidence), reverse=True)
-    assert found["coverage"] == pytest.approx([np.mean(confidence >= c) for c in levels])
-    assert found["risk"] == pytest.approx([wrong[confidence >= c].mean() for c in levels])
+    assert fitted["coverage"] == pytest.approx([np.mean(confidence >= c) for c in levels])
+    assert fitted["risk"] == pytest.approx([wrong[confidence >= c].mean() for c in levels])
     own = [wrong[confidence >= c].mean() for c in confidence]
-    assert found["aurc"] == pytest.approx(np.mean(own))
-    assert found["coverage"][-1] == 1
-    assert found["risk"][-1] == pytest.approx(wrong.mean())
+    assert fitted["aurc"] == pytest.approx(np.mean(own))
+    assert fitted["coverage"][-1] == 1
+    assert fitted["risk"][-1] == pytest.approx(wrong.mean())
 
 
 def test_risk_of_known_rankings() -> None:
@@ -555,20 +555,20 @@ def test_risk_of_known_rankings() -> None:
 
 def test_the_bound_is_that_of_clopper_and_pearson() -> None:
     z, y = draw(0, n=2000, sharpness=4)
-    found = abstention_threshold(softmax(z), y, 0.2)
-    assert found.threshold is not None
-    kept = round(found.coverage * 2000)
-    errors = round(found.risk * kept)
+    fitted = abstention_threshold(softmax(z), y, 0.2)
+    assert fitted.threshold is not None
+    kept = round(fitted.coverage * 2000)
+    errors = round(fitted.risk * kept)
     # risk at the bound: so few errors have probability delta / 10
-    assert binom.cdf(errors, kept, found.bound) == pytest.approx(0.05 / 10, rel=1e-6)
-    assert found.risk < found.bound <= 0.2
+    assert binom.cdf(errors, kept, fitted.bound) == pytest.approx(0.05 / 10, rel=1e-6)
+    assert fitted.risk < fitted.bound <= 0.2
     p = softmax(z)
-    assert found.coverage == pytest.approx(np.mean(p.max(1) >= found.threshold))
-    measured = measure_abstention(p, y, found.threshold)
-    assert (measured["coverage"], measured["risk"]) == pytest.approx((found.coverage, found.risk))
+    assert fitted.coverage == pytest.approx(np.mean(p.max(1) >= fitted.threshold))
+    measured = measure_abstention(p, y, fitted.threshold)
+    assert (measured["coverage"], measured["risk"]) == pytest.approx((fitted.coverage, fitted.risk))
     assert measured["answered"] == kept
     # the next larger coverage does not keep to it
-    wider = np.sort(p.max(1))[::-1][math.ceil(2000 * (round(found.coverage, 1) + 0.1)) - 1]
+    wider = np.sort(p.max(1))[::-1][math.ceil(2000 * (round(fitted.coverage, 1) + 0.1)) - 1]
     more = p.max(1) >= wider
     n_wrong = int((p.argmax(1) != y)[more].sum())
     assert binom.cdf(n_wrong, more.sum(), 0.2) > 0.05 / 10
@@ -595,14 +595,14 @@ def test_so_many_images_without_an_error_are_needed(max_risk: float) -> None:
     needed = images_without_error(max_risk)
     z, _ = draw(0, n=needed)
     p = softmax(z)
-    found = abstention_threshold(p, p.argmax(1), max_risk)
-    assert (found.coverage, found.risk) == (1, 0)
+    fitted = abstention_threshold(p, p.argmax(1), max_risk)
+    assert (fitted.coverage, fitted.risk) == (1, 0)
     fewer = abstention_threshold(p[1:], p[1:].argmax(1), max_risk)
     assert (fewer.threshold, fewer.coverage, fewer.risk) == (None, 0, None)
     silent = measure_abstention(p, p.argmax(1), None)
     assert (silent["answered"], silent["coverage"], silent["risk"]) == (0, 0, None)
-    said = calibrate(z[1:], p[1:].argmax(1), ["s"] * (needed - 1), NAMES, max_risk=max_risk)
-    assert any(f"at least {needed} confident" in note for note in said.notes)
+    fitted = calibrate(z[1:], p[1:].argmax(1), ["s"] * (needed - 1), NAMES, max_risk=max_risk)
+    assert any(f"at least {needed} confident" in note for note in fitted.notes)
 
 
 @pytest.mark.parametrize(
@@ -620,29 +620,31 @@ def test_impossible_risks(options: dict[str, float]) -> None:
 def test_calibrate_does_each_step_on_the_one_before() -> None:
     z, y = draw(3, n=300, sharpness=6)
     groups = [f"s{i % 12}" for i in range(300)]
-    wanted: dict[str, Any] = {"conformal": "lac", "alpha": 0.2, "per_class": True, "max_risk": 0.3}
-    found = calibrate(z, y, groups, NAMES, **wanted)
-    assert found.temperature == fit_temperature(z, y)
-    p = softmax(z / found.temperature)
+    options: dict[str, Any] = {"conformal": "lac", "alpha": 0.2, "per_class": True, "max_risk": 0.3}
+    fitted = calibrate(z, y, groups, NAMES, **options)
+    assert fitted.temperature == fit_temperature(z, y)
+    p = softmax(z / fitted.temperature)
     expected = fit_conformal(p, y, method="lac", alpha=0.2, per_class=True)
-    assert found.conformal is not None
-    stored = ConformalThresholds.from_dict(found.conformal)
+    assert fitted.conformal is not None
+    stored = ConformalThresholds.from_dict(fitted.conformal)
     assert np.allclose(stored.thresholds, expected.thresholds, atol=1e-12)
-    assert found.abstention is not None
-    assert found.abstention["threshold"] == pytest.approx(abstention_threshold(p, y, 0.3).threshold)
-    facts = found.facts
+    assert fitted.abstention is not None
+    assert fitted.abstention["threshold"] == pytest.approx(
+        abstention_threshold(p, y, 0.3).threshold
+    )
+    facts = fitted.facts
     assert (facts["n"], facts["groups"]) == (300, 12)
     assert facts["per_class"] == {name: int((y == k).sum()) for k, name in enumerate(NAMES)}
     assert list(facts["coverage_range"]) == NAMES
     one_hot = np.eye(3)[y]
     assert facts["nll"]["before"] == pytest.approx(nll(1, z, one_hot))
-    assert facts["nll"]["after"] == pytest.approx(nll(found.temperature, z, one_hot))
+    assert facts["nll"]["after"] == pytest.approx(nll(fitted.temperature, z, one_hot))
     assert facts["nll"]["after"] < facts["nll"]["before"]
-    text = " ".join(found.notes)
+    text = " ".join(fitted.notes)
     assert "300 images of 12 groups" in text
     assert "promise 80% coverage on average" in text
     assert "resemble each other" in text
-    assert json.loads(json.dumps(found.to_dict())) == found.to_dict()
+    assert json.loads(json.dumps(fitted.to_dict())) == fitted.to_dict()
 
 
 def test_calibrate_does_only_what_was_asked_for() -> None:
@@ -665,11 +667,13 @@ def test_calibrate_with_a_prevalence() -> None:
     keep = (y != 2) | (np.arange(400) < 40)
     z, y = z[keep], y[keep]
     shift = prior_shift(declared_prior({"ischemic": 0.6, "sclerotic": 0.3, "viable": 0.1}, NAMES))
-    found = calibrate(z, y, ["s"] * len(y), NAMES, conformal="lac", shift=shift)
-    assert found.temperature == fit_temperature(z, y, balanced=True)
-    p = softmax(z / found.temperature + shift)
-    assert found.conformal is not None
-    assert found.conformal["thresholds"] == pytest.approx(fit_conformal(p, y).thresholds, abs=1e-12)
+    fitted = calibrate(z, y, ["s"] * len(y), NAMES, conformal="lac", shift=shift)
+    assert fitted.temperature == fit_temperature(z, y, balanced=True)
+    p = softmax(z / fitted.temperature + shift)
+    assert fitted.conformal is not None
+    assert fitted.conformal["thresholds"] == pytest.approx(
+        fit_conformal(p, y).thresholds, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -693,5 +697,5 @@ def test_bad_calibrations(changes: dict[str, Any], sentence: str) -> None:
 
 def test_a_class_without_calibration_images_is_named() -> None:
     z, y = draw(0)
-    found = calibrate(z[y != 1], y[y != 1], ["s"] * int((y != 1).sum()), NAMES, conformal="lac")
-    assert "No calibration image shows sclerotic." in found.notes
+    fitted = calibrate(z[y != 1], y[y != 1], ["s"] * int((y != 1).sum()), NAMES, conformal="lac")
+    assert "No calibration image shows sclerotic." in fitted.notes

@@ -91,9 +91,9 @@ def classifier(name: str, **options: Any) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model, processor = load_backbone(_folder(name), **options)
     model.config.id2label = dict(enumerate(CLASSES))
-    found = GloVLMForImageClassification(model.config, model).eval()
-    nn.init.normal_(found.head.weight)
-    return found, processor
+    observed = GloVLMForImageClassification(model.config, model).eval()
+    nn.init.normal_(observed.head.weight)
+    return observed, processor
 
 
 def picture(width: int = 52, height: int = 40) -> Image.Image:
@@ -213,8 +213,8 @@ def test_blanked_scores() -> None:
     heat = explain(model, processor, image, method="occlusion", target="yes", mask=mask)  # type: ignore[arg-type]
     cells = mask[::16, ::16].ravel()
     # Colours of the image are whole numbers, and so is the one that fills.
-    for found, shown in ((heat.glomerulus_blanked, ~cells), (heat.context_blanked, cells)):
-        assert found[1] == pytest.approx(toy_probability(model, image, shown), abs=0.01)
+    for observed, shown in ((heat.glomerulus_blanked, ~cells), (heat.context_blanked, cells)):
+        assert observed[1] == pytest.approx(toy_probability(model, image, shown), abs=0.01)
     assert heat.mask == "given"
 
 
@@ -257,8 +257,8 @@ def test_a_patch_lies_where_the_model_saw_it(
     spread = np.nan_to_num(view.spread(cover))
     for axis in (0, 1):
         place = np.arange(mask.shape[axis])
-        true, found = (place @ x.sum(1 - axis) / x.sum() for x in (mask, spread))
-        assert found == pytest.approx(true, abs=0.12 * min(size))
+        true, observed = (place @ x.sum(1 - axis) / x.sum() for x in (mask, spread))
+        assert observed == pytest.approx(true, abs=0.12 * min(size))
 
 
 def test_flattened_patches_lie_where_the_model_saw_them() -> None:
@@ -289,11 +289,11 @@ def test_a_bright_corner_is_found_in_the_original(corner: tuple[int, int]) -> No
     pixels[rows, columns] = 250
     model, processor = Toy(np.ones(16)), ToyProcessor()
     heat = explain(model, processor, Image.fromarray(pixels), method="occlusion", target="yes")  # type: ignore[arg-type]
-    found = heat.on_image()
-    assert found.shape == (150, 200)
-    assert np.isnan(found[:, :23]).all()
-    assert np.isnan(found[:, 175:]).all()
-    row, column = np.unravel_index(np.nanargmax(found), found.shape)
+    observed = heat.on_image()
+    assert observed.shape == (150, 200)
+    assert np.isnan(observed[:, :23]).all()
+    assert np.isnan(observed[:, 175:]).all()
+    row, column = np.unravel_index(np.nanargmax(observed), observed.shape)
     assert rows.start <= row < rows.stop
     assert columns.start <= column < columns.stop
 
@@ -313,12 +313,12 @@ def test_cover_adds_up(rows: int, columns: int, left: int, top: int, seed: int) 
 def test_spread_is_linear_between_patches() -> None:
     view = View(4, 5, (10.0, 20.0, 60.0, 60.0), (70, 90), (1, 1))
     centre_x, centre_y = 15 + 10 * np.arange(5), 25 + 10 * np.arange(4)
-    found = view.spread((2 * centre_x[None] + 3 * centre_y[:, None]).astype(np.float32))
+    observed = view.spread((2 * centre_x[None] + 3 * centre_y[:, None]).astype(np.float32))
     y, x = np.mgrid[25:55, 15:55]
     np.testing.assert_allclose(
-        found[25:55, 15:55], 2 * (x + 0.5) + 3 * (y + 0.5), rtol=0, atol=1e-3
+        observed[25:55, 15:55], 2 * (x + 0.5) + 3 * (y + 0.5), rtol=0, atol=1e-3
     )
-    assert np.isfinite(found).sum() == 50 * 40
+    assert np.isfinite(observed).sum() == 50 * 40
 
 
 # ---------------------------------------------------------------------------- by attention, by hand
@@ -413,11 +413,11 @@ def test_a_pooler_that_attends(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(model.glovlm.get_image_features(**inputs).pooler_output, plain)
     assert len(seen) == 1
     torch.testing.assert_close(seen[0].sum(-1), torch.ones(seen[0].shape[:-1]).double())
-    found = attention.read_attention(model, inputs, view, score)
-    assert found.pooling is not None
-    assert found.pooling_gradient is not None
+    observed = attention.read_attention(model, inputs, view, score)
+    assert observed.pooling is not None
+    assert observed.pooling_gradient is not None
 
-    size = found.pooling_gradient.abs()
+    size = observed.pooling_gradient.abs()
     head, token = divmod(int(size.argmax()), size.shape[1])
     attend = attention._attend
 
@@ -435,17 +435,17 @@ def test_a_pooler_that_attends(name: str, monkeypatch: pytest.MonkeyPatch) -> No
             return float(score(model.glovlm.get_image_features(**inputs).pooler_output))
 
     slope = (score_at(1e-4) - score_at(-1e-4)) / 2e-4
-    assert slope == pytest.approx(float(found.pooling_gradient[head, token]), rel=1e-3)
+    assert slope == pytest.approx(float(observed.pooling_gradient[head, token]), rel=1e-3)
 
     monkeypatch.undo()
     heat = explain(model, processor, image, method="gradient", target=CLASSES[1])
-    relevance = np.eye(found.layers[0].shape[-1])
-    for layer, gradient in zip(found.layers, found.layer_gradients, strict=True):
+    relevance = np.eye(observed.layers[0].shape[-1])
+    for layer, gradient in zip(observed.layers, observed.layer_gradients, strict=True):
         weighed = np.maximum((layer * gradient).numpy(), 0).mean(0)
         relevance = relevance + weighed @ relevance
-    last = np.maximum((found.pooling * found.pooling_gradient).numpy(), 0).mean(0) @ relevance
+    last = np.maximum((observed.pooling * observed.pooling_gradient).numpy(), 0).mean(0) @ relevance
     n = heat.values.size
-    values = last[found.prefix : found.prefix + n]
+    values = last[observed.prefix : observed.prefix + n]
     np.testing.assert_allclose(heat.values.ravel(), values, rtol=1e-4, atol=1e-9)
 
 
@@ -675,9 +675,9 @@ def _mini() -> tuple[Any, Any, list[Any]]:
 def test_maps_change_with_the_weights() -> None:
     model, processor, images = _mini()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    found = compare_with_shuffled(model, processor, images, window=2)
-    assert set(found) == set(PATCHED)
-    for method, correlation in found.items():
+    observed = compare_with_shuffled(model, processor, images, window=2)
+    assert set(observed) == set(PATCHED)
+    for method, correlation in observed.items():
         assert abs(correlation) < 0.5, method
     for name, weight in model.named_parameters():
         assert weight.equal(before[name])
@@ -687,8 +687,8 @@ def test_the_same_weights_give_the_same_maps(monkeypatch: pytest.MonkeyPatch) ->
     """The check above can fail."""
     model, processor, images = _mini()
     monkeypatch.setattr("hf_glovlm.explain.faithfulness.shuffle_weights", lambda model, seed: model)
-    found = compare_with_shuffled(model, processor, images[:1], methods=["gradient"])
-    assert found == {"gradient": pytest.approx(1)}
+    observed = compare_with_shuffled(model, processor, images[:1], methods=["gradient"])
+    assert observed == {"gradient": pytest.approx(1)}
 
 
 def _heat(values: Any) -> HeatMap:
@@ -703,12 +703,12 @@ def test_heat_inside_a_mask(seed: int) -> None:
     inside = rng.random((4, 4)) < 0.5
     inside[0, :2] = True, False
     values = rng.integers(-2, 4, (4, 4)).astype(float)
-    found = heat_inside(heat_of(values), inside.repeat(16, 0).repeat(16, 1))
+    observed = heat_inside(heat_of(values), inside.repeat(16, 0).repeat(16, 1))
     hot = values.clip(min=0)
     share = hot[inside].sum() / hot.sum() if hot.sum() else inside.mean()
-    assert found["heat"] == pytest.approx(share)
-    assert found["area"] == pytest.approx(inside.mean())
-    assert found["auc"] == pytest.approx(roc_auc_score(inside.ravel(), values.ravel()))
+    assert observed["heat"] == pytest.approx(share)
+    assert observed["area"] == pytest.approx(inside.mean())
+    assert observed["auc"] == pytest.approx(roc_auc_score(inside.ravel(), values.ravel()))
 
 
 @cache
@@ -733,25 +733,25 @@ def test_maps_of_many_images() -> None:
         mask[16:48, 16 : 48 + 16 * (seed % 2)] = True
         masks.append(mask)
     groups = ["a", "a", "b", "b", "c", "c"]
-    told: list[tuple[int, int]] = []
-    found = evaluate_maps(
+    calls: list[tuple[int, int]] = []
+    observed = evaluate_maps(
         *(model, processor, images, masks, groups),
         targets=["yes"] * 6,
         curves=True,
-        on_image=lambda *x: told.append(x),
+        on_image=lambda *x: calls.append(x),
     )
-    assert set(found["not_applicable"]) == {"rollout", "gradient", "similarity", "kept"}
-    said = found["methods"]["occlusion"]
-    assert (said["images"], said["groups"]) == (6, 3)
-    assert said["heat"]["value"] == pytest.approx(1, abs=1e-5)
-    assert said["area"]["value"] == pytest.approx((4 / 16 + 6 / 16) / 2)
-    assert said["excess"]["value"] == pytest.approx(1 - 5 / 16, abs=1e-5)
-    assert said["ratio"]["value"] == pytest.approx(16 / 5, abs=1e-4)
+    assert set(observed["not_applicable"]) == {"rollout", "gradient", "similarity", "kept"}
+    row = observed["methods"]["occlusion"]
+    assert (row["images"], row["groups"]) == (6, 3)
+    assert row["heat"]["value"] == pytest.approx(1, abs=1e-5)
+    assert row["area"]["value"] == pytest.approx((4 / 16 + 6 / 16) / 2)
+    assert row["excess"]["value"] == pytest.approx(1 - 5 / 16, abs=1e-5)
+    assert row["ratio"]["value"] == pytest.approx(16 / 5, abs=1e-4)
     # Every slide has the same mean, so no resample of slides differs.
-    assert said["area"]["ci95"] == pytest.approx([5 / 16, 5 / 16])
-    assert said["glomerulus_blanked"]["value"] < said["score"]["value"]
-    assert said["deletion_gain"]["value"] > 0.02
-    assert told[-1] == (6, 6)
+    assert row["area"]["ci95"] == pytest.approx([5 / 16, 5 / 16])
+    assert row["glomerulus_blanked"]["value"] < row["score"]["value"]
+    assert row["deletion_gain"]["value"] > 0.02
+    assert calls[-1] == (6, 6)
 
 
 def test_the_interval_is_over_groups() -> None:
@@ -824,12 +824,12 @@ def test_what_cannot_be_laid_over(options: dict[str, Any], message: str) -> None
 def test_a_figure_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    said: list[str] = []
+    texts: list[str] = []
     for name in ("suptitle", "supxlabel", "colorbar"):
         plain: Callable[..., Any] = getattr(Figure, name)
 
         def note(self: Any, text: Any, *, plain: Any = plain, **kwargs: Any) -> Any:
-            said.append(kwargs.get("label", text))
+            texts.append(kwargs.get("label", text))
             return plain(self, text, **kwargs)
 
         monkeypatch.setattr(Figure, name, note)
@@ -838,14 +838,14 @@ def test_a_figure_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with Image.open(path) as image:
         assert image.format == "PNG"
     assert [p.name for p in path.parent.iterdir()] == ["map.png"]
-    text = " ".join(said)
+    text = " ".join(texts)
     for part in (
         f"{heat.target}: {heat.score:.2f}",
         f"evidence for {heat.target}",
         f"glomerulus blanked {heat.glomerulus_blanked[heat.index]:.2f}",
         f"context blanked {heat.context_blanked[heat.index]:.2f}",
         "central ellipse that stands in",
-        "learned from drawings",
+        "learned from synthetic images",
         "Research use only, not for diagnosis",
     ):
         assert part in text
@@ -880,9 +880,9 @@ def test_masks_are_found_by_name(tmp_path: Path) -> None:
     (tmp_path / "viable").mkdir()
     Image.fromarray(mask * np.uint8(255)).save(tmp_path / "a.png")
     Image.fromarray(~mask * np.uint8(255)).save(tmp_path / "viable" / "a.png")
-    found = load_masks(tmp_path, ["elsewhere/a.jpg", "viable/a.jpg", "/elsewhere/a.tif"])
-    assert [(m == mask).all() for m in found] == [True, False, True]
-    assert (found[1] == ~mask).all()
+    observed = load_masks(tmp_path, ["elsewhere/a.jpg", "viable/a.jpg", "/elsewhere/a.tif"])
+    assert [(m == mask).all() for m in observed] == [True, False, True]
+    assert (observed[1] == ~mask).all()
     with pytest.raises(GloVLMError, match=r"no mask for b.jpg: expected b.png"):
         load_masks(tmp_path, ["viable/b.jpg"])
 
@@ -898,14 +898,14 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
 
 def test_the_nearest_support(cached: tuple[Any, Any, list[str]]) -> None:
     model, features, labels = cached
-    found = nearest_support(model, features, k=2)
-    assert found.indices[:, 0].tolist() == list(range(6))
-    assert [row[0] for row in found.labels] == labels
-    np.testing.assert_allclose(found.cosines[:, 0], 1, atol=1e-5)
+    observed = nearest_support(model, features, k=2)
+    assert observed.indices[:, 0].tolist() == list(range(6))
+    assert [row[0] for row in observed.labels] == labels
+    np.testing.assert_allclose(observed.cosines[:, 0], 1, atol=1e-5)
     unit = features.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
     second = np.sort(unit @ unit.T, axis=1)[:, -2]
-    np.testing.assert_allclose(found.cosines[:, 1], second, atol=1e-5)
+    np.testing.assert_allclose(observed.cosines[:, 1], second, atol=1e-5)
     assert nearest_support(model, features[:1], k=99).indices.shape == (1, 6)
     with pytest.raises(GloVLMError, match="of this model"):
         nearest_support(model, features[:, :5])

@@ -102,8 +102,8 @@ def reference_of(name):
 
 def restated(y, p, cosines):
     """Every scalar metric as its reference states it; None where it is undefined."""
-    found = {name: reference_of(name)(y, p, cosines) for name in m.METRICS}
-    return {name: None if np.isnan(value) else value for name, value in found.items()}
+    observed = {name: reference_of(name)(y, p, cosines) for name in m.METRICS}
+    return {name: None if np.isnan(value) else value for name, value in observed.items()}
 
 
 def values(result):
@@ -155,15 +155,15 @@ def test_absent_class_is_left_out_of_means_and_counts_zero_in_f1():
     p = np.where(np.arange(4) == 2, 0, p + 0.1)  # class 2 is not predicted either
     p /= p.sum(1, keepdims=True)
     result = m.compute_metrics(y, p, class_names=list("abcd"), n_resamples=0)
-    found = result["metrics"]
+    observed = result["metrics"]
     top = p.argmax(1)
     default = reference.f1_score(y, top, average="macro")  # over the three classes it finds
-    assert found["macro_f1"]["value"] == pytest.approx(default * 3 / 4)
+    assert observed["macro_f1"]["value"] == pytest.approx(default * 3 / 4)
     auc = np.mean([reference.roc_auc_score(y == c, p[:, c]) for c in (0, 1, 3)])
-    assert found["macro_auc"]["value"] == pytest.approx(auc)
+    assert observed["macro_auc"]["value"] == pytest.approx(auc)
     for name in ("macro_auc", "macro_f1", "balanced_accuracy"):
-        assert found[name]["note"] == "no image of c"
-    assert found["accuracy"]["note"] == ""
+        assert observed[name]["note"] == "no image of c"
+    assert observed["accuracy"]["note"] == ""
     assert result["per_class"]["c"]["recall"] == {
         "value": None,
         "ci95": None,
@@ -246,7 +246,7 @@ def test_intervals_equal_those_of_a_slow_loop(seed, unit_groups):
     assert result["metrics"]["macro_auc"]["undefined_resamples"] > 0 or not unit_groups
 
 
-def test_images_as_groups_are_the_default_and_it_is_said():
+def test_images_as_groups_are_the_default_and_noted():
     y, p, *_ = draw_table(2, n=40)
     ids = [f"{i:02}" for i in range(40)]
     known = m.compute_metrics(y, p, groups=ids, n_resamples=100)
@@ -343,7 +343,7 @@ def test_seed_decides_and_chunks_do_not(monkeypatch):
     ("n_groups", "holding", "note"),
     [(10, 5, ""), (9, 5, "too few groups"), (10, 4, "too few groups")],
 )
-def test_too_few_groups_is_said_and_the_interval_kept(n_groups, holding, note):
+def test_too_few_groups_are_noted_and_the_interval_kept(n_groups, holding, note):
     rng = np.random.default_rng(0)
     group = np.repeat(np.arange(n_groups), 6)
     y = ((group < holding) & (np.arange(len(group)) % 2 == 0)).astype(int)
@@ -366,10 +366,10 @@ def test_resamples_that_lose_a_class_are_counted():
     weights = m._multiplicities(np.random.default_rng(0), 12, 2000)
     lost = int((weights[0] == 0).sum())  # "0" sorts first
     assert lost / 2000 == pytest.approx((11 / 12) ** 12, abs=0.04)
-    found = result["metrics"]
+    observed = result["metrics"]
     for name in ("balanced_accuracy", "macro_auc", "macro_f1"):
-        assert found[name]["undefined_resamples"] == lost
-    assert found["accuracy"]["undefined_resamples"] == 0
+        assert observed[name]["undefined_resamples"] == lost
+    assert observed["accuracy"]["undefined_resamples"] == 0
     assert result["per_class"]["1"]["recall"]["undefined_resamples"] == lost
     assert result["per_class"]["0"]["recall"]["undefined_resamples"] == 0
     assert result["per_class"]["1"]["specificity"]["undefined_resamples"] == 0
@@ -609,23 +609,23 @@ def test_evaluate_metric_gives_the_same_number(evaluate, name):
     result = m.compute_metrics(y, p, groups=groups, similarities=cosines, n_resamples=50)
     expected = result["metrics"][name]
     predictions = cosines if m.METRICS[name].of_similarities else p
-    found = metric.compute(predictions=predictions, references=y)
-    assert found == {name: pytest.approx(expected["value"])}
+    observed = metric.compute(predictions=predictions, references=y)
+    assert observed == {name: pytest.approx(expected["value"])}
     for rows in np.array_split(np.arange(40), 3):
         metric.add_batch(predictions=predictions[rows], references=y[rows])
-    found = metric.compute(groups=groups, n_resamples=50)
-    assert found[name] == pytest.approx(expected["value"])
-    assert found[f"{name}_ci95"] == pytest.approx(expected["ci95"])
-    assert found[f"{name}_note"] == expected["note"]
-    assert found[f"{name}_undefined_resamples"] == expected["undefined_resamples"]
+    observed = metric.compute(groups=groups, n_resamples=50)
+    assert observed[name] == pytest.approx(expected["value"])
+    assert observed[f"{name}_ci95"] == pytest.approx(expected["ci95"])
+    assert observed[f"{name}_note"] == expected["note"]
+    assert observed[f"{name}_undefined_resamples"] == expected["undefined_resamples"]
 
 
 def test_evaluate_metrics_combine(evaluate):
     y, p, *_ = draw_table(1, n=40, n_classes=3)
     both = evaluate.combine([m.evaluate_metric("accuracy"), m.evaluate_metric("macro_auc")])
-    found = both.compute(predictions=p, references=y)
+    observed = both.compute(predictions=p, references=y)
     single = m.compute_metrics(y, p, n_resamples=0)["metrics"]
-    assert found == {k: pytest.approx(single[k]["value"]) for k in ("accuracy", "macro_auc")}
+    assert observed == {k: pytest.approx(single[k]["value"]) for k in ("accuracy", "macro_auc")}
 
 
 def test_unknown_evaluate_metric_names_the_nearest():

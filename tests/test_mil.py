@@ -129,8 +129,8 @@ def settings(cohort: Cohort, output: Path, **options: Any) -> MilConfig:
 
 
 def read_rows(path: Path) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = pq.read_table(path).to_pydict()
-    return found
+    observed: dict[str, list[Any]] = pq.read_table(path).to_pydict()
+    return observed
 
 
 def tile_auc(run: Path, truth: dict[str, NDArray[np.bool_]], column: str) -> float:
@@ -199,12 +199,12 @@ def test_the_card_says_what_it_is_and_names_no_slide_or_place(
     results = train_mil(settings(small, tmp_path / "run", epochs=1))
     card = (tmp_path / "run" / "README.md").read_text()
     assert card.count("(drawings)") == 2
-    for said in (
+    for sentence in (
         "Research use only, not for diagnosis",
         "Macro-AUC",
         "intervals are over patients",
     ):
-        assert said in card
+        assert sentence in card
     assert results["data"]["split_hash"] in card
     for hidden in ("s00", "p00", str(tmp_path), str(small[0])):
         assert hidden not in card
@@ -221,14 +221,14 @@ def test_the_saved_classifier_says_what_the_run_said(small: Cohort, tmp_path: Pa
     for i, name in enumerate(rows["slide"]):
         bag = read_bag(small[0] / f"{name}.h5")
         for source in (tmp_path / "run", loaded):
-            said = apply_mil(source, bag)
-            assert said.label == rows["predicted"][i]
-            assert_same_numbers(said.probabilities["tumour"], rows["p_tumour"][i])
-            assert sum(said.probabilities.values()) == pytest.approx(1)
+            prediction = apply_mil(source, bag)
+            assert prediction.label == rows["predicted"][i]
+            assert_same_numbers(prediction.probabilities["tumour"], rows["p_tumour"][i])
+            assert sum(prediction.probabilities.values()) == pytest.approx(1)
             tiles = read_rows(tmp_path / "run" / "attention" / f"{name}.parquet")
-            assert_same_numbers(said.attention, list(tiles["attention"]))
-            assert_same_numbers(said.tile_scores[:, 1], list(tiles["score_tumour"]))
-            assert said.notes == ()
+            assert_same_numbers(prediction.attention, list(tiles["attention"]))
+            assert_same_numbers(prediction.tile_scores[:, 1], list(tiles["score_tumour"]))
+            assert prediction.notes == ()
 
 
 def test_other_features_are_refused_and_other_tiles_are_noted(
@@ -490,14 +490,14 @@ def test_a_killed_run_goes_on_and_ends_in_the_very_same_table(
         train_mil(broken)
     with pytest.raises(GloVLMError, match=r"other settings \(lr was 0.002 and is 0.1\)"):
         train_mil(replace(broken, resume=True, lr=0.1))
-    told: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
 
     def note(kind: str, what: dict[str, Any]) -> None:
         if kind == "epoch":
-            told.append((what["training"], what["epoch"]))
+            calls.append((what["training"], what["epoch"]))
 
     results = train_mil(replace(broken, resume=True), on_event=note)
-    assert told == [(1, 3), (2, 1), (2, 2), (2, 3)]
+    assert calls == [(1, 3), (2, 1), (2, 2), (2, 3)]
     assert results["metrics"] == expected["metrics"]
     tables = [read_rows(tmp_path / n / "predictions.parquet") for n in ("straight", "broken")]
     assert tables[0] == tables[1]
@@ -666,9 +666,9 @@ def test_two_processes_train_to_the_weights_of_one(small: Cohort, tmp_path: Path
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((tmp_path / "two" / "results.json").read_text())
-    assert found["environment"]["num_processes"] == 2
-    assert found["data"] == one["data"]
+    observed = json.loads((tmp_path / "two" / "results.json").read_text())
+    assert observed["environment"]["num_processes"] == 2
+    assert observed["data"] == one["data"]
     weights = [load_file(tmp_path / n / "model" / "model.safetensors") for n in ("one", "two")]
     assert max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0]) < 1e-4
     losses = [

@@ -27,12 +27,12 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 def lit(coords: NDArray[np.int64], lesions: list[tuple[int, ...]]) -> NDArray[np.bool_]:
     """Which tiles lie in a planted square by at least half."""
-    found = np.zeros(len(coords), dtype=bool)
+    observed = np.zeros(len(coords), dtype=bool)
     for x, y, width, height in lesions:
         across = np.minimum(coords[:, 0] + SIDE, x + width) - np.maximum(coords[:, 0], x)
         down = np.minimum(coords[:, 1] + SIDE, y + height) - np.maximum(coords[:, 1], y)
-        found |= across.clip(0) * down.clip(0) >= SIDE**2 / 2
-    return found
+        observed |= across.clip(0) * down.clip(0) >= SIDE**2 / 2
+    return observed
 
 
 def test_planted_lesions_on_synthetic_slides_are_learned_and_lit(tmp_path: Path) -> None:
@@ -89,6 +89,6 @@ def test_planted_lesions_on_synthetic_slides_are_learned_and_lit(tmp_path: Path)
     # The model that is kept, on two slides that no table named.
     kept = load_aggregator(run)
     for i, label in ((20, "plain"), (21, "lesion")):
-        said = apply_mil(kept, read_bag(tmp_path / "features" / f"s{i}.h5"))
-        assert said.label == label
-        assert said.notes == ()
+        prediction = apply_mil(kept, read_bag(tmp_path / "features" / f"s{i}.h5"))
+        assert prediction.label == label
+        assert prediction.notes == ()

@@ -120,7 +120,11 @@ def describe_scores(heat: HeatMap) -> list[str]:
         f"Probability of {heat.target}: {heat.score:.2f}; with the glomerulus blanked "
         f"{heat.glomerulus_blanked[heat.index]:.2f}; with the context blanked "
         f"{heat.context_blanked[heat.index]:.2f} (glomerulus: {where}).",
-        *(["The model learned from drawings, not from patients."] if heat.synthetic else []),
+        *(
+            ["The model learned from synthetic images, not from patients."]
+            if heat.synthetic
+            else []
+        ),
         DISCLAIMER,
     ]
 

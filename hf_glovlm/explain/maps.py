@@ -53,7 +53,7 @@ class HeatMap:
         mask: Where the glomerulus was taken to be: a mask that was `given`, or for want of one a
             `central ellipse` of 0.8 times the image's width and height.
         view: Where the patches lie in the image.
-        synthetic: Whether the model learned from drawings.
+        synthetic: Whether the model learned from synthetic images.
     """
 
     values: Floats
