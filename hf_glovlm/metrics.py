@@ -46,39 +46,30 @@ MIN_GROUPS_PER_CLASS = 5
 _CHUNK = 1_000_000
 
 
+@dataclass(eq=False)
 class Sample:
     """Labelled predictions whose sums over groups are kept.
 
     Attributes:
         labels: Class indices, `[n]`.
         probabilities: `[n, K]`, rows sum to 1.
-        similarities: Cosines of images and class texts, `[n, K]`, where there are some.
         group: Number of each image's group, `[n]` in 0 ... G-1.
         n_groups: G.
+        similarities: Cosines of images and class texts, `[n, K]`, where there are some.
+        one_hot: 1 in the column of each image's class, `[n, K]`.
+        top: The most probable class of each image, `[n]`: the first one on a tie.
     """
 
-    def __init__(
-        self,
-        labels: Ints,
-        probabilities: Floats,
-        group: Ints,
-        n_groups: int,
-        similarities: Floats | None = None,
-    ) -> None:
-        self.labels, self.probabilities, self.similarities = labels, probabilities, similarities
-        self.group, self.n_groups = group, n_groups
+    labels: Ints
+    probabilities: Floats
+    group: Ints
+    n_groups: int
+    similarities: Floats | None = None
+
+    def __post_init__(self) -> None:
+        self.one_hot: Floats = np.eye(self.probabilities.shape[1])[self.labels]
+        self.top: Ints = self.probabilities.argmax(1)
         self._sums: dict[PerImage, Floats] = {}
-
-    @cached_property
-    def one_hot(self) -> Floats:
-        """1 in the column of each image's class, `[n, K]`."""
-        return np.eye(self.probabilities.shape[1])[self.labels]
-
-    @cached_property
-    def top(self) -> Ints:
-        """The most probable class of each image, `[n]`: the first one on a tie."""
-        top: Ints = self.probabilities.argmax(1)
-        return top
 
     def by_group(self, per_image: "PerImage") -> Floats:
         """Sums over the images of each group, `[G, c]`, of a function's `[n]` or `[n, c]`."""
@@ -105,18 +96,24 @@ class Sample:
 
 
 class Resamples:
-    """A sample under R weightings of its groups; a weight is a number of copies.
-
-    All that a metric needs: what it asks for is computed once, for all metrics.
+    """A sample under R weightings of its groups, for all metrics; a weight is a number of copies.
 
     Attributes:
         sample: The predictions.
         weights: Multiplicity of each group, `[G, R]`; a column of ones is the sample itself.
+        hits: Images of each class that are classified right, `[K, R]`.
+        actual: Images of each class, `[K, R]`.
+        predicted: Images that are classified as each class, `[K, R]`.
+        n: Images, `[R]`.
+        present: Which classes the labels of the sample hold, `[K]`.
     """
 
     def __init__(self, sample: Sample, weights: Floats) -> None:
         self.sample, self.weights = sample, weights
         self._totals: dict[PerImage, Floats] = {}
+        self.hits, self.actual, self.predicted = map(self.total, (_hits, _actual, _predicted))
+        self.n: Floats = self.actual.sum(0)
+        self.present: NDArray[np.bool_] = sample.by_group(_actual).sum(0) > 0
 
     def total(self, per_image: "PerImage") -> Floats:
         """Sums over the images of each resample, `[c, R]`; see `Sample.by_group`."""
@@ -128,33 +125,6 @@ class Resamples:
         """Mean over the images of each resample, `[R]`, of a function that gives `[n]`."""
         mean: Floats = self.total(per_image)[0] / self.n
         return mean
-
-    @property
-    def hits(self) -> Floats:
-        """Images of each class that are classified right, `[K, R]`."""
-        return self.total(_hits)
-
-    @property
-    def actual(self) -> Floats:
-        """Images of each class, `[K, R]`."""
-        return self.total(_actual)
-
-    @property
-    def predicted(self) -> Floats:
-        """Images that are classified as each class, `[K, R]`."""
-        return self.total(_predicted)
-
-    @cached_property
-    def n(self) -> Floats:
-        """Images, `[R]`."""
-        n: Floats = self.actual.sum(0)
-        return n
-
-    @cached_property
-    def present(self) -> NDArray[np.bool_]:
-        """Which classes the labels of the sample hold, `[K]`."""
-        present: NDArray[np.bool_] = self.sample.by_group(_actual).sum(0) > 0
-        return present
 
     @cached_property
     def auc(self) -> Floats:
