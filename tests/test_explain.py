@@ -30,7 +30,7 @@ from tiny import (
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, Siglip2ImageProcessor, SwinConfig, SwinModel
 
-from hf_glovlm import adapt, embed_images, load_backbone, load_dataset
+from hf_glovlm import adapt, load_backbone, load_dataset
 from hf_glovlm.data.splits import all_rows
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.explain import (
@@ -46,7 +46,6 @@ from hf_glovlm.explain import (
     heat_inside,
     load_masks,
     measure_faithfulness,
-    nearest_support,
     overlay,
     register_map,
     save_figure,
@@ -885,34 +884,6 @@ def test_masks_are_found_by_name(tmp_path: Path) -> None:
     assert (observed[1] == ~mask).all()
     with pytest.raises(GloVLMError, match=r"no mask for b.jpg: expected b.png"):
         load_masks(tmp_path, ["viable/b.jpg"])
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
-    folder = tiny_images(tmp_path_factory.mktemp("support") / "images", per_class=2)
-    rows = all_rows(load_dataset(folder))
-    adapted = adapt(str(tiny_clip()), "tip_adapter", rows)
-    features = embed_images(adapted.model.glovlm, adapted.processor, rows)
-    return adapted.model, features, [CLASSES[k] for k in rows["label"][:]]
-
-
-def test_the_nearest_support(cached: tuple[Any, Any, list[str]]) -> None:
-    model, features, labels = cached
-    observed = nearest_support(model, features, k=2)
-    assert observed.indices[:, 0].tolist() == list(range(6))
-    assert [row[0] for row in observed.labels] == labels
-    np.testing.assert_allclose(observed.cosines[:, 0], 1, atol=1e-5)
-    unit = features.astype(np.float64)
-    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
-    second = np.sort(unit @ unit.T, axis=1)[:, -2]
-    np.testing.assert_allclose(observed.cosines[:, 1], second, atol=1e-5)
-    assert nearest_support(model, features[:1], k=99).indices.shape == (1, 6)
-    with pytest.raises(GloVLMError, match="of this model"):
-        nearest_support(model, features[:, :5])
-    with pytest.raises(GloVLMError, match="1 neighbour"):
-        nearest_support(model, features, k=0)
-    with pytest.raises(GloVLMError, match="'class_weights'"):
-        nearest_support(classifier("clip")[0], features)
 
 
 def test_a_map_must_describe_itself() -> None:
