@@ -34,12 +34,12 @@ _MODULES = {  # public names, by the module that holds them
         "predict",
     ),
     "inference.sentences": (
-        "borrow",
+        "build_zero_shot",
+        "copy_sharing_weights",
         "describe_classes",
         "describe_image_scale",
         "describe_limits",
-        "give_answers",
-        "reword",
+        "describe_predictions",
     ),
     "lab.phantoms": ("render_cohort", "write_cohort"),
     "methods": ("METHODS", "target_modules"),
@@ -78,12 +78,12 @@ if TYPE_CHECKING:  # the same names for type checkers; a test holds the two list
     from .inference import embed_prompts as embed_prompts
     from .inference import load_classifier as load_classifier
     from .inference import predict as predict
-    from .inference.sentences import borrow as borrow
+    from .inference.sentences import build_zero_shot as build_zero_shot
+    from .inference.sentences import copy_sharing_weights as copy_sharing_weights
     from .inference.sentences import describe_classes as describe_classes
     from .inference.sentences import describe_image_scale as describe_image_scale
     from .inference.sentences import describe_limits as describe_limits
-    from .inference.sentences import give_answers as give_answers
-    from .inference.sentences import reword as reword
+    from .inference.sentences import describe_predictions as describe_predictions
     from .lab.phantoms import render_cohort as render_cohort
     from .lab.phantoms import write_cohort as write_cohort
     from .methods import METHODS as METHODS

@@ -1,4 +1,4 @@
-"""Environment: versions and hardware."""
+"""Software versions and hardware."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 
 
 def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
-    """Versions and hardware, for `results.json` and `glovlm env`."""
+    """Software versions and hardware, for `results.json` and `glovlm env`."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 

@@ -1,4 +1,4 @@
-"""The one error that is meant for a person: what was expected, what was found, what to do."""
+"""User errors: what was expected, what was found, what to do."""
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
@@ -6,14 +6,14 @@ from typing import Any
 
 
 class GloVLMError(ValueError):
-    """Bad input or an impossible request, told in one sentence.
+    """User error: bad input or an impossible request, in one sentence.
 
     The command line prints the sentence and exits with code 2; from Python it is a `ValueError`.
     """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Suggest the known name that is closest to a wrong one.
+    """Near-miss suggestion for an unknown name.
 
     Args:
         name: What the user wrote.
@@ -23,22 +23,22 @@ def nearest(name: str, known: Iterable[str]) -> str:
         `" Did you mean 'x'?"`, or an empty string when nothing is close.
     """
     names = list(known)
-    found = get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
-    if not found:
+    matches = get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
+    if not matches:
         return ""
-    match = next(n for n in names if n.lower() == found[0])
+    match = next(n for n in names if n.lower() == matches[0])
     return f" Did you mean '{match}'?"
 
 
 def check_settings(
-    values: Mapping[str, Any], known: Collection[str], needed: Iterable[str]
+    values: Mapping[str, Any], known: Collection[str], required: Iterable[str]
 ) -> None:
-    """Refuse a configuration with a setting that does not exist, or without one that it needs.
+    """Check a configuration for unknown and missing settings.
 
     Args:
         values: From YAML or flags.
         known: All settings.
-        needed: Those without which nothing can be done.
+        required: The required ones.
 
     Raises:
         GloVLMError: Names the first that is unknown or missing.
@@ -46,7 +46,7 @@ def check_settings(
     for key in values:
         if key not in known:
             raise GloVLMError(f"Unknown setting '{key}' in the configuration.{nearest(key, known)}")
-    for key in needed:
+    for key in required:
         if not values.get(key):
             flag = key.replace("_", "-")
             raise GloVLMError(f"A run needs {key}: give --{flag} or '{key}:' in the YAML file.")

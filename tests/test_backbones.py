@@ -59,10 +59,10 @@ def test_a_pair() -> None:
     assert config.normalize_pooled
     assert (processor.max_length, processor.pad_to_max) == (CONTEXT, False)
     for tower, folder in (("vision_model", tiny_dinov2()), ("text_model", tiny_bert())):
-        found = model.backbone.get_submodule(tower).state_dict()
+        actual = model.backbone.get_submodule(tower).state_dict()
         expected = AutoModel.from_pretrained(folder).state_dict()
-        assert found.keys() == expected.keys()
-        assert all(found[key].equal(value) for key, value in expected.items())
+        assert actual.keys() == expected.keys()
+        assert all(actual[key].equal(value) for key, value in expected.items())
 
 
 def test_pooling_of_a_pair_can_be_chosen() -> None:
@@ -105,9 +105,9 @@ def test_the_short_way_gives_what_transformers_gives(
     model, processor = load_backbone(str(place))
     towers = model.backbone
     for kind in ("named_parameters", "named_buffers"):
-        found, other = (dict(getattr(m, kind)()) for m in (towers, expected))
-        assert found.keys() == other.keys()
-        assert all(found[key].equal(value) for key, value in other.items())
+        actual, other = (dict(getattr(m, kind)()) for m in (towers, expected))
+        assert actual.keys() == other.keys()
+        assert all(actual[key].equal(value) for key, value in other.items())
     wants = {name: p.requires_grad for name, p in expected.named_parameters()}
     assert {name: p.requires_grad for name, p in towers.named_parameters()} == wants
     assert not any(module.training for module in towers.modules())
@@ -132,7 +132,7 @@ def test_a_tensor_that_the_model_has_not_is_no_hindrance(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("legacy", ["special_tokens_map.json", "added_tokens.json", "decoder"])
-def test_tokens_that_other_files_tell_are_read_there(legacy: str, tmp_path: Path) -> None:
+def test_tokens_listed_in_other_files_are_read(legacy: str, tmp_path: Path) -> None:
     """What versions before 5 wrote beside tokenizer.json, or into tokenizer_config.json."""
     place = tiny_clip(tmp_path)
     if legacy == "decoder":
@@ -146,10 +146,10 @@ def test_tokens_that_other_files_tell_are_read_there(legacy: str, tmp_path: Path
     else:
         (place / legacy).write_text(json.dumps({"mask_token": "<new>"}))
     expected = AutoTokenizer.from_pretrained(place)
-    found = load_backbone(str(place))[1].tokenizer
-    assert "<new>" in found.get_vocab()
-    assert found.get_vocab() == expected.get_vocab()
-    assert str(found) == str(expected)
+    actual = load_backbone(str(place))[1].tokenizer
+    assert "<new>" in actual.get_vocab()
+    assert actual.get_vocab() == expected.get_vocab()
+    assert str(actual) == str(expected)
 
 
 @pytest.mark.parametrize("folder", [tiny_clip, tiny_siglip])
@@ -210,7 +210,7 @@ def _no_tokenizer(tmp: Path) -> str:
 
 
 def _no_weights_no_tokenizer(tmp: Path) -> str:
-    """Of two faults that of the weights is said."""
+    """Of two faults that of the weights is reported."""
     place = Path(_no_tokenizer(tmp))
     (place / "model.safetensors").unlink()
     return str(place)
@@ -338,32 +338,32 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @contextmanager
 def _listen(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     caplog.clear()
-    said: list[str] = []
+    messages: list[str] = []
     with caplog.at_level(logging.WARNING, logger="hf_glovlm"):
-        yield said
-    said += [record.getMessage() for record in caplog.records]
+        yield messages
+    messages += [record.getMessage() for record in caplog.records]
 
 
 def _features(model: Any, processor: Any) -> torch.Tensor:
     ids = processor(text=["a viable glomerulus"], return_tensors="pt")
     with torch.no_grad():
-        found: torch.Tensor = model.get_text_features(**ids).pooler_output
-    return found
+        actual: torch.Tensor = model.get_text_features(**ids).pooler_output
+    return actual
 
 
 def test_a_local_folder_is_converted_once(
     tmp_path: Path, cache_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = published.quiltnet(tmp_path / "QuiltNet-B-32")
-    with _listen(caplog) as said:
+    with _listen(caplog) as messages:
         model, processor = load_backbone(str(folder))
-    assert [line for line in said if "Converting QuiltNet-B-32 once" in line]
+    assert [line for line in messages if "Converting QuiltNet-B-32 once" in line]
     assert model.config.backbone_name == "QuiltNet-B-32"
     assert str(tmp_path) not in json.dumps(model.config.to_dict())
     assert model.name_or_path == ""
-    with _listen(caplog) as said:
+    with _listen(caplog) as messages:
         again, _ = load_backbone(str(folder))
-    assert said == []
+    assert messages == []
     assert_same_numbers(_features(again, processor), _features(model, processor))
     made = list(cache_folder.glob("backbones/local/*"))
     assert len(made) == 1
@@ -440,19 +440,19 @@ def test_the_origin_of_converted_weights_travels(tmp_path: Path) -> None:
     assert again.config.backbone_restrictions == ["non-commercial", "no-derivatives"]
 
 
-def test_a_licence_is_said_once_a_process(
+def test_a_licence_is_logged_once_per_process(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_told", set())
+    monkeypatch.setattr(loading, "_warned", set())
     convert_backbone(str(published.uni(tmp_path / "uni")), tmp_path / "made")
     origin = {"hub_id": "MahmoodLab/UNI", "revision": "0" * 40}
     (tmp_path / "made" / "backbone.json").write_text(json.dumps(origin))
-    with _listen(caplog) as said:
+    with _listen(caplog) as messages:
         model, _ = load_backbone(f"{tmp_path / 'made'}+{tiny_bert()}")
         load_backbone(f"{tmp_path / 'made'}+{tiny_bert()}")
-    assert len(said) == 1
-    assert "not for commercial use" in said[0]
-    assert "no derivatives" in said[0]
+    assert len(messages) == 1
+    assert "not for commercial use" in messages[0]
+    assert "no derivatives" in messages[0]
     assert model.config.backbone_restrictions == ["no-derivatives", "non-commercial"]
     assert model.config.backbone_revision == "0" * 40 + "+unknown"
 
@@ -487,9 +487,9 @@ def test_the_command_converts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     folder, made = published.quiltnet(tmp_path / "quiltnet"), tmp_path / "made"
     command = ["backbones", "convert", str(folder), "--output-dir", str(made), "--json"]
     assert main([*command, "--kind", "open_clip"]) == 0
-    said = capsys.readouterr()
-    assert json.loads(said.out)["kind"] == "open_clip"
-    assert str(made) in said.err
+    output = capsys.readouterr()
+    assert json.loads(output.out)["kind"] == "open_clip"
+    assert str(made) in output.err
     load_backbone(str(made))
     assert main(command) == 2
     assert "not empty" in capsys.readouterr().err
@@ -544,7 +544,7 @@ def test_rows_by_the_name_in_a_config() -> None:
     assert known_rows("somebody/else") == known_rows(None) == []
 
 
-def test_a_run_says_where_its_task_lies() -> None:
+def test_a_run_notes_how_its_task_relates_to_pretraining() -> None:
     from datasets import Dataset
 
     from hf_glovlm.runs import TrainConfig

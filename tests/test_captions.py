@@ -307,7 +307,7 @@ def test_captions_of_a_parquet_file_survive_loading(tmp_path: Path) -> None:
         ({"model": "no/such-model"}, "'no/such-model' is no model that transformers can load"),
     ],
 )
-def test_bad_requests_are_told_in_one_sentence(tmp_path: Path, options, sentence: str) -> None:
+def test_bad_requests_give_one_sentence(tmp_path: Path, options, sentence: str) -> None:
     data = tiny_images(tmp_path, per_class=1)
     with pytest.raises(GloVLMError, match=sentence) as caught:
         write_captions(data, **{"model": made("git")} | options)

@@ -47,7 +47,7 @@ GLO_VLMS = {
         "Disappearing glomeruli": "A pathology image of a disappearing glomeruli",
         "Non-glomerular": "A pathology image of non-glomerular tissue",
     },
-    "phantoms": {
+    "synthetic_glomeruli": {
         "viable": "A pathology image of viable glomerulus",
         "ischemic": "A pathology image of ischemic glomerulus",
         "segmental_sclerosis": "A pathology image of segmentally sclerotic glomerulus",
@@ -77,7 +77,7 @@ def test_an_entry_is_complete_and_finds_itself(path):
     assert entry == catalog_entry(path.stem)
     assert entry.notes
     assert re.search(r"patient|slide|group|tile", entry.split_rule)
-    assert ("drawings" in entry.title) is (entry.kind == "drawings")
+    assert ("Synthetic" in entry.title) is (entry.kind == "synthetic")
     assert entry.name in entry.how_to_get
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"\.\./|/work/|/home/|/tmp/|[A-Z]:\\", text)  # no path of one machine
@@ -90,12 +90,12 @@ def test_an_entry_is_complete_and_finds_itself(path):
 
 @pytest.mark.parametrize("name", GLO_VLMS)
 def test_the_published_prompts_are_exact(name):
-    found = {info.name: info.prompts for info in catalog_entry(name).classes}
-    assert found == {label: (prompt,) for label, prompt in GLO_VLMS[name].items()}
+    actual = {info.name: info.prompts for info in catalog_entry(name).classes}
+    assert actual == {label: (prompt,) for label, prompt in GLO_VLMS[name].items()}
 
 
 @pytest.mark.parametrize("name", ["glo_vlms_cornell", "glo_vlms_vanderbilt"])
-def test_private_images_are_said_to_be_private(name):
+def test_private_images_are_marked(name):
     entry = catalog_entry(name)
     assert not entry.public
     assert "not public" in entry.title
@@ -138,9 +138,9 @@ TASKS = {
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_tasks_are_there(kind):
-    found = {e.name: len(e.classes) for e in catalog_entries() if e.kind == kind}
-    assert TASKS[kind].items() <= found.items()
-    assert kind == "region" or TASKS[kind] == found
+    actual = {e.name: len(e.classes) for e in catalog_entries() if e.kind == kind}
+    assert TASKS[kind].items() <= actual.items()
+    assert kind == "region" or TASKS[kind] == actual
     for name in TASKS[kind]:
         for info in catalog_entry(name).classes:
             assert len(info.prompts) >= 3
@@ -202,11 +202,11 @@ def test_a_table_in_a_set_s_layout_loads_with_its_prompts(tmp_path, entry):
 
 
 @pytest.mark.parametrize("entry", catalog_entries(), ids=lambda e: e.name)
-def test_where_to_get_a_set_is_told(entry):
+def test_description_of_a_source(entry):
     text = describe_source(entry.name)
-    for told in (entry.title, entry.source, entry.licence, entry.layout, entry.split_rule):
-        assert told in text
-    assert all(told in text for told in (*entry.notes, *(info.name for info in entry.classes)))
+    for fact in (entry.title, entry.source, entry.licence, entry.layout, entry.split_rule):
+        assert fact in text
+    assert all(fact in text for fact in (*entry.notes, *(info.name for info in entry.classes)))
     assert ("the images are not public" in text) is not entry.public
     words = ("unverified", "CC", "none", "GDC", "Apache", "any use")
     assert any(word in entry.licence for word in words)
@@ -293,7 +293,7 @@ def test_templates_are_filled_with_every_name(tmp_path):
         (lambda f: f.update(title=7), "'title': expected text"),
         (
             lambda f: f.update(kind="slides"),
-            "'kind': expected one of glomeruli, region, slide, drawings",
+            "'kind': expected one of glomeruli, region, slide, synthetic",
         ),
         (lambda f: f.update(stain="PAS"), "'stain': expected a list of texts, found 'PAS'"),
         (lambda f: f.update(stain=["HE"]), "write the stain 'HE' as 'H&E'"),
@@ -334,7 +334,7 @@ def test_a_bad_entry_names_the_file_and_the_key(tmp_path, change, sentence):
         ("title: é".encode("latin-1"), "not UTF-8"),
     ],
 )
-def test_a_broken_yaml_file_is_told_in_one_sentence(tmp_path, text, sentence):
+def test_a_broken_yaml_file_gives_one_sentence(tmp_path, text, sentence):
     path = tmp_path / "classes.yaml"
     path.write_bytes(text)
     with pytest.raises(GloVLMError, match=re.escape(sentence)) as caught:
@@ -431,7 +431,7 @@ def test_the_file_that_is_named_takes_the_place_of_the_one_beside_the_data(tmp_p
         assert second.prompts == ("my words",)
 
 
-def test_classes_yaml_is_found_beside_a_table_too(tmp_path):
+def test_classes_yaml_beside_a_table(tmp_path):
     write_classes(tmp_path / "classes.yaml", {"a": {"prompts": ["x", "y", "x"]}})
     (tmp_path / "images.parquet").touch()
     first, second = load_classes(["a", "b"], source=str(tmp_path / "images.parquet"))
@@ -462,7 +462,7 @@ def test_keys_of_classes_yaml_are_read_as_written(tmp_path):
         ),
     ],
 )
-def test_a_bad_classes_yaml_is_told_in_one_sentence(tmp_path, content, sentence):
+def test_a_bad_classes_yaml_gives_one_sentence(tmp_path, content, sentence):
     (tmp_path / "classes.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(GloVLMError, match=re.escape(sentence)):
         load_classes(LABELS, source=tmp_path)
@@ -474,13 +474,13 @@ def test_a_bad_classes_yaml_is_told_in_one_sentence(tmp_path, content, sentence)
         ([], {}, "Expected different class labels, found none"),
         (["a", "a"], {}, "Expected different class labels"),
         (["a", "b"], {"prompts": "catalog"}, "No set of the catalogue has the classes a, b"),
-        (["a", "b"], {"prompts": "terminology"}, "The terminology knows none of the classes a, b"),
+        (["a", "b"], {"prompts": "terminology"}, "The terminology has none of the classes a, b"),
         (["a", "b"], {"prompts": "catalogue"}, "Did you mean 'catalog'?"),
         (["a", "b"], {"prompts": "no/such.yaml"}, "Expected a YAML file at no/such.yaml"),
         (["a", "b"], {"prompts": Path()}, "found: a folder"),
         (
             ["viabel", "atubular"],
-            {"source": "phantoms"},
+            {"source": "synthetic_glomeruli"},
             "no class 'viabel'. Did you mean 'viable'",
         ),
         (["benign", "spindle"], {"prompts": "breakhis"}, "'breakhis' has no class 'spindle'"),
@@ -505,7 +505,7 @@ def test_impossible_requests_are_refused(labels, options, sentence):
         (["viable_glomeruli", "ISCHEMIC GLOMERULI"], "glo_vlms_cornell"),
         (["lung_n", "lung_aca"], "lc25000_lung"),  # the smallest set that has them
         (["lung_n", "colon_n"], "lc25000"),
-        (["segmental-sclerosis", "viable"], "phantoms"),
+        (["segmental-sclerosis", "viable"], "synthetic_glomeruli"),
         (["viable"], None),  # one label identifies nothing
         (["viable", "apple"], None),
     ],
@@ -523,7 +523,7 @@ def test_a_set_is_known_by_its_classes(labels, name, caplog):
         assert {p for info in classes for p in info.prompts} <= own
 
 
-def test_a_tie_between_sets_uses_neither_and_says_so(monkeypatch, caplog):
+def test_a_tie_between_sets_uses_neither_with_a_warning(monkeypatch, caplog):
     lung = catalog_entry("lc25000_lung")
     words = tuple(dataclasses.replace(c, prompts=(f"other {c.name}",)) for c in lung.classes)
     twins = (
@@ -537,7 +537,7 @@ def test_a_tie_between_sets_uses_neither_and_says_so(monkeypatch, caplog):
     assert "'lung_1', 'lung_2'" in caplog.text
 
 
-def test_a_tie_between_sets_that_say_the_same_is_none(monkeypatch, caplog):
+def test_sets_with_equal_prompts_are_no_tie(monkeypatch, caplog):
     lung = catalog_entry("lc25000_lung")
     twins = tuple(dataclasses.replace(lung, name=name) for name in ("lung_1", "lung_2"))
     monkeypatch.setattr(catalog, "_entries", lambda: twins)

@@ -1,4 +1,4 @@
-"""A model folder that version 0.1 wrote still loads, and says what it said then."""
+"""Compatibility: a model folder of version 0.1 loads and gives the same predictions."""
 
 import json
 from pathlib import Path

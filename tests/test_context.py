@@ -197,11 +197,11 @@ def test_with_theta_and_keep_at_one_it_is_the_plain_tower(family: str, dtype: to
     guide = model.add_context({"layers": [0, 1, 2], "text_dim": TEXT, "theta": 1.0, "keep": 1.0})
     guide.train()
     with guide.read(texts()):
-        found = tokens(model, pixels, output_hidden_states=True)
-    for one, other in zip(found.hidden_states, expected.hidden_states, strict=True):
+        actual = tokens(model, pixels, output_hidden_states=True)
+    for one, other in zip(actual.hidden_states, expected.hidden_states, strict=True):
         assert_same_numbers(one, other)
-    assert_same_numbers(found.pooler_output, expected.pooler_output)
-    assert_same_numbers(found.last_hidden_state, expected.last_hidden_state)
+    assert_same_numbers(actual.pooler_output, expected.pooler_output)
+    assert_same_numbers(actual.last_hidden_state, expected.last_hidden_state)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -485,7 +485,7 @@ def test_blocks_on_top_are_guided_and_the_tower_stays(family: str) -> None:
     for one, other in zip(output.hidden_states, start.hidden_states, strict=True):
         assert_same_numbers(one, other)
     prefix = 5 if family == "registers" else 1
-    found = []
+    actual = []
     for i in range(3):
         x = start.last_hidden_state[i].numpy()
         for layer, kept in enumerate((8, 99, 5)):
@@ -493,10 +493,10 @@ def test_blocks_on_top_are_guided_and_the_tower_stays(family: str) -> None:
             guess = _guess(guide.to_vision[number], text[i].numpy()) if layer != 1 else None
             block = guide.blocks[layer]
             x = by_hand(block, "vit", x, guess=guess, theta=0.3, kept=kept, prefix=prefix)
-        found.append(_norm(guide.norm, x))
-    assert np.abs(output.last_hidden_state.numpy() - np.stack(found)).max() < 1e-9
+        actual.append(_norm(guide.norm, x))
+    assert np.abs(output.last_hidden_state.numpy() - np.stack(actual)).max() < 1e-9
     assert seen.final is not None
-    assert np.abs(seen.final.numpy() - np.stack(found)[:, 0]).max() < 1e-9
+    assert np.abs(seen.final.numpy() - np.stack(actual)[:, 0]).max() < 1e-9
     model.backbone.vision_model.set_attn_implementation("eager")
     with guide.read(text):
         slow = tokens(model, pixels).last_hidden_state
@@ -560,7 +560,7 @@ def test_a_saved_folder_brings_it_back(blocks: int, tmp_path: Any) -> None:
     assert fresh.context.to_text[1][0].weight.std().item() == pytest.approx(0.02, rel=0.4)
 
 
-def test_cached_features_tell_a_guided_tower_from_a_plain_one() -> None:
+def test_cached_features_of_guided_and_plain_towers_differ() -> None:
     model, processor = load_backbone(str(tiny_clip()))
     keys = [encoder_key(model, processor)]
     spec = {"layers": [0], "text_dim": 24, "keep": 0.9, "fuse": True}
@@ -632,13 +632,13 @@ def test_a_context_and_inserted_tokens_do_not_go_together() -> None:
     model = plain("clip")
     model.add_context(spec)
     with pytest.raises(ValueError, match="start from the backbone without the other"):
-        model.insert(prompts)
+        model.add_adapter_modules(prompts)
     with pytest.raises(ValueError, match="has a context already"):
         model.add_context(spec)
     model = plain("clip")
     with pytest.raises(ValueError, match="This model has no context"):
         model.kept_patches(images())
-    model.insert(prompts)
+    model.add_adapter_modules(prompts)
     with pytest.raises(ValueError, match="start from the backbone without the other"):
         model.add_context(spec)
     with pytest.raises(ValueError, match="start from the backbone without the other"):

@@ -632,7 +632,7 @@ def with_setting(section: str, key: str, value: Any) -> Callable[[State, dict[st
         (with_setting("", "init_logit_bias", -10), ["model_cfg.init_logit_bias is -10"]),
     ],
 )
-def test_a_wrong_checkpoint_says_what_is_wrong(
+def test_errors_of_wrong_checkpoints(
     change: Callable[[State, dict[str, Any]], None], words: list[str], tmp_path: Path
 ) -> None:
     state, config = clip_state()
@@ -803,7 +803,7 @@ def test_how_images_are_resized(
     assert images["image_std"][0] == pytest.approx(0.26862954)
 
 
-def test_without_a_tokenizer_the_folder_is_written_and_that_is_said(tmp_path: Path) -> None:
+def test_without_a_tokenizer_the_folder_is_written_with_a_note(tmp_path: Path) -> None:
     state, config = clip_state()  # with a vocabulary of its own
     source = publish(tmp_path / "source", state, config)
     report = convert_checkpoint(source, tmp_path / "out")

@@ -385,7 +385,7 @@ def test_attention_by_hand(name: str, pooling: str, inserts: int) -> None:
     options = {"vision_pooling": pooling} if name in ("pair", "registers") else {}
     model, processor = classifier(name, **options)
     if inserts:
-        model.glovlm.insert({"vision": {"tokens": inserts, "depth": 2}})
+        model.glovlm.add_adapter_modules({"vision": {"tokens": inserts, "depth": 2}})
     image = picture(40, 40)
     inputs = processor(images=[image], return_tensors="pt")
     expected, layers = _by_hand(model, inputs, pooling, 2)

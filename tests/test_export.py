@@ -181,7 +181,7 @@ def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_tokens_between_the_blocks_are_in_the_graph(tmp_path: Path) -> None:
     model, processor = classifier("pair")
-    model.glovlm.insert(
+    model.glovlm.add_adapter_modules(
         {"vision": {"tokens": 2, "depth": 2}, "bottleneck": {"layers": [1], "width": 4}}
     )
     with torch.no_grad():

@@ -199,7 +199,7 @@ def test_images_outside_class_folders_are_left_out_and_counted(
     assert "1 images outside any class folder" in caplog.text
 
 
-def test_a_misnamed_patient_column_is_said(
+def test_a_misnamed_patient_column_gives_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path, "1.png")
@@ -343,7 +343,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)
-def test_bad_input_is_told_in_one_sentence(tmp_path: Path, case: str) -> None:
+def test_bad_input_gives_one_sentence(tmp_path: Path, case: str) -> None:
     make, sentence = BAD_FOLDERS[case]
     with pytest.raises(GloVLMError, match=sentence) as caught:
         load_dataset(make(tmp_path))
@@ -413,16 +413,16 @@ def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
 
 
 def _hub(monkeypatch: pytest.MonkeyPatch, answer: Any) -> list[tuple[str, str | None]]:
-    asked = []
+    requests = []
 
     def fake(name: str, revision: str | None = None) -> Any:
-        asked.append((name, revision))
+        requests.append((name, revision))
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    return asked
+    return requests
 
 
 def _hub_rows(tmp_path: Path, classes: list[str], values: list[int]) -> datasets.Dataset:
@@ -436,9 +436,9 @@ def _hub_rows(tmp_path: Path, classes: list[str], values: list[int]) -> datasets
 def test_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = _hub_rows(tmp_path, ["z", "a"], [0, 1, 0])
     test = _hub_rows(tmp_path, ["z", "a"], [1])
-    asked = _hub(monkeypatch, datasets.DatasetDict({"train": train, "test": test}))
+    requests = _hub(monkeypatch, datasets.DatasetDict({"train": train, "test": test}))
     ds = load_dataset("owner/glomeruli", revision="abc")
-    assert asked == [("owner/glomeruli", "abc")]
+    assert requests == [("owner/glomeruli", "abc")]
     assert labels(ds["train"]) == {"train/000000": "z", "train/000001": "a", "train/000002": "z"}
     assert labels(ds["test"]) == {"test/000000": "a"}
     assert ds["train"].features["label"].names == ["a", "z"]
@@ -467,14 +467,14 @@ def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "long story" not in str(caught.value)
 
 
-def test_a_missing_folder_below_an_existing_one_is_never_asked_of_the_hub(
+def test_a_missing_folder_below_an_existing_one_is_no_hub_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = _hub(monkeypatch, ConnectionError("no"))
+    requests = _hub(monkeypatch, ConnectionError("no"))
     monkeypatch.chdir(put(tmp_path, "data/glomeruli/a/1.png"))
     with pytest.raises(GloVLMError, match="Did you mean 'glomeruli'"):
         load_dataset("data/glomerulli")
-    assert asked == []
+    assert requests == []
 
 
 # ---------------------------------------------------------------------------------- images
@@ -627,7 +627,7 @@ def test_a_clean_set_has_no_problem(tmp_path: Path) -> None:
     assert report.groups == {"all": 3}
     assert report.to_dict()["fingerprint"] == dataset_fingerprint(load_dataset(tmp_path))
     assert any("patients are unknown" in note for note in report.notes)
-    assert any("cannot be both learned and tested: b" in note for note in report.notes)
+    assert any("cannot be in both training and test: b" in note for note in report.notes)
     report.raise_problems()
 
 
@@ -703,9 +703,9 @@ def _near_copy_on_two_sides(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (_relabelled, r"1 images stand under different labels .*a/1\.png, b/9\.png"),
-        (_relabelled_at_another_patient, r"1 images stand under different labels"),
-        (_copied_to_another_patient, r"stand in several groups .*a/1\.png, a/9\.png"),
+        (_relabelled, r"1 images have different labels .*a/1\.png, b/9\.png"),
+        (_relabelled_at_another_patient, r"1 images have different labels"),
+        (_copied_to_another_patient, r"are in several groups .*a/1\.png, a/9\.png"),
         (_patient_on_two_sides, r"1 group stands \(p\) on both the train and the test side"),
         (_nothing_to_train_on, r"class b has 1 test images and none to train on"),
         (_one_class, r"at least two classes, found one \(a\)"),

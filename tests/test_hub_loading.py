@@ -53,30 +53,30 @@ constants.DOWNLOAD_CHUNK_SIZE = 2**16  # what arrived before a break is kept in 
 import torch
 from hf_glovlm.backbones import load_backbone
 
-said = []
+messages = []
 handler = logging.Handler()
-handler.emit = lambda record: said.append(record.getMessage())
+handler.emit = lambda record: messages.append(record.getMessage())
 logging.getLogger("hf_glovlm").addHandler(handler)
-found = {}
+results = {}
 for name in sys.argv[1:]:
-    said.clear()
+    messages.clear()
     try:
         model, processor = load_backbone(name)
     except ValueError as error:
-        found[name] = {"error": f"{type(error).__name__}: {error}"}
+        results[name] = {"error": f"{type(error).__name__}: {error}"}
         continue
     ids = processor(text=["a viable glomerulus"], return_tensors="pt")
     with torch.no_grad():
         pooled = model.get_text_features(**ids).pooler_output[0]
     config = model.config
-    found[name] = {
+    results[name] = {
         "text": pooled.tolist(),
         "path": model.name_or_path,
-        "said": list(said),
+        "messages": list(messages),
         **{key: getattr(config, f"backbone_{key}") for key in
            ("name", "revision", "license", "restrictions")},
     }
-print(json.dumps(found))
+print(json.dumps(results))
 """
 
 
@@ -161,17 +161,17 @@ def offline(online: dict[str, Any], home: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LOADED)
 def test_loaded_by_id(name: str, hub: Hub, online: dict[str, Any]) -> None:
-    found = online[name]
-    assert "error" not in found, found
-    assert found["name"] == "+".join(LOADED[name])
-    assert found["revision"] == "+".join(map(hub.commit, LOADED[name]))
-    assert found["path"] == "" or found["path"] == LOADED[name][0]
+    results = online[name]
+    assert "error" not in results, results
+    assert results["name"] == "+".join(LOADED[name])
+    assert results["revision"] == "+".join(map(hub.commit, LOADED[name]))
+    assert results["path"] == "" or results["path"] == LOADED[name][0]
     rows = [row for row in BACKBONES.values() if row.hub_id in LOADED[name]]
     if rows:
-        assert found["license"] == " + ".join(row.license for row in rows)
-        assert set(found["restrictions"]) == {r for row in rows for r in row.restrictions}
+        assert results["license"] == " + ".join(row.license for row in rows)
+        assert set(results["restrictions"]) == {r for row in rows for r in row.restrictions}
     else:
-        assert found["license"] is None
+        assert results["license"] is None
 
 
 @pytest.mark.parametrize("name", [name for name in LOADED if "+" not in name])
@@ -193,18 +193,18 @@ def test_refused_with_one_sentence(name: str, online: dict[str, Any]) -> None:
     assert re.search(REFUSED[name], error), error
 
 
-def test_licences_are_said_once(online: dict[str, Any]) -> None:
-    said = [line for line in online["conch"]["said"] if "commercial" in line]
-    assert len(said) == 1
-    assert "cc-by-nc-nd-4.0" in said[0]
-    assert not [line for line in online["quiltnet-b-32"]["said"] if "commercial" in line]
+def test_licences_are_logged_once(online: dict[str, Any]) -> None:
+    messages = [line for line in online["conch"]["messages"] if "commercial" in line]
+    assert len(messages) == 1
+    assert "cc-by-nc-nd-4.0" in messages[0]
+    assert not [line for line in online["quiltnet-b-32"]["messages"] if "commercial" in line]
 
 
 def test_converted_once_and_each_file_downloaded_once(
     hub: Hub, online: dict[str, Any], offline: dict[str, Any]
 ) -> None:
-    assert any("Converting" in line for line in online["conch"]["said"])
-    assert not any("Converting" in line for line in offline["conch"]["said"])
+    assert any("Converting" in line for line in online["conch"]["messages"])
+    assert not any("Converting" in line for line in offline["conch"]["messages"])
     commit = hub.commit("MahmoodLab/conch")
     ranges = hub.downloads(f"MahmoodLab/conch/resolve/{commit}/pytorch_model.bin")
     assert ranges == [None]
@@ -222,7 +222,7 @@ def test_a_broken_download_is_resumed(hub: Hub, online: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", OFFLINE)
 def test_offline_from_the_cache(name: str, online: dict[str, Any], offline: dict[str, Any]) -> None:
     assert_same_numbers(offline[name]["text"], online[name]["text"])
-    ignored = {"said", "path", "text"}
+    ignored = {"messages", "path", "text"}
     assert {k: v for k, v in offline[name].items() if k not in ignored} == {
         k: v for k, v in online[name].items() if k not in ignored
     }

@@ -121,9 +121,9 @@ def test_features_equal_one_by_one(any_pair: tuple[Any, Any], rows: Dataset) -> 
     expected = plain(model, processor, rows)
     assert np.ptp(expected, axis=0).max() > 1e-3  # the tiny towers do tell images apart
     for batch_size in (1, 4, 32):
-        found = embed_images(model, processor, rows, batch_size=batch_size)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+        actual = embed_images(model, processor, rows, batch_size=batch_size)
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_project_is_the_last_step(clip: tuple[Any, Any], rows: Dataset) -> None:
@@ -154,10 +154,10 @@ def test_mixed_sizes_and_modes(clip: tuple[Any, Any], tmp_path: Path) -> None:
 
 def test_equal_content_is_encoded_once(clip: tuple[Any, Any], rows: Dataset) -> None:
     sizes = counted(clip[0])
-    found = embed_images(*clip, rows.select([0, 1, 0, 2, 1, 0]))
+    actual = embed_images(*clip, rows.select([0, 1, 0, 2, 1, 0]))
     assert sum(sizes) == 3
-    np.testing.assert_array_equal(found[[0, 1]], found[[2, 4]])
-    np.testing.assert_array_equal(found[0], found[5])
+    np.testing.assert_array_equal(actual[[0, 1]], actual[[2, 4]])
+    np.testing.assert_array_equal(actual[0], actual[5])
 
 
 def test_decoding_runs_beside_the_tower(
@@ -231,8 +231,8 @@ def test_out_of_memory_halves_the_batch(
         return pool(self, pixel_values, **kwargs)
 
     monkeypatch.setattr(GloVLMModel, "pool_images", small)
-    found = embed_images(*clip, rows, batch_size=7)
-    np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+    actual = embed_images(*clip, rows, batch_size=7)
+    np.testing.assert_allclose(actual, expected, atol=2e-5, rtol=1e-4)
     failed = [n for n in tried if n > room]
     assert failed == ([7, 3] if room == 1 else [7])  # what did not fit is never tried again
 
@@ -446,8 +446,8 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(
     clip: tuple[Any, Any], rows: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    found = embed_images(*clip, rows, cache=FeatureCache(tmp_path / "file"))
-    np.testing.assert_array_equal(found, embed_images(*clip, rows))
+    actual = embed_images(*clip, rows, cache=FeatureCache(tmp_path / "file"))
+    np.testing.assert_array_equal(actual, embed_images(*clip, rows))
     assert "cannot be cached" in caplog.text
 
 
@@ -518,8 +518,8 @@ def test_many_writers_and_readers(cache: FeatureCache) -> None:
         for step in range(5):
             keys, values = some(20, first=100 * ((i + step) % 4))
             cache.put("shared", keys, values)
-            found = cache.get("shared", keys)
-            np.testing.assert_array_equal(np.stack([found[key] for key in keys]), values)
+            actual = cache.get("shared", keys)
+            np.testing.assert_array_equal(np.stack([actual[key] for key in keys]), values)
 
     errors: list[BaseException] = []
 
@@ -543,9 +543,9 @@ def test_a_thousand_features_load_fast(cache: FeatureCache) -> None:
     for i in range(0, 1100, 50):
         cache.put("encoder", keys[i : i + 50], values[i : i + 50])
     start = time.perf_counter()
-    found = cache.get("encoder", keys)
+    actual = cache.get("encoder", keys)
     assert time.perf_counter() - start < 0.5
-    np.testing.assert_array_equal(np.stack([found[key] for key in keys]), values)
+    np.testing.assert_array_equal(np.stack([actual[key] for key in keys]), values)
 
 
 def test_an_interrupted_run_keeps_what_it_has(
@@ -574,7 +574,7 @@ def test_an_interrupted_run_keeps_what_it_has(
 
 def test_prompts(any_pair: tuple[Any, Any]) -> None:
     model, processor = any_pair
-    found = embed_prompts(model, processor, PROMPTS)
+    actual = embed_prompts(model, processor, PROMPTS)
     expected = []
     for texts in PROMPTS:
         units = []
@@ -585,10 +585,10 @@ def test_prompts(any_pair: tuple[Any, Any]) -> None:
             units.append(vector / np.linalg.norm(vector))
         mean = np.mean(units, axis=0)
         expected.append(mean / np.linalg.norm(mean))
-    np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
+    np.testing.assert_allclose(actual, np.stack(expected), atol=1e-5)
     for batch_size in (1, 2, 3):
         np.testing.assert_allclose(
-            found, embed_prompts(model, processor, PROMPTS, batch_size=batch_size), atol=1e-5
+            actual, embed_prompts(model, processor, PROMPTS, batch_size=batch_size), atol=1e-5
         )
 
 
@@ -614,19 +614,19 @@ def test_predict_equals_the_forward_pass(
         logits = model(**inputs).logits.double()
     model.train()
     for batch_size in (1, 9):
-        found = predict(model, processor, rows, batch_size=batch_size, cache=cache)
-        np.testing.assert_allclose(found.logits, logits, atol=2e-5, rtol=1e-4)
-        np.testing.assert_allclose(found.probabilities, logits.softmax(-1), atol=1e-5)
+        actual = predict(model, processor, rows, batch_size=batch_size, cache=cache)
+        np.testing.assert_allclose(actual.logits, logits, atol=2e-5, rtol=1e-4)
+        np.testing.assert_allclose(actual.probabilities, logits.softmax(-1), atol=1e-5)
     assert model.head.training
-    assert found.probabilities.dtype == np.float64
-    np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-12)
-    assert found.class_names == list(CLASSES)
-    assert found.file_names == rows["file_name"][:]
-    assert found.labels is not None
-    assert found.labels.tolist() == rows["label"][:]
-    assert found.predicted == [CLASSES[k] for k in logits.argmax(-1)]
-    assert found.groups is None
-    assert found.similarities is None
+    assert actual.probabilities.dtype == np.float64
+    np.testing.assert_allclose(actual.probabilities.sum(1), 1, atol=1e-12)
+    assert actual.class_names == list(CLASSES)
+    assert actual.file_names == rows["file_name"][:]
+    assert actual.labels is not None
+    assert actual.labels.tolist() == rows["label"][:]
+    assert actual.predicted == [CLASSES[k] for k in logits.argmax(-1)]
+    assert actual.groups is None
+    assert actual.similarities is None
 
 
 def test_similarities_of_a_cosine_head(clip: tuple[Any, Any], rows: Dataset) -> None:
@@ -637,22 +637,22 @@ def test_similarities_of_a_cosine_head(clip: tuple[Any, Any], rows: Dataset) -> 
         head.weight.copy_(torch.from_numpy(prototypes))
         head.scale.fill_(30.0)
     groups = [f"p{i % 2}" for i in range(len(rows))]
-    found = predict(classifier(model, head), processor, rows, groups=groups)
+    actual = predict(classifier(model, head), processor, rows, groups=groups)
     features = embed_images(model, processor, rows)
     cosines = features / np.linalg.norm(features, axis=1, keepdims=True) @ prototypes.T
-    assert found.similarities is not None
-    np.testing.assert_allclose(found.similarities, cosines, atol=1e-5)
-    np.testing.assert_allclose(found.logits, 30 * cosines, atol=1e-4)
-    assert found.groups == groups
+    assert actual.similarities is not None
+    np.testing.assert_allclose(actual.similarities, cosines, atol=1e-5)
+    np.testing.assert_allclose(actual.logits, 30 * cosines, atol=1e-4)
+    assert actual.groups == groups
 
 
 def test_labels_are_matched_by_name(clip: tuple[Any, Any], tmp_path: Path) -> None:
     folder = tiny_images(tmp_path, per_class=1)
     model = classifier(clip[0], names=("viable", "sclerosed", "mesangial", "crescent"))
-    found = predict(model, clip[1], dataset(folder))
-    assert found.labels is not None
-    assert [found.class_names[k] for k in found.labels] == list(CLASSES)
-    assert found.probabilities.shape == (3, 4)
+    actual = predict(model, clip[1], dataset(folder))
+    assert actual.labels is not None
+    assert [actual.class_names[k] for k in actual.labels] == list(CLASSES)
+    assert actual.probabilities.shape == (3, 4)
     bare = predict(model, clip[1], dataset(folder).remove_columns(["label", "file_name"]))
     assert bare.labels is None
     assert bare.file_names == ["0", "1", "2"]

@@ -42,9 +42,9 @@ from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.model.heads import build_head, describe_head
 from hf_glovlm.model.prompts import (
     TEXT_CHUNK,
+    AdapterModules,
     Bottleneck,
     ConditionalPromptHead,
-    Inserts,
     tower_blocks,
     widen_mask,
 )
@@ -79,7 +79,7 @@ def test_vpt_equals_tokens_put_in_by_hand(name: str, deep: bool) -> None:
 def test_any_number_of_tokens_at_any_depth(depth: int, tokens: int, seed: int) -> None:
     model, processor = loaded("deep")
     plain, inputs = copy.deepcopy(model), one(pixels(processor), seed % 4)
-    model.insert({"vision": {"tokens": tokens, "depth": depth}})
+    model.add_adapter_modules({"vision": {"tokens": tokens, "depth": depth}})
     torch.manual_seed(seed)
     table = model.inserts.vision.table.data.normal_()
     expected = image_by_hand(plain, inputs, replacing(table))
@@ -92,7 +92,7 @@ def test_one_image_at_a_time_equals_all_at_once(name: str, attention: str) -> No
     model, processor = loaded(name)
     model.set_attn_implementation(attention)
     inputs = pixels(processor)
-    model.insert(
+    model.add_adapter_modules(
         {
             "vision": {"tokens": 2, "depth": 2},
             "bottleneck": {"layers": [0, 1], "width": 4},
@@ -109,7 +109,7 @@ def test_padding_of_siglip2_stays_hidden() -> None:
     model, processor = loaded("siglip2")
     inputs = pixels(processor)
     assert (inputs["pixel_attention_mask"] == 0).any(), "an image with padding is needed"
-    model.insert({"vision": {"tokens": 2, "depth": 2}})
+    model.add_adapter_modules({"vision": {"tokens": 2, "depth": 2}})
     shake(model.inserts)
     expected = features(model, inputs)
     padding = inputs["pixel_attention_mask"] == 0
@@ -152,7 +152,7 @@ def test_attentions_and_hidden_states_show_the_tokens(name: str, recorded_before
     if not recorded_before:  # transformers puts its hooks in at the first request
         model, _ = loaded(name, torch.float32)
         model.set_attn_implementation("eager")
-    model.insert({"vision": {"tokens": 3, "depth": 2}})
+    model.add_adapter_modules({"vision": {"tokens": 3, "depth": 2}})
     with torch.no_grad():
         actual = model.get_image_features(**inputs, **requested)
     assert [h.shape[1] for h in actual.hidden_states] == [length + 3, length + 3, length]
@@ -575,9 +575,9 @@ def test_towers_without_a_plain_list_of_blocks_are_refused() -> None:
             tower_blocks(tower)
     model, _ = loaded("clip")
     with pytest.raises(ValueError, match="has 2 blocks, and 3 were asked for"):
-        model.insert({"vision": {"tokens": 2, "depth": 3}})
+        model.add_adapter_modules({"vision": {"tokens": 2, "depth": 3}})
     with pytest.raises(ValueError, match=r"vision, text, bottleneck; found audio"):
-        Inserts({"audio": {}}, model.backbone)
+        AdapterModules({"audio": {}}, model.backbone)
 
 
 # ------------------------------------------------------------------------------ copies and casts
@@ -588,7 +588,7 @@ def with_everything(name: str) -> tuple[Any, Any]:
     model, processor = loaded(name, torch.float32)
     rows = model.get_input_embeddings().num_embeddings
     processor.context_token_ids = [rows - 1, rows - 2]
-    model.insert(
+    model.add_adapter_modules(
         {
             "vision": {"tokens": 3, "depth": 2},
             "text": {"token_ids": processor.context_token_ids, "depth": 2},
@@ -681,7 +681,7 @@ def test_the_cache_of_images_knows_what_changes_them() -> None:
     key = encoder_key(model, processor)
     attach("cocoop", model, processor)  # its images are those of the backbone
     assert encoder_key(model, processor) == key
-    model.insert({"vision": {"tokens": 2, "depth": 1}})
+    model.add_adapter_modules({"vision": {"tokens": 2, "depth": 1}})
     with_tokens = encoder_key(model, processor)
     shake(model.inserts)
     assert len({key, with_tokens, encoder_key(model, processor)}) == 3

@@ -26,7 +26,7 @@ def mini() -> tuple[Any, Any]:
 def probabilities(mini: tuple[Any, Any], images: list[Image.Image]) -> np.ndarray[Any, Any]:
     """Zero-shot class probabilities [n, 5], one published prompt a class."""
     model, processor = mini
-    prompts = {c.name: c.prompts[0] for c in catalog_entry("phantoms").classes}
+    prompts = {c.name: c.prompts[0] for c in catalog_entry("synthetic_glomeruli").classes}
     encoded = processor.encode_prompts([[prompts[c]] for c in CLASSES])
     with torch.inference_mode():
         texts = model.class_prototypes(**encoded)

@@ -123,11 +123,11 @@ def test_dual_encoders_equal_the_bare_module(name: str) -> None:
         padded = tokenizer(TEXTS, padding="max_length", max_length=CONTEXT, return_tensors="pt")
         texts = {"input_ids": padded["input_ids"]}
     vision, text = bare.get_image_features(**images), bare.get_text_features(**texts)
-    found = model.get_image_features(**pixels(processor))
-    assert_same_numbers(found.pooler_output, vision.pooler_output)
-    assert_same_numbers(found.last_hidden_state, vision.last_hidden_state)
-    found = model.get_text_features(**tokens(processor))
-    assert_same_numbers(found.pooler_output, text.pooler_output)
+    actual = model.get_image_features(**pixels(processor))
+    assert_same_numbers(actual.pooler_output, vision.pooler_output)
+    assert_same_numbers(actual.last_hidden_state, vision.last_hidden_state)
+    actual = model.get_text_features(**tokens(processor))
+    assert_same_numbers(actual.pooler_output, text.pooler_output)
     assert vision.pooler_output.shape[1] == model.config.image_feature_dim
     assert text.pooler_output.shape[1] == model.config.text_feature_dim
     expected = bare(**images, **texts)
@@ -161,11 +161,11 @@ def test_pairs_equal_the_bare_towers(vision_pooling: str, text_pooling: str) -> 
             [states[m].mean(0) for states, m in zip(text.last_hidden_state, mask, strict=True)]
         ),
     }[text_pooling]
-    found = model.get_image_features(**images).pooler_output
+    actual = model.get_image_features(**images).pooler_output
     unit = expected_image / expected_image.norm(dim=1, keepdim=True)
-    assert_same_numbers(found, unit)
-    found = model.get_text_features(**texts).pooler_output
-    assert_same_numbers(found, expected_text)
+    assert_same_numbers(actual, unit)
+    actual = model.get_text_features(**texts).pooler_output
+    assert_same_numbers(actual, expected_text)
     assert expected_image.shape[1] == model.config.vision_pooled_dim
     assert expected_text.shape[1] == model.config.text_feature_dim
 
@@ -202,14 +202,14 @@ def test_projections(vision_projection: str, text_projection: str) -> None:
             x = x @ weights[f"{prefix}{layer}.weight"].T + weights[f"{prefix}{layer}.bias"]
         return x
 
-    found = model.get_image_features(**images).pooler_output
+    actual = model.get_image_features(**images).pooler_output
     expected = project(vision, vision_projection, "visual_projection")
-    assert_same_numbers(found, expected)
-    assert found.shape[1] == config.image_feature_dim
-    found = model.get_text_features(**texts).pooler_output
+    assert_same_numbers(actual, expected)
+    assert actual.shape[1] == config.image_feature_dim
+    actual = model.get_text_features(**texts).pooler_output
     expected = project(text, text_projection, "text_projection")
-    assert_same_numbers(found, expected)
-    assert found.shape[1] == config.text_feature_dim == 20
+    assert_same_numbers(actual, expected)
+    assert actual.shape[1] == config.text_feature_dim == 20
 
 
 @torch.no_grad()
@@ -223,8 +223,8 @@ def test_a_text_tower_pooled_at_its_end_token() -> None:
     model = GloVLMModel(config).eval()
     model.backbone.text_model.load_state_dict(bare.state_dict())
     texts = AutoTokenizer.from_pretrained(tiny_clip())(TEXTS, padding=True, return_tensors="pt")
-    found = model.get_text_features(**texts).pooler_output
-    assert_same_numbers(found, bare(**texts).pooler_output)  # CLIP's own pooling
+    actual = model.get_text_features(**texts).pooler_output
+    assert_same_numbers(actual, bare(**texts).pooler_output)  # CLIP's own pooling
 
 
 @pytest.mark.parametrize(
@@ -268,11 +268,11 @@ def test_project_after_pool_is_the_feature(loaded: tuple[Any, Any]) -> None:
 @torch.no_grad()
 def test_class_prototypes(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
-    found = model.class_prototypes(**processor.encode_prompts(PROMPTS))
+    actual = model.class_prototypes(**processor.encode_prompts(PROMPTS))
     for k, texts in enumerate(PROMPTS):
         features = model.get_text_features(**tokens(processor, texts)).pooler_output.numpy()
         mean = np.mean([f / np.linalg.norm(f) for f in features], axis=0)
-        np.testing.assert_allclose(found[k], mean / np.linalg.norm(mean), atol=1e-5)
+        np.testing.assert_allclose(actual[k], mean / np.linalg.norm(mean), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["siglip", "siglip2"])
@@ -364,8 +364,8 @@ def test_auto_classes(classifier: Any, loaded: tuple[Any, Any], tmp_path: Path) 
         read, report = auto.from_pretrained(tmp_path, output_loading_info=True)
         assert type(read) is GloVLMModel
         assert not report["missing_keys"]
-        found = read.get_image_features(**pixels(processor)).pooler_output
-        assert_same_numbers(found, expected)
+        actual = read.get_image_features(**pixels(processor)).pooler_output
+        assert_same_numbers(actual, expected)
 
 
 def test_every_weight_survives_being_wrapped(tmp_path: Path) -> None:
@@ -424,14 +424,14 @@ def test_remote_code_without_the_package(tmp_path: Path) -> None:
     elsewhere.mkdir()
     result = load_without_the_package(folders, elsewhere, TOWERS)
     for name, (logits, text) in expected.items():
-        found = result[name]
-        assert found["module"] == "transformers_modules"
-        assert_same_numbers(found["logits"], logits)
-        assert_same_numbers(found["prototypes"], text)
+        actual = result[name]
+        assert actual["module"] == "transformers_modules"
+        assert_same_numbers(actual["logits"], logits)
+        assert_same_numbers(actual["prototypes"], text)
         probabilities = dict(zip(NAMES, torch.tensor(logits).softmax(0).tolist(), strict=True))
-        assert found["scores"] == pytest.approx(probabilities, abs=1e-5)
-        assert next(iter(found["scores"])) == NAMES[int(np.argmax(logits))]
-        assert set(found["compared"]) == {"viable", "sclerosed"}
+        assert actual["scores"] == pytest.approx(probabilities, abs=1e-5)
+        assert next(iter(actual["scores"])) == NAMES[int(np.argmax(logits))]
+        assert set(actual["compared"]) == {"viable", "sclerosed"}
 
 
 # ---------------------------------------------------------------------------------- pipelines
@@ -450,8 +450,8 @@ def test_image_classification_pipeline(
             "image-classification", model=classifier, image_processor=processor.image_processor
         ),
     ):
-        found = {row["label"]: row["score"] for row in classify(IMAGES[0])}
-        assert found == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-5)
+        actual = {row["label"]: row["score"] for row in classify(IMAGES[0])}
+        assert actual == pytest.approx(dict(zip(NAMES, expected.tolist(), strict=True)), abs=1e-5)
 
 
 def test_zero_shot_pipeline(classifier: Any, loaded: tuple[Any, Any], tmp_path: Path) -> None:
@@ -472,8 +472,8 @@ def test_zero_shot_pipeline(classifier: Any, loaded: tuple[Any, Any], tmp_path: 
         ),
     ):
         rows = compare(IMAGES[0], candidate_labels=TEXTS, hypothesis_template="{}")
-        found = {row["label"]: row["score"] for row in rows}
-        assert found == pytest.approx(dict(zip(TEXTS, expected.tolist(), strict=True)), abs=1e-5)
+        actual = {row["label"]: row["score"] for row in rows}
+        assert actual == pytest.approx(dict(zip(TEXTS, expected.tolist(), strict=True)), abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -490,9 +490,9 @@ def test_sdpa_is_the_default_and_equals_eager(
 
     assert back_ends(classifier) == {"sdpa"}  # wrapping loaded towers must not reset it
     classifier.save_pretrained(tmp_path)
-    for wanted in ("sdpa", "eager"):
-        read = GloVLMForImageClassification.from_pretrained(tmp_path, attn_implementation=wanted)
-        assert back_ends(read) == {wanted}
+    for back_end in ("sdpa", "eager"):
+        read = GloVLMForImageClassification.from_pretrained(tmp_path, attn_implementation=back_end)
+        assert back_ends(read) == {back_end}
         torch.testing.assert_close(
             logits_of(read, processor), logits_of(classifier, processor), atol=1e-5, rtol=1e-4
         )
@@ -508,28 +508,28 @@ def test_attentions_and_hidden_states(
     eager = GloVLMForImageClassification.from_pretrained(tmp_path, attn_implementation="eager")
     images, texts = pixels(loaded[1]), tokens(loaded[1])
     length = 17 if name in ("clip", "pair") else 16
-    found = eager(**images, output_attentions=True, output_hidden_states=True)
-    assert [a.shape for a in found.attentions] == [(4, 4, length, length)] * 2
-    assert [h.shape for h in found.hidden_states] == [(4, length, 32)] * 3
-    assert found.attentions[0].sum(-1).allclose(torch.ones(()), atol=1e-5)
+    actual = eager(**images, output_attentions=True, output_hidden_states=True)
+    assert [a.shape for a in actual.attentions] == [(4, 4, length, length)] * 2
+    assert [h.shape for h in actual.hidden_states] == [(4, length, 32)] * 3
+    assert actual.attentions[0].sum(-1).allclose(torch.ones(()), atol=1e-5)
     both = eager.glovlm(**images, **texts, output_attentions=True)
     words = texts["input_ids"].shape[1]
     assert [a.shape for a in both.vision_model_output.attentions] == [(4, 4, length, length)] * 2
     assert [a.shape for a in both.text_model_output.attentions] == [(3, 4, words, words)] * 2
-    assert found.to_tuple()[0].equal(eager(**images, return_dict=False)[0])
+    assert actual.to_tuple()[0].equal(eager(**images, return_dict=False)[0])
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "pair"])
 @torch.no_grad()
 def test_another_image_size(name: str, loaded: tuple[Any, Any], classifier: Any) -> None:
     large = torch.rand(2, 3, 48, 64)
-    found = classifier(large, interpolate_pos_encoding=True, output_hidden_states=True)
-    assert found.logits.shape == (2, 3)
-    assert found.hidden_states[0].shape[1] - 48 in (0, 1)  # 6 x 8 patches
+    actual = classifier(large, interpolate_pos_encoding=True, output_hidden_states=True)
+    assert actual.logits.shape == (2, 3)
+    assert actual.hidden_states[0].shape[1] - 48 in (0, 1)  # 6 x 8 patches
     if name != "pair":
         bare = AutoModel.from_pretrained(DUAL[name]())
         expected = bare.get_image_features(large, interpolate_pos_encoding=True).pooler_output
-        assert_same_numbers(found.image_embeds, expected)
+        assert_same_numbers(actual.image_embeds, expected)
         with pytest.raises((ValueError, RuntimeError), match=r"doesn't match|must match"):
             classifier(large)
 
@@ -539,12 +539,12 @@ def test_another_image_size(name: str, loaded: tuple[Any, Any], classifier: Any)
 
 def test_labels_give_a_loss(classifier: Any, loaded: tuple[Any, Any]) -> None:
     with torch.no_grad():
-        found = classifier(**pixels(loaded[1]), labels=LABELS)
-        raw = classifier.head(found.image_embeds)
-    assert_same_numbers(found.logits, raw / 1.5)
-    chosen = found.logits.softmax(-1)[torch.arange(4), LABELS]
-    torch.testing.assert_close(found.loss, -chosen.log().mean())
-    assert logits_of(classifier, loaded[1]).equal(found.logits)
+        actual = classifier(**pixels(loaded[1]), labels=LABELS)
+        raw = classifier.head(actual.image_embeds)
+    assert_same_numbers(actual.logits, raw / 1.5)
+    chosen = actual.logits.softmax(-1)[torch.arange(4), LABELS]
+    torch.testing.assert_close(actual.loss, -chosen.log().mean())
+    assert logits_of(classifier, loaded[1]).equal(actual.logits)
 
 
 def _binary(logits: Tensor, labels: Tensor) -> Tensor:
@@ -588,11 +588,11 @@ def test_contrastive_loss(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     inputs = processor(images=IMAGES[:3], text=TEXTS, return_tensors="pt")
     with torch.no_grad():
-        found = model(**inputs, return_loss=True)
-    logits = found.logits_per_image
+        actual = model(**inputs, return_loss=True)
+    logits = actual.logits_per_image
     rows, columns = logits.log_softmax(1).diagonal(), logits.log_softmax(0).diagonal()
-    torch.testing.assert_close(found.loss, -(rows.mean() + columns.mean()) / 2)
-    assert found.logits_per_text.T.equal(logits)
+    torch.testing.assert_close(actual.loss, -(rows.mean() + columns.mean()) / 2)
+    assert actual.logits_per_text.T.equal(logits)
 
 
 def gradients(model: Any, processor: Any) -> dict[str, Tensor]:
@@ -612,11 +612,11 @@ def test_gradient_checkpointing(classifier: Any, loaded: tuple[Any, Any]) -> Non
     gradients(classifier, loaded[1])
     assert len(passes) == 1
     classifier.activation_checkpointing_enable()
-    found = gradients(classifier, loaded[1])
+    actual = gradients(classifier, loaded[1])
     assert len(passes) == 3  # forward, and once more on the way back
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, atol=1e-6, rtol=1e-4, msg=key)
+        torch.testing.assert_close(actual[key], value, atol=1e-6, rtol=1e-4, msg=key)
 
 
 def trained(model: Any, processor: Any, folder: Path, batch_size: int, accumulate: int) -> Any:
@@ -656,10 +656,10 @@ def test_trainer(loaded: tuple[Any, Any], tmp_path: Path) -> None:
     ends = []
     for batch_size, accumulate in ((4, 1), (1, 4)):
         classifier.load_state_dict(start)
-        found = trained(classifier, processor, tmp_path, batch_size, accumulate)
-        assert found.metrics["test_loss"] > 0
+        actual = trained(classifier, processor, tmp_path, batch_size, accumulate)
+        assert actual.metrics["test_loss"] > 0
         expected = logits_of(classifier.eval(), processor)
-        np.testing.assert_allclose(found.predictions[0], expected, atol=1e-5)
+        np.testing.assert_allclose(actual.predictions[0], expected, atol=1e-5)
         ends.append({name: value.clone() for name, value in classifier.state_dict().items()})
     moved = {name for name, value in ends[0].items() if not value.equal(start[name])}
     assert "head.weight" in moved

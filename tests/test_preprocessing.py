@@ -121,7 +121,7 @@ def processors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, G
         yield {name: load(folder) for name, (load, _, _) in FAMILIES.items()}
 
 
-def drawing(width: int, height: int) -> Image.Image:
+def pattern(width: int, height: int) -> Image.Image:
     """A gradient in every channel, waves of several lengths, and a disc with a hard edge."""
     y, x = np.mgrid[:height, :width]
     waves = 40 * np.sin(2 * np.pi * x / 23) * np.cos(2 * np.pi * y / 31)
@@ -135,11 +135,11 @@ def drawing(width: int, height: int) -> Image.Image:
 def levels(processor: GloVLMProcessor, name: str, pictures: list[Image.Image]) -> float:
     """Largest difference from the reference, in levels of 255."""
     _, reference, (_, std) = FAMILIES[name]
-    found = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    actual = processor(images=pictures, return_tensors="pt")["pixel_values"]
     expected = torch.stack([reference(picture) for picture in pictures])
-    assert found.shape == expected.shape
+    assert actual.shape == expected.shape
     scale = 255 * torch.tensor(std).view(3, 1, 1)
-    return float(((found - expected) * scale).abs().max())
+    return float(((actual - expected) * scale).abs().max())
 
 
 # Landscape, portrait, smaller and larger than the input; margins of every remainder by 4.
@@ -147,8 +147,8 @@ SIZES = [(300, 451), (451, 300), (225, 224), (223, 226), (260, 263), (97, 64), (
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_drawings(name: str, processors: dict[str, GloVLMProcessor]) -> None:
-    pictures = [drawing(*size) for size in SIZES]
+def test_synthetic_images(name: str, processors: dict[str, GloVLMProcessor]) -> None:
+    pictures = [pattern(*size) for size in SIZES]
     assert levels(processors[name], name, pictures) <= LEVELS
 
 
@@ -170,12 +170,12 @@ def test_real_images(name: str, shared: Path, processors: dict[str, GloVLMProces
 
 def test_the_measure_sees_a_shift_by_one_pixel(processors: dict[str, GloVLMProcessor]) -> None:
     """Else the tests above could not fail."""
-    picture = drawing(300, 227)
+    picture = pattern(300, 227)
     shifted = picture.transform(picture.size, Image.Transform.AFFINE, (1, 0, 1, 0, 1, 0))
     _, reference, (_, std) = FAMILIES["open_clip"]
-    found = processors["open_clip"](images=[shifted], return_tensors="pt")["pixel_values"][0]
+    actual = processors["open_clip"](images=[shifted], return_tensors="pt")["pixel_values"][0]
     scale = 255 * torch.tensor(std).view(3, 1, 1)
-    assert float(((found - reference(picture)) * scale).abs().max()) > 10 * LEVELS
+    assert float(((actual - reference(picture)) * scale).abs().max()) > 10 * LEVELS
 
 
 @pytest.mark.parametrize("margin", range(9))
@@ -188,15 +188,15 @@ def test_a_transform_that_only_crops_is_left_alone() -> None:
     """Where nothing makes the picture large enough, transformers pads it."""
     images = CLIPImageProcessor(do_resize=False, crop_size={"height": 40, "width": 40})
     processor = GloVLMProcessor(images, AutoTokenizer.from_pretrained(tiny_clip()))
-    picture = drawing(33, 52)
-    found = processor(images=[picture], return_tensors="pt")["pixel_values"]
-    assert found.equal(images([picture], return_tensors="pt")["pixel_values"])
+    picture = pattern(33, 52)
+    actual = processor(images=[picture], return_tensors="pt")["pixel_values"]
+    assert actual.equal(images([picture], return_tensors="pt")["pixel_values"])
 
 
 def test_arguments_of_a_call_win() -> None:
     processor = load_backbone(str(tiny_clip()))[1]
     processor.torchvision_crop = True
-    picture = drawing(60, 41)
+    picture = pattern(60, 41)
     whole = processor(images=[picture], return_tensors="pt", do_center_crop=False)
     assert whole["pixel_values"].shape == (1, 3, 32, 46)
     small = processor(images=[picture], return_tensors="np", crop_size={"height": 8, "width": 9})
@@ -210,16 +210,16 @@ def test_a_timm_margin_is_resized_away(tmp_path: Path, monkeypatch: pytest.Monke
     about = (folder / "config.json").read_text().replace('"crop_pct": 1.0', '"crop_pct": 0.9')
     (folder / "config.json").write_text(about)
     processor = load_backbone(f"{folder}+{tiny_bert()}")[1]
-    picture = drawing(301, 400)
-    found = processor(images=[picture], return_tensors="pt")["pixel_values"][0]
-    difference = (found - crop_pipeline(248, 224, IMAGENET)(picture)).abs().amax((1, 2))
+    picture = pattern(301, 400)
+    actual = processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+    difference = (actual - crop_pipeline(248, 224, IMAGENET)(picture)).abs().amax((1, 2))
     assert float((difference * torch.tensor(IMAGENET_STD) * 255).max()) <= LEVELS
 
 
 @pytest.mark.parametrize("name", ["open_clip", "uni"])
 def test_the_plain_references_are_the_libraries_own(name: str) -> None:
     """open_clip's and timm's own functions make the same pipeline, where they are installed."""
-    picture = drawing(300, 451)
+    picture = pattern(300, 451)
     if name == "uni":
         data = pytest.importorskip("timm.data")
         made = data.create_transform(
@@ -235,6 +235,6 @@ def test_the_plain_references_are_the_libraries_own(name: str) -> None:
     assert torch.equal(made(picture), FAMILIES[name][1](picture))
 
 
-def test_dinov2_files_say_what_is_tested_here() -> None:
+def test_dinov2_files_have_the_tested_settings() -> None:
     """The published preprocessor_config.json is that of a BitImageProcessor."""
     assert '"BitImageProcessor"' in (tiny_dinov2() / "preprocessor_config.json").read_text()

@@ -106,8 +106,8 @@ def test_at_most_one_and_a_half_times(
         with pytest.raises(GloVLMError, match=r"adapted at 0\.5 .* times apart.*--allow-scale"):
             check_scale(model, processor, rows)
     else:
-        found = check_scale(model, processor, rows, allow=allow)
-        assert found == ("unknown" if mpp is None else mpp)
+        actual = check_scale(model, processor, rows, allow=allow)
+        assert actual == ("unknown" if mpp is None else mpp)
 
 
 def test_unknown_is_written_as_unknown() -> None:
@@ -177,15 +177,15 @@ def test_the_commands_refuse_another_scale(
     for command in ("predict", "evaluate"):
         seen = ["--allow-seen"] if command == "evaluate" else []
         assert run_on(command, same, *seen)[0] == 0
-        code, said = run_on(command, other, *seen)
+        code, output = run_on(command, other, *seen)
         assert code == 2
-        assert "at 0.5 micrometres per input pixel" in said
-        assert "5.0 times apart" in said
+        assert "at 0.5 micrometres per input pixel" in output
+        assert "5.0 times apart" in output
         assert run_on(command, other, "--allow-scale", *seen)[0] == 0
     assert json.loads((tmp_path / "r.json").read_text())["data"]["mpp"] == 2.5
-    code, said = run_on("predict", unknown)
+    code, output = run_on("predict", unknown)
     assert code == 0
-    assert "micrometres per input pixel: unknown; the model was adapted at 0.5" in said
+    assert "micrometres per input pixel: unknown; the model was adapted at 0.5" in output
     assert run_on("predict", unknown, "--mpp", "4")[0] == 2
     assert run_on("predict", unknown, "--mpp", "0.4")[0] == 0
     assert run_on("predict", unknown, "--mpp", "0")[0] == 2

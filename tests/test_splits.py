@@ -409,7 +409,7 @@ def test_impossible_episodes(options: dict[str, Any], sentence: str) -> None:
         draw_episode(cohort(), **{"seed": 0, **options})
 
 
-def test_fewer_are_taken_and_said_where_allowed(caplog: pytest.LogCaptureFixture) -> None:
+def test_fewer_are_taken_with_a_warning_where_allowed(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "hf_glovlm"):
         episode = draw_episode(cohort(), shots=50, seed=0, allow_fewer=True)
     assert len(episode.support) == 36
@@ -526,14 +526,14 @@ def _one_large_slide() -> datasets.Dataset:
 def test_what_the_support_needs_stays(shots: int, sampler: Any, taken: bool) -> None:
     rows = _one_large_slide()
     slides = rows["slide_id"][:]
-    wanted = {"ischemic": shots, "sclerotic": 4 if sampler == "one_group" else 6}
-    found = set()
+    requested = {"ischemic": shots, "sclerotic": 4 if sampler == "one_group" else 6}
+    actual = set()
     for draw in range(20):
         episode = draw_episode(
-            rows, shots=wanted, seed=0, draw=draw, shots_from=sampler, calibration_groups=2
+            rows, shots=requested, seed=0, draw=draw, shots_from=sampler, calibration_groups=2
         )
-        found |= {slides[row] for row in episode.calibration}
-    assert ("s0" in found) == taken
+        actual |= {slides[row] for row in episode.calibration}
+    assert ("s0" in actual) == taken
 
 
 @pytest.mark.parametrize("shots", [1, 5])

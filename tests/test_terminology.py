@@ -1,4 +1,4 @@
-"""The terminology: strict reading, marks of doubt, prompts that claim no more than a crop shows."""
+"""The terminology: strict reading, marks of doubt, prompts limited to what a crop shows."""
 
 import logging
 import re
@@ -54,6 +54,7 @@ def test_a_term_is_one_line_with_a_source_and_known_stains(term):
     assert set(term.stains) <= set(STAINS)
     assert ("unverified" in term.source) is (not term.verified)
     assert ("UNVERIFIED" in term.describe()) is (not term.verified)
+    assert term.describe().casefold().count("unverified") == (not term.verified)  # once, not twice
     assert find_term(term.name) is term
     assert find_term(term.name.upper().replace(" ", "_")) is term
 
@@ -80,7 +81,7 @@ def test_doubt_is_marked(name, verified):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "expected"),
     [
         ("Viable Glomeruli", "viable glomerulus"),
         ("Normal glomeruli", "viable glomerulus"),
@@ -94,8 +95,8 @@ def test_doubt_is_marked(name, verified):
         ("Mesangial hypercellularity Oxford", "mesangial hypercellularity (Oxford)"),
     ],
 )
-def test_terms_are_found_by_the_words_that_data_sets_use(name, found):
-    assert find_term(name).name == found
+def test_terms_by_the_words_of_data_sets(name, expected):
+    assert find_term(name).name == expected
 
 
 def test_the_same_word_in_several_systems_stays_several_entries():
@@ -138,7 +139,7 @@ def test_a_prompt_names_the_lesion_and_only_a_stain_that_shows_it(term, stain):
     assert len(set(prompts)) == len(prompts)
     for prompt in prompts:
         assert ("stain" in prompt) is (stain is not None and stain in term.stains)
-        assert any(word in prompt for word in term.spoken)
+        assert any(word in prompt for word in term.phrases)
         assert not re.search(r"[(){}]|  ", prompt)
         assert len(prompt.split()) < 20
 
@@ -171,17 +172,17 @@ def test_prompts_are_templates_times_synonyms_with_the_stain():
 
 @pytest.mark.parametrize("term", PROMPTABLE, ids=term_id)
 def test_described_prompts_add_what_the_lesion_looks_like(term):
-    plain, found = prompts_for(term), described_prompts(term)
-    assert found[: len(plain)] == plain
-    assert len(set(found)) == len(found) == 2 * len(plain)
-    for short, long in zip(plain, found[len(plain) :], strict=True):
+    plain, actual = prompts_for(term), described_prompts(term)
+    assert actual[: len(plain)] == plain
+    assert len(set(actual)) == len(actual) == 2 * len(plain)
+    for short, long in zip(plain, actual[len(plain) :], strict=True):
         look = long.removeprefix(f"{short}: ")
         assert term.definition.lower().startswith(look.lower())
         assert not re.search(r"stated|stain|electron|biops|[;{}]|\.$", look)
         assert look[0].islower()
 
 
-def test_a_definition_is_told_up_to_its_first_semicolon():
+def test_a_description_ends_at_the_first_semicolon():
     assert described_prompts("crescent")[-1] == (
         "A kidney section showing a glomerulus with extracapillary proliferation: growth outside "
         "the capillaries, more than two cell layers deep"
@@ -192,7 +193,7 @@ def test_a_definition_is_told_up_to_its_first_semicolon():
         described_prompts("lupus nephritis class IV")
 
 
-def test_the_terms_of_classes_are_those_that_tell_them_apart():
+def test_terms_of_classes_distinguish_them():
     viable, globally = find_term("viable glomerulus"), find_term("global sclerosis")
     assert terms_of([("Viable_Glomeruli",), ("x", "global sclerosis")]) == [viable, globally]
     # The first known name counts, and an unknown class leaves the others theirs.
@@ -205,18 +206,18 @@ def test_the_terms_of_classes_are_those_that_tell_them_apart():
     assert terms_of([("lupus nephritis class IV",), ("foot process effacement",)])[0] is None
 
 
-def test_a_stain_that_does_not_show_the_lesion_is_left_out_and_that_is_said(caplog):
+def test_a_stain_that_does_not_show_the_lesion_is_left_out_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING, "hf_glovlm"):
         assert prompts_for("basement membrane spikes", "H&E") == prompts_for("spikes")
     assert "H&E is not known to show 'basement membrane spikes'" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "expected"),
     [("HE", "H&E"), ("h&e", "H&E"), ("pas", "PAS"), ("Jones", "silver"), ("Masson", "trichrome")],
 )
-def test_stains_have_one_name(name, found):
-    assert find_stain(name) == found
+def test_stains_have_one_name(name, expected):
+    assert find_stain(name) == expected
 
 
 def test_an_unknown_stain_is_refused():
@@ -236,7 +237,7 @@ def test_match_key_is_idempotent_and_blind_to_case(name):
 
 def good() -> dict:
     return {
-        "stains": {"PAS": {"spoken": "PAS stain"}},
+        "stains": {"PAS": {"phrase": "PAS stain"}},
         "templates": ["An image of {}"],
         "systems": {"general": "words"},
         "terms": [
@@ -255,7 +256,7 @@ def good() -> dict:
 def test_the_sound_file_is_read(tmp_path):
     path = tmp_path / "terminology.yaml"
     path.write_text(yaml.safe_dump(good()))
-    assert terminology.read_terminology(path).terms[0].spoken == ("a tuft glomerulus",)
+    assert terminology.read_terminology(path).terms[0].phrases == ("a tuft glomerulus",)
 
 
 @pytest.mark.parametrize(
@@ -273,8 +274,8 @@ def test_the_sound_file_is_read(tmp_path):
         (lambda f: f["terms"][0].update(level="slide"), "'level': expected one of crop, biopsy"),
         (lambda f: f["terms"][0].update(system="Bonff"), "'system': unknown 'Bonff'"),
         (lambda f: f["terms"][0].update(em_only=True), "'em_only' and 'stains' exclude"),
-        (lambda f: f["terms"][0].update(verified=False), "must say unverified"),
-        (lambda f: f["terms"][0].update(source="a book, unverified"), "must say unverified"),
+        (lambda f: f["terms"][0].update(verified=False), "must contain unverified"),
+        (lambda f: f["terms"][0].update(source="a book, unverified"), "must contain unverified"),
         (lambda f: f["terms"][0].update(aliases=["Tuft-Glomeruli"]), "stands for two entries"),
     ],
 )

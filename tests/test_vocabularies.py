@@ -47,10 +47,10 @@ LONG = " ".join(f"segmental sclerosis {i}," for i in range(60))
 def test_ids_are_open_clips(clip_tokenizers: tuple[Any, Any], text: str) -> None:
     ours, theirs = clip_tokenizers
     expected = theirs([text])[0]
-    found = ours([text], truncation=True)["input_ids"][0]
-    assert found == expected[: len(found)].tolist()
-    assert not expected[len(found) :].any()
-    assert found[-1] == 49407  # a text that is cut keeps its end
+    actual = ours([text], truncation=True)["input_ids"][0]
+    assert actual == expected[: len(actual)].tolist()
+    assert not expected[len(actual) :].any()
+    assert actual[-1] == 49407  # a text that is cut keeps its end
     assert len(ours) == 49408
 
 
@@ -89,12 +89,12 @@ def test_where_clips_vocabulary_comes_from(
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: cached)
     if source != "open_clip":
         monkeypatch.setattr(vocabularies, "find_spec", lambda name: None)
-    found = vocabularies._clip_vocabulary(tmp_path)
+    actual = vocabularies._clip_vocabulary(tmp_path)
     if source == "open_clip":
-        assert found is not None
-        assert (len(found[0]), found[0]["<|endoftext|>"]) == (49408, 49407)
+        assert actual is not None
+        assert (len(actual[0]), actual[0]["<|endoftext|>"]) == (49408, 49407)
     else:
-        assert found == ((vocabulary, merges) if source else None)
+        assert actual == ((vocabulary, merges) if source else None)
 
 
 def test_joined_merges_are_the_same_tokenizer(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Backbones: the table of pretrained towers, and loading one by name, Hub id, folder or pair."""
+"""Pretrained backbones: their table, loading and conversion."""
 
 from .loading import DUAL_ENCODERS, MINI, convert_backbone, load_backbone
 from .table import (

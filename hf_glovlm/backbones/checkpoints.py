@@ -1,4 +1,4 @@
-"""Published files: fetched from the Hub or its cache, converted once, and kept.
+"""Published checkpoints: downloaded, converted once, and kept.
 
 Converted weights lie below `GLOVLM_CACHE` (else `~/.cache/glovlm`), in a folder per checkpoint and
 commit, so that a second load neither downloads nor converts anything, also without a connection.
@@ -35,15 +35,15 @@ logger = logging.getLogger("hf_glovlm")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on the Hub, as far as its files go.
+    """Published checkpoint on the Hub.
 
     Args:
         hub_id: `owner/name`.
-        name: What the user called it, for messages.
+        name: The name that the user gave, for messages.
         revision: Commit or branch; `None` is the newest.
         kind: Layout, for `conversion.convert_checkpoint`; `None` is recognised there.
         weights: The weights' file, where it has a name of its own.
-        gated: Whether access has to be asked for, as far as known.
+        gated: Whether access has to be requested, as far as known.
     """
 
     hub_id: str
@@ -70,7 +70,7 @@ class Checkpoint:
             raise cannot_load(self.name, self.hub_id, error, gated=self.gated) from error
 
     def download(self) -> Path:
-        """Fetch the published files into the Hub cache.
+        """Download the published files into the Hub cache.
 
         Returns:
             The weights there, in a folder that bears the name of the commit.
@@ -93,7 +93,7 @@ class Checkpoint:
         return weights
 
     def convert(self) -> Path:
-        """Download and convert, where that was not done before.
+        """Download and convert, unless that was done before.
 
         Returns:
             The folder with the converted weights, which bears the name of the commit.
@@ -102,9 +102,9 @@ class Checkpoint:
             GloVLMError: Nothing can be fetched, or it cannot be converted.
         """
         kept = _conversions() / self.hub_id.replace("/", "--")
-        found = self._first(SMALL_FILES)
+        small_file = self._first(SMALL_FILES)
         # Without a connection and with an empty Hub cache, what was converted before still serves.
-        commit = found.parent.name if found else self.revision or _newest(kept)
+        commit = small_file.parent.name if small_file else self.revision or _newest(kept)
         if commit is not None and (kept / commit / ORIGIN).is_file():
             return kept / commit
         weights = self.download()
@@ -118,7 +118,7 @@ class Checkpoint:
 
 
 def convert_folder(folder: Path) -> Path | None:
-    """Convert the published files of a local folder, where that was not done before.
+    """Convert the published files of a local folder, unless that was done before.
 
     Returns:
         The folder with the converted weights; `None` if the given one holds no weights at all.
@@ -135,12 +135,12 @@ def convert_folder(folder: Path) -> Path | None:
 
 
 def write_origin(folder: Path, origin: Mapping[str, str | None]) -> None:
-    """Write beside converted weights where they come from."""
+    """Write the origin (Hub id, commit) of converted weights beside them."""
     (folder / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
 
 
 def read_origin(folder: Path) -> tuple[str | None, str | None]:
-    """Hub id and commit that the weights in a folder were converted from, where it says so."""
+    """Origin (Hub id, commit) of the converted weights in a folder, where it is written."""
     if not (folder / ORIGIN).is_file():
         return None, None
     origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
@@ -148,13 +148,13 @@ def read_origin(folder: Path) -> tuple[str | None, str | None]:
 
 
 def cannot_load(name: str, place: str, error: Exception, *, gated: bool = False) -> GloVLMError:
-    """One sentence for whatever kept a backbone from being loaded.
+    """Error for a backbone that cannot be loaded.
 
     Args:
-        name: What the user called it.
+        name: The name that the user gave.
         place: Hub id or folder.
         error: What was raised.
-        gated: Whether access has to be asked for, as far as known.
+        gated: Whether access has to be requested, as far as known.
     """
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -178,7 +178,7 @@ _WHAT_TO_DO = (
 
 
 def _is_denied(error: Exception, gated: bool) -> bool:
-    """Whether the Hub refused access; to whom it does not know, it says that nothing is there."""
+    """Whether the Hub refused access; to anonymous users it reports a missing repository."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     for cause in _causes(error):
@@ -209,7 +209,7 @@ def _newest(folder: Path) -> str | None:
 def _convert_once(
     source: Path, target: Path, kind: str | None, origin: Mapping[str, str | None]
 ) -> Path:
-    """Convert into a folder that is there completely or not at all."""
+    """Convert into a folder that appears whole or not at all."""
     if (target / ORIGIN).is_file():
         return target
     from .conversion import convert_checkpoint

@@ -1,4 +1,4 @@
-"""Backbone loading: a name of the table, a Hub id, a folder, or a pair of them in, a model out."""
+"""Backbone loading, by table name, Hub id, folder, or a pair of these."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ DUAL_ENCODERS = ("clip", "siglip", "siglip2")
 _NATIVE = ("transformers", "dinov2_with_registers")  # layouts that need no conversion
 
 logger = logging.getLogger("hf_glovlm")
-_told: set[str] = set()  # names whose licence was said in this process
+_warned: set[str] = set()  # names whose restrictions were logged in this process
 
 
 def load_backbone(
@@ -26,7 +26,7 @@ def load_backbone(
     vision_pooling: str | None = None,
     text_pooling: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load pretrained towers, with image transform and tokenizer, in fp32.
+    """Load a pretrained backbone in fp32, with its image transform and tokenizer.
 
     Weights in a layout of others (open_clip, timm, CoCa) are converted the first time and kept
     beside the feature cache; from then on they load like any transformers model, also offline.
@@ -58,14 +58,14 @@ def load_backbone(
         )
     else:
         model, processor = _load_dual(_locate(name, revision))
-    _say_restrictions(model.config)
+    _warn_restrictions(model.config)
     return model.eval(), processor
 
 
 def convert_backbone(
     name: str, output_dir: str | Path, *, kind: str | None = None, revision: str | None = None
 ) -> Any:
-    """Write published weights as a transformers folder, which loads in seconds.
+    """Convert published weights into a transformers folder, which loads in seconds.
 
     Args:
         name: A name of the table, a Hub id, or a folder that holds the published files.
@@ -101,7 +101,7 @@ def convert_backbone(
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model comes from, and what it is called where others read it.
+    """Source of a backbone: its location, table row and public name.
 
     `place` is a folder or Hub id, as `from_pretrained` takes it; every part is loaded from the same
     commit, which is not known of a folder of one's own.
@@ -124,7 +124,7 @@ class _Source:
 
 
 def _locate(name: str, revision: str | None = None) -> _Source:
-    """Find weights in the layout of transformers; convert them into the cache if they are not."""
+    """Locate weights in transformers' layout; others are converted into the cache."""
     place, row = _resolve(name)
     folder = Path(place)
     if folder.is_dir():
@@ -168,7 +168,7 @@ def _checkpoint(hub_id: str, name: str, row: Backbone | None, revision: str | No
 
 
 def _resolve(name: str) -> tuple[str, Backbone | None]:
-    """Find what a name means: a row of the table, a folder, or else a Hub id."""
+    """Resolve a name: a row of the table, a folder, or else a Hub id."""
     if not name.strip():
         raise GloVLMError("No backbone was named; `glovlm backbones` lists those that are known.")
     if name in BACKBONES:
@@ -187,7 +187,7 @@ def _resolve(name: str) -> tuple[str, Backbone | None]:
 
 
 def _is_native(config: Path) -> bool:
-    """Whether a config.json is that of a transformers model; a broken one is left to say so."""
+    """Whether a config.json is of a transformers model (a broken one: yes, loading reports it)."""
     from transformers import CONFIG_MAPPING
 
     try:
@@ -213,7 +213,7 @@ def _load_dual(source: _Source) -> tuple[Any, Any]:
             model.config.backbone_revision = source.commit
             model.config.backbone_license = source.license
             model.config.backbone_restrictions = source.restrictions
-            _forget_place(model)
+            _clear_path(model)
         return model, _load_processor(source, model.config)
     if config.model_type not in DUAL_ENCODERS:
         known = ", ".join(DUAL_ENCODERS)
@@ -236,7 +236,7 @@ def _load_dual(source: _Source) -> tuple[Any, Any]:
         # SigLIP 2 files leave the id at SigLIP's default, which is another token there.
         towers.config.text_config.pad_token_id = processor.tokenizer.pad_token_id
     if source.converted:
-        _forget_place(towers)
+        _clear_path(towers)
     return GloVLMModel(config, backbone=towers), processor
 
 
@@ -280,7 +280,7 @@ def _load_pair(
         backbone_name=f"{vision.public}+{text.public}",
         backbone_revision="+".join(c or "unknown" for c in commits) if any(commits) else None,
         backbone_license=" + ".join(filter(None, (vision.license, text.license))) or None,
-        backbone_restrictions=_joined(vision.restrictions, text.restrictions),
+        backbone_restrictions=_join_restrictions(vision.restrictions, text.restrictions),
         vision_pooling=poolings[0],
         text_pooling=poolings[1],
         normalize_pooled=True,
@@ -294,7 +294,7 @@ def _load_pair(
 
 
 def _tower_config(auto_class: Any, source: _Source) -> Any:
-    """A tower's configuration; Hibou's repository brings code of its own for a stock model."""
+    """Configuration of a tower; Hibou's repository has code of its own for a stock model."""
     if source.row is None or source.row.layout != "dinov2_with_registers":
         return _from_hub(auto_class, source)
     from transformers import Dinov2WithRegistersConfig, PreTrainedConfig
@@ -313,7 +313,7 @@ def _load_tower(source: _Source, config: Any, pooling: str) -> Any:
     exact = source.row is not None and source.row.layout != "transformers"
     tower = _load_weights(AutoModel, source, optional, exact, config=config)
     if source.converted:
-        _forget_place(tower)
+        _clear_path(tower)
     return tower
 
 
@@ -325,12 +325,10 @@ def _load_weights(
 
     if "config" in kw and (assigned := _assign_weights(auto_class, source, kw["config"])):
         return assigned
-    model, found = _from_hub(
-        auto_class, source, dtype=torch.float32, output_loading_info=True, **kw
-    )
-    wrong = {key: "missing" for key in found["missing_keys"] if not key.startswith(optional)}
+    model, info = _from_hub(auto_class, source, dtype=torch.float32, output_loading_info=True, **kw)
+    wrong = {key: "missing" for key in info["missing_keys"] if not key.startswith(optional)}
     if exact:
-        wrong |= dict.fromkeys(found["unexpected_keys"], "unknown")
+        wrong |= dict.fromkeys(info["unexpected_keys"], "unknown")
     if wrong:
         key, what = min(wrong.items())
         raise GloVLMError(
@@ -342,10 +340,10 @@ def _load_weights(
 
 
 def _assign_weights(auto_class: Any, source: _Source, config: Any) -> Any:
-    """Put the tensors of a local file into a model, where they are exactly its own in fp32.
+    """Assign the tensors of a local file to a model, where they are exactly its own in fp32.
 
     What takes more is left to `from_pretrained`, which is three times as slow: renamed, missing,
-    split or half-precision tensors, and saying what is wrong with a file. `None` then.
+    split or half-precision tensors, and errors about a file. `None` then.
     """
     import torch
     from safetensors import SafetensorError
@@ -396,21 +394,21 @@ def _load_processor(source: _Source, config: Any, text: _Source | None = None) -
 
 
 def _added_tokens(folder: Path) -> dict[str, Any]:
-    """The tokens beside the vocabulary, where tokenizer.json alone tells them.
+    """Tokens beside the vocabulary, where tokenizer.json alone lists them.
 
     transformers would parse that whole file for them, and then again for the rest.
     """
     try:
         text = (folder / "tokenizer.json").read_text(encoding="utf-8")
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        found = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
+        match = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
         others = [folder / name for name in ("special_tokens_map.json", "added_tokens.json")]
-        if found is None or "added_tokens_decoder" in settings or any(map(Path.exists, others)):
+        if match is None or "added_tokens_decoder" in settings or any(map(Path.exists, others)):
             return {}
-        tokens = json.JSONDecoder().raw_decode(text, found.end())[0]
+        tokens = json.JSONDecoder().raw_decode(text, match.end())[0]
         return {"added_tokens_decoder": {token.pop("id"): token for token in tokens}}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # not there or broken: the tokenizer's own loading says so
+        return {}  # missing or broken: the tokenizer's own loading reports it
 
 
 def _no_tokenizer(source: _Source) -> GloVLMError:
@@ -421,23 +419,23 @@ def _no_tokenizer(source: _Source) -> GloVLMError:
     )
 
 
-def _joined(*restrictions: list[str] | None) -> list[str] | None:
-    """What holds for two towers together; unknown if it is unknown for both."""
+def _join_restrictions(*restrictions: list[str] | None) -> list[str] | None:
+    """Union of two towers' restrictions; unknown if unknown for both."""
     known = [part for part in restrictions if part is not None]
     return sorted({word for part in known for word in part}) if known else None
 
 
-def _forget_place(model: Any) -> None:
-    """Where the cache lies on this disk is no name for a model."""
+def _clear_path(model: Any) -> None:
+    """Clear a cache path that transformers took for the model's name."""
     model.name_or_path = model.config.name_or_path = ""
 
 
-def _say_restrictions(config: Any) -> None:
-    """Say once a process what the licence of a backbone forbids."""
+def _warn_restrictions(config: Any) -> None:
+    """Warn, once per process, about what a backbone's licence forbids."""
     name, forbids = config.backbone_name, config.backbone_restrictions or []
-    if not forbids or name in _told:
+    if not forbids or name in _warned:
         return
-    _told.add(name)
+    _warned.add(name)
     words = {
         "non-commercial": "not for commercial use",
         "no-derivatives": "no derivatives may be shared, to which its authors may count models "
@@ -454,7 +452,7 @@ def _say_restrictions(config: Any) -> None:
 def _from_hub(
     auto_class: Any, source: _Source, *, method: str = "from_pretrained", **kwargs: Any
 ) -> Any:
-    """`from_pretrained`, with one sentence when nothing can be loaded."""
+    """`from_pretrained`; its errors become one sentence."""
     from safetensors import SafetensorError
 
     if source.commit is not None and not Path(source.place).is_dir():

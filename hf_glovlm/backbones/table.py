@@ -1,6 +1,6 @@
-"""The table of known pretrained towers.
+"""Table of known pretrained backbones.
 
-Adding a backbone is adding a row. What a row's source does not settle is written as `not verified`.
+Adding a backbone is adding a row. What its source does not state is written as `not verified`.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ HALF: Channels = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """One row of the table.
+    """Known backbone: one row of the table.
 
     Args:
         name: Short name for the command line.
@@ -31,15 +31,15 @@ class Backbone:
         mean: Mean of each colour channel that the image transform subtracts; `None` for text.
         std: What it then divides by.
         magnification: Of the pretraining images, in words.
-        mpp: Micrometres per input pixel, where pretraining knew one scale.
+        mpp: Micrometres per input pixel, where pretraining had one scale.
         text_context: Longest text in tokens, special tokens included; 0 for vision.
-        pretrained_on: What it saw.
-        stains: Of what it saw; empty where that was no histology in particular.
-        datasets: Public sets among it, in lower case: results on their images are contaminated.
+        pretrained_on: Its pretraining data.
+        stains: Of these data; empty where they were no histology in particular.
+        datasets: Public sets among them, in lower case: results on their images are contaminated.
         license: As its page states it.
         non_commercial: Whether the licence forbids commercial use.
         no_derivatives: Whether it forbids sharing what is made from the weights.
-        gated: Whether access has to be asked for.
+        gated: Whether access has to be requested.
         citation: Paper.
         revision: Commit to load; `None` is the newest.
         layout: How its files are published: `transformers`; `dinov2_with_registers`, which is the
@@ -74,13 +74,13 @@ class Backbone:
 
     @property
     def restrictions(self) -> list[str]:
-        """What the licence forbids, as the model's config carries it."""
+        """Restrictions of the licence, as the model's config holds them."""
         marks = {"non-commercial": self.non_commercial, "no-derivatives": self.no_derivatives}
         return [name for name, forbidden in marks.items() if forbidden]
 
     @property
     def page(self) -> str | None:
-        """Where to read about it, and to ask for access."""
+        """Its page on the Hub, also to request access."""
         return None if self.hub_id is None else f"https://huggingface.co/{self.hub_id}"
 
 
@@ -117,7 +117,7 @@ _TEXT: dict[str, Any] = {"kind": "text", "magnification": "none", "stains": ()}
 _ROWS = (
     Backbone(
         name="mini", hub_id=None, kind="dual", image_size=96, mean=CLIP_MEAN, std=CLIP_STD,
-        text_context=64, magnification="none", pretrained_on="drawings of glomeruli only",
+        text_context=64, magnification="none", pretrained_on="synthetic images of glomeruli only",
         stains=(), license="apache-2.0", citation="this package",
     ),
     Backbone(name="clip-vit-b-32", hub_id="openai/clip-vit-base-patch32", **_OPENAI),
@@ -229,7 +229,7 @@ BACKBONES: dict[str, Backbone] = {row.name: row for row in _ROWS}
 
 
 def known_rows(name: str | None) -> list[Backbone]:
-    """The rows of a backbone as a model's config names it, `vision+text` or one; none if unknown.
+    """Table rows of a backbone by its name in a config, `vision+text` or one; none if unknown.
 
     Args:
         name: `config.backbone_name`.
@@ -241,7 +241,7 @@ def known_rows(name: str | None) -> list[Backbone]:
 def pretraining_notes(
     row: Backbone, stain: str | None = None, data: str | None = None, mpp: float | None = None
 ) -> list[str]:
-    """Say where a task lies inside or outside of what a backbone was pretrained on.
+    """Notes on how a task relates to a backbone's pretraining data.
 
     Args:
         row: The backbone.

@@ -277,7 +277,7 @@ def predict(
 
     from ..inference import resolve_device
     from ..inference.scale import check_scale, describe_scale
-    from ..inference.sentences import answer_columns
+    from ..inference.sentences import calibration_columns
     from ..publish.adapter_only import load_model
 
     quiet_libraries()
@@ -297,7 +297,7 @@ def predict(
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
         predictions = _classify(loaded, _image_rows(readable, mpp), batch_size, place)
-    answers = answer_columns(predictions, loaded[0].config.calibration or {})
+    answers = calibration_columns(predictions, loaded[0].config.calibration or {})
     header = [
         "file_name",
         "predicted",

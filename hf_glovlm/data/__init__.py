@@ -1,4 +1,4 @@
-"""Labelled images in, `datasets.DatasetDict` and few-shot episodes out; knows nothing of models."""
+"""Data sets of labelled images, class names, splits and few-shot episodes; no models."""
 
 from .catalog import (
     CatalogEntry,

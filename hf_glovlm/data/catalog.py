@@ -1,4 +1,4 @@
-"""Public data sets and what their classes are called: one YAML file a set, in `catalog/`.
+"""Catalogue of public data sets, their classes and prompts: one YAML file per set, in `catalog/`.
 
 A file added to that folder is a set added to the catalogue; nothing else needs to change. From
 Python: `catalog_entry("glo_vlms_cornell")`, and `load_classes(labels)` for the names and prompts
@@ -40,12 +40,12 @@ _TEMPLATE = "A pathology image of {}"
 
 @dataclass(frozen=True)
 class ClassInfo:
-    """What a class is called.
+    """Class name, display name and prompts.
 
     Attributes:
         name: The label as the data have it (the folder name).
         display_name: For tables and cards.
-        prompts: One or more texts that stand for the class; their embeddings are averaged.
+        prompts: One or more texts for the class; their embeddings are averaged.
     """
 
     name: str
@@ -55,15 +55,15 @@ class ClassInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class CatalogEntry:
-    """One set of the catalogue.
+    """Catalogue entry of a data set.
 
     Attributes:
         name: The catalogue name, which is also the file's.
         title: One line for a table.
         kind: `glomeruli` (one crop, one glomerulus), `region` (tissue tiles), `slide` (one label a
-            whole slide, in a `slides.csv`: see `read_slide_table`) or `drawings`.
+            whole slide, in a `slides.csv`: see `read_slide_table`) or `synthetic`.
         classes: In the file's order; the names are those of the class folders.
-        stain: Canonical stain names; empty where the source does not say.
+        stain: Canonical stain names; empty where the source names none.
         licence: Of the images, as far as known.
         citation: What to cite.
         source: Where to get it.
@@ -76,7 +76,7 @@ class CatalogEntry:
 
     name: str
     title: str
-    kind: Literal["glomeruli", "region", "slide", "drawings"]
+    kind: Literal["glomeruli", "region", "slide", "synthetic"]
     classes: tuple[ClassInfo, ...]
     stain: tuple[str, ...]
     licence: str
@@ -90,9 +90,9 @@ class CatalogEntry:
 
     @property
     def how_to_get(self) -> str:
-        """What to do before the set can be used, for a person who named it as `--data`."""
-        if self.kind == "drawings":
-            return f"'{self.name}' is drawn on demand: {self.source}(folder)."
+        """Instructions for getting the set, for a user who gave its name as `--data`."""
+        if self.kind == "synthetic":
+            return f"'{self.name}' is made on demand: {self.source}(folder)."
         if not self.public:
             return (
                 f"The images of '{self.name}' are not public; "
@@ -110,7 +110,7 @@ def catalog_entries() -> list[CatalogEntry]:
 
 
 def catalog_entry(name: str) -> CatalogEntry:
-    """One set of the catalogue.
+    """Look up a set of the catalogue.
 
     Raises:
         GloVLMError: No such set; names the nearest and lists all.
@@ -124,9 +124,9 @@ def catalog_entry(name: str) -> CatalogEntry:
 
 
 def describe_source(name: str) -> str:
-    """How to come by a set, on which terms and in which layout, for a person; several lines.
+    """Description of a set for a user, in several lines: source, licence, layout.
 
-    Nothing is downloaded: most sets ask for a form, an account or a licence first.
+    Nothing is downloaded: most sets need a form, an account or a licence first.
 
     Raises:
         GloVLMError: See `catalog_entry`.
@@ -141,8 +141,8 @@ def describe_source(name: str) -> str:
         "split": entry.split_rule,
         "metric": entry.metric,
     }
-    told = [f"{key}: {text}" for key, text in lines.items()]
-    return "\n".join([f"{entry.name}: {entry.title}", *told, *(f"- {n}" for n in entry.notes)])
+    facts = [f"{key}: {text}" for key, text in lines.items()]
+    return "\n".join([f"{entry.name}: {entry.title}", *facts, *(f"- {n}" for n in entry.notes)])
 
 
 def read_entry(path: Path) -> CatalogEntry:
@@ -189,9 +189,9 @@ def load_classes(
     prompts: str | Path = "auto",
     stain: str | None = None,
 ) -> list[ClassInfo]:
-    """Names and prompts for the classes of a data set.
+    """Class names and prompts of a data set.
 
-    Class by class, the first of these that knows the class gives its prompts; likewise its display
+    Class by class, the first of these that has the class gives its prompts; likewise its display
     name:
 
     1. the `classes.yaml` that `prompts` points to, else the one beside the data (`source`);
@@ -227,18 +227,18 @@ def load_classes(
     own = _own_texts(labels, source, prompts)
     open_labels = [label for label in labels if label not in own or not own[label].prompts]
     from_terms = _term_prompts(open_labels, labels, stain) if prompts == "terminology" else {}
-    published = _published(labels, open_labels, source, prompts)
+    from_catalog = _catalog_classes(labels, open_labels, source, prompts)
 
     classes = []
     for label in labels:
-        text, known = own.get(label, _ClassText()), published.get(label)
-        display = text.display_name or (known or _plain(label)).display_name
-        found = (
+        text, known = own.get(label, _ClassText()), from_catalog.get(label)
+        display = text.display_name or (known or _undescribed(label)).display_name
+        chosen = (
             text.prompts
             or from_terms.get(label)
             or (known.prompts if known else (_TEMPLATE.format(display),))
         )
-        classes.append(ClassInfo(label, display, _distinct(found)))
+        classes.append(ClassInfo(label, display, _distinct(chosen)))
     _check_prompts(classes, "")
     return classes
 
@@ -248,7 +248,7 @@ def load_classes(
 
 @dataclass(frozen=True, kw_only=True)
 class _ClassText:
-    """What a YAML file may say about a class."""
+    """Display name and prompts of a class in a YAML file."""
 
     display_name: str = ""
     prompts: tuple[str, ...] = ()
@@ -272,7 +272,7 @@ def _class_text(raw: object, where: str) -> _ClassText:
 
 
 def _fill_templates(templates: object, given: dict[str, Any], file: str) -> dict[str, Any]:
-    """Classes whose `names` are spelled out as `prompts`, one for each name and template."""
+    """Classes with `prompts` made of their `names`, one for each name and template."""
     top = from_mapping(_Templates, {"templates": templates}, file)
     for template in top.templates:
         if template.count("{}") != 1:
@@ -285,8 +285,8 @@ def _fill_templates(templates: object, given: dict[str, Any], file: str) -> dict
     return filled
 
 
-def _plain(label: str) -> ClassInfo:
-    """A class that nobody describes."""
+def _undescribed(label: str) -> ClassInfo:
+    """A class without a description."""
     return ClassInfo(label, label.replace("_", " ").strip() or label, ())
 
 
@@ -297,7 +297,7 @@ def _distinct(prompts: Iterable[str]) -> tuple[str, ...]:
 def _own_texts(
     labels: Sequence[str], source: str | Path | None, prompts: str | Path
 ) -> dict[str, _ClassText]:
-    """The user's `classes.yaml`: the one that was named, else the one beside the data."""
+    """Texts of the user's `classes.yaml`: the one given, else the one beside the data."""
     if _is_path(prompts):
         path = Path(prompts)
     else:
@@ -331,15 +331,15 @@ def _is_path(prompts: str | Path) -> bool:
     return prompts.endswith((".yaml", ".yml")) or ("/" in prompts or "\\" in prompts)
 
 
-def _published(
+def _catalog_classes(
     labels: Sequence[str],
     open_labels: Sequence[str],
     source: str | Path | None,
     prompts: str | Path,
 ) -> dict[str, ClassInfo]:
-    """The classes of the catalogue's set, under the labels as the data spell them.
+    """Classes of the catalogue's set, under the labels as the data spell them.
 
-    The set must know every one of `open_labels`, those whose prompts `classes.yaml` leaves open.
+    The set must have every one of `open_labels`, those without prompts in `classes.yaml`.
     """
     known = [entry.name for entry in _entries()]
     named: str | None = None
@@ -395,21 +395,21 @@ def _matching_entry(labels: Sequence[str]) -> CatalogEntry | None:
 def _term_prompts(
     open_labels: Sequence[str], labels: Sequence[str], stain: str | None
 ) -> dict[str, tuple[str, ...]]:
-    """Prompts from the terminology for the open labels it knows; the rest is said in the log."""
-    found: dict[str, Term] = {}
+    """Prompts from the terminology for the open labels in it; a warning for the others."""
+    terms: dict[str, Term] = {}
     for label in open_labels:
         try:
-            found[label] = find_term(label)
+            terms[label] = find_term(label)
         except GloVLMError as error:
             logger.warning("%s", error)
-    if open_labels and not found:
+    if open_labels and not terms:
         raise GloVLMError(
-            f"The terminology knows none of the classes {', '.join(open_labels)}; it holds "
+            f"The terminology has none of the classes {', '.join(open_labels)}; it holds "
             "glomerular lesions only: use prompts 'auto' or a classes.yaml."
         )
     if stain is not None:
         canonical = find_stain(stain)
-        blind = [x for x in labels if x not in found or canonical not in found[x].stains]
+        blind = [x for x in labels if x not in terms or canonical not in terms[x].stains]
         if blind:
             logger.warning(
                 "No prompt names the stain %s: it is not known to show %s, and words that only "
@@ -418,7 +418,7 @@ def _term_prompts(
                 ", ".join(f"'{label}'" for label in blind),
             )
             stain = None
-    return {label: tuple(prompts_for(term, stain)) for label, term in found.items()}
+    return {label: tuple(prompts_for(term, stain)) for label, term in terms.items()}
 
 
 def _check_prompts(classes: Iterable[ClassInfo], where: str) -> None:
@@ -429,7 +429,7 @@ def _check_prompts(classes: Iterable[ClassInfo], where: str) -> None:
             if other != info.name:
                 raise GloVLMError(
                     f"{where}The classes '{other}' and '{info.name}' share the prompt '{prompt}', "
-                    "so no text tells them apart; give each its own (for your data: classes.yaml)."
+                    "so no text distinguishes them; give each its own (your data: classes.yaml)."
                 )
 
 

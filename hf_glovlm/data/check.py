@@ -1,4 +1,4 @@
-"""Look at a data set before any compute is spent on it."""
+"""Data set checks before any training: labels, groups, duplicates, readable images."""
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ __all__ = ["DataReport", "check_dataset"]
 
 @dataclass
 class DataReport:
-    """What `check_dataset` found.
+    """Report of `check_dataset`.
 
     Attributes:
         classes: Class names, sorted.
@@ -24,8 +24,8 @@ class DataReport:
         group_column: What a group is.
         groups: Groups per split.
         groups_per_class: Groups that hold a class.
-        problems: Sentences about what must be put right before anything is computed.
-        notes: Sentences about what a reader should know.
+        problems: Errors that must be mended before any training, one sentence each.
+        notes: Remarks, one sentence each.
         duplicates: File names of identical images, one list for each content.
         fingerprint: See `dataset_fingerprint`; None if a file could not be read.
     """
@@ -41,11 +41,11 @@ class DataReport:
     fingerprint: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """JSON-serialisable dictionary."""
         return asdict(self)
 
     def raise_problems(self) -> None:
-        """Stop here if there is a problem.
+        """Raise the first problem, if there is one.
 
         Raises:
             GloVLMError: The first problem, and how many more there are.
@@ -57,7 +57,7 @@ class DataReport:
 
 
 def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
-    """Count, decode and compare all images; never raises for what it finds in the data.
+    """Check a data set: count, decode and compare all images; never raises for its content.
 
     Problems: a single class; an image that cannot be read; identical images with different labels
     or in different groups; a group on two sides of a given split; a class of the test without a
@@ -87,7 +87,7 @@ def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
             f"expected images of at least two classes, found one ({', '.join(names)}); add another "
             "class, or give the folder one level deeper if the classes lie there."
         )
-    findings = in_threads(lambda image: _look_at(image, decode), images)
+    findings = in_threads(lambda image: _check_image(image, decode), images)
     broken = [error for _, error in findings if error]
     if len(broken) > 3:
         broken[3:] = [f"{len(broken) - 3} more images cannot be read."]
@@ -98,7 +98,7 @@ def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
         report.fingerprint = fingerprint_of(pairs)
     groups = None
     if broken or not (decode or any(name in rows.column_names for name in GROUP_COLUMNS)):
-        report.notes.append("groups were not looked for, since the images were not all decoded.")
+        report.notes.append("groups were not determined, since the images were not all decoded.")
     else:
         groups = group_rows(rows)
         report.group_column = groups.column
@@ -108,8 +108,8 @@ def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
     return report
 
 
-def _look_at(image: Any, decode: bool) -> tuple[str | None, str | None]:
-    """Content hash, and the sentence if the image cannot be read."""
+def _check_image(image: Any, decode: bool) -> tuple[str | None, str | None]:
+    """Content hash of an image, or the error where it cannot be read."""
     try:
         content = content_hash(image)
         if decode:
@@ -132,7 +132,7 @@ def _compare_sides(report: DataReport, sides: list[str], labels: list[int], grou
         alone = [name for name, n in report.groups_per_class.items() if n == 1]
         if alone:
             report.notes.append(
-                f"classes that lie in one group only cannot be both learned and tested: "
+                f"classes that lie in one group only cannot be in both training and test: "
                 f"{', '.join(alone)}."
             )
         return
@@ -175,13 +175,13 @@ def _compare_duplicates(
 
     if relabelled:
         report.problems.append(
-            f"{len(relabelled)} images stand under different labels (for instance "
+            f"{len(relabelled)} images have different labels (for instance "
             f"{example(relabelled[0])}); keep the right one."
         )
     if apart and groups is not None:
         report.problems.append(
-            f"{len(apart)} images stand in several groups (for instance {example(apart[0])}), so "
-            f"a copy could be learned and tested; delete the copies or correct {groups.column}."
+            f"{len(apart)} images are in several groups (for instance {example(apart[0])}), so "
+            f"a copy could be in training and test; delete the copies or correct {groups.column}."
         )
     within = len(copies) - len(relabelled) - len(apart)
     if within:

@@ -1,4 +1,4 @@
-"""Files in, `datasets.DatasetDict` out: every way in which labelled images reach the package.
+"""Readers of labelled images (folders, CSV, parquet, Hub) into a `datasets.DatasetDict`.
 
 `datasets`' own ImageFolder builder guesses (labels from a metadata file stay text, a file name
 with `_test_` becomes a split, images without a row vanish), so the files are listed here and every
@@ -60,7 +60,7 @@ MANIFEST = (
     "reader",
 )
 FLOAT_COLUMNS = frozenset({"mpp", "section_um"})
-CAPTION = "caption"  # a text about the image; not a fact about its origin, as MANIFEST's are
+CAPTION = "caption"  # a text about the image, not about its origin as the MANIFEST columns
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 MAX_PIXELS = 80_000_000
 
@@ -86,7 +86,7 @@ logger = logging.getLogger("hf_glovlm")
 
 @dataclass
 class _Table:
-    """One row per image as a reader found it: still text, not yet checked."""
+    """Unchecked table of a reader, one row per image; values are text."""
 
     origin: str
     images: Any  # pyarrow array of struct<bytes, path>
@@ -99,13 +99,13 @@ class _Table:
 def load_dataset(
     source: "str | Path | Dataset | DatasetDict", *, revision: str | None = None
 ) -> "DatasetDict":
-    """Read labelled images from wherever they lie; nothing is decoded.
+    """Read a data set of labelled images; nothing is decoded.
 
-    Ways in, tried in this order:
+    Sources, tried in this order:
 
     * a folder with `metadata.csv` (columns `file_name,label` and optionally `split` and the
       MANIFEST columns). The file wins over class folders; images without a row are left out and
-      their number is logged. A given split may also be told by `train/metadata.csv` and
+      their number is logged. A given split may also be `train/metadata.csv` and
       `test/metadata.csv`.
     * a folder of class folders. The first folder below the root is the class; deeper folders belong
       to it. Folders without images are no class, hidden files are ignored. The folder holds a given
@@ -125,13 +125,13 @@ def load_dataset(
         `{"all"}` where nothing is split, else `{"train", "test"[, "validation"]}` (a `validation`
         without a `test` serves as test, which is logged). Columns: `image`; `label` (ClassLabel,
         names sorted); `file_name` (relative POSIX path, or a row id); the MANIFEST columns
-        that were found, `mpp` and `section_um` (micrometres) as floats, the others as text,
+        that are there, `mpp` and `section_um` (micrometres) as floats, the others as text,
         missing values as None; and `caption`, if there is one, as text, empty where an image has
         none. All other columns are dropped.
 
     Raises:
         GloVLMError: Missing or empty source, a row without its file or its label, an unknown split,
-            a file named twice, and the like, told in one sentence.
+            a file named twice, and the like.
     """
     if not isinstance(source, str | Path):
         return _assemble(_read_memory(source))
@@ -151,7 +151,7 @@ def load_dataset(
 
 
 def column(rows: "Dataset", name: str) -> list[Any]:
-    """One column as a plain list; `image` as undecoded `{"bytes", "path"}` values."""
+    """Column of a data set as a list; `image` as undecoded `{"bytes", "path"}` values."""
     if name == "image":
         from datasets import Image as ImageFeature
 
@@ -188,8 +188,8 @@ def _read_folder(root: Path) -> list[_Table]:
 
 
 def _list_images(root: Path) -> list[str]:
-    """Relative POSIX paths of all images below a folder, sorted; hidden ones left out."""
-    found: list[str] = []
+    """Relative POSIX paths of all images below a folder, sorted; without hidden ones."""
+    images: list[str] = []
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -200,12 +200,12 @@ def _list_images(root: Path) -> list[str]:
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         prefix = os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if prefix == "." else prefix + "/"
-        found += [
+        images += [
             prefix + name
             for name in names
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
         ]
-    return sorted(found)
+    return sorted(images)
 
 
 def _read_class_folders(root: Path, files: list[str], tops: list[str]) -> _Table:
@@ -218,7 +218,7 @@ def _read_class_folders(root: Path, files: list[str], tops: list[str]) -> _Table
     roles = {_SPLITS.get(top.lower()) for top in tops}
     images = [p for p in parts if len(p) > 1]
     two_deep = all(len(p) > 2 for p in images)
-    # Only `train` beside `test` or `validation` tells of a split; one such name may be a class.
+    # Only `train` beside `test` or `validation` is a split; one such name may be a class.
     split = "train" in roles and bool(roles & {"test", "validation"})
     wrapped = len(tops) == 1 and None not in roles and two_deep
     if split and None in roles:
@@ -329,12 +329,12 @@ def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
 
 
 def _column_name(name: str) -> str:
-    """`Patient ID` and `patient-id` mean `patient_id`."""
+    """Normalised column name: `Patient ID` and `patient-id` are `patient_id`."""
     return re.sub(r"[\s-]+", "_", name.strip()).casefold()
 
 
 def _manifest_of(columns: Mapping[str, list[Any]], origin: str) -> dict[str, list[Any]]:
-    """The MANIFEST columns; a near miss of one is said, since losing patients silently leaks."""
+    """MANIFEST columns; a near miss gives a warning, since lost patient ids leak."""
     kept = {name: columns[name] for name in (*MANIFEST, CAPTION) if name in columns}
     ids = [name for name in MANIFEST if name.endswith("_id") and name not in kept]
     for name in columns:
@@ -425,7 +425,7 @@ def _read_splits(
 ) -> list[_Table]:
     tables = []
     for name, split in _hub_splits(origin, list(parts)).items():
-        # Formatted reading follows a selection or a shuffle, which the table below does not know.
+        # Formatted reading follows a selection or a shuffle, which the table below does not have.
         table, features = parts[name].with_format("arrow")[:], dict(parts[name].features)
         prefix = f"{name}/" if prefixed else ""
         tables.append(_read_table(table, features, origin, None, prefix, split))
@@ -453,18 +453,18 @@ def _read_table(
     row_prefix: str = "",
     split: str | None = None,
 ) -> _Table:
-    """Map the columns of an Arrow table with `datasets` features onto ours."""
+    """Unchecked table from an Arrow table with `datasets` features."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
     image = _pick("image", [n for n, f in features.items() if isinstance(f, ImageFeature)], table)
     label = _pick("label", [n for n, f in features.items() if isinstance(f, ClassLabel)], table)
     if image is None or label is None:
-        wanted, kind = ("image", "Image") if image is None else ("label", "ClassLabel")
-        found = ", ".join(f"{name} ({type(f).__name__})" for name, f in features.items())
+        expected, kind = ("image", "Image") if image is None else ("label", "ClassLabel")
+        present = ", ".join(f"{name} ({type(f).__name__})" for name, f in features.items())
         raise GloVLMError(
-            f"{origin} has no column '{wanted}' and not exactly one {kind} column; found "
-            f"{found}: rename the column you mean to '{wanted}'."
+            f"{origin} has no column '{expected}' and not exactly one {kind} column; found "
+            f"{present}: rename the column you mean to '{expected}'."
         )
     names = features[label].names if isinstance(features[label], ClassLabel) else None
     labels = [_label_text(value, names, origin) for value in table.column(label).to_pylist()]
@@ -494,7 +494,7 @@ def _read_table(
 
 
 def _image_column(values: Any, base: Path | None, origin: str) -> tuple[Any, list[str | None]]:
-    """Images of a table as `{bytes, path}`, paths made absolute; and the paths as written."""
+    """Image column as `{bytes, path}` with absolute paths, and the paths as written."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -550,7 +550,7 @@ def _label_text(value: Any, names: list[str] | None, origin: str) -> str | None:
 
 
 def _assemble(tables: list[_Table]) -> "DatasetDict":
-    """Check what the readers found and make the `DatasetDict`."""
+    """Check the readers' tables and build the `DatasetDict`."""
     from datasets import DatasetDict, concatenate_datasets
 
     origin = tables[0].origin
@@ -599,7 +599,7 @@ def _unique_file_names(tables: list[_Table]) -> None:
 
 
 def _by_split(table: _Table) -> list[tuple[str | None, Any]]:
-    """The given parts of a table, each with the mask of its rows (None: all of them)."""
+    """Given splits of a table, each with the mask of its rows (None: all rows)."""
     if table.splits is None or not any(table.splits):
         return [(None, None)]
     roles = []
@@ -650,7 +650,7 @@ def _micrometres(text: str | None) -> float | None:
 
 
 def _cell(value: Any) -> str | None:
-    """Text of one id; `NA` and the like are missing, and 12.0 (a number beside gaps) is 12."""
+    """Text of a cell; `NA` and the like are missing, and 12.0 (a number beside gaps) is 12."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if value is None else str(value).strip()
@@ -693,7 +693,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def open_image(value: ImageValue) -> Image.Image:
-    """Decode one image to RGB, or say in one sentence why it cannot be decoded.
+    """Decode an image to RGB.
 
     Grey, palette, 1-bit, CMYK and YCbCr are converted; alpha is composited over white (the colour
     of empty glass); the EXIF orientation is applied; of several frames the first is taken; colour
@@ -799,7 +799,7 @@ def _content(value: Mapping[str, Any] | str | Path) -> bytes:
 
 
 def content_hash(value: ImageValue) -> str:
-    """SHA-256 of an image's file content (of the RGB pixels for a Pillow image).
+    """Content hash: SHA-256 of an image's file content (of the RGB pixels for a Pillow image).
 
     Raises:
         GloVLMError: The file cannot be read.
@@ -814,15 +814,15 @@ def content_hash(value: ImageValue) -> str:
 
 
 def in_threads(function: Callable[[_T], _R], values: Iterable[_T]) -> list[_R]:
-    """Map over small files; reading and decoding release the interpreter lock."""
+    """Parallel map over small files; reading and decoding release the interpreter lock."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return list(pool.map(function, values))
 
 
 def dataset_fingerprint(ds: "DatasetDict") -> str:
-    """SHA-256 over the sorted pairs of file content and class name.
+    """Fingerprint of a data set: SHA-256 over sorted pairs of file content and class name.
 
-    It depends on neither file names, order, place nor split, so that two people can check that
+    It depends on neither file names, order, path nor split, so that two people can check that
     they measured on the same labelled images.
     """
     pairs: list[tuple[str, str]] = []
@@ -834,7 +834,7 @@ def dataset_fingerprint(ds: "DatasetDict") -> str:
 
 
 def fingerprint_of(pairs: Iterable[tuple[str, str]]) -> str:
-    """The fingerprint from pairs of content hash and class name."""
+    """Fingerprint from pairs of content hash and class name."""
     digest = hashlib.sha256()
     for content, label in sorted(pairs):
         digest.update(f"{content} {label}\n".encode())

@@ -1,8 +1,8 @@
-"""Who may learn and who is tested: groups, splits by group, and few-shot episodes.
+"""Patient-grouped splits and few-shot episodes.
 
-Images of one patient (or case, slide, near-duplicate cluster) never stand on two sides. Every draw
-is a pure function of `(seed, draw)` and the rows, and the support of k shots is contained in that
-of any larger k.
+Images of one patient (or case, slide, near-duplicate cluster) are never on two sides. Every draw is
+a pure function of `(seed, draw)` and the rows, and the support of k shots is contained in that of
+any larger k.
 """
 
 import hashlib
@@ -61,12 +61,12 @@ _TRIES = 256
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows belong together.
+    """Groups: the patient (or case, slide, near-duplicate cluster) of each row.
 
     Attributes:
         column: The column the ids come from, or `near_duplicate`.
         ids: One id per row.
-        note: What a group is, and what was merged or missing, for a person.
+        note: What a group is, and what was merged or missing.
     """
 
     column: str
@@ -77,7 +77,7 @@ class Groups:
 def all_rows(ds: "DatasetDict") -> "Dataset":
     """All rows as one data set; a given split becomes the column `split`.
 
-    Episodes hold row indices into this.
+    The row indices of episodes refer to this.
     """
     from datasets import concatenate_datasets
 
@@ -90,11 +90,11 @@ def all_rows(ds: "DatasetDict") -> "Dataset":
 
 
 def group_rows(ds: "Dataset", *, group_column: str | None = None) -> Groups:
-    """Find out which rows belong together.
+    """Group rows by patient, case, slide or near-duplicate cluster.
 
     Groups are patients where `patient_id` is known, else cases, else slides, else `group_id`, else
     clusters of near-duplicate images. A row without a value in that column joins the rows with
-    which it shares a value in the next column (its slide, say), else it is a group of its own.
+    which it shares a value in the next column (its slide, for instance), else it is a group of its own.
     Rows that share a `glomerulus_id` (one glomerulus on several levels or stains) merge their
     groups. A merged group bears the first of its ids.
 
@@ -186,10 +186,10 @@ def _components(raw: Sequence[str], links: Iterable[Sequence[int]]) -> list[str]
 
 
 def _near_duplicates(images: Sequence[ImageValue], distance: int = 6) -> list[list[int]]:
-    """Pairs of rows whose images look the same."""
-    looks = in_threads(_look, images)
-    hashes = np.array([code for code, _ in looks], dtype=np.uint64)
-    thumbnails = np.array([thumbnail for _, thumbnail in looks], dtype=np.float32)
+    """Pairs of rows with near-duplicate images."""
+    hashed = in_threads(_perceptual_hash, images)
+    hashes = np.array([code for code, _ in hashed], dtype=np.uint64)
+    thumbnails = np.array([thumbnail for _, thumbnail in hashed], dtype=np.float32)
     pairs: list[list[int]] = []
     for row in range(len(hashes) - 1):
         differing = np.bitwise_count(hashes[row + 1 :] ^ hashes[row])
@@ -200,8 +200,8 @@ def _near_duplicates(images: Sequence[ImageValue], distance: int = 6) -> list[li
     return pairs
 
 
-def _look(value: ImageValue) -> tuple[np.uint64, NDArray[np.float32]]:
-    """64-bit perceptual hash and flattened 16 x 16 colour thumbnail of an image."""
+def _perceptual_hash(value: ImageValue) -> tuple[np.uint64, NDArray[np.float32]]:
+    """Perceptual hash (64 bits) and flattened 16 x 16 colour thumbnail of an image."""
     image = open_image(value)
     small = image.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
     low = (_COSINES @ np.asarray(small, dtype=np.float64) @ _COSINES.T).ravel()
@@ -216,7 +216,7 @@ _COSINES = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
 
 
 def assert_disjoint(groups: Sequence[str], **sides: Sequence[int] | Indices) -> None:
-    """Prove that no group stands on two sides.
+    """Assert that no group is on two sides.
 
     Args:
         groups: Group id of every row.
@@ -254,7 +254,7 @@ def split_groups(
     class_names: Sequence[str] | None = None,
     allow_fewer: bool = False,
 ) -> tuple[Indices, Indices]:
-    """Draw the groups of the support pool and of the test.
+    """Group split into support pool and test.
 
     Among seeded random halves of the groups the first is taken that puts at least half of its fair
     share of every class on both sides; where none of 256 does, the first that puts every class on
@@ -267,7 +267,7 @@ def split_groups(
         test_fraction: Share of the groups that goes to the test, between 0 and 1.
         class_names: For messages.
         allow_fewer: Classes that lie in one group only, which cannot be on both sides, go to the
-            support pool instead of being an error: they are learned, and not measured.
+            support pool instead of being an error: they are in training, and not measured.
 
     Returns:
         Sorted row indices of the pool and of the test.
@@ -303,17 +303,18 @@ def split_groups(
         if not allow_fewer:
             raise GloVLMError(
                 f"all {counts[only, position]} images of the class {name} belong to one group "
-                f"({ids[only]}), so it cannot be both learned and tested; add images of another "
-                "group, leave the class out, or allow fewer (it is then learned, and not measured)."
+                f"({ids[only]}), so it cannot be in both training and test; add images of "
+                "another group, leave the class out, or allow fewer (it is then trained on, not "
+                "measured)."
             )
         kept[only] = True
     n_test = min(max(round(len(ids) * test_fraction), 1), len(ids) - 1)
-    free = np.flatnonzero(~kept)
-    n_test = min(n_test, len(free))
-    wanted = counts[:, spread > 1]
-    in_test = _random_halves(wanted, free, n_test, test_fraction, rng)
+    movable = np.flatnonzero(~kept)
+    n_test = min(n_test, len(movable))
+    shared_counts = counts[:, spread > 1]
+    in_test = _random_halves(shared_counts, movable, n_test, test_fraction, rng)
     if in_test is None:
-        in_test = _search(wanted, free, n_test, rng)
+        in_test = _search(shared_counts, movable, n_test, rng)
     if in_test is None:
         raise GloVLMError(
             f"no split of the {len(ids)} groups puts every class on both sides; add patients or "
@@ -324,13 +325,13 @@ def split_groups(
 
 
 def _random_halves(
-    counts: Indices, free: Indices, n_test: int, fraction: float, rng: np.random.Generator
+    counts: Indices, movable: Indices, n_test: int, fraction: float, rng: np.random.Generator
 ) -> NDArray[np.bool_] | None:
     total = counts.sum(axis=0)
     fallback = None
     for _ in range(_TRIES):
         in_test = np.zeros(len(counts), dtype=bool)
-        in_test[rng.permutation(free)[:n_test]] = True
+        in_test[rng.permutation(movable)[:n_test]] = True
         test = counts[in_test].sum(axis=0)
         pool = total - test
         if not (n_test and (test > 0).all() and (pool > 0).all()):
@@ -342,31 +343,31 @@ def _random_halves(
 
 
 def _search(
-    counts: Indices, free: Indices, n_test: int, rng: np.random.Generator
+    counts: Indices, movable: Indices, n_test: int, rng: np.random.Generator
 ) -> NDArray[np.bool_] | None:
-    """Give every class, the rarest first, a group on each side; fill up at random.
+    """Backtracking search for a split: every class, the rarest first, gets a group on each side.
 
-    A backtracking search, stopped after 10,000 steps; the test may come out larger or smaller than
-    asked where the classes leave no choice.
+    The rest is filled up at random. It stops after 10,000 steps; the test may come out larger or
+    smaller than requested where the classes leave no choice.
     """
     side = np.full(len(counts), 0)  # -1 pool, +1 test, 0 open
-    side[np.setdiff1d(np.arange(len(counts)), free)] = -1
+    side[np.setdiff1d(np.arange(len(counts)), movable)] = -1
     order = rng.permutation(len(counts))
     classes = np.argsort((counts > 0).sum(axis=0), kind="stable")
     holders = [[g for g in order if counts[g, c]] for c in classes]
     steps = 0
 
-    def place(position: int, wanted: int) -> bool:
+    def place(position: int, target: int) -> bool:
         nonlocal steps
         steps += 1
         if position == len(classes):
             return True
-        following = (position, 1) if wanted == -1 else (position + 1, -1)
-        if any(side[g] == wanted for g in holders[position]):
+        following = (position, 1) if target == -1 else (position + 1, -1)
+        if any(side[g] == target for g in holders[position]):
             return place(*following)
         for group in holders[position]:
             if side[group] == 0 and steps < 10_000:
-                side[group] = wanted
+                side[group] = target
                 if place(*following):
                     return True
                 side[group] = 0
@@ -392,12 +393,12 @@ def _rng(seed: int | Sequence[int]) -> np.random.Generator:
 
 @dataclass(frozen=True)
 class Episode:
-    """One few-shot task: which rows are learned from, which are tested.
+    """Few-shot episode: the rows of support, validation, calibration and test.
 
     Attributes:
         name: For instance `spread-8`.
         draw: Number of the draw.
-        shots: Images per class asked for (the largest where classes differ).
+        shots: Images per class requested (the largest where classes differ).
         seed: Seed it was drawn with.
         sampler: How the support was drawn.
         group_column: What a group is.
@@ -422,7 +423,7 @@ class Episode:
     def summary(
         self, labels: Sequence[int], groups: Sequence[str], class_names: Sequence[str]
     ) -> dict[str, Any]:
-        """Labels and contributing groups per class, as every result states them.
+        """Label budget: labels and contributing groups per class.
 
         Args:
             labels: Class of every row [n].
@@ -455,7 +456,7 @@ def draw_episode(
     calibration_groups: int = 0,
     groups: Groups | None = None,
 ) -> Episode:
-    """Draw the support, the validation, the calibration and the test of one episode.
+    """Draw a few-shot episode: support, validation, calibration and test.
 
     No group stands on two of these sides. The split depends on `(seed, draw)` only; the support of
     k shots is a part of that of more. A given split (column `split`) is respected: support from
@@ -495,9 +496,9 @@ def draw_episode(
     labels = np.asarray(column(rows, "label"), dtype=np.int64)
     groups = groups or group_rows(rows)
     present = set(np.unique(labels).tolist())
-    wanted = _per_class(shots, names, present)
+    requested = _per_class(shots, names, present)
     ids = np.asarray(groups.ids, dtype=object)
-    drawing = _Drawing(labels, ids, names, seed, draw, allow_fewer)
+    sampler = _Sampler(labels, ids, names, seed, draw, allow_fewer)
     if "split" in rows.column_names:
         given = np.asarray(column(rows, "split"))
         pool, reserve, test = (np.flatnonzero(given == side) for side in SPLIT_ORDER)
@@ -505,10 +506,10 @@ def draw_episode(
         if len(present) < 2:
             raise GloVLMError("expected images of at least two classes, found 1; add another.")
     else:
-        pool, test = drawing.split(np.arange(len(labels)), _SPLIT, test_fraction)
+        pool, test = sampler.split(np.arange(len(labels)), _SPLIT, test_fraction)
         reserve = np.empty(0, dtype=np.int64)
-    pool, reserve = drawing.for_validation(pool, reserve, validation_shots)
-    pool, calibration = drawing.for_calibration(pool, calibration_groups, wanted, shots_from)
+    pool, reserve = sampler.for_validation(pool, reserve, validation_shots)
+    pool, calibration = sampler.for_calibration(pool, calibration_groups, requested, shots_from)
     where = "the support pool"
     if calibration_groups:
         where += f" without its {calibration_groups} calibration groups"
@@ -517,15 +518,15 @@ def draw_episode(
     support: list[int] = []
     validation: list[int] = []
     for k, name in enumerate(names):
-        support += drawing.take(pool, k, wanted[name], shots_from, _SUPPORT, where)
+        support += sampler.take(pool, k, requested[name], shots_from, _SUPPORT, where)
         if validation_shots and k in present:
-            validation += drawing.take(
+            validation += sampler.take(
                 reserve, k, validation_shots, "spread", _VALIDATION, "the validation pool"
             )
     sides = {"support": tuple(support), "validation": tuple(validation)}
     sides |= {"calibration": tuple(calibration.tolist()), "test": tuple(test.tolist())}
     assert_disjoint(groups.ids, **sides)
-    most = max(wanted.values())
+    most = max(requested.values())
     name = f"{shots_from}-{most}"
     return Episode(name, draw, most, seed, shots_from, groups.column, **sides)
 
@@ -533,7 +534,7 @@ def draw_episode(
 def reserve_calibration(
     rows: "Dataset", episode: Episode, n_groups: int, seed: int, groups: Groups | None = None
 ) -> Episode:
-    """Give an episode without calibration groups some of the groups that it does not use.
+    """Add calibration groups to an episode, from the groups that it does not use.
 
     Args:
         rows: `all_rows(ds)`.
@@ -558,19 +559,21 @@ def reserve_calibration(
     ids = np.asarray(groups.ids, dtype=object)
     sides = {"support": episode.support, "validation": episode.validation, "test": episode.test}
     used = {groups.ids[row] for side in sides.values() for row in side}
-    free = np.array([row for row, group in enumerate(groups.ids) if group not in used], dtype=int)
-    unused = len(set(ids[free]))
+    unused_rows = np.array(
+        [i for i, group in enumerate(groups.ids) if group not in used], dtype=int
+    )
+    unused = len(set(ids[unused_rows]))
     if unused < n_groups:
         raise GloVLMError(
             f"draw {episode.draw} of {episode.name} leaves {unused} of {len(set(ids))} groups "
             f"outside its support, validation and test, {n_groups} were asked for; ask for fewer, "
             "or draw an episode that sets calibration groups aside."
         )
-    labels = np.asarray(column(rows, "label"), dtype=np.int64)[free]
+    labels = np.asarray(column(rows, "label"), dtype=np.int64)[unused_rows]
     rng = _rng((seed, episode.draw, _CALIBRATION))
     none_needed = np.zeros(len(rows.features["label"].names), dtype=np.int64)
-    aside = _set_aside(labels, ids[free], n_groups, none_needed, False, rng)
-    calibration = tuple(free[aside].tolist())
+    aside = _set_aside(labels, ids[unused_rows], n_groups, none_needed, False, rng)
+    calibration = tuple(unused_rows[aside].tolist())
     assert_disjoint(groups.ids, calibration=calibration, **sides)
     return replace(episode, calibration=calibration)
 
@@ -583,11 +586,11 @@ def _set_aside(
     one_group: bool,
     rng: np.random.Generator,
 ) -> NDArray[np.bool_]:
-    """Which rows of a pool belong to the n groups that are set aside: the first best of 256 tries.
+    """Mask of the pool's rows in the n groups set aside: the first best of 256 tries.
 
     Best leaves an image of every class, then `needed` images of each class `[K]` (in one group
     where all must come from one), then puts half its fair share of each class on both sides. A
-    class that lies in one group cannot be on both, and is not asked for there.
+    class that lies in one group cannot be on both, and is not counted there.
     """
     drawn, group_of = np.unique(ids.astype(str), return_inverse=True)
     counts = np.zeros((len(drawn), len(needed)), dtype=np.int64)
@@ -619,31 +622,31 @@ def _per_class(
     shots: int | Mapping[str, int], names: Sequence[str], present: set[int]
 ) -> dict[str, int]:
     if isinstance(shots, Mapping):
-        wanted = dict(shots)
-        for name in wanted:
+        requested = dict(shots)
+        for name in requested:
             if name not in names:
                 raise GloVLMError(
                     f"shots name the unknown class '{name}'; the classes are {', '.join(names)}."
                     f"{nearest(name, names)}"
                 )
-        missing = [name for name in names if name not in wanted]
+        missing = [name for name in names if name not in requested]
         if missing:
             raise GloVLMError(
                 f"shots name no number for {', '.join(missing[:3])}; give one for every class (0 is"
                 " possible)."
             )
     else:
-        wanted = {name: shots if k in present else 0 for k, name in enumerate(names)}
-    for name, number in wanted.items():
+        requested = {name: shots if k in present else 0 for k, name in enumerate(names)}
+    for name, number in requested.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise GloVLMError(f"expected 0 or more shots, found {number!r} for {name}.")
-    return wanted
+    return requested
 
 
 def _ordering(
     here: Indices, ids: NDArray[np.object_], shots_from: ShotsFrom, rng: np.random.Generator
 ) -> list[int]:
-    """The order in which the images of one class are taken; k shots are its first k."""
+    """Sampling order of one class's images; k shots are its first k."""
     if shots_from == "random":
         return [int(row) for row in rng.permutation(here)]
     names = sorted(set(ids))
@@ -656,8 +659,8 @@ def _ordering(
 
 
 @dataclass(frozen=True)
-class _Drawing:
-    """Labelled rows in groups, and the draw that chooses among them."""
+class _Sampler:
+    """Sampler of one draw over labelled, grouped rows."""
 
     labels: Indices
     ids: NDArray[np.object_]
@@ -667,7 +670,7 @@ class _Drawing:
     allow_fewer: bool
 
     def split(self, rows: Indices, stream: int, test_fraction: float) -> tuple[Indices, Indices]:
-        """The rows that stay and those that go, by group, with every class on both sides."""
+        """Group split of rows into those that stay and those that go, all classes in both."""
         stay, go = split_groups(
             self.labels[rows],
             self.ids[rows].tolist(),
@@ -679,7 +682,7 @@ class _Drawing:
         return rows[stay], rows[go]
 
     def for_validation(self, pool: Indices, reserve: Indices, n: int) -> tuple[Indices, Indices]:
-        """The pool and the reserve: a third of the pool's groups where none is given and n > 0."""
+        """Pool and validation reserve (a third of the pool's groups if none is given, n > 0)."""
         if n < 0:
             raise GloVLMError(f"expected 0 or more validation shots, found {n}.")
         if n == 0 or len(reserve):
@@ -694,17 +697,17 @@ class _Drawing:
     def for_calibration(
         self, pool: Indices, n: int, shots: Mapping[str, int], shots_from: ShotsFrom
     ) -> tuple[Indices, Indices]:
-        """The pool without n of its groups, and these; enough for the shots stays where it can."""
+        """Pool without its n calibration groups, and these; enough for the shots where possible."""
         if n < 0:
             raise GloVLMError(f"expected 0 or more calibration groups, found {n}.")
         if n == 0:
             return pool, np.empty(0, dtype=np.int64)
         ids = self.ids[pool]
-        found = len(set(ids))
-        if n >= found:
+        available = len(set(ids))
+        if n >= available:
             raise GloVLMError(
-                f"the support pool has {found} groups, so {n} cannot be set aside for calibration; "
-                f"ask for {found - 1} at most, or add patients or slides."
+                f"the support pool has {available} groups, so {n} cannot be set aside for "
+                f"calibration; ask for {available - 1} at most, or add patients or slides."
             )
         # A class that the support does not take must not leave the pool altogether either.
         needed = np.array([max(shots[name], 1) for name in self.names])
@@ -716,20 +719,20 @@ class _Drawing:
     def take(
         self, side: Indices, k: int, n: int, shots_from: ShotsFrom, stream: int, where: str
     ) -> list[int]:
-        """The first n rows of class k on a side, in the order drawn."""
+        """First n rows of class k on a side, in the order drawn."""
         here = side[self.labels[side] == k]
         rng = _rng((self.seed, self.draw, stream, k))
         order = _ordering(here, self.ids[here], shots_from, rng)
         if len(order) < n:
-            found = f"class {self.names[k]}: {where} holds {len(order)} images, {n} were asked for"
+            short = f"class {self.names[k]}: {where} holds {len(order)} images, {n} were asked for"
             if not self.allow_fewer:
-                raise GloVLMError(f"{found}; ask for fewer shots, or allow fewer (--allow-fewer).")
-            logger.warning("%s: all of them are taken.", found)
+                raise GloVLMError(f"{short}; ask for fewer shots, or allow fewer (--allow-fewer).")
+            logger.warning("%s: all of them are taken.", short)
         return order[:n]
 
 
 def split_hash(rows: "Dataset", episode: Episode) -> str:
-    """SHA-256 of the sorted file names of support and test: which split a number belongs to."""
+    """Identity of a split: SHA-256 of the sorted file names of support and test."""
     names = column(rows, "file_name")
     sides = {
         side: sorted(names[row] for row in getattr(episode, side)) for side in ("support", "test")
@@ -748,7 +751,7 @@ def save_episodes(
     *,
     groups: Groups | None = None,
 ) -> None:
-    """Freeze episodes as JSON: support by file name, test by group, so that others can repeat them.
+    """Save frozen episodes as JSON: support by file name, test by group.
 
     `{"set", "shots", "sampler", "group_column", "draws": [{"draw", "support", "test_groups",
     "validation", "name", "seed"}]}`, and "calibration" where there is one; the file is written
@@ -780,7 +783,7 @@ def save_episodes(
         if sum(group in tested for group in groups.ids) != len(episode.test):
             raise GloVLMError(
                 f"draw {episode.draw} tests only a part of its groups, which the file format cannot"
-                " say; test all images of each group."
+                " express; test all images of each group."
             )
         entry = {
             "draw": episode.draw,
@@ -810,12 +813,12 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
-    """Apply a frozen episode exactly.
+    """Load a frozen episode.
 
     Args:
         path: JSON file as `save_episodes` writes it.
         draw: Number of the draw in the file.
-        rows: `all_rows(ds)`; support files are found by `file_name`, and the test is every row
+        rows: `all_rows(ds)`; support files are looked up by `file_name`, and the test is every row
             whose group is among the draw's `test_groups`.
 
     Raises:
@@ -872,7 +875,7 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
 def _rows_of(
     test_groups: set[str], rows: "Dataset", groups: Groups, origin: str
 ) -> tuple[int, ...]:
-    """Rows of the groups, each named by its own id or by that of the group it was merged into."""
+    """Rows of the test groups, named by their own id or that of the group they merged into."""
     own: list[str | None] = list(groups.ids)
     if groups.column in rows.column_names:
         own = column(rows, groups.column)

@@ -1,8 +1,8 @@
-"""Glomerular lesions by name: definition, class system, stains, and prompts made from them.
+"""Terminology of glomerular lesions: definitions, class systems, stains, and prompts.
 
-The words live in `terminology.yaml`; this module reads them strictly and turns them into prompts.
-Two rules hold for every prompt: nothing that only electron microscopy or a whole biopsy can show is
-ever asked of a crop, and no prompt names a stain that does not show the lesion.
+The terms are in `terminology.yaml`; this module reads them strictly and makes prompts of them. Two
+rules hold for every prompt: it names nothing that only electron microscopy or a whole biopsy can
+show, and no stain that does not show the lesion.
 """
 
 import logging
@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML; keys are text as written (`no:`, `01:`), and a key given twice is an error."""
+    """Strict YAML: keys are text as written (`no:`, `01:`), a key given twice is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         mapping: dict[Hashable, Any] = {}
@@ -75,8 +75,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
     except OSError as error:
-        found = "a folder" if path.is_dir() else (error.strerror or str(error))
-        raise GloVLMError(f"Expected a YAML file at {path}, found: {found}.") from error
+        actual = "a folder" if path.is_dir() else (error.strerror or str(error))
+        raise GloVLMError(f"Expected a YAML file at {path}, found: {actual}.") from error
     except UnicodeDecodeError as error:
         raise GloVLMError(
             f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
@@ -96,7 +96,7 @@ def from_mapping(cls: type[T], raw: object, where: str) -> T:
 
     Args:
         cls: The dataclass; its fields are the allowed keys, those without a default are required.
-        raw: What the file says.
+        raw: Content of the file.
         where: The file, and the place in it, for the error's sentence.
 
     Raises:
@@ -162,14 +162,14 @@ class Term:
     """One entry of the terminology.
 
     Attributes:
-        name: Unique; a bracket at its end keeps two class systems apart and is not spoken.
+        name: Unique; a bracket at its end keeps two class systems apart and is not in prompts.
         definition: One line.
         system: The class system whose cut-offs the definition follows.
-        stains: Canonical stain names for which a source says that the lesion shows.
-        verified: False for domain knowledge that nobody checked; `describe` says so.
+        stains: Canonical stain names in which, by a source, the lesion shows.
+        verified: False for domain knowledge not checked against a source; `describe` shows it.
         source: Where the definition comes from.
-        synonyms: Spoken in prompts beside the name.
-        aliases: Found by `find_term`, never spoken.
+        synonyms: In prompts beside the name.
+        aliases: Accepted by `find_term`, never in prompts.
         level: `crop` (one glomerulus can show it) or `biopsy` (a label of the whole biopsy).
         em_only: Only electron microscopy shows it.
         note: A trap, if there is one.
@@ -193,21 +193,24 @@ class Term:
         return self.level == "crop" and not self.em_only
 
     @property
-    def spoken(self) -> tuple[str, ...]:
-        """The phrases that stand for it in a prompt, the name first, without brackets."""
+    def phrases(self) -> tuple[str, ...]:
+        """Phrases for the term in a prompt, the name first, without brackets."""
         words = (re.sub(r"\s*\([^)]*\)$", "", word) for word in (self.name, *self.synonyms))
         return tuple(dict.fromkeys(_phrase(word) for word in words))
 
     def describe(self) -> str:
-        """One line for a table or a card; it says `unverified` where nobody checked."""
+        """One line for a table or a card; it ends in UNVERIFIED where no source was checked."""
         sure = "" if self.verified else " UNVERIFIED."
-        source = re.sub(r"[,;:.]\s*unverified\.?$", "", self.source)  # said once
-        return f"{self.name}: {self.definition} [{self.system}; {source}.{sure}]"
+        # The source contains the mark too (see `read_terminology`): printed once, at the end.
+        clauses = re.split(r"(?<=[,;:.])\s+", self.source)
+        source = " ".join(part for part in clauses if "unverified" not in part.casefold())
+        facts = "; ".join(part for part in (self.system, source.rstrip(",;:. ")) if part)
+        return f"{self.name}: {self.definition} [{facts}.{sure}]"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stain:
-    spoken: str
+    phrase: str
     aliases: tuple[str, ...] = ()
 
 
@@ -221,7 +224,7 @@ class _Top:
 
 @dataclass(frozen=True)
 class Terminology:
-    """The parsed file, with the tables for finding a term or a stain by any of its names."""
+    """Parsed terminology, with look-up tables of terms and stains by any of their names."""
 
     terms: tuple[Term, ...]
     by_key: Mapping[str, Term]
@@ -231,7 +234,7 @@ class Terminology:
 
 
 def match_key(name: str) -> str:
-    """The form in which two spellings of a class name are equal: case, `_`, `-` and plural aside.
+    """Normalised class name: equal for spellings that differ in case, `_`, `-` or plural.
 
     Example:
         >>> match_key("Global_Glomerulosclerosis"), match_key("Viable Glomeruli")
@@ -247,9 +250,9 @@ def terms() -> list[Term]:
 
 
 def find_term(name: str) -> Term:
-    """The term of that name, synonym or alias; case, hyphens and underscores do not matter.
+    """Look up a term by name, synonym or alias; case, hyphens and underscores do not matter.
 
-    A word that several class systems define finds the entry of the RPS consensus or, without one,
+    A word that several class systems define gives the entry of the RPS consensus or, without one,
     needs its system: `"mesangial hypercellularity (Oxford)"`.
 
     Raises:
@@ -267,7 +270,7 @@ def find_term(name: str) -> Term:
 
 
 def find_stain(name: str) -> str:
-    """The canonical name of a stain: `HE` -> `H&E`, `Jones` -> `silver`.
+    """Canonical name of a stain: `HE` -> `H&E`, `Jones` -> `silver`.
 
     Raises:
         GloVLMError: No such stain; names the nearest and lists all.
@@ -283,9 +286,9 @@ def find_stain(name: str) -> str:
 
 
 def prompts_for(term: str | Term, stain: str | None = None) -> list[str]:
-    """Prompts for one lesion: every template with the name and each synonym.
+    """Prompts for a lesion: every template with the name and each synonym.
 
-    A stain that is not known to show the lesion is left out of the prompts (said in the log): the
+    A stain that is not known to show the lesion is left out of the prompts, with a warning: the
     prompt then asserts nothing that the image could not show. When several classes are compared,
     use `load_classes(..., prompts="terminology", stain=...)`, which names the stain for all
     classes or for none, so that the stain's words favour no class.
@@ -302,38 +305,38 @@ def prompts_for(term: str | Term, stain: str | None = None) -> list[str]:
             only, or a label of a whole biopsy).
     """
     table = _terminology()
-    found = find_term(term) if isinstance(term, str) else term
-    if not found.promptable:
+    entry = find_term(term) if isinstance(term, str) else term
+    if not entry.promptable:
         why = (
             "only electron microscopy shows it"
-            if found.em_only
-            else f"it is a label of a whole biopsy ({found.system})"
+            if entry.em_only
+            else f"it is a label of a whole biopsy ({entry.system})"
         )
         raise GloVLMError(
-            f"'{found.name}' cannot be a class of single light-microscopy crops: {why}; "
+            f"'{entry.name}' cannot be a class of single light-microscopy crops: {why}; "
             "label the crops by the lesion that each of them shows."
         )
     ending = ""
     if stain is not None:
         canonical = find_stain(stain)
-        if canonical in found.stains:
-            ending = f", {table.stains[canonical].spoken}"
+        if canonical in entry.stains:
+            ending = f", {table.stains[canonical].phrase}"
         else:
             logger.warning(
                 "%s is not known to show '%s': its prompts do not name the stain.",
                 canonical,
-                found.name,
+                entry.name,
             )
     return [
-        template.format(phrase) + ending for phrase in found.spoken for template in table.templates
+        template.format(phrase) + ending for phrase in entry.phrases for template in table.templates
     ]
 
 
 def described_prompts(term: str | Term) -> list[str]:
-    """Prompts for one lesion, first as they are, then with what it looks like.
+    """Prompts for a lesion, first plain, then with its definition.
 
-    Templates x names, without and with the definition up to its first semicolon: what follows one
-    says what the word leaves open, not what an image shows. They name no stain.
+    Templates x names, without and with the definition up to its first semicolon: what follows is
+    about the use of the word, not about an image. They name no stain.
 
     Args:
         term: A `Term`, or a name as `find_term` takes it.
@@ -344,30 +347,30 @@ def described_prompts(term: str | Term) -> list[str]:
     Raises:
         GloVLMError: As `prompts_for`.
     """
-    found = find_term(term) if isinstance(term, str) else term
-    plain = prompts_for(found)
-    look = found.definition.split(";")[0].rstrip(".")
+    entry = find_term(term) if isinstance(term, str) else term
+    plain = prompts_for(entry)
+    look = entry.definition.split(";")[0].rstrip(".")
     return [*plain, *(f"{prompt}: {look[0].lower()}{look[1:]}" for prompt in plain)]
 
 
 def terms_of(classes: Iterable[Iterable[str]]) -> list[Term | None]:
-    """Find a term for each class of a task.
+    """Terms for the classes of a task.
 
     Args:
-        classes: For each class its names; the first that the terminology knows counts.
+        classes: For each class its names; the first one in the terminology counts.
 
     Returns:
-        For each class its term; `None` where none is known, a crop cannot show it, or another
-        class has the same one, whose prompts would not tell the two apart.
+        For each class its term; `None` where there is none, a crop cannot show it, or another
+        class has the same one, so that prompts could not distinguish the two.
     """
     known = _terminology().by_key
-    found = [
+    matches = [
         next((known[match_key(name)] for name in names if match_key(name) in known), None)
         for names in classes
     ]
-    alone = {term for term, times in Counter(found).items() if times == 1}
+    alone = {term for term, times in Counter(matches).items() if times == 1}
     return [
-        term if term in alone and term is not None and term.promptable else None for term in found
+        term if term in alone and term is not None and term.promptable else None for term in matches
     ]
 
 
@@ -400,7 +403,7 @@ def read_terminology(path: Path) -> Terminology:
         name: from_mapping(_Stain, value, f"{file}: stain '{name}'")
         for name, value in top.stains.items()
     }
-    found = []
+    entries = []
     for i, item in enumerate(top.terms):
         title = item.get("name", i + 1) if isinstance(item, dict) else i + 1
         where = f"{file}: term '{title}'"
@@ -412,13 +415,13 @@ def read_terminology(path: Path) -> Terminology:
             raise GloVLMError(f"{where}: 'em_only' and 'stains' exclude each other.")
         if term.verified == ("unverified" in term.source):
             raise GloVLMError(
-                f"{where}: 'source' must say unverified if, and only if, 'verified' is false."
+                f"{where}: 'source' must contain unverified if, and only if, 'verified' is false."
             )
-        found.append(term)
+        entries.append(term)
     return Terminology(
-        terms=tuple(found),
+        terms=tuple(entries),
         by_key=_unique(
-            ((word, t) for t in found for word in (t.name, *t.synonyms, *t.aliases)), file
+            ((word, t) for t in entries for word in (t.name, *t.synonyms, *t.aliases)), file
         ),
         stains=stains,
         stain_by_key=_unique(

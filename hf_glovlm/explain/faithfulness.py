@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..data.folder import ImageValue
 from ..errors import GloVLMError
-from ..inference import still
+from ..inference import evaluation_mode
 from .maps import HEAT_MAPS, ExplainedImage, HeatMap, explain, prepare_image
 
 Curve = NDArray[np.float64]
@@ -76,7 +76,7 @@ def measure_faithfulness(
     Raises:
         GloVLMError: The map is not of this image, or `steps` or `orders` is below 1.
     """
-    with still(model):
+    with evaluation_mode(model):
         text = heat.target if len(heat.classes) > len(model.config.id2label) else None
         target = heat.target if text is None else None
         case = prepare_image(
@@ -178,7 +178,7 @@ def measure_maps(
     refused: dict[str, str] = {}
     for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
         target = None if targets is None else targets[number]
-        with still(model):
+        with evaluation_mode(model):
             case = prepare_image(model, processor, image, target=target, mask=mask, window=window)
             random = _follow_random(case, steps, 1, seed + number) if curves else None
             for method in methods or HEAT_MAPS:

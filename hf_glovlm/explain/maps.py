@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.folder import ImageValue, open_image
 from ..errors import GloVLMError, nearest
-from ..inference import embed_prompts, still
+from ..inference import embed_prompts, evaluation_mode
 from ..model.heads import CacheHead
 from ..model.towers import TowerPair
 from .attention import read_attention, roll_out, weigh_by_gradient
@@ -240,7 +240,7 @@ def explain(
             class, the text or the mask does not fit.
     """
     find_map(method)
-    with still(model):
+    with evaluation_mode(model):
         case = prepare_image(
             model,
             processor,

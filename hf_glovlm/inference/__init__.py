@@ -1,15 +1,15 @@
-"""Inference: images and prompts in; features, probabilities and sentences about them out."""
+"""Inference: features, class probabilities, and descriptions of predictions in words."""
 
 from .cache import CacheEntry, FeatureCache, MemoryCache, encoder_key
 from .prediction import (
     Predictions,
     embed_images,
     embed_prompts,
-    evaluating,
+    evaluation_mode,
+    exact_inference,
     load_classifier,
     predict,
     resolve_device,
-    still,
 )
 
 __all__ = [
@@ -20,9 +20,9 @@ __all__ = [
     "embed_images",
     "embed_prompts",
     "encoder_key",
-    "evaluating",
+    "evaluation_mode",
+    "exact_inference",
     "load_classifier",
     "predict",
     "resolve_device",
-    "still",
 ]

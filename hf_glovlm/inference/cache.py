@@ -1,6 +1,6 @@
 """Feature cache: pooled vectors of frozen towers, kept between runs or in memory.
 
-They come from patients' images: `FeatureCache` says where they lie.
+They come from patients' images; their folder is in `FeatureCache`.
 """
 
 import json
@@ -34,11 +34,11 @@ logger = logging.getLogger("hf_glovlm")
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """One encoder's features in the cache.
+    """Cache entry: one encoder's features.
 
     Args:
         key: Folder name; see `encoder_key`.
-        name: What the encoder is called, for people.
+        name: Name of the encoder, for display.
         images: Number of stored vectors.
         size: Bytes on disk.
         created: Seconds since the epoch.
@@ -54,7 +54,7 @@ class CacheEntry:
 
 
 class FeatureCache:
-    """Pooled vision features on disk: one folder per encoder, safetensors shards that only grow.
+    """Feature cache on disk: one folder per encoder, safetensors shards that only grow.
 
     Each shard holds `features` float32 `[n, width]`, `keys` (16 bytes an image) and a checksum. It
     is written to a temporary file and renamed, so any number of processes may share the cache; a
@@ -62,7 +62,7 @@ class FeatureCache:
     treat the folder as you treat those (it is made readable for its owner only).
 
     Args:
-        folder: Where; by default the environment variable `GLOVLM_CACHE`, else
+        folder: Location; by default the environment variable `GLOVLM_CACHE`, else
             `~/.cache/glovlm/features`.
         max_bytes: Above this size the encoders that were not used for longest are removed.
     """
@@ -73,7 +73,7 @@ class FeatureCache:
         self.max_bytes = max_bytes
 
     def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
-        """Look up features.
+        """Look up cached features.
 
         Args:
             encoder: Key of the encoder.
@@ -82,16 +82,16 @@ class FeatureCache:
         Returns:
             Vector `[width]` of each image that is there.
         """
-        wanted, found = set(images), dict[bytes, NDArray[np.float32]]()
+        missing, vectors = set(images), dict[bytes, NDArray[np.float32]]()
         for shard in self._shards(encoder):
-            if not wanted:
+            if not missing:
                 break
-            for key, vector in _read_shard(shard, wanted):
-                found[key] = vector
-                wanted.discard(key)
-        if found:
+            for key, vector in _read_shard(shard, missing):
+                vectors[key] = vector
+                missing.discard(key)
+        if vectors:
             self._touch(encoder)
-        return found
+        return vectors
 
     def put(
         self, encoder: str, images: Sequence[bytes], features: NDArray[np.float32], name: str = ""
@@ -102,7 +102,7 @@ class FeatureCache:
             encoder: Key of the encoder.
             images: Keys of the `n` images, 16 bytes each.
             features: Finite float32 `[n, width]`.
-            name: What the encoder is called, for people.
+            name: Name of the encoder, for display.
         """
         from safetensors.numpy import save_file
 
@@ -130,7 +130,7 @@ class FeatureCache:
             )
 
     def entries(self) -> list[CacheEntry]:
-        """List the encoders in the cache, the one used last first."""
+        """Entries of the encoders in the cache, the last used first."""
         entries = []
         for used, folder in self._encoders():
             try:
@@ -178,20 +178,20 @@ class FeatureCache:
         return sorted((self.folder / encoder).glob("*.safetensors"))
 
     def _encoders(self) -> list[tuple[float, Path]]:
-        """The encoders' folders with when they were used last, the longest ago first."""
-        found = []
+        """Folders of the encoders with their time of last use, oldest first."""
+        folders = []
         for about in self.folder.glob("*/about.json"):
             with suppress(OSError):  # removed meanwhile
-                found.append((about.stat().st_mtime, about.parent))
-        return sorted(found)
+                folders.append((about.stat().st_mtime, about.parent))
+        return sorted(folders)
 
     def _touch(self, encoder: str) -> None:
-        """Say that an encoder was used now; its `about.json` carries the time."""
+        """Set an encoder's time of last use (that of its `about.json`) to now."""
         with suppress(OSError):
             os.utime(self.folder / encoder / "about.json")
 
     def _evict(self, newest: Path) -> None:
-        """Remove whole encoders, then older shards of the current one, until the rest fits."""
+        """Evict whole encoders, then older shards of the current one, until the rest fits."""
         sizes = {folder: _size(folder) for _, folder in self._encoders()}
         excess = sum(sizes.values()) - self.max_bytes
         for folder, size in sizes.items():
@@ -204,21 +204,21 @@ class FeatureCache:
                 shard.unlink(missing_ok=True)
 
 
-def _read_shard(shard: Path, wanted: set[bytes]) -> list[tuple[bytes, NDArray[np.float32]]]:
-    """Read the wanted vectors of a shard; a damaged one is reported and removed."""
+def _read_shard(shard: Path, requested: set[bytes]) -> list[tuple[bytes, NDArray[np.float32]]]:
+    """Read the requested vectors of a shard; a damaged one is reported and removed."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(shard, framework="numpy") as file:
             keys = np.ascontiguousarray(file.get_tensor("keys"))
             rows = {bytes(key): row for row, key in enumerate(keys)}
-            hits = sorted((row, key) for key, row in rows.items() if key in wanted)
+            hits = sorted((row, key) for key, row in rows.items() if key in requested)
             if not hits:
                 return []
             features = np.ascontiguousarray(file.get_tensor("features"))
             if (file.metadata() or {}).get("checksum") != _checksum(keys, features):
                 raise ValueError("its checksum does not match")
-        # Copies, so that one wanted row does not keep a whole shard in memory.
+        # Copies, so that one row does not keep a whole shard in memory.
         return [(key, features[row].copy()) for row, key in hits]
     except FileNotFoundError:
         return []  # removed by another process since it was listed
@@ -259,7 +259,7 @@ def _size(folder: Path) -> int:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file so that it is there completely or not at all."""
+    """Write a file atomically: whole or not at all."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
@@ -269,12 +269,11 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
-    """Name everything that decides the pooled vector of an image, as one hash.
+    """Cache key of an encoder: a hash of everything that decides the pooled vector of an image.
 
     That is every weight but those of the text tower and the projections, the vision tower's
     configuration, pooling, dtype, and the image transform with the versions of the libraries that
-    carry it out. Two models that differ in projection,
-    head or prompts alone share their features.
+    carry it out. Two models that differ in projection, head or prompts alone share their features.
 
     Args:
         model: The model.
@@ -316,7 +315,7 @@ def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
 
 
 def _decides_pooling(name: str) -> bool:
-    """Whether a part of the model comes before the projection; unknown parts are taken to."""
+    """Whether a part of the model comes before the projection (an unknown part: yes)."""
     after = ("backbone.text_model.", "visual_projection", "text_projection", "logit_")
     return not any(part in name for part in after)
 
@@ -341,15 +340,15 @@ _NOT_IN_KEY = frozenset(
 
 
 class MemoryCache(FeatureCache):
-    """Features of one piece of work, in memory: nothing is written."""
+    """Feature cache in memory, for one task: nothing is written."""
 
     def __init__(self) -> None:
         self._vectors: dict[tuple[str, bytes], NDArray[np.float32]] = {}
 
     def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
         """Look up features; see `FeatureCache.get`."""
-        found = {image: self._vectors.get((encoder, image)) for image in images}
-        return {image: vector for image, vector in found.items() if vector is not None}
+        vectors = {image: self._vectors.get((encoder, image)) for image in images}
+        return {image: vector for image, vector in vectors.items() if vector is not None}
 
     def put(
         self, encoder: str, images: Sequence[bytes], features: NDArray[np.float32], name: str = ""

@@ -1,9 +1,8 @@
-"""Captions of images by an image-to-text model, for methods that learn from a text per image.
+"""Image captioning by an image-to-text model, for methods that train with a text per image.
 
-A caption is the model's own words about the picture: it sees the picture and one fixed question,
-never the label, the file name or anything else of the table, and a question that names a class is
-refused. What it says may be wrong; captions are machine-written and marked as such in
-`captions.json`.
+The model gets the image and one fixed question, never the label, the file name or anything else of
+the table, and a question that names a class is refused. Captions may be wrong; `captions.json`
+marks them as machine-written.
 """
 
 import csv
@@ -26,21 +25,21 @@ if TYPE_CHECKING:
 __all__ = ["QUESTION", "CaptionSummary", "Captioner", "load_captioner", "write_captions"]
 
 QUESTION = "Can you provide a concise description of the histopathology image shown?"
-_PLAIN = ("blip", "git", "vision-encoder-decoder")  # caption an image without being asked
+_NO_QUESTION = ("blip", "git", "vision-encoder-decoder")  # models that take no question
 
 
 @dataclass(frozen=True)
 class CaptionSummary:
-    """What was written.
+    """Summary of a captioning run.
 
     Attributes:
         path: The table with the captions.
         model: The model, as given.
-        kind: What the model was found to be; see `Captioner`.
-        question: What it was asked; `None` where it takes no question.
+        kind: Architecture and kind; see `Captioner`.
+        question: The question; `None` where the model takes none.
         written: Captions written now.
         kept: Captions that were there before.
-        empty: Images that the model said nothing about.
+        empty: Images with an empty caption.
     """
 
     path: str
@@ -53,12 +52,12 @@ class CaptionSummary:
 
 
 class Captioner:
-    """An image-to-text model, ready to describe images.
+    """Captioner: an image-to-text model with its processor.
 
     Attributes:
-        kind: `chat` (asked the question through its chat template, such as LLaVA) or `captioner`
+        kind: `chat` (gets the question through its chat template, such as LLaVA) or `captioner`
             (takes no question: BLIP, GIT, a vision encoder with a text decoder).
-        description: What was found, in words.
+        description: Architecture and kind, in words.
     """
 
     def __init__(self, model: Any, processor: Any, kind: str, question: str) -> None:
@@ -66,7 +65,7 @@ class Captioner:
         self.description = f"{model.config.model_type} ({type(model).__name__}), {kind}"
 
     def describe(self, images: Sequence[Any], max_new_tokens: int) -> list[str]:
-        """Describe RGB images, greedily: the same images in the same batch give the same words.
+        """Caption RGB images with greedy decoding: the same batch gives the same captions.
 
         Args:
             images: Pillow images.
@@ -114,17 +113,17 @@ def load_captioner(
     device: "str | torch.device | None" = None,
     revision: str | None = None,
 ) -> Captioner:
-    """Load an image-to-text model by what its config says it is.
+    """Load an image-to-text model of the kind that its config names.
 
     Args:
         model: Hub id or folder, in the layout of transformers.
-        question: For models that are asked.
+        question: For chat models.
         device: By default CUDA where there is one, else the CPU.
         revision: Commit, tag or branch on the Hub.
 
     Raises:
-        GloVLMError: No such model, no image-to-text model, or one that has to be asked and brings
-            no chat template.
+        GloVLMError: No such model, no image-to-text model, or a chat model without a chat
+            template.
     """
     import torch
     from transformers import (
@@ -150,7 +149,7 @@ def load_captioner(
             f"'{source}' is a {config.model_type} model, which writes no text about an image; "
             "expected LLaVA or another chat model, BLIP, GIT or a vision-encoder-decoder."
         )
-    kind = "captioner" if config.model_type in _PLAIN else "chat"
+    kind = "captioner" if config.model_type in _NO_QUESTION else "chat"
     processor: Any
     if config.model_type == "vision-encoder-decoder":
         images = AutoImageProcessor.from_pretrained(source, **pinned)
@@ -160,8 +159,8 @@ def load_captioner(
     if kind == "chat":
         if not getattr(processor, "chat_template", None):
             raise GloVLMError(
-                f"'{source}' is a {config.model_type} model without a chat template, which tells "
-                "how to ask it; add chat_template.jinja to its folder."
+                f"'{source}' is a {config.model_type} model without a chat template, which puts "
+                "the question to it; add chat_template.jinja to its folder."
             )
         processor.tokenizer.padding_side = "left"  # answers begin where the prompts end
         if processor.tokenizer.pad_token is None:
@@ -175,7 +174,7 @@ def load_captioner(
 
 
 class _ImagesAndTokens:
-    """The two parts of a vision-encoder-decoder, which has no processor of its own."""
+    """Processor of a vision-encoder-decoder: its image processor and tokenizer."""
 
     def __init__(self, images: Any, tokenizer: Any) -> None:
         self._images, self.tokenizer = images, tokenizer
@@ -197,12 +196,12 @@ def write_captions(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CaptionSummary:
-    """Write a caption for every image of a folder.
+    """Caption every image of a folder.
 
     By default `metadata.csv` gets a column `caption` beside what it has (for class folders without
     one, the file is made). Captions that are there are kept. Decoding is greedy, so that no seed
-    matters. Every batch is noted in a hidden file beside the table as soon as it is done, and a run
-    that was killed goes on behind it; the table itself is written whole, at the end.
+    matters. Every batch is recorded in a hidden file beside the table as soon as it is done, and an
+    interrupted run continues behind it; the table itself is written whole, at the end.
 
     Args:
         dataset: A folder as `load_dataset` reads it.
@@ -230,7 +229,7 @@ def write_captions(
     target = output or dataset / "metadata.csv"
     if target.suffix not in (".csv", ".parquet"):
         raise GloVLMError(f"Expected an output ending in .csv or .parquet, found {target.name}.")
-    table = _Table(dataset, target)
+    table = _CaptionTable(dataset, target)
     _check_question(question, table.classes)
     known = {} if overwrite else dict(table.known)
 
@@ -246,8 +245,8 @@ def write_captions(
         },
     )
     done = journal.read()
-    wanted = [name for name in table.names if not known.get(name)]
-    todo = [name for name in wanted if name not in done]
+    uncaptioned = [name for name in table.names if not known.get(name)]
+    todo = [name for name in uncaptioned if name not in done]
     captioner = load_captioner(model, question=question, device=device, revision=revision)
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
@@ -256,7 +255,7 @@ def write_captions(
         journal.append(dict(zip(batch, texts, strict=True)))
         done |= dict(zip(batch, texts, strict=True))
         if on_progress is not None:
-            on_progress(len(wanted) - len(todo) + start + len(batch), len(wanted))
+            on_progress(len(uncaptioned) - len(todo) + start + len(batch), len(uncaptioned))
     captions = {name: known.get(name) or done[name] for name in table.names}
     table.write(captions)
     summary = CaptionSummary(
@@ -264,8 +263,8 @@ def write_captions(
         model=str(model),
         kind=captioner.description,
         question=question if captioner.kind == "chat" else None,
-        written=len(wanted),
-        kept=len(table.names) - len(wanted),
+        written=len(uncaptioned),
+        kept=len(table.names) - len(uncaptioned),
         empty=[name for name, text in captions.items() if not text],
     )
     about = {"note": "Written by a model, not by a person.", "max_new_tokens": max_new_tokens}
@@ -276,20 +275,20 @@ def write_captions(
 
 
 def _check_question(question: str, classes: Sequence[str]) -> None:
-    """A question that names a class would put the label into every caption."""
-    asked = f" {match_key(question)} "
-    named = [name for name in classes if f" {match_key(name)} " in asked]
+    """Refuse a question that names a class: it would put the label into every caption."""
+    words = f" {match_key(question)} "
+    named = [name for name in classes if f" {match_key(name)} " in words]
     if named:
         raise GloVLMError(
             f"The question names the class '{named[0]}', which would leak labels into captions; "
-            "ask one that says nothing about the answer."
+            "choose a question without class names."
         )
     if not question.strip():
         raise GloVLMError("The question is empty.")
 
 
-class _Table:
-    """The images of a folder, and the table that takes their captions.
+class _CaptionTable:
+    """Images of a folder, and the table that takes their captions.
 
     Attributes:
         names: File names, in the order of the data set.
@@ -322,7 +321,7 @@ class _Table:
         self.known = _known_captions(target)
 
     def write(self, captions: dict[str, str]) -> None:
-        """Write the target, whole or not at all."""
+        """Write the target atomically."""
         if self._target.suffix == ".parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -332,55 +331,55 @@ class _Table:
             pq.write_table(pa.table({"file_name": self.names, "caption": texts}), sink)
             _write(self._target, sink.getvalue())
             return
-        place = _place("caption", self._header)
+        index = _column_index("caption", self._header)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self._header if place is not None else [*self._header, "caption"])
+        writer.writerow(self._header if index is not None else [*self._header, "caption"])
         for name, line in self._lines.items():
-            where = len(line) if place is None else place
+            where = len(line) if index is None else index
             writer.writerow([*line[:where], captions[name], *line[where + 1 :]])
         _write(self._target, text.getvalue().encode())
 
 
 def _read_lines(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Header and rows of a table by file name, every cell as it is written."""
+    """Header and rows of a table by file name, cells as written."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
         header, *rows = [row for row in csv.reader(stream) if any(cell.strip() for cell in row)]
-    place = _place("file_name", header)
-    if place is None:
+    index = _column_index("file_name", header)
+    if index is None:
         raise GloVLMError(f"{path} has no column file_name; found {', '.join(header)}.")
     rows = [[*row, *[""] * (len(header) - len(row))] for row in rows]
-    return header, {_clean_name(row[place]): row for row in rows}
+    return header, {_clean_name(row[index]): row for row in rows}
 
 
 def _known_captions(path: Path) -> dict[str, str]:
-    """The captions that a table holds, by file name; none if it is not there."""
+    """Captions in a table, by file name; none without the file."""
     if not path.is_file():
         return {}
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        found = pq.read_table(path, columns=["file_name", "caption"]).to_pydict()
-        return dict(zip(found["file_name"], found["caption"], strict=True))
+        columns = pq.read_table(path, columns=["file_name", "caption"]).to_pydict()
+        return dict(zip(columns["file_name"], columns["caption"], strict=True))
     header, lines = _read_lines(path)
-    place = _place("caption", header)
-    return {} if place is None else {name: line[place].strip() for name, line in lines.items()}
+    index = _column_index("caption", header)
+    return {} if index is None else {name: line[index].strip() for name, line in lines.items()}
 
 
-def _place(name: str, header: Sequence[str]) -> int | None:
-    """Where a column stands; case and blanks aside, as `load_dataset` reads a header."""
+def _column_index(name: str, header: Sequence[str]) -> int | None:
+    """Index of a column; case and blanks aside, as `load_dataset` reads a header."""
     plain = [re.sub(r"[\s-]+", "_", cell.strip()).casefold() for cell in header]
     return plain.index(name) if name in plain else None
 
 
 class _Journal:
-    """Captions as they come, one line a batch; a run with other settings is refused."""
+    """Journal of finished captions, one line per batch; other settings are refused."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self._settings = path, settings
 
     def read(self) -> dict[str, str]:
-        """What an earlier run of the same settings left; begins the file where there is none."""
+        """Captions of an earlier run of the same settings; begins the file where there is none."""
         if not self.path.is_file():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _write(self.path, (json.dumps(self._settings) + "\n").encode())
@@ -393,13 +392,13 @@ class _Journal:
             )
         # A line that was cut off when the run was killed is dropped, in the file too.
         _write(self.path, "".join(whole).encode())
-        found: dict[str, str] = {}
+        captions: dict[str, str] = {}
         for line in whole[1:]:
-            found |= json.loads(line)
-        return found
+            captions |= json.loads(line)
+        return captions
 
     def append(self, captions: dict[str, str]) -> None:
-        """Note one batch."""
+        """Append one batch."""
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(captions) + "\n")
             stream.flush()
@@ -407,7 +406,7 @@ class _Journal:
 
 
 def _clean_name(name: str) -> str:
-    """A file name as `load_dataset` tells it."""
+    """File name as `load_dataset` gives it."""
     return "/".join(part for part in name.strip().replace("\\", "/").split("/") if part != ".")
 
 

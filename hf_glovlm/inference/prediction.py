@@ -1,7 +1,4 @@
-"""Embedding and prediction: images and prompts in, features and predictions out.
-
-Nothing here trains.
-"""
+"""Feature extraction and prediction: images and prompts to features and probabilities."""
 
 import json
 import logging
@@ -45,7 +42,7 @@ logger = logging.getLogger("hf_glovlm")
 
 
 def resolve_device(device: "str | torch.device | None" = "auto") -> torch.device:
-    """Turn what a user wrote into a device that is there.
+    """Device by name; checks that it is available.
 
     Args:
         device: `auto` (CUDA, else Apple's MPS, else CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -89,7 +86,7 @@ def embed_images(
     progress: bool = False,
     project: bool = True,
 ) -> NDArray[np.float32]:
-    """Encode images, each distinct content once; what the cache holds is not even decoded.
+    """Image features: each distinct content is encoded once, cached ones are not even decoded.
 
     Decoding and preprocessing run in a thread, one batch ahead of the tower. A batch that does not
     fit into the accelerator's memory is halved, and so are those after it.
@@ -121,11 +118,11 @@ def embed_images(
     key = encoder_key(model, processor) if cache is not None else ""
     vectors = cache.get(key, list(first)) if cache is not None else {}
     missing = [(digest, row) for digest, row in first.items() if digest not in vectors]
-    with evaluating(model), _bar("Encoding images", len(missing), progress) as advance:
+    with exact_inference(model), _bar("Encoding images", len(missing), progress) as advance:
         for start in range(0, len(missing), SHARD_ROWS):
             part = missing[start : start + SHARD_ROWS]
-            wanted = [row for _, row in part]
-            pooled = _encode(model, processor, rows, wanted, batch_size, advance)
+            selected = [row for _, row in part]
+            pooled = _encode(model, processor, rows, selected, batch_size, advance)
             vectors.update(zip((digest for digest, _ in part), pooled, strict=True))
             if cache is not None:
                 config: Any = model.config
@@ -145,7 +142,7 @@ def embed_prompts(
     *,
     batch_size: int = 64,
 ) -> NDArray[np.float32]:
-    """Encode the prompts of each class into one prototype a class.
+    """Text prototypes of classes, from their prompts.
 
     Args:
         model: The model.
@@ -169,7 +166,7 @@ def embed_prompts(
     encoded = {name: tensor.to(_device(model)) for name, tensor in encoded.items()}
     ends = np.cumsum([len(texts) for texts in prompts])
     prototypes, begin = [], 0
-    with evaluating(model):
+    with exact_inference(model):
         while begin < len(prompts):
             done = ends[begin - 1] if begin else 0
             end = max(begin + 1, int(np.searchsorted(ends, done + batch_size, side="right")))
@@ -186,18 +183,18 @@ def embed_prompts(
 
 
 class _Rows:
-    """The image column of a data set, undecoded."""
+    """Undecoded image column of a data set."""
 
     def __init__(self, images: "Dataset") -> None:
         self._table = images.select_columns(["image"]).with_format("arrow")
 
     def values(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """`{"bytes", "path"}` of some rows."""
+        """`{"bytes", "path"}` of the given rows."""
         values: list[dict[str, Any]] = self._table[list(rows)]["image"].to_pylist()
         return values
 
     def digests(self) -> list[bytes]:
-        """The hash of each row's file content, 16 bytes."""
+        """Hash of each row's file content, 16 bytes."""
         return [
             _digest(value)
             for part in self._table.iter(batch_size=256)
@@ -211,7 +208,7 @@ def _digest(value: dict[str, Any]) -> bytes:
         try:
             content = Path(value["path"]).read_bytes()
         except OSError:
-            open_image(value)  # says what is wrong with it
+            open_image(value)  # raises the error that describes it
             raise
     return bytes(xxhash.xxh3_128_digest(content))
 
@@ -220,13 +217,13 @@ def _encode(
     model: "GloVLMModel",
     processor: "GloVLMProcessor",
     rows: _Rows,
-    wanted: Sequence[int],
+    selected: Sequence[int],
     batch_size: int,
     advance: Callable[[int], None],
 ) -> NDArray[np.float32]:
-    """Decode, preprocess and pool the wanted rows: `[n, width]`."""
+    """Decode, preprocess and pool the selected rows: `[n, width]`."""
     device, dtype = _device(model), model.dtype
-    batches = [wanted[i : i + batch_size] for i in range(0, len(wanted), batch_size)]
+    batches = [selected[i : i + batch_size] for i in range(0, len(selected), batch_size)]
     fits = batch_size
 
     def prepare(batch: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -268,10 +265,10 @@ def _encode(
     result = np.concatenate(pooled)
     broken = np.flatnonzero(~np.isfinite(result).all(1))
     if len(broken):
-        value = rows.values([wanted[broken[0]]])[0]
+        value = rows.values([selected[broken[0]]])[0]
         raise GloVLMError(
             f"The vision tower returned numbers that are not finite for {len(broken)} images "
-            f"(first: {value['path'] or f'row {wanted[broken[0]]}'}): check the weights, or load "
+            f"(first: {value['path'] or f'row {selected[broken[0]]}'}): check the weights, or load "
             "them in float32."
         )
     return result
@@ -302,14 +299,14 @@ def _device(model: torch.nn.Module) -> torch.device:
 
 
 def _move(model: torch.nn.Module, device: "str | torch.device | None") -> None:
-    """Put a model where it is to compute; by default it stays where it is."""
+    """Move a model to a device, if one is given."""
     if device is not None:
         model.to(resolve_device(device))
 
 
 @contextmanager
-def still(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards for each part the mode that it was in."""
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards each submodule returns to its own mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -320,17 +317,17 @@ def still(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """`still`, without gradients and in full precision."""
-    # The cache's key knows the dtype of the weights, not that of a loop that is going on.
+def exact_inference(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients and without autocast (mixed precision)."""
+    # The cache's key has the dtype of the weights, not that of a surrounding training loop.
     plain = torch.autocast(_device(model).type, enabled=False)
-    with still(model), torch.inference_mode(), plain:
+    with evaluation_mode(model), torch.inference_mode(), plain:
         yield
 
 
 @contextmanager
 def _bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on the error stream, or nothing."""
+    """Progress bar on the error stream, or nothing."""
     if not shown or total == 0:
         yield lambda step: None
         return
@@ -347,11 +344,11 @@ def _bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
 
 @dataclass
 class Predictions:
-    """What a model says about images, with what is known about them.
+    """Predictions of a classifier: probabilities, logits and the images' known labels and groups.
 
     Args:
         probabilities: `[n, K]` float64, rows sum to 1.
-        logits: `[n, K]` float32, calibrated as the model's config says.
+        logits: `[n, K]` float32, calibrated by the model's config.
         class_names: The `K` classes, in the order of the columns.
         file_names: The `n` images.
         similarities: `[n, K]` cosines between image and class text, for heads that compare these.
@@ -369,7 +366,7 @@ class Predictions:
 
     @property
     def predicted(self) -> list[str]:
-        """The most probable class of each image."""
+        """Most probable class of each image."""
         return [self.class_names[k] for k in self.probabilities.argmax(1)]
 
     def save(self, path: str | Path) -> None:
@@ -400,7 +397,7 @@ class Predictions:
 
     @classmethod
     def load(cls, path: str | Path) -> "Predictions":
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
             GloVLMError: The file is missing, or no predictions of this package.
@@ -436,15 +433,15 @@ class Predictions:
         )
 
     def _matrices(self) -> list[tuple[str, NDArray[Any]]]:
-        found: list[tuple[str, NDArray[Any]]] = [("p", self.probabilities), ("logit", self.logits)]
-        return found if self.similarities is None else [*found, ("similarity", self.similarities)]
+        matrices = {"p": self.probabilities, "logit": self.logits, "similarity": self.similarities}
+        return [(name, values) for name, values in matrices.items() if values is not None]
 
 
 _METADATA = b"hf_glovlm"
 
 
 def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
-    """Load what `glovlm train` wrote.
+    """Load a classifier that `glovlm train` wrote.
 
     Args:
         name: A run's folder, its `model/`, or a Hub id.
@@ -473,10 +470,10 @@ def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
         if results.is_file():
             run = json.loads(results.read_text(encoding="utf-8"))
     elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        found = "a file" if folder.exists() else "nothing"
+        actual = "a file" if folder.exists() else "nothing"
         raise GloVLMError(
-            f"Expected a run's folder, its model folder or a Hub id (owner/name), found {found} at "
-            f"{name}."
+            f"Expected a run's folder, its model folder or a Hub id (owner/name), found {actual} "
+            f"at {name}."
         )
     source = str(folder) if folder.is_dir() else name
     try:
@@ -507,7 +504,7 @@ def predict(
     progress: bool = False,
     groups: Sequence[str] | None = None,
 ) -> Predictions:
-    """Classify images; the same as the model's forward pass, with each image encoded once.
+    """Classify images: the model's forward pass, with each distinct image encoded once.
 
     Args:
         model: The classifier.
@@ -530,7 +527,7 @@ def predict(
     features = embed_images(
         model.glovlm, processor, images, batch_size=batch_size, cache=cache, progress=progress
     )
-    with evaluating(model):
+    with exact_inference(model):
         tensor = torch.from_numpy(features).to(_device(model), model.dtype)
         head: Any = model.head
         logits = _array(model.classify_features(tensor))
@@ -556,7 +553,7 @@ def predict(
 
 
 def _labels(images: "Dataset", names: list[str]) -> NDArray[np.int64] | None:
-    """Class numbers of the model for the rows' labels; `None` when there are none."""
+    """Class numbers of the rows' labels; `None` when there are none."""
     if "label" not in images.column_names:
         return None
     given: list[str] | None = getattr(images.features["label"], "names", None)
@@ -570,7 +567,7 @@ def _labels(images: "Dataset", names: list[str]) -> NDArray[np.int64] | None:
     unknown = [given[k] for k in sorted({int(v) for v in values if v >= 0}) if index[k] < 0]
     if unknown:
         raise GloVLMError(
-            f"The label '{unknown[0]}' is no class of this model, which knows {', '.join(names)}."
+            f"The label '{unknown[0]}' is no class of this model, which has {', '.join(names)}."
             f"{nearest(unknown[0], names)} To predict without labels, drop the column 'label'."
         )
     if len(values) and not (values >= 0).any():

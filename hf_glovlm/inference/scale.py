@@ -1,4 +1,4 @@
-"""How many micrometres one input pixel of a model spans, and whether two scales go together.
+"""Scale of images at a model's input (micrometres per input pixel), and its check.
 
 The image transform resizes, so the scale that a model sees is the image's own times the factor by
 which it shrinks. A scale that is not known stays `None` and is written as `unknown`; it is never
@@ -26,7 +26,7 @@ MAX_RATIO = 1.5  # between the scale that a model was adapted at and that of the
 
 
 def input_mpp(image_processor: Any, mpp: float, width: int, height: int) -> float:
-    """Micrometres per input pixel of one image, after the resizing of an image transform.
+    """Micrometres per input pixel of an image, after the resizing of an image transform.
 
     Where the transform squashes an image to a fixed size, the two axes are averaged geometrically.
     Cropping changes nothing.
@@ -50,7 +50,7 @@ def input_mpp(image_processor: Any, mpp: float, width: int, height: int) -> floa
 
 
 def known_scale(image_processor: Any, rows: "Dataset") -> float | None:
-    """The scale at which images reach a model.
+    """Median scale of images at a model's input.
 
     Args:
         image_processor: The model's image transform.
@@ -73,7 +73,7 @@ def known_scale(image_processor: Any, rows: "Dataset") -> float | None:
 def check_scale(
     model: Any, processor: Any, rows: "Dataset", *, allow: bool = False
 ) -> float | Literal["unknown"]:
-    """Refuse images at a scale that is known to be very different from a model's.
+    """Check that the scale of images fits a model's.
 
     Args:
         model: The classifier; `config.mpp` is the scale that it was adapted at, if known.
@@ -87,43 +87,43 @@ def check_scale(
     Raises:
         GloVLMError: Both scales are known and lie more than `MAX_RATIO` times apart.
     """
-    adapted, found = model.config.mpp, known_scale(processor.image_processor, rows)
-    if adapted is not None and found is not None and not allow:
-        ratio = max(adapted / found, found / adapted)
+    expected, actual = model.config.mpp, known_scale(processor.image_processor, rows)
+    if expected is not None and actual is not None and not allow:
+        ratio = max(expected / actual, actual / expected)
         if ratio > MAX_RATIO:
             raise GloVLMError(
-                f"The model was adapted at {adapted:.3g} micrometres per input pixel, and these "
-                f"images reach it at {found:.3g}: {ratio:.1f} times apart, at most {MAX_RATIO:g}. "
-                "Cut or rescale them as it was taught, or give --allow-scale."
+                f"The model was adapted at {expected:.3g} micrometres per input pixel, and these "
+                f"images reach it at {actual:.3g}: {ratio:.1f} times apart, at most {MAX_RATIO:g}. "
+                "Cut or rescale them to the model's scale, or give --allow-scale."
             )
-    return describe_scale(found)
+    return describe_scale(actual)
 
 
 def describe_scale(mpp: float | None) -> float | Literal["unknown"]:
-    """A scale as results hold it, to four digits."""
+    """Scale as results hold it, to four digits."""
     return "unknown" if mpp is None else float(f"{mpp:.4g}")
 
 
 def listed_mpp(images: Iterable[Path]) -> list[float | None]:
-    """The scale of image files, from a `metadata.csv` in their folder or in the one above.
+    """Scale of image files, from a `metadata.csv` in their folder or in the one above.
 
     Args:
         images: The files.
 
     Returns:
-        Micrometres per pixel of each; `None` where that file does not say.
+        Micrometres per pixel of each; `None` where that file has none.
     """
     read = cache(_read_metadata)
-    found: list[float | None] = []
+    scales: list[float | None] = []
     for image in images:
         folders = (image.parent, image.parent.parent)
         tables = [(read(folder), image.relative_to(folder).as_posix()) for folder in folders]
-        found.append(next((table[name] for table, name in tables if name in table), None))
-    return found
+        scales.append(next((table[name] for table, name in tables if name in table), None))
+    return scales
 
 
 def _read_metadata(folder: Path) -> dict[str, float | None]:
-    """`mpp` by file name, as far as a folder's metadata.csv tells."""
+    """`mpp` by file name, from a folder's metadata.csv."""
     path = folder / "metadata.csv"
     if not path.is_file():
         return {}
@@ -141,7 +141,7 @@ def _micrometres(text: str | None) -> float | None:
 
 
 def _size(value: dict[str, Any]) -> tuple[int, int] | None:
-    """Width and height from a file's head; what cannot be read is told when it is decoded."""
+    """Width and height from a file's header; decoding reports what cannot be read."""
     try:
         source = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
         with Image.open(source) as image:

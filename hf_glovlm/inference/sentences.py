@@ -1,7 +1,7 @@
-"""What a classifier says about images, in words: classes, sets, abstention and what they rest on.
+"""Predictions, classes and limits of a classifier in words; zero-shot classifiers from words.
 
-Also other words in, another classifier out: `reword` makes a zero-shot classifier of a model's
-towers, and `borrow` a model that shares the weights of one that others are using.
+`build_zero_shot` makes a zero-shot classifier of a model's towers and any class prompts;
+`copy_sharing_weights` copies a model that others are using, without its weights.
 """
 
 import copy
@@ -31,16 +31,16 @@ MAX_PROMPT = 1000  # characters; towers read far less
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a classifier says about one image.
+class ImagePrediction:
+    """Prediction for one image, with a sentence for a reader.
 
     Args:
         file_name: The image.
         label: The most probable class.
         probabilities: Of each class, in the model's order; they sum to 1.
-        classes: The conformal set, most probable first; `None` where the model carries none.
+        classes: The conformal set, most probable first; `None` where the model has none.
         answered: Whether the model answers rather than abstains; `None` where it never abstains.
-        sentence: All of this for a person.
+        sentence: All of this in words.
     """
 
     file_name: str
@@ -52,13 +52,13 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class ClassWords:
-    """What stands for a class.
+class ClassDescription:
+    """Name, prompts and definition of a class.
 
     Args:
-        name: As the model calls it.
-        prompts: The texts that it compares with images; empty where no text has a part in it.
-        definition: From the terminology, with class system and source; `None` if not known there.
+        name: The model's name for it.
+        prompts: The texts that it compares with images; empty where it uses no text.
+        definition: From the terminology, with class system and source; `None` if not there.
     """
 
     name: str
@@ -66,32 +66,32 @@ class ClassWords:
     definition: str | None
 
 
-def give_answers(said: Predictions, config: Any) -> list[Answer]:
-    """Put predictions into words.
+def describe_predictions(predictions: Predictions, config: Any) -> list[ImagePrediction]:
+    """Predictions in words, one per image.
 
     Args:
-        said: By `predict`.
+        predictions: From `predict`.
         config: Of the classifier; its `calibration` holds sets and abstention, where fitted.
     """
     calibration = config.calibration or {}
-    inside = _sets(said, calibration)
+    inside = _prediction_sets(predictions, calibration)
     abstention = calibration.get("abstention")
     answers = []
-    for i, p in enumerate(said.probabilities):
+    for i, p in enumerate(predictions.probabilities):
         order = np.argsort(-p, kind="stable")
-        label = said.class_names[order[0]]
+        label = predictions.class_names[order[0]]
         chosen = None
         if inside is not None:
-            chosen = tuple(said.class_names[k] for k in order if inside[i, k])
-        answered = None if not abstention else _answers(p, abstention)
-        sentences = [_say_label(label, float(p.max()), answered, abstention)]
+            chosen = tuple(predictions.class_names[k] for k in order if inside[i, k])
+        answered = None if not abstention else _is_answered(p, abstention)
+        sentences = [_label_sentence(label, float(p.max()), answered, abstention)]
         if chosen is not None:
-            sentences.append(_say_set(chosen, calibration["conformal"]))
+            sentences.append(_set_sentence(chosen, calibration["conformal"]))
         answers.append(
-            Answer(
-                file_name=said.file_names[i],
+            ImagePrediction(
+                file_name=predictions.file_names[i],
                 label=label,
-                probabilities=dict(zip(said.class_names, p.tolist(), strict=True)),
+                probabilities=dict(zip(predictions.class_names, p.tolist(), strict=True)),
                 classes=chosen,
                 answered=answered,
                 sentence=" ".join(sentences),
@@ -100,29 +100,31 @@ def give_answers(said: Predictions, config: Any) -> list[Answer]:
     return answers
 
 
-def answer_columns(said: Predictions, calibration: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Columns of a table for a model that was calibrated.
+def calibration_columns(
+    predictions: Predictions, calibration: Mapping[str, Any]
+) -> dict[str, list[str]]:
+    """Table columns of a calibrated model: prediction sets and abstention.
 
     Args:
-        said: By `predict`.
-        calibration: The config's; empty for a model without.
+        predictions: From `predict`.
+        calibration: From the config; empty for a model without.
 
     Returns:
         `set`, its prediction sets (`"ischemic or viable"`), and `answers`, `yes` or `no`; each
-        where the model carries it.
+        where the model has it.
     """
     columns: dict[str, list[str]] = {}
-    inside = _sets(said, calibration)
+    inside = _prediction_sets(predictions, calibration)
     if inside is not None:
-        columns["set"] = describe_sets(inside, said.class_names)
+        columns["set"] = describe_sets(inside, predictions.class_names)
     if calibration.get("abstention"):
-        given = [_answers(p, calibration["abstention"]) for p in said.probabilities]
+        given = [_is_answered(p, calibration["abstention"]) for p in predictions.probabilities]
         columns["answers"] = ["yes" if answered else "no" for answered in given]
     return columns
 
 
-def describe_classes(config: Any) -> list[ClassWords]:
-    """The prompts of a classifier's classes, and what the terminology says about each.
+def describe_classes(config: Any) -> list[ClassDescription]:
+    """Prompts of a classifier's classes, and their definitions in the terminology.
 
     Args:
         config: Of the classifier.
@@ -130,13 +132,13 @@ def describe_classes(config: Any) -> list[ClassWords]:
     names = [str(config.id2label[k]) for k in range(len(config.id2label))]
     prompts = config.prompts or [()] * len(names)
     return [
-        ClassWords(name, tuple(texts), _define(name))
+        ClassDescription(name, tuple(texts), _define(name))
         for name, texts in zip(names, prompts, strict=True)
     ]
 
 
 def describe_limits(config: Any) -> list[str]:
-    """Sentences that belong beside everything a classifier says.
+    """Limits of a classifier: sentences that belong beside all its predictions.
 
     Args:
         config: Of the classifier.
@@ -144,8 +146,8 @@ def describe_limits(config: Any) -> list[str]:
     limits = []
     if config.synthetic or config.backbone_name == "mini":
         limits.append(
-            "Scores from drawings: this model has learned from computer drawings, so its scores "
-            "test the software and say nothing about kidneys."
+            "Scores from synthetic images: this model was trained on synthetic images, so its "
+            "scores test the software and are no evidence about kidneys."
         )
     calibration = config.calibration or {}
     if calibration:
@@ -158,7 +160,7 @@ def describe_limits(config: Any) -> list[str]:
 
 
 def describe_image_scale(model: Any, processor: Any, rows: "Dataset") -> str:
-    """Say at which scale images reach a classifier, beside the scale that it learned at.
+    """Scale of images at a classifier's input, beside its training scale, in a sentence.
 
     Args:
         model: The classifier.
@@ -168,28 +170,28 @@ def describe_image_scale(model: Any, processor: Any, rows: "Dataset") -> str:
     Raises:
         GloVLMError: Both scales are known and too far apart.
     """
-    found, taught = check_scale(model, processor, rows), describe_scale(model.config.mpp)
-    if found == taught == "unknown":
-        return "The scale is unknown, of these images as of those that the model learned from."
+    actual, trained = check_scale(model, processor, rows), describe_scale(model.config.mpp)
+    if actual == trained == "unknown":
+        return "The scale is unknown, of these images as of the training images."
     unit = "micrometres per input pixel"
-    if "unknown" in (found, taught):
+    if "unknown" in (actual, trained):
         return (
-            f"Images: {found} {unit}; the model learned at {taught}. Whether the scales go "
-            "together cannot be checked."
+            f"Images: {actual} {unit}; the model was trained at {trained}. Whether the scales fit "
+            "cannot be checked."
         )
-    return f"Images: {found} {unit}; the model learned at {taught}."
+    return f"Images: {actual} {unit}; the model was trained at {trained}."
 
 
-def borrow(model: Any) -> Any:
-    """Make a model that shares a model's weights, and nothing else.
+def copy_sharing_weights(model: Any) -> Any:
+    """Copy a model; the copy shares its weights and nothing else.
 
-    Its modules, modes, `requires_grad` and config are its own, so that it can be adapted, put into
-    another mode or explained while others use the first. A last projection is copied, since a
+    Modules, modes, `requires_grad` and config are the copy's own, so that it can be adapted, put
+    into another mode or explained while others use the first. A last projection is copied, since a
     method may train it.
 
     Args:
         model: A `GloVLMModel` or a classifier; methods that train inside its towers must not be
-            run on what is borrowed.
+            run on the copy.
     """
     shared: dict[int, Any] = {
         id(weight): nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
@@ -199,10 +201,10 @@ def borrow(model: Any) -> Any:
     return copy.deepcopy(model, shared)
 
 
-def reword(
+def build_zero_shot(
     model: Any, processor: Any, prompts: Mapping[str, Sequence[str]]
 ) -> "GloVLMForImageClassification":
-    """Make a zero-shot classifier of a model's towers and of other words.
+    """Build a zero-shot classifier from a model's towers and class prompts.
 
     Args:
         model: A `GloVLMModel`; it stays as it is.
@@ -221,11 +223,11 @@ def reword(
     if not model.has_joint_space:
         raise GloVLMError(
             f"'{model.config.backbone_name}' joins two encoders that were never trained together, "
-            "so words cannot be compared with images: adapt it with labelled images, or take a "
+            "so texts cannot be compared with images: adapt it with labelled images, or take a "
             "model with a joint space (mini, plip)."
         )
-    texts = _check_words(prompts)
-    own = borrow(model)
+    texts = _check_prompts(prompts)
+    own = copy_sharing_weights(model)
     prototypes = torch.from_numpy(embed_prompts(own, processor, list(texts.values())))
     config = own.config
     config.id2label = dict(enumerate(texts))
@@ -237,22 +239,22 @@ def reword(
     return GloVLMForImageClassification(config, glovlm=own, head=head).eval()
 
 
-# ------------------------------------------------------------------------------------- the words
+# ----------------------------------------------------------------------------------- sentences
 
 
-def _check_words(prompts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    """Names and texts without blanks at their ends."""
+def _check_prompts(prompts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Check class names and prompts; blanks at their ends are removed."""
     texts: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for given, words in prompts.items():
         name = given.strip()
-        found = [word.strip() for word in words if word.strip()]
-        if not name or not found or name in texts:
+        cleaned = [word.strip() for word in words if word.strip()]
+        if not name or not cleaned or name in texts:
             raise GloVLMError(
                 f"Every class needs a name of its own and at least one prompt; class '{name}' "
                 f"{'is there twice' if name in texts else 'has none'}."
             )
-        for text in found:
+        for text in cleaned:
             if len(text) > MAX_PROMPT:
                 raise GloVLMError(
                     f"A prompt has at most {MAX_PROMPT} characters; one of '{name}' has "
@@ -262,9 +264,9 @@ def _check_words(prompts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
             if other != name:
                 raise GloVLMError(
                     f"The classes '{other}' and '{name}' share the prompt '{text}', so no text "
-                    "tells them apart; give each its own."
+                    "distinguishes them; give each its own."
                 )
-        texts[name] = list(dict.fromkeys(found))
+        texts[name] = list(dict.fromkeys(cleaned))
     if len(texts) < 2:
         raise GloVLMError(f"Expected at least two classes, found {len(texts)}.")
     return texts
@@ -277,20 +279,22 @@ def _define(name: str) -> str | None:
         return None
 
 
-def _sets(said: Predictions, calibration: Mapping[str, Any]) -> NDArray[np.bool_] | None:
-    """Which classes each image's set holds `[n, K]`; `None` where the model carries no sets."""
-    if not calibration.get("conformal") or not len(said.probabilities):
+def _prediction_sets(
+    predictions: Predictions, calibration: Mapping[str, Any]
+) -> NDArray[np.bool_] | None:
+    """Prediction sets `[n, K]`, True where a class is in; `None` where the model has none."""
+    if not calibration.get("conformal") or not len(predictions.probabilities):
         return None
     thresholds = ConformalThresholds.from_dict(calibration["conformal"])
-    return conformal_sets(said.probabilities, thresholds)
+    return conformal_sets(predictions.probabilities, thresholds)
 
 
-def _answers(p: NDArray[np.float64], abstention: Mapping[str, Any]) -> bool:
+def _is_answered(p: NDArray[np.float64], abstention: Mapping[str, Any]) -> bool:
     least = abstention["threshold"]
     return least is not None and bool(p.max() >= least)
 
 
-def _say_label(
+def _label_sentence(
     label: str, p: float, answered: bool | None, abstention: Mapping[str, Any] | None
 ) -> str:
     label = label.replace("_", " ")
@@ -308,7 +312,7 @@ def _say_label(
     )
 
 
-def _say_set(classes: Sequence[str], conformal: Mapping[str, Any]) -> str:
+def _set_sentence(classes: Sequence[str], conformal: Mapping[str, Any]) -> str:
     promise = f"{100 * (1 - conformal['alpha']):g}%"
     if not classes:
         return (

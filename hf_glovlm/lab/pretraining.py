@@ -361,7 +361,7 @@ def zero_shot_accuracy(
     from ..data import catalog_entry
     from .phantoms import CLASSES, render_cohort
 
-    prompts = {c.name: c.prompts[0] for c in catalog_entry("phantoms").classes}
+    prompts = {c.name: c.prompts[0] for c in catalog_entry("synthetic_glomeruli").classes}
     cohort = render_cohort(
         patients,
         per_patient,

@@ -305,7 +305,7 @@ def _blocks(model: Any, tower: str) -> list[nn.Module]:
 
 def _insert(model: Any, spec: dict[str, Any]) -> Any:
     try:
-        return model.insert(spec)
+        return model.add_adapter_modules(spec)
     except ValueError as error:
         raise GloVLMError(str(error)) from None
 

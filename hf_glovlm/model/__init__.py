@@ -1,4 +1,4 @@
-"""The model as it goes to the Hub: these files load with `trust_remote_code=True` on their own."""
+"""Model code that goes to the Hub: it loads on its own with `trust_remote_code=True`."""
 
 from transformers import (
     AutoConfig,
@@ -18,10 +18,11 @@ from .modeling_glovlm import (
     GloVLMOutput,
 )
 from .processing_glovlm import GloVLMProcessor
-from .prompts import ConditionalPromptHead, Inserts
+from .prompts import AdapterModules, ConditionalPromptHead
 from .towers import TowerPair
 
 __all__ = [
+    "AdapterModules",
     "ClassWeights",
     "ConditionalPromptHead",
     "ContextGuide",
@@ -32,7 +33,6 @@ __all__ = [
     "GloVLMOutput",
     "GloVLMProcessor",
     "GuidedPass",
-    "Inserts",
     "MLPHead",
     "TowerPair",
     "build_head",

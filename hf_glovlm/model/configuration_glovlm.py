@@ -1,4 +1,4 @@
-"""The configuration of a GloVLM model: which two towers, how they are pooled, what the task is."""
+"""Model configuration: the two towers, their pooling, and the classification task."""
 
 from typing import Any, Literal
 
@@ -53,19 +53,19 @@ class GloVLMConfig(PreTrainedConfig):
         joint_space: Whether image and text features may be compared by their cosine.
         logit_scale_init_value: Logarithm of the initial scale of a pair's cosines.
         prompts: Per class, the texts whose normalised features are averaged into its prototype.
-        head: What adaptation left behind (see `heads.py`): `{"kind": ..., ...}`.
-        inserts: Tokens and bottlenecks between the towers' blocks (see `prompts.py`); `None` where
-            the towers are plain.
+        head: The adapted classifier head (see `heads.py`): `{"kind": ..., ...}`.
+        inserts: Adapter modules between the towers' blocks (see `AdapterModules`); `None` where the
+            towers are plain. The key of saved folders.
         context: Context-guided tokens of the vision tower (see `context.py`); `None` where every
             patch goes through every block.
         temperature: Divides the logits of the classifier; 1 means uncalibrated.
         prior_shift: Per class, what is added to the classifier's logits after the temperature, to
-            correct for a prevalence other than that of the labels it learned from.
+            correct for a prevalence other than that of the training labels.
         calibration: Conformal sets and abstention, as `calibration` fitted them on held-out
             groups; `None` where that was not done.
         mpp: Micrometres per input pixel (after the image transform's resizing) that the model was
             adapted at; `None` is unknown.
-        synthetic: Whether the labels it learned from were drawings, not patients.
+        synthetic: Whether its training images were synthetic, not of patients.
     """
 
     model_type = "glovlm"
@@ -115,8 +115,8 @@ class GloVLMConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         for field, known in _CHOICES.items():
             if getattr(self, field) not in known:
-                found = getattr(self, field)
-                raise ValueError(f"{field} must be one of {', '.join(known)}; found '{found}'.")
+                value = getattr(self, field)
+                raise ValueError(f"{field} must be one of {', '.join(known)}; found '{value}'.")
         if (self.vision_pooling == "attentional") != (self.pooler_dim is not None):
             raise ValueError(
                 "Attentional pooling, and only that, needs pooler_dim; found vision_pooling "
@@ -132,7 +132,7 @@ class GloVLMConfig(PreTrainedConfig):
 
     @property
     def is_pair(self) -> bool:
-        """Whether two separate towers were joined, rather than a trained dual encoder loaded."""
+        """Whether the model joins two separate towers, rather than a trained dual encoder."""
         return self._backbone().model_type == PAIR_TYPE
 
     @property
@@ -164,12 +164,12 @@ class GloVLMConfig(PreTrainedConfig):
         return 2 * width if self.vision_pooling == "cls_mean" else width
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields; where the backbone lay on this disk is nobody else's business."""
-        return _without_place(super().to_dict())
+        """All fields, without the path of the backbone on this disk (private)."""
+        return _without_path(super().to_dict())
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What differs from the defaults, which is what a saved folder holds."""
-        return _without_place(super().to_diff_dict())
+        """Fields that differ from the defaults, as a saved folder holds them."""
+        return _without_path(super().to_diff_dict())
 
     def _backbone(self) -> PreTrainedConfig:
         assert isinstance(self.backbone_config, PreTrainedConfig)  # made so by __post_init__
@@ -177,22 +177,22 @@ class GloVLMConfig(PreTrainedConfig):
 
 
 def _attention(config: PreTrainedConfig) -> dict[str, Any]:
-    """The attention back end of a configuration and of all below it, as transformers takes it."""
+    """Attention back end of a configuration and its sub-configurations, for transformers."""
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
     below = {key: _attention(part) for key, part in parts.items() if part is not None}
     return {"": config._attn_implementation, **below}
 
 
-def _without_place(fields: dict[str, Any]) -> dict[str, Any]:
+def _without_path(fields: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_place(value) if isinstance(value, dict) else value
+        key: _without_path(value) if isinstance(value, dict) else value
         for key, value in fields.items()
         if key != "_name_or_path"
     }
 
 
 def _joint_dim(backbone: PreTrainedConfig, tower: PreTrainedConfig) -> int:
-    """CLIP names its joint width; SigLIP's text tower does, and its vision width is the same."""
+    """Width of the joint space: CLIP names it; SigLIP's is that of its text tower."""
     if getattr(backbone, "projection_dim", None):
         return int(backbone.projection_dim)
     return int(getattr(tower, "projection_size", None) or tower.hidden_size)

@@ -1,8 +1,9 @@
-"""Context-guided tokens: a text moves the class token's query, and patches it ignores are dropped.
+"""Context-guided token learning and enhancement (ConVLM) in a vision transformer.
 
-ConVLM (Information Fusion 2025, doi 10.1016/j.inffus.2025.103737) inside any vision transformer
-with a class token, or in blocks of our own on top of one. Everything is built from the config; the
-tower keeps its own submodules, so that names of weights and adapters do not change.
+Information Fusion 2025, doi 10.1016/j.inffus.2025.103737. A text moves the class token's query, and
+patches that it ignores are dropped, inside any vision transformer with a class token or in blocks
+of our own on top of one. Everything is built from the config; the tower keeps its own submodules,
+so that names of weights and adapters do not change.
 """
 
 import math
@@ -32,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class _Parts:
-    """How a family names the parts of its block; all of them call the last part `mlp`."""
+    """Attribute names of the parts of a family's block; the last part is `mlp` in all."""
 
     norm1: str
     attention: str
@@ -62,11 +63,11 @@ FAMILIES = {
 
 @dataclass
 class GuidedPass:
-    """What the last pass through a guided tower leaves behind, an entry a special layer.
+    """Record of the last pass through a guided tower, one entry per guided layer.
 
     Args:
         text: Context vectors that were given `[n, text_dim]`, or none.
-        guesses: The visual token that each text stands for, AE_c(t) `[n, width]`; like the next
+        guesses: The class token predicted from each text, AE_c(t) `[n, width]`; like the next
             two only while training and with a text.
         queries: The class token's query with the text in it `[n, width]`.
         tokens: The class token as that layer's attention reads it, after its norm `[n, width]`.
@@ -85,7 +86,7 @@ class GuidedPass:
 class ContextGuide(nn.Module):
     """Context-guided token learning and token enhancement at some layers of one vision tower.
 
-    At a special layer, with t a text that is given while training and q the class token's query:
+    At a guided layer, with t a text that is given while training and q the class token's query:
 
     - `q <- theta q + (1 - theta) AE_c(t)`; keys, values and the patches' queries stay.
     - Score of patch i: the mean over heads of the class token's attention to it.
@@ -94,7 +95,7 @@ class ContextGuide(nn.Module):
       That is between the attention and the MLP of the block. Where none is dropped, all stay as
       they stand.
 
-    Class token and registers always stay. In evaluation mode no text is looked at.
+    Class token and registers always stay. In evaluation mode texts are ignored.
 
     Args:
         spec: `layers` (block numbers from 0) and `text_dim`; `theta` (0 to 1), `keep` (above 0 to
@@ -146,7 +147,7 @@ class ContextGuide(nn.Module):
                 init.zeros_(module.bias)
 
     def release(self, tower: Any) -> None:
-        """Give a tower back as it was."""
+        """Restore the plain tower."""
         self._hook.remove()
         for block in [] if self.blocks else [tower_blocks(tower)[i] for i in self.layers]:
             for part in (block, getattr(block, _parts_of(block).attention)):
@@ -154,11 +155,11 @@ class ContextGuide(nn.Module):
 
     @contextmanager
     def read(self, text: Tensor | None = None) -> Iterator[GuidedPass]:
-        """Inside, this thread's images have these texts, and what the layers do is noted.
+        """Context manager: texts of this thread's images, and a record of the layers.
 
         Args:
-            text: Context vectors `[n, text_dim]` of the next `n` images; looked at in training
-                mode alone.
+            text: Context vectors `[n, text_dim]` of the next `n` images; used in training mode
+                alone.
         """
         seen = GuidedPass(text)
         before = _PASS.set((self, seen))
@@ -180,7 +181,7 @@ class ContextGuide(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Forward pass of a special block, out of the block's own parts."""
+        """Forward pass of a guided block, from the block's own parts."""
         normed = getattr(block, parts.norm1)(hidden_states)
         attention = getattr(block, parts.attention)
         mixed, _, scores = attention(normed, attention_mask, **kwargs)
@@ -202,7 +203,7 @@ class ContextGuide(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Self-attention `[n, length, width]`, its weights if eager, the class token's scores.
+        """Self-attention `[n, length, width]`, its weights if eager, and the class token's scores.
 
         Scores are `[n, length]`, means over heads. Any back end may carry out the attention: only
         the class token's row is computed beside it.
@@ -235,7 +236,7 @@ class ContextGuide(nn.Module):
         return getattr(attention, parts.output)(mixed), weights, row.mean(1)[:, 0]
 
     def _mix_in(self, number: int, query: Tensor, tokens: Tensor) -> Tensor:
-        """Put the text, if there is one, into the class token's query `[n, heads, length, dim]`."""
+        """Mix the text, if any, into the class token's query `[n, heads, length, dim]`."""
         seen = self._seen()
         if seen is not None and number == 0:  # a new pass; what is noted is that of the last
             for noted in (seen.guesses, seen.queries, seen.tokens, seen.patches):
@@ -257,7 +258,7 @@ class ContextGuide(nn.Module):
         return query
 
     def _choose(self, number: int, tokens: Tensor, scores: Tensor) -> Tensor:
-        """Keep the patches of the highest scores, and one token for the rest."""
+        """Token selection: keep the patches of the highest scores, and one token for the rest."""
         patches, scores = tokens[:, self.prefix :], scores[:, self.prefix :]
         count = patches.shape[1]
         scheduled = self.training and self.keep_now is not None
@@ -281,7 +282,7 @@ class ContextGuide(nn.Module):
         return tokens
 
     def _number(self, seen: GuidedPass, scores: Tensor, order: Tensor | None, kept: int) -> Tensor:
-        """The patches that go on, by their number in the image."""
+        """Numbers, in the image, of the patches kept."""
         n, count = scores.shape
         numbers = (
             seen.patches[-1]
@@ -295,7 +296,7 @@ class ContextGuide(nn.Module):
         return torch.cat([numbers, fused], dim=1)
 
     def _after_tower(self, tower: Any, args: Any, output: Any) -> Any:
-        """Forward hook of the tower: our own blocks, and the class token that leaves it all."""
+        """Forward hook of the tower: our own blocks, and a record of the final class token."""
         if self.blocks:
             tokens = output.last_hidden_state
             for block in self.blocks:
@@ -315,12 +316,12 @@ _PASS: ContextVar[tuple[ContextGuide, GuidedPass] | None] = ContextVar("guided",
 
 
 def keep_count(keep: float, patches: int) -> int:
-    """Count the patches that go on: `ceil(keep * patches)`, safe from rounding in the product."""
+    """Number of patches kept: `ceil(keep * patches)`, safe from rounding in the product."""
     return math.ceil(round(keep * patches, 6))
 
 
 def _text_to_vision(text_dim: int, width: int) -> nn.Sequential:
-    """AE_c: from a text to the class token that it stands for, in (0, 1)."""
+    """AE_c: text vector to predicted class token, in (0, 1)."""
     return nn.Sequential(
         *(nn.Linear(text_dim, width), nn.ReLU()),
         *(nn.Linear(width, 2 * width), nn.ReLU()),
@@ -329,14 +330,14 @@ def _text_to_vision(text_dim: int, width: int) -> nn.Sequential:
 
 
 def _vision_to_text(width: int, text_dim: int) -> nn.Sequential:
-    """AE_v: from the class token's query back to the text."""
+    """AE_v: class token's query to text vector."""
     return nn.Sequential(
         *(nn.Linear(width, text_dim), nn.ReLU()), *(nn.Linear(text_dim, text_dim), nn.ReLU())
     )
 
 
 def _own_blocks(config: Any, count: int) -> tuple[nn.ModuleList, nn.Module]:
-    """Pre-norm blocks of the tower's width and heads, and their final norm."""
+    """Additional pre-norm blocks of the tower's width and heads, and their final norm."""
     if count == 0:
         return nn.ModuleList(), nn.Identity()
     from transformers import ViTConfig
@@ -359,7 +360,7 @@ def _own_blocks(config: Any, count: int) -> tuple[nn.ModuleList, nn.Module]:
 
 
 def _check(spec: dict[str, Any], tower: Any) -> dict[str, Any]:
-    """The spec with its defaults and one share a layer, if the tower can be guided so."""
+    """Check a spec against the tower; with its defaults and one share per layer."""
     values = {**DEFAULTS, **spec}
     if unknown := set(values) - set(DEFAULTS) - {"layers", "text_dim"}:
         raise ValueError(
@@ -408,7 +409,7 @@ def _parts_of(block: nn.Module) -> _Parts:
 
 
 def _softmax(scores: Tensor) -> Tensor:
-    """Along the last axis, in float32 at least."""
+    """Softmax over the last axis, in float32 at least."""
     half = scores.dtype in (torch.float16, torch.bfloat16)
     return scores.softmax(-1, dtype=torch.float32 if half else None)
 
@@ -423,7 +424,7 @@ def _attend_eagerly(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention with all its weights `[n, heads, length, length]`; dropout leaves these alone."""
+    """Eager attention and its weights `[n, heads, length, length]` before dropout."""
     weights = _softmax(query @ key.transpose(-1, -2) * scaling)
     dropped = nn.functional.dropout(weights, dropout, module.training).to(value.dtype)
     return (dropped @ value).transpose(1, 2), weights

@@ -1,4 +1,4 @@
-"""What adaptation leaves behind: image features in, class logits out."""
+"""Classifier heads: image features to class logits."""
 
 from typing import Any, ClassVar
 
@@ -8,7 +8,7 @@ from transformers import initialization as init
 
 
 class Head(nn.Module):
-    """Maps image features `[n, dim]`, not normalised, to logits `[n, classes]`.
+    """Classifier head: image features `[n, dim]`, not normalised, to logits `[n, classes]`.
 
     A subclass is built as `Head(dim, num_classes, **describe())` and names itself by `kind`.
     """
@@ -16,15 +16,15 @@ class Head(nn.Module):
     kind: ClassVar[str]
 
     def describe(self) -> dict[str, Any]:
-        """The further arguments that build this head again, without its weights."""
+        """Constructor arguments beside `dim` and `num_classes`, without weights."""
         return {}
 
     def reset(self) -> None:
-        """Initialise what is this head's own; the parts of it do so themselves."""
+        """Initialise the head's own parameters; its submodules initialise themselves."""
 
 
 class ClassWeights(Head):
-    """One weight vector a class: text prototypes, a linear probe, a prototype classifier.
+    """Linear head, one weight vector per class: text prototypes, linear probe, class means.
 
     `logits = scale * f @ weight.T + bias`, with `f` L2-normalised first when `normalize` is set.
 
@@ -55,7 +55,7 @@ class ClassWeights(Head):
         return self.scale * features @ self.weight.T + self.bias
 
     def describe(self) -> dict[str, Any]:
-        """Both switches."""
+        """`normalize` and `cosine`."""
         return {"normalize": self.normalize, "cosine": self.cosine}
 
     def reset(self) -> None:
@@ -66,7 +66,7 @@ class ClassWeights(Head):
 
 
 class MLPHead(Head):
-    """The classifier of Glo-VLMs: Linear, batch norm, ReLU, dropout, Linear (arXiv 2511.11984).
+    """Glo-VLMs' classifier: Linear, batch norm, ReLU, dropout, Linear (arXiv 2511.11984).
 
     Args:
         dim: Width of the image features.
@@ -93,12 +93,12 @@ class MLPHead(Head):
         return logits
 
     def describe(self) -> dict[str, Any]:
-        """Width and dropout."""
+        """`hidden` and `dropout`."""
         return {"hidden": self.layers[0].out_features, "dropout": self.layers[3].p}
 
 
 class CacheHead(Head):
-    """Tip-Adapter's key-value cache beside the class texts (arXiv 2207.09519, eq. 5 and 6).
+    """Tip-Adapter: a key-value cache beside the class texts (arXiv 2207.09519, eq. 5 and 6).
 
     `logits = scale * f @ text.T + alpha * exp(-beta * (1 - f @ keys.T)) @ values`, `f` unit.
 
@@ -126,11 +126,11 @@ class CacheHead(Head):
         return logits
 
     def describe(self) -> dict[str, Any]:
-        """The number of keys."""
+        """`entries`."""
         return {"entries": len(self.keys)}
 
     def reset(self) -> None:
-        """Small normal keys; no entry stands for a class yet."""
+        """Normal keys of standard deviation 0.02; no entry belongs to a class yet."""
         init.normal_(self.keys, std=0.02)
         init.zeros_(self.values)
         init.ones_(self.alpha)
@@ -169,12 +169,12 @@ class ResidualHead(Head):
         return logits
 
     def describe(self) -> dict[str, Any]:
-        """Width and ratio."""
+        """`hidden` and `ratio`."""
         return {"hidden": self.adapter[0].out_features, "ratio": self.ratio}
 
 
 class ProjectedHead(Head):
-    """A linear map of the feature, then the class texts: `scale * cos(W f, text)`.
+    """Linear projection of the feature before the class texts: `scale * cos(W f, text)`.
 
     Args:
         dim: Width of the image features.
@@ -200,7 +200,7 @@ HEADS: dict[str, type[Head]] = {
 
 
 def build_head(spec: dict[str, Any] | None, dim: int, num_classes: int) -> Head:
-    """Build an untrained head from its description in the config.
+    """Build an untrained head from its specification in the config.
 
     Args:
         spec: `{"kind": a name of HEADS, ...keyword arguments of that class}`; `None` is a linear
@@ -211,12 +211,12 @@ def build_head(spec: dict[str, Any] | None, dim: int, num_classes: int) -> Head:
     arguments = dict(spec or {"kind": "class_weights"})
     kind = arguments.pop("kind")
     if kind not in HEADS:
-        raise ValueError(f"Unknown head '{kind}': this version knows {', '.join(sorted(HEADS))}.")
+        raise ValueError(f"Unknown head '{kind}': this version has {', '.join(sorted(HEADS))}.")
     return HEADS[kind](dim, num_classes, **arguments)
 
 
 def describe_head(head: nn.Module) -> dict[str, Any]:
-    """Say how to build a head again: the inverse of `build_head`."""
+    """Specification of a head for the config: the inverse of `build_head`."""
     if not isinstance(head, Head):
         known = ", ".join(sorted(HEADS))
         raise ValueError(f"A head is one of {known}; found {type(head).__name__}.")
@@ -224,7 +224,7 @@ def describe_head(head: nn.Module) -> dict[str, Any]:
 
 
 def prototype_head(prototypes: Tensor, scale: float, *, raw: bool = False) -> ClassWeights:
-    """Put class prototypes `[K, dim]` into a head: scaled cosines, no bias.
+    """Cosine head from class prototypes `[K, dim]`: scaled cosines, no bias.
 
     With `raw`, dot products with the unit prototypes: the image side is not normalised.
     """
@@ -237,7 +237,7 @@ def prototype_head(prototypes: Tensor, scale: float, *, raw: bool = False) -> Cl
 
 
 def linear_head(weight: Tensor, bias: Tensor) -> ClassWeights:
-    """Put weights `[K, dim]` and bias `[K]` into a head on L2-normalised features."""
+    """Linear head on L2-normalised features, from weights `[K, dim]` and bias `[K]`."""
     head = ClassWeights(weight.shape[1], len(weight), normalize=True)
     with torch.no_grad():
         head.weight.copy_(weight)
@@ -246,7 +246,7 @@ def linear_head(weight: Tensor, bias: Tensor) -> ClassWeights:
 
 
 def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Unit means of the L2-normalised features of each class.
+    """Class prototypes: unit means of the L2-normalised features of each class.
 
     Args:
         features: `[n, dim]`.

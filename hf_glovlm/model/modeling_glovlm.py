@@ -1,4 +1,4 @@
-"""The model: a dual encoder behind one interface, and a classifier on top of it."""
+"""Dual-encoder model, and the image classifier on top of it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from .configuration_glovlm import GloVLMConfig
 from .context import ContextGuide
 from .heads import Head, build_head, describe_head
-from .prompts import TEXT_CHUNK, Bottleneck, Inserts, LayerTokens
+from .prompts import TEXT_CHUNK, AdapterModules, Bottleneck, LayerTokens
 from .towers import AttentionalPooler, TowerPair
 
 
@@ -28,7 +28,7 @@ class GloVLMOutput(ModelOutput):
         logits_per_text: The same `[texts, images]`.
         image_embeds: L2-normalised image features `[images, dim]`.
         text_embeds: L2-normalised text features `[texts, dim]`.
-        vision_model_output: What the vision tower returned, attentions included if asked for.
+        vision_model_output: What the vision tower returned, attentions included if requested.
         text_model_output: What the text tower returned.
     """
 
@@ -49,9 +49,9 @@ class GloVLMImageClassifierOutput(ModelOutput):
         loss: By the config's `problem_type`, when labels were given.
         logits: Calibrated logits `[n, classes]` (temperature, prior correction).
         image_embeds: Image features `[n, dim]`, not normalised.
-        hidden_states: Of the vision tower, when asked for.
-        attentions: Of the vision tower, when asked for. Inserted tokens stand behind the class
-            token (see `Inserts`), patches last.
+        hidden_states: Of the vision tower, when requested.
+        attentions: Of the vision tower, when requested. Inserted tokens stand behind the class
+            token (see `AdapterModules`), patches last.
     """
 
     loss: Tensor | None = None
@@ -62,7 +62,7 @@ class GloVLMImageClassifierOutput(ModelOutput):
 
 
 class GloVLMPreTrainedModel(PreTrainedModel):
-    """What both models share: configuration class, attention back ends, initialisation."""
+    """Base class of both models: configuration class, attention back ends, initialisation."""
 
     config: GloVLMConfig
     config_class = GloVLMConfig
@@ -98,7 +98,7 @@ class GloVLMPreTrainedModel(PreTrainedModel):
 
 
 class GloVLMModel(GloVLMPreTrainedModel):
-    """An image and a text encoder that share a space: CLIP, SigLIP, SigLIP 2, or any two towers.
+    """Dual encoder of images and texts: CLIP, SigLIP, SigLIP 2, or any pair of towers.
 
     `get_image_features`, `get_text_features` and the output names are those of `CLIPModel`.
 
@@ -124,15 +124,16 @@ class GloVLMModel(GloVLMPreTrainedModel):
         self.backbone = backbone
         if config.inserts and config.context:
             raise ValueError(_ONE_OF_BOTH)
-        self.inserts = Inserts(config.inserts, backbone) if config.inserts else None
+        # Saved weights and configs keep the name `inserts`.
+        self.inserts = AdapterModules(config.inserts, backbone) if config.inserts else None
         self.context = ContextGuide(config.context, backbone) if config.context else None
         self.post_init()
 
-    def insert(self, spec: dict[str, Any]) -> Inserts:
-        """Put tokens or bottlenecks between the towers' blocks, and into the config.
+    def add_adapter_modules(self, spec: dict[str, Any]) -> AdapterModules:
+        """Add adapter modules (tokens, bottlenecks) between the towers' blocks, and to the config.
 
         Args:
-            spec: See `Inserts`.
+            spec: See `AdapterModules`.
 
         Raises:
             ValueError: There are some already, or a tower cannot take them.
@@ -144,13 +145,13 @@ class GloVLMModel(GloVLMPreTrainedModel):
             )
         if self.context is not None:
             raise ValueError(_ONE_OF_BOTH)
-        inserts = Inserts(spec, self.backbone)
-        self.inserts = inserts.to(self.logit_scale.device, self.logit_scale.dtype)
+        modules = AdapterModules(spec, self.backbone)
+        self.inserts = modules.to(self.logit_scale.device, self.logit_scale.dtype)
         self.config.inserts = spec
-        return inserts
+        return modules
 
     def add_context(self, spec: dict[str, Any]) -> ContextGuide:
-        """Let texts guide the vision tower's tokens and drop patches, and put that into the config.
+        """Add context guidance (ConVLM) to the vision tower, and to the config.
 
         Args:
             spec: See `ContextGuide`.
@@ -172,21 +173,21 @@ class GloVLMModel(GloVLMPreTrainedModel):
         return guide
 
     def remove_context(self) -> None:
-        """Make the vision tower plain again."""
+        """Remove context guidance: the vision tower is plain again."""
         if self.context is not None:
             self.context.release(self.backbone.vision_model)
         self.context = self.config.context = None
 
     @torch.no_grad()
     def kept_patches(self, pixel_values: Tensor, **kwargs: Any) -> list[Tensor]:
-        """Say which patches of images go on behind each context-guided layer.
+        """Patches kept by each context-guided layer.
 
         Args:
             pixel_values: `[n, 3, height, width]`, from the processor.
             **kwargs: What the tower takes.
 
         Returns:
-            For each of these layers patch numbers `[n, kept]`, counted row by row over the whole
+            For each such layer, patch numbers `[n, kept]`, counted row by row over the whole
             image, the most attended first; -1 is the token that others were fused into.
 
         Raises:
@@ -200,17 +201,17 @@ class GloVLMModel(GloVLMPreTrainedModel):
 
     @property
     def logit_scale(self) -> nn.Parameter:
-        """Logarithm of the factor between cosines and logits."""
+        """Logit scale: logarithm of the factor between cosines and logits."""
         scale: nn.Parameter = self.backbone.logit_scale
         return scale
 
     @property
     def has_joint_space(self) -> bool:
-        """Whether an image and a text can be compared."""
+        """Whether image and text features share a space, so that they can be compared."""
         return self.config.joint_space
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding of the text tower."""
+        """Token embedding of the text tower."""
         embedding: nn.Module = self.backbone.text_model.get_input_embeddings()
         return embedding
 
@@ -230,7 +231,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
         return features
 
     def pool_images(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
-        """Encode images up to, but without, the projection: what a frozen tower computes once.
+        """Pooled image vectors before the projection: what a frozen tower computes once.
 
         `project_images(pool_images(x))` equals `get_image_features(x).pooler_output`.
 
@@ -249,7 +250,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
         return pooled
 
     def project_images(self, pooled: Tensor) -> Tensor:
-        """Map pooled vectors `[n, width]` to image features `[n, dim]`."""
+        """Project pooled vectors `[n, width]` to image features `[n, dim]`."""
         projection = getattr(self.backbone, "visual_projection", None)
         return pooled if projection is None else projection(pooled)
 
@@ -281,7 +282,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
         class_index: Tensor,
         chunk_size: int = TEXT_CHUNK,
     ) -> Tensor:
-        """Average the normalised features of each class's prompts, and normalise again.
+        """Class prototypes: each class's normalised text features, averaged and normalised again.
 
         Texts are encoded in chunks; where gradients are needed, a chunk's activations are computed
         again on the way back, so that memory does not grow with the number of classes.
@@ -326,7 +327,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
         spatial_shapes: Tensor | None = None,
         **kwargs: Any,
     ) -> GloVLMOutput | tuple[Any, ...]:
-        """Compare images with texts.
+        """Image-text similarity: scaled cosines between images and texts.
 
         Args:
             input_ids: `[texts, length]`.
@@ -403,10 +404,10 @@ class GloVLMModel(GloVLMPreTrainedModel):
 
 
 class GloVLMForImageClassification(GloVLMPreTrainedModel):
-    """A GloVLM model with the head that an adaptation method left behind.
+    """Image classifier: a GloVLM model and an adapted head.
 
     Args:
-        config: See `GloVLMConfig`; `id2label` names the classes, `head` says which head.
+        config: See `GloVLMConfig`; `id2label` names the classes, `head` specifies the head.
         glovlm: An existing model to put the head on; built from the config when not given.
         head: An existing head; built from the config when not given.
     """
@@ -432,7 +433,7 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token embedding of the text tower."""
+        """Token embedding of the text tower."""
         return self.glovlm.get_input_embeddings()
 
     def classify_features(self, features: Tensor) -> Tensor:
@@ -495,11 +496,11 @@ _ONE_OF_BOTH = (
 
 
 def _keep_weights(module: nn.Module) -> None:
-    """Tell transformers that a module is trained, or `post_init` would initialise it again."""
+    """Mark a module as initialised, or `post_init` would initialise it again."""
     for part in module.modules():
         part._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _given(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Drop arguments left at `None`, so that towers which never heard of them are not bothered."""
+    """Drop arguments left at `None`: not every tower accepts them."""
     return {k: v for k, v in kwargs.items() if v is not None}

@@ -1,4 +1,4 @@
-"""The processor: a backbone's own image transform and tokenizer, and the learned context tokens."""
+"""Processor: a backbone's image transform and tokenizer, and learned context tokens."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 
 class GloVLMProcessor(ProcessorMixin):
-    """Image processor and tokenizer of a backbone, with how its texts are padded and cut.
+    """Image processor and tokenizer of a backbone, with its padding and truncation of texts.
 
     Args:
         image_processor: The backbone's image processor.
@@ -18,7 +18,7 @@ class GloVLMProcessor(ProcessorMixin):
             for a unified context, `[K, M]` for one a class. `encode_prompts` splices them in.
         torchvision_crop: Whether the centre crop lies where torchvision puts it. That is so for
             checkpoints that were published for open_clip or timm and converted, whose image
-            processor says so when this is not given; a checkpoint that was published for
+            processor has this mark when this is not given; a checkpoint that was published for
             transformers keeps the crop of its own image processor.
         chat_template: Not used; accepted because `ProcessorMixin` passes it.
     """
@@ -72,7 +72,7 @@ class GloVLMProcessor(ProcessorMixin):
         return converted
 
     def _crop_size(self, kwargs: dict[str, Any]) -> tuple[int, int] | None:
-        """Height and width, where this transform first makes the shorter side long enough."""
+        """Crop height and width, where the transform first makes the shorter side long enough."""
         images = self.image_processor
         if not self.torchvision_crop or not kwargs.get(
             "do_center_crop", getattr(images, "do_center_crop", False)
@@ -84,9 +84,9 @@ class GloVLMProcessor(ProcessorMixin):
         return (height, width) if resizes and resizes >= max(height, width) else None
 
     def encode_prompts(self, prompts: list[list[str]]) -> dict[str, torch.Tensor]:
-        """Tokenise the prompts of every class, with the learned context if there is one.
+        """Tokenise the prompts of every class, with the learned context tokens if there are any.
 
-        With a context the learned tokens stand right after the start token, if the tokenizer sets
+        The learned tokens stand right after the start token, if the tokenizer sets
         one (CoOp: the class name and the rest follow).
 
         Args:
@@ -122,7 +122,7 @@ class GloVLMProcessor(ProcessorMixin):
 
 
 def center_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Cut the middle out of an image as torchvision does.
+    """Centre crop with torchvision's rounding.
 
     Where the margin is odd, torchvision rounds half of it to an even number and transformers rounds
     it down, so that the crops of transformers may lie one pixel off.

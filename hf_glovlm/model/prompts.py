@@ -1,7 +1,7 @@
-"""What some methods put between the towers' blocks: prompt tokens, bottlenecks, image prompts.
+"""Adapter modules inside the towers: prompt tokens, bottlenecks, image-conditional prompts.
 
-All of it is built from the config and hangs on forward hooks of each tower's list of blocks, so a
-saved folder brings it back wherever it is loaded. Hooks are bound methods of modules: a copy of the
+They are built from the config and run as forward hooks of each tower's list of blocks, so a saved
+folder brings them back wherever it is loaded. Hooks are bound methods of modules: a copy of the
 model has hooks of its own, and weights move with the model.
 """
 
@@ -24,7 +24,7 @@ TEXT_CHUNK = 128  # texts that go through the tower together
 
 
 class LayerTokens(nn.Module):
-    """Learned tokens, one set for each of a tower's first blocks.
+    """Deep prompt tokens: one set of learned tokens for each of a tower's first blocks.
 
     Args:
         depth: Number of blocks.
@@ -38,7 +38,7 @@ class LayerTokens(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Small normal tokens, standard deviation 0.02."""
+        """Normal initialisation, standard deviation 0.02."""
         init.normal_(self.table, std=0.02)
 
     def forward(self, layer: int) -> Tensor:
@@ -47,7 +47,7 @@ class LayerTokens(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """`x + up(relu(down(x)))` behind a block, as Glo-VLMs adapts a vision tower.
+    """Bottleneck adapter behind a block: `x + up(relu(down(x)))` (Glo-VLMs, arXiv 2511.11984).
 
     Args:
         width: Of the tower.
@@ -61,7 +61,7 @@ class Bottleneck(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Normal weights of standard deviation 0.001, so that it starts almost as the identity."""
+        """Normal weights of standard deviation 0.001: almost the identity at first."""
         for linear in (self.down, self.up):
             init.normal_(linear.weight, std=1e-3)
             init.zeros_(linear.bias)
@@ -76,8 +76,8 @@ class Bottleneck(nn.Module):
         return _with_hidden(output, self(_hidden(output)))
 
 
-class Inserts(nn.Module):
-    """Tokens and bottlenecks between the blocks of the towers of one model.
+class AdapterModules(nn.Module):
+    """Prompt tokens and bottleneck adapters between the blocks of one model's towers.
 
     Tokens of the vision tower stand right behind the class token (in front where there is none):
     inserted before block 0, replaced before each of the next `depth - 1` blocks, removed behind the
@@ -102,22 +102,20 @@ class Inserts(nn.Module):
         super().__init__()
         if unknown := set(spec) - set(PARTS):
             raise ValueError(
-                f"Inserts are {', '.join(PARTS)}; found {', '.join(sorted(unknown))}: this folder "
-                "needs a newer version, or its config is wrong."
+                f"Adapter modules are {', '.join(PARTS)}; found {', '.join(sorted(unknown))}: this "
+                "folder needs a newer version, or its config is wrong."
             )
         self.vision: nn.Module | None = None
         self.text: nn.Module | None = None
         self.bottlenecks = nn.ModuleDict()
         if vision := spec.get("vision"):
-            self._insert_vision(backbone.vision_model, vision["tokens"], vision["depth"])
+            self._add_vision_tokens(backbone.vision_model, vision["tokens"], vision["depth"])
         if text := spec.get("text"):
-            self._insert_text(backbone.text_model, text["token_ids"], text["depth"])
+            self._add_text_tokens(backbone.text_model, text["token_ids"], text["depth"])
         if bottleneck := spec.get("bottleneck"):
-            self._insert_bottlenecks(
-                backbone.vision_model, bottleneck["layers"], bottleneck["width"]
-            )
+            self._add_bottlenecks(backbone.vision_model, bottleneck["layers"], bottleneck["width"])
 
-    def _insert_vision(self, tower: Any, tokens: int, depth: int) -> None:
+    def _add_vision_tokens(self, tower: Any, tokens: int, depth: int) -> None:
         blocks = tower_blocks(tower, depth)
         self.vision = LayerTokens(depth, tokens, tower.config.hidden_size)
         self.tokens, self.depth = tokens, depth
@@ -129,7 +127,7 @@ class Inserts(nn.Module):
         # First among the hooks: the one by which transformers records hidden states comes later.
         blocks[-1].register_forward_hook(self._after_vision, prepend=True)
 
-    def _insert_text(self, tower: Any, token_ids: list[int], depth: int) -> None:
+    def _add_text_tokens(self, tower: Any, token_ids: list[int], depth: int) -> None:
         blocks = tower_blocks(tower, depth)
         self.text = LayerTokens(depth - 1, len(token_ids), tower.config.hidden_size)
         self.token_ids = list(token_ids)
@@ -140,7 +138,7 @@ class Inserts(nn.Module):
                 partial(self._before_text_block, layer), with_kwargs=True
             )
 
-    def _insert_bottlenecks(self, tower: Any, layers: list[int], width: int) -> None:
+    def _add_bottlenecks(self, tower: Any, layers: list[int], width: int) -> None:
         blocks = tower_blocks(tower, max(layers, default=0) + 1)
         for layer in layers:
             bottleneck = Bottleneck(tower.config.hidden_size, width)
@@ -197,14 +195,14 @@ _WHERE: ContextVar[Tensor | None] = ContextVar("where_the_context_stands", defau
 
 
 def tower_blocks(tower: Any, depth: int = 0) -> list[nn.Module]:
-    """List the blocks of a transformer tower: its longest module list.
+    """Blocks of a transformer tower: its longest module list.
 
     Args:
         tower: A vision or text tower.
         depth: How many blocks are needed at least.
 
     Raises:
-        ValueError: It is no plain stack of as many blocks as its config says (a convolutional
+        ValueError: It is no plain stack of as many blocks as its config states (a convolutional
             network, a hierarchical or weight-sharing transformer), or it has too few.
     """
     lists = [list(m) for m in tower.modules() if isinstance(m, nn.ModuleList)]
@@ -218,18 +216,18 @@ def tower_blocks(tower: Any, depth: int = 0) -> list[nn.Module]:
         )
     if depth > len(blocks):
         raise ValueError(
-            f"{type(tower).__name__} has {len(blocks)} blocks, and {depth} were asked for: lower "
-            "the depth."
+            f"{type(tower).__name__} has {len(blocks)} blocks, and {depth} were requested: "
+            "lower the depth."
         )
     return blocks
 
 
 def widen_mask(mask: Any, begin: int, count: int) -> Tensor:
-    """Let inserted tokens be seen by all, and see what the others see.
+    """Attention mask for inserted tokens: all attend to them, and they attend as the others do.
 
     Args:
-        mask: `[n, heads, queries, keys]`, boolean (true is seen) or added to the scores; or
-            `[n, keys]`, 1 is seen. It hides padding alone, so all its rows are the same.
+        mask: `[n, heads, queries, keys]`, boolean (true: attended to) or added to the scores;
+            or `[n, keys]`, 1: attended to. It masks padding alone, so all its rows are the same.
         begin: Where the tokens stand.
         count: How many.
 
@@ -290,7 +288,7 @@ class ConditionalPromptHead(Head):
         self.register_buffer("attention_mask", torch.ones(num_classes, length, dtype=torch.long))
 
     def describe(self) -> dict[str, Any]:
-        """The sizes, and where the context stands."""
+        """The sizes, and the position of the context."""
         return {
             "width": self.context.shape[1],
             "length": self.input_ids.shape[1],
@@ -300,7 +298,7 @@ class ConditionalPromptHead(Head):
         }
 
     def reset(self) -> None:
-        """Small normal context."""
+        """Normal context tokens of standard deviation 0.02."""
         init.normal_(self.context, std=0.02)
         init.ones_(self.scale)
 
@@ -317,12 +315,12 @@ class ConditionalPromptHead(Head):
         return logits.view(len(unit), len(self.input_ids))
 
     def prototypes(self, features: Tensor, model: Any) -> Tensor:
-        """Map unit image features `[n, dim]` to the unit class texts of each `[n, K, dim]`."""
+        """Class prototypes of each image `[n, K, dim]`, from unit image features `[n, dim]`."""
         texts = torch.cat([text for _, text in self._texts(features, model)])
         return texts.view(len(features), len(self.input_ids), -1)
 
     def _texts(self, unit: Tensor, model: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each image's class texts in chunks: numbers of the images, unit features of the texts."""
+        """Class texts of each image in chunks: image indices, unit text features."""
         context = self.context + self.shift(unit).unsqueeze(1)
         classes = len(self.input_ids)
         pairs = torch.arange(len(unit) * classes, device=unit.device)
@@ -347,7 +345,7 @@ HEADS[ConditionalPromptHead.kind] = ConditionalPromptHead
 
 @contextmanager
 def _spliced(embedding: nn.Module, context: Tensor, begin: int) -> Iterator[None]:
-    """Put vectors `[n, M, width]` in the place of M tokens of each of the next `n` texts."""
+    """Replace M tokens of each of the next `n` texts by vectors `[n, M, width]`."""
     thread = get_ident()
 
     def splice(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""A dual encoder out of any two transformers towers: pooling and projection."""
+"""Dual encoder of any two transformers towers: pooling and projection."""
 
 import inspect
 from typing import Any
@@ -13,7 +13,7 @@ from .configuration_glovlm import GloVLMConfig
 
 
 class TowerPair(nn.Module):
-    """Any vision tower beside any text tower, named as `CLIPModel` names its parts.
+    """Dual encoder of any vision and any text tower; attributes as in `CLIPModel`.
 
     With `vision_projection="none"` the two have no joint space yet: image features are the pooled
     vision vectors. `set_visual_projection` gives them one.
@@ -22,7 +22,7 @@ class TowerPair(nn.Module):
         config: A `GloVLMConfig` whose `backbone_config` is a `VisionTextDualEncoderConfig`.
     """
 
-    base_model_prefix = ""  # PEFT asks every transformers-like model for it
+    base_model_prefix = ""  # PEFT reads it from every transformers-like model
 
     def __init__(self, config: GloVLMConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class TowerPair(nn.Module):
 
         Args:
             pixel_values: `[n, 3, height, width]`, as the processor makes them.
-            **kwargs: Passed on to the vision tower where it knows them.
+            **kwargs: Passed on to the vision tower where it accepts them.
 
         Returns:
             The tower's output with `pooler_output` replaced by the features `[n, dim]`.
@@ -70,12 +70,12 @@ class TowerPair(nn.Module):
     def pool_images(
         self, pixel_values: Tensor, **kwargs: Any
     ) -> tuple[BaseModelOutputWithPooling, Tensor]:
-        """Encode images `[n, 3, height, width]` without the projection.
+        """Pooled vectors of images `[n, 3, height, width]`, before the projection.
 
         Returns:
             The tower's output and the pooled vectors `[n, vision_pooled_dim]`.
         """
-        outputs = self.vision_model(pixel_values, **_known(self.vision_model, kwargs))
+        outputs = self.vision_model(pixel_values, **_accepted(self.vision_model, kwargs))
         if self.vision_pooler is not None:
             pooled = self.vision_pooler(outputs.last_hidden_state)
         else:
@@ -98,7 +98,7 @@ class TowerPair(nn.Module):
             input_ids: `[n, length]`.
             attention_mask: `[n, length]`, 1 where a token is text; all ones when not given
             (`appended_cls`: one where a token is not padding).
-            **kwargs: Passed on to the text tower where it knows them.
+            **kwargs: Passed on to the text tower where it accepts them.
 
         Returns:
             The tower's output with `pooler_output` replaced by the features `[n, dim]`.
@@ -110,7 +110,7 @@ class TowerPair(nn.Module):
         outputs: BaseModelOutputWithPooling = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            **_known(self.text_model, kwargs),
+            **_accepted(self.text_model, kwargs),
         )
         eos = getattr(self.text_model.config, "eos_token_id", None)
         pooled = pool_text(outputs, self.config.text_pooling, input_ids, attention_mask, eos)
@@ -118,7 +118,7 @@ class TowerPair(nn.Module):
         return outputs
 
     def set_visual_projection(self, weight: Tensor, bias: Tensor) -> None:
-        """Give the pair a joint space by a linear map from pooled vision to text features.
+        """Set a linear projection from pooled vision to text features: a joint space.
 
         Args:
             weight: `[text feature dim, pooled vision dim]`.
@@ -135,11 +135,11 @@ class TowerPair(nn.Module):
 
 
 class AttentionalPooler(nn.Module):
-    """One learned query that attends to all tokens of an image (CoCa, arXiv 2205.01917).
+    """Attentional pooling: a learned query over all tokens of an image (CoCa, arXiv 2205.01917).
 
     Args:
         width: Of the tokens.
-        dim: Of the query and of what comes out.
+        dim: Of the query and of the output.
         heads: Attention heads.
     """
 
@@ -156,7 +156,7 @@ class AttentionalPooler(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def reset(self) -> None:
-        """Normal query and weights, plain norms."""
+        """Normal query and weights, identity norms."""
         init.normal_(self.query)
         for module in self.children():
             if isinstance(module, nn.Linear):
@@ -186,13 +186,13 @@ class AttentionalPooler(nn.Module):
 def append_class_token(
     input_ids: Tensor, attention_mask: Tensor | None, config: Any, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Put the class token behind texts, with the mask that CoCa's text towers were trained with.
+    """Append CoCa's class token to texts, with the attention mask of its pretraining.
 
-    Tokens see what stands before them. The class token sees the first token, and the one behind
-    every token that is no padding: so the first padding too, and itself only where the text fills
-    the whole context (the padding mask is shifted by one; weights depend on it). It stands at the
-    last position of the context; the padding between the first one and it is seen by nobody that
-    counts, so that it is left out: as many tokens go in as came, and one of padding.
+    Tokens attend to those before them. The class token attends to the first token, and to the one
+    behind every token that is no padding: so the first padding too, and itself only where the text
+    fills the whole context (the padding mask is shifted by one; weights depend on it). It stands at
+    the last position of the context. No token that counts attends to the padding between, so that
+    is left out: as many tokens go in as came, and one of padding.
 
     Args:
         input_ids: `[n, length]`, padded on the right; at most as long as the context, whose last
@@ -235,7 +235,7 @@ def append_class_token(
 def build_projection(
     kind: str, dim_in: int, dim_out: int | None, hidden: int | None = None, bias: bool = True
 ) -> nn.Module:
-    """Build what stands between a pooled vector and the joint space.
+    """Projection from a pooled vector to the joint space.
 
     Args:
         kind: `none`, `linear`, or `mlp` (one hidden layer, GELU).
@@ -257,7 +257,7 @@ def build_projection(
 
 
 def count_patches(vision_config: Any, pixel_values: Tensor) -> int:
-    """Count the patch tokens that images `[n, 3, height, width]` become in a vision transformer."""
+    """Number of patch tokens of images `[n, 3, height, width]` in a vision transformer."""
     size = getattr(vision_config, "patch_size", None)
     if size is None:
         return 0
@@ -266,12 +266,12 @@ def count_patches(vision_config: Any, pixel_values: Tensor) -> int:
 
 
 def count_prefix(vision_config: Any) -> int:
-    """Count the tokens in front of the patches of a tower with a class token: it and registers."""
+    """Number of tokens in front of the patches: the class token and registers."""
     return 1 + int(getattr(vision_config, "num_register_tokens", 0) or 0)
 
 
 def pool_vision(outputs: Any, pooling: str, patches: int) -> Tensor:
-    """Turn the vision tower's tokens into one vector an image.
+    """Vision pooling: the tower's tokens to one vector per image.
 
     Args:
         outputs: What the tower returned; tokens `[n, prefix + patches, width]`, where the prefix is
@@ -308,7 +308,7 @@ def pool_text(
     attention_mask: Tensor | None,
     eos_token_id: int | None,
 ) -> Tensor:
-    """Turn text tokens `[n, length, width]` into one vector per text `[n, width]`."""
+    """Text pooling: tokens `[n, length, width]` to one vector per text `[n, width]`."""
     if pooling == "pooler":
         return _pooler(outputs, "text")
     tokens: Tensor = outputs.last_hidden_state
@@ -339,8 +339,8 @@ def _pooler(outputs: Any, tower: str) -> Tensor:
     return torch.flatten(pooled, 1)
 
 
-def _known(tower: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what a tower never heard of: DINOv2 always interpolates and takes no such flag."""
+def _accepted(tower: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Drop optional arguments that a tower does not accept (DINOv2 always interpolates)."""
     optional = {"interpolate_pos_encoding", "token_type_ids", "position_ids"}
     names = inspect.signature(tower.forward).parameters
     return {k: v for k, v in kwargs.items() if k in names or k not in optional}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..data.folder import column, open_image
 from ..errors import GloVLMError, nearest
-from ..inference import load_classifier, still
+from ..inference import evaluation_mode, load_classifier
 from .licences import read_licence
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def export_classifier(
     _check_request(model, format)
     target = _check_folder(Path(output_dir))
     sample = None if data is None else _images(model, data, data_name, synthetic)
-    with still(model), _whole_or_nothing(target) as work:
+    with evaluation_mode(model), _whole_or_nothing(target) as work:
         tell("exporting")
         plain = work / "model.onnx"
         images = [Image.new("RGB", (64, 64))] * 2 if sample is None else sample.images

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..data.folder import column
 from ..errors import GloVLMError, nearest
 from ..inference import FeatureCache, MemoryCache, Predictions, predict
-from ..inference.sentences import borrow
+from ..inference.sentences import copy_sharing_weights
 from ..methods import METHODS, FeatureMethod, HeadMethod
 from ..metrics import compute_metrics
 from ..training import AdaptConfig, adapt
@@ -109,7 +109,7 @@ def leave_patients_out(
     for k in range(len(order)):
         kept, left = np.flatnonzero(group != k), np.flatnonzero(group == k)
         adapted = adapt(
-            borrow(model), method, rows.select(kept),
+            copy_sharing_weights(model), method, rows.select(kept),
             processor=processor, classes=classes, config=config, cache=store,
         )  # fmt: skip
         predictions = predict(adapted.model, processor, rows.select(left), cache=store)

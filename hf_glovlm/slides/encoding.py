@@ -114,7 +114,7 @@ def encode_slide(
         GloVLMError: The slide cannot be read or shows no tissue, its scale does not go with the
             model's, what lies at `output_path` has other settings, or features are not finite.
     """
-    from ..inference import evaluating, resolve_device
+    from ..inference import exact_inference, resolve_device
 
     if batch_size < 1:
         raise GloVLMError(f"Expected a batch size of at least 1, found {batch_size}.")
@@ -147,7 +147,7 @@ def encode_slide(
             notify(resumed_at, len(grid))
             batches = _batches(slide, grid, processor, resumed_at, batch_size)
             # Closed before the slide is: its thread may still be reading.
-            with closing(batches), evaluating(model):
+            with closing(batches), exact_inference(model):
                 for rows, inputs in batches:
                     features, scores = _encode(model, backbone, inputs, bool(classes))
                     writer.append(features, grid.coords[rows], scores)

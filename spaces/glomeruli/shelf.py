@@ -13,10 +13,10 @@ from uploads import CLASSES
 from hf_glovlm import (
     BACKBONES,
     GloVLMError,
+    build_zero_shot,
     load_backbone,
     load_classes,
     load_classifier,
-    reword,
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
@@ -153,6 +153,6 @@ def _load(name: str) -> Loaded:
         towers, processor = load_backbone(name)
     words = {info.name: info.prompts for info in load_classes(CLASSES)}
     try:
-        return Loaded(name, towers, processor, reword(towers, processor, words))
+        return Loaded(name, towers, processor, build_zero_shot(towers, processor, words))
     except GloVLMError as error:
         return Loaded(name, towers, processor, None, str(error))

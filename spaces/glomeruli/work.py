@@ -23,18 +23,18 @@ from hf_glovlm import (
     MemoryCache,
     __version__,
     adapt,
-    borrow,
+    build_zero_shot,
+    copy_sharing_weights,
     describe_image_scale,
     describe_limits,
+    describe_predictions,
     embed_images,
     explain,
     frozen_methods,
-    give_answers,
     leave_patients_out,
     load_classes,
     open_image,
     predict,
-    reword,
 )
 
 BATCH = 8  # images decoded at a time
@@ -92,14 +92,14 @@ def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None)
         ):
             neighbours.append(list(zip(row, labels, cosines, strict=True)))
     return Classification(
-        give_answers(predictions, model.config), scale, describe_limits(model.config), neighbours
+        describe_predictions(predictions, model.config), scale, describe_limits(model.config), neighbours
     )
 
 
 def ask_in_words(loaded: Loaded, prompts: Mapping[str, Sequence[str]]) -> Loaded:
     """Zero-shot classifier of a model's towers for someone's own classes and prompts."""
     with loaded.lock:
-        classifier = reword(loaded.towers, loaded.processor, prompts)
+        classifier = build_zero_shot(loaded.towers, loaded.processor, prompts)
     return Loaded(f"{loaded.name}, own words", classifier.glovlm, loaded.processor, classifier)
 
 
@@ -140,7 +140,7 @@ def draw_heat(loaded: Loaded, image: Upload, method: str, target: str | None = N
     picture: Picture = open_image({"path": image.name, "bytes": image.content})
     picture.thumbnail((EXPLAINED, EXPLAINED))
     # Attention is read by switching the towers' back end: on modules of one's own.
-    model = borrow(loaded.ask())
+    model = copy_sharing_weights(loaded.ask())
     heat = explain.explain(model, loaded.processor, picture, method=method, target=target or None)
     colours = explain.overlay(picture, heat, opacity=1.0)
     about = heat.describe()
@@ -218,7 +218,8 @@ def adapt_classifier(
     }
     rows = Dataset.from_dict(columns, Features(types))
     classes, cache = load_classes(list(support)), MemoryCache()
-    base = borrow(loaded.towers)  # what an earlier head was calibrated to is no longer true
+    # What an earlier head was calibrated to is no longer true.
+    base = copy_sharing_weights(loaded.towers)
     base.config.temperature, base.config.prior_shift, base.config.calibration = 1.0, None, None
     base.config.mpp = None
     processor = copy.deepcopy(loaded.processor)  # a tokenizer serves one at a time
@@ -232,7 +233,7 @@ def adapt_classifier(
         )
 
     adapted = adapt(
-        borrow(base), method, rows,
+        copy_sharing_weights(base), method, rows,
         processor=processor, classes=classes, cache=cache, on_epoch=show,
     )  # fmt: skip
     adapted.model.config.synthetic = all(image.synthetic for image in images)

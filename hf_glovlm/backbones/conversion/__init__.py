@@ -1,7 +1,7 @@
-"""Published checkpoints become transformers modules with separate q, k and v, once and for all.
+"""Checkpoint conversion: published weights to transformers modules with separate q, k and v.
 
-`kinds.py` knows the kinds of checkpoints, `towers.py` the encoders in them, `vocabularies.py` the
-tokenizers; here files are read, and a folder is written that loads as every other one does.
+`kinds.py` has the kinds of checkpoints, `towers.py` their encoders, `vocabularies.py` their
+tokenizers, `moving.py` the mapping of tensors; this module reads files and writes the folder.
 """
 
 import os
@@ -41,16 +41,16 @@ _WEIGHTS = (
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did.
+    """Report of a conversion.
 
     Args:
         kind: One of `KINDS`.
         output_dir: The folder that was written.
-        model_type: What transformers calls the module in it: `clip`, `glovlm`, `vit`, `dinov2`,
+        model_type: transformers' name of the module in it: `clip`, `glovlm`, `vit`, `dinov2`,
             `dinov2_with_registers`.
         has_tokenizer: Whether the folder holds a tokenizer; never for a vision tower alone.
         dropped: Published tensors left out on purpose.
-        notes: What the user should know, one sentence each.
+        notes: Remarks for the user, one sentence each.
     """
 
     kind: str
@@ -105,12 +105,12 @@ def convert_checkpoint(
 def convert_tensors(
     tensors: Mapping[str, Any], kind: str | None = None, published: Mapping[str, Any] | None = None
 ) -> Converted:
-    """Put published tensors into a transformers module.
+    """Convert published tensors into a transformers module.
 
     Args:
         tensors: By their published names.
         kind: One of `KINDS`; recognised from the names when not given.
-        published: What the configuration beside them says: `model_cfg` and `preprocess_cfg` of
+        published: The configuration beside them: `model_cfg` and `preprocess_cfg` of
             open_clip, `model_args` and `pretrained_cfg` of timm, `text_config` of a BERT.
 
     Raises:
@@ -128,7 +128,7 @@ def convert_tensors(
 
 
 def read_tensors(file: Path) -> dict[str, Any]:
-    """Read a state dict from safetensors or from a file of torch, which may hold no code.
+    """Read a state dict from safetensors or a torch file; code in it is refused.
 
     The dictionary may lie under `state_dict` or `model`, and its names may begin with `module.`, as
     training scripts write them.
@@ -172,16 +172,16 @@ def _find_weights(source: Path) -> Path:
     suffixes = (".safetensors", ".bin", ".pt", ".pth")
     files = sorted(path for path in source.iterdir() if path.suffix in suffixes)
     if len(files) != 1:
-        found = ", ".join(path.name for path in files) or "none"
+        names = ", ".join(path.name for path in files) or "none"
         raise GloVLMError(
-            f"Expected one file of weights in '{source}' ({', '.join(_WEIGHTS)}), found {found}: "
+            f"Expected one file of weights in '{source}' ({', '.join(_WEIGHTS)}), found {names}: "
             "name the file itself."
         )
     return files[0]
 
 
 def _read_published(folder: Path) -> dict[str, Any]:
-    """Gather what the configurations in a folder say; open_clip's own file comes last."""
+    """Published configurations in a folder, merged; open_clip's own file comes last."""
     published: dict[str, Any] = {}
     for path in sorted(folder.glob("*.json")):
         # CONCH's lies under the name of its architecture.

@@ -1,4 +1,4 @@
-"""The kinds of published checkpoints: which encoders each is made of, and what joins them."""
+"""Kinds of published checkpoints: their encoders and projections."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ DROPPED: dict[str, tuple[str, ...]] = {
     # the classifier of the data set it was trained on
     "timm": ("head.*",),
 }
-# A tensor that only this kind has; the first that is found decides.
+# A tensor that only this kind has; the first one present decides.
 _MARKS = {
     "visual.attn_pool_contrast.query": "conch",
     "visual_head.0.weight": "keep",
@@ -63,7 +63,7 @@ _READ = {
         pool_type output_tokens final_ln_after_pool hf_tokenizer_name tokenizer_mode
         tokenizer_kwargs hf_model_name hf_model_pretrained hf_proj_type hf_pooler_type""",
 }
-# Others may only be off, or say what is done anyway.
+# Others may only be off, or have the value that is used anyway.
 _GIVEN = {
     "pool_type": "tok",
     "block_type": "default",
@@ -79,7 +79,7 @@ _BERT_POOLINGS: dict[str, Literal["cls", "pooler", "mean"]] = {
 
 
 def recognise(names: Mapping[str, Any] | Sequence[str]) -> str:
-    """Tell the kind of a checkpoint from its tensors' names.
+    """Recognise the kind of a checkpoint by its tensors' names.
 
     Raises:
         GloVLMError: It is none that is known.
@@ -95,7 +95,7 @@ def recognise(names: Mapping[str, Any] | Sequence[str]) -> str:
 
 
 def _convert_open_clip(move: Move, published: Mapping[str, Any]) -> Converted:
-    """CLIP's layout; or CoCa's, which adds attentional pooling and a class token behind texts."""
+    """open_clip: CLIP; or CoCa, with attentional pooling and a class token behind texts."""
     from transformers import CLIPConfig, CLIPVisionConfig
 
     from ...model import GloVLMConfig
@@ -154,7 +154,7 @@ def _convert_open_clip(move: Move, published: Mapping[str, Any]) -> Converted:
         move.fill(f"{tower}.post_layernorm.bias")
     else:
         move.layer("visual.ln_post", f"{tower}.post_layernorm")
-    move.turn("visual.proj", f"{root}visual_projection.weight")
+    move.transpose("visual.proj", f"{root}visual_projection.weight")
     move_clip_text(move, prefix, root, text_config)
     move.scale(f"{root}logit_scale")
     images = _open_clip_images(published, size)
@@ -183,7 +183,7 @@ def _convert_conch(move: Move, published: Mapping[str, Any]) -> Converted:
     )
     move_vit(move, "visual.trunk.", "backbone.vision_model.", vision_config)
     move_pooler(move, "visual.attn_pool_contrast", "visual.ln_contrast")
-    move.turn("visual.proj_contrast", "backbone.visual_projection.weight")
+    move.transpose("visual.proj_contrast", "backbone.visual_projection.weight")
     move_clip_text(move, "text.", "backbone.", text_config)
     move.scale("backbone.logit_scale")
     size = square(vision.get("image_size", vision_config.image_size))
@@ -192,7 +192,7 @@ def _convert_conch(move: Move, published: Mapping[str, Any]) -> Converted:
 
 
 def _convert_biomedclip(move: Move, published: Mapping[str, Any]) -> Converted:
-    """open_clip's timm trunk and BERT, a linear layer and two behind them."""
+    """BiomedCLIP: open_clip's timm trunk and BERT, with a linear layer and two behind them."""
     from ...model import GloVLMConfig
 
     stated = _model_cfg(published)
@@ -261,7 +261,7 @@ def _convert_keep(move: Move, published: Mapping[str, Any]) -> Converted:
 
 
 def _convert_timm(move: Move, published: Mapping[str, Any]) -> Converted:
-    """A vision transformer of timm, alone."""
+    """timm: a vision transformer without text tower."""
     config = vit_config(move, "", published.get("model_args", {}))
     move.build(config)
     move_vit(move, "", "", config)
@@ -306,10 +306,10 @@ def _linear_projections(dim: int) -> dict[str, Any]:
 
 
 def _model_cfg(published: Mapping[str, Any]) -> dict[str, Any]:
-    """open_clip's configuration, after a look at every field.
+    """open_clip's configuration, every field checked.
 
     Raises:
-        GloVLMError: A field changes the features in a way that is not known here.
+        GloVLMError: A field changes the features in a way that is not supported.
     """
     stated = dict(published.get("model_cfg", {}))
     for name, read in _READ.items():
@@ -323,7 +323,7 @@ def _model_cfg(published: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cached_config(name: str | None) -> dict[str, Any]:
-    """The configuration of the text tower that a checkpoint names: a folder, or in Hub's cache."""
+    """Configuration of the text tower that a checkpoint names: a folder, or in the Hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     from .vocabularies import read_json
@@ -332,8 +332,8 @@ def _cached_config(name: str | None) -> dict[str, Any]:
         return {}
     if Path(name).is_dir():
         return read_json(Path(name) / "config.json")
-    found = try_to_load_from_cache(name, "config.json") if name.count("/") < 2 else None
-    return read_json(Path(found)) if isinstance(found, str) else {}
+    cached = try_to_load_from_cache(name, "config.json") if name.count("/") < 2 else None
+    return read_json(Path(cached)) if isinstance(cached, str) else {}
 
 
 def _open_clip_images(published: Mapping[str, Any], size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Published tensors on their way into a transformers module."""
+"""Mapping of published tensors to the parameters of a transformers module."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from ...errors import GloVLMError
 
 @dataclass
 class Converted:
-    """A checkpoint in transformers' names, not yet written.
+    """Converted checkpoint, in transformers' names, not yet written.
 
     Args:
         kind: Of the checkpoint.
@@ -21,7 +21,7 @@ class Converted:
         tokenizer: Which family of tokenizers it needs: `clip`, `conch`, `wordpiece`, or `""`.
         max_length: Longest text in tokens; 0 for a vision tower.
         dropped: Published tensors left out on purpose.
-        notes: What the user should know.
+        notes: Remarks for the user.
     """
 
     kind: str
@@ -35,7 +35,7 @@ class Converted:
 
 
 class Move:
-    """Takes published tensors, one by one, to the places of a module; the rest is an error.
+    """Tensor mapping from published names to a module's parameters; unused ones are errors.
 
     Args:
         tensors: By their published names.
@@ -57,7 +57,7 @@ class Move:
         return name in self.left
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that decides the module's sizes."""
+        """Shape of a published tensor that decides the module's sizes."""
         if name not in self.left:
             raise GloVLMError(
                 f"Tensor '{name}' of a {self.kind} checkpoint is missing: take the complete file, "
@@ -66,12 +66,12 @@ class Move:
         return tuple(self.left[name].shape)
 
     def depth(self, prefix: str) -> int:
-        """How many blocks there are."""
-        found = [re.match(re.escape(prefix) + r"(\d+)\.", name) for name in self.left]
-        return 1 + max((int(match[1]) for match in found if match), default=0)
+        """Number of blocks."""
+        matches = [re.match(re.escape(prefix) + r"(\d+)\.", name) for name in self.left]
+        return 1 + max((int(match[1]) for match in matches if match), default=0)
 
     def build(self, config: Any) -> None:
-        """Build the module whose places are to be filled."""
+        """Build the target module, without memory."""
         import torch
         from transformers import AutoModel
         from transformers.initialization import no_init_weights
@@ -84,11 +84,11 @@ class Move:
         self._shapes = {name: tuple(t.shape) for name, t in self.model.state_dict().items()}
 
     def has(self, target: str) -> bool:
-        """Whether the module has such a place."""
+        """Whether the module has this parameter."""
         return target in self._shapes
 
     def take(self, name: str, *shape: int) -> Any:
-        """Take a tensor out, in fp32."""
+        """Take a published tensor, in fp32."""
         import torch
 
         tensor = self.left.pop(name, None)
@@ -101,58 +101,58 @@ class Move:
         return torch.empty(shape, device="meta")
 
     def put(self, target: str, tensor: Any) -> None:
-        """Fill a place."""
+        """Set a parameter."""
         self.state[target] = tensor.clone().contiguous()
 
     def fill(self, target: str, value: float = 0.0) -> None:
-        """Fill a place that the checkpoint has nothing for."""
+        """Set a parameter that the checkpoint lacks to a constant."""
         import torch
 
         self.put(target, torch.full(self._shapes[target], value))
 
     def identity(self, target: str) -> None:
-        """Fill a layer so that it hands on what it gets."""
+        """Set a linear layer to the identity."""
         import torch
 
         self.put(f"{target}.weight", torch.eye(*self._shapes[f"{target}.weight"]))
         self.fill(f"{target}.bias")
 
     def copy(self, name: str, target: str) -> None:
-        """Move a tensor as it is."""
+        """Copy a tensor unchanged."""
         self.put(target, self.take(name, *self._shapes[target]))
 
-    def turn(self, name: str, target: str) -> None:
-        """Move a matrix that stands on the right, `x @ matrix`, to a layer's weight."""
+    def transpose(self, name: str, target: str) -> None:
+        """Copy a matrix applied from the right, `x @ matrix`, transposed to a layer's weight."""
         self.put(target, self.take(name, *reversed(self._shapes[target])).T)
 
     def split(self, name: str, targets: Sequence[str]) -> None:
-        """Cut a stack: q, k and v, or gate and value."""
+        """Split stacked rows: q, k and v, or gate and value."""
         rows, *columns = self._shapes[targets[0]]
         stack = self.take(name, len(targets) * rows, *columns)
         for target, part in zip(targets, stack.chunk(len(targets)), strict=True):
             self.put(target, part)
 
     def layer(self, name: str, target: str) -> None:
-        """Move a linear layer or a norm, with its bias where the module has one."""
+        """Copy a linear layer or a norm, with its bias where the module has one."""
         for part in ("weight", "bias"):
             if self.has(f"{target}.{part}"):
                 self.copy(f"{name}.{part}", f"{target}.{part}")
 
     def layers(self, names: Mapping[str, str], source: str, target: str) -> None:
-        """Move the layers of a block."""
+        """Copy the layers of a block."""
         for name, new in names.items():
             self.layer(f"{source}.{name}", f"{target}.{new}")
 
     def scale(self, target: str) -> None:
-        """Move the logarithm of the logit scale, a number or a vector of one."""
+        """Copy the logarithm of the logit scale, a scalar or a vector of one."""
         shape = (1,) if self.shape("logit_scale") == (1,) else ()
         self.put(target, self.take("logit_scale", *shape).reshape(()))
 
     def finish(self) -> None:
-        """Say what went wrong.
+        """Check that every tensor was used and fits.
 
         Raises:
-            GloVLMError: Something was missing, misshapen, or is left over.
+            GloVLMError: A tensor is missing, misshapen or left over.
         """
         unknown = [f"'{name}' {list(t.shape)} is unknown" for name, t in self.left.items()]
         if problems := [*self._problems, *unknown]:
@@ -164,7 +164,7 @@ class Move:
             )
 
     def converted(self, images: dict[str, Any], tokenizer: str = "", length: int = 0) -> Converted:
-        """What came out."""
+        """The converted checkpoint."""
         return Converted(
             kind=self.kind,
             model=self.model,

@@ -1,4 +1,4 @@
-"""The encoders inside published checkpoints: how each is configured and what its tensors become."""
+"""Encoders of published checkpoints: their configurations and tensor mappings."""
 
 import math
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
 
 def clip_text_config(move: Move, prefix: str, stated: Mapping[str, Any], dim: int, act: str) -> Any:
-    """The text tower of CLIP or CoCa, whose class token becomes the last row of the vocabulary."""
+    """Configuration of CLIP's or CoCa's text tower; a class token is the last vocabulary row."""
     from transformers import CLIPTextConfig
 
     appends = f"{prefix}cls_emb" in move
@@ -60,7 +60,7 @@ def clip_text_config(move: Move, prefix: str, stated: Mapping[str, Any], dim: in
 
 
 def move_clip_text(move: Move, prefix: str, root: str, config: Any) -> None:
-    """Fill the text tower and its projection.
+    """Map CLIP's or CoCa's text tower and its projection.
 
     Args:
         move: The tensors.
@@ -80,11 +80,11 @@ def move_clip_text(move: Move, prefix: str, root: str, config: Any) -> None:
     move.copy(f"{prefix}positional_embedding", positions)
     move_clip_blocks(move, f"{prefix}transformer", tower, config)
     move.layer(f"{prefix}ln_final", f"{tower}.final_layer_norm")
-    move.turn(f"{prefix}text_projection", f"{root}text_projection.weight")
+    move.transpose(f"{prefix}text_projection", f"{root}text_projection.weight")
 
 
 def move_clip_blocks(move: Move, source: str, tower: str, config: Any) -> None:
-    """Fill the blocks of either of CLIP's towers."""
+    """Map the blocks of either of CLIP's towers."""
     for i in range(config.num_hidden_layers):
         here, there = f"{source}.resblocks.{i}", f"{tower}.encoder.layers.{i}"
         move.layers(_CLIP_BLOCK, here, there)
@@ -94,7 +94,7 @@ def move_clip_blocks(move: Move, source: str, tower: str, config: Any) -> None:
 
 
 def move_pooler(move: Move, source: str, norm: str) -> None:
-    """Attentional pooling; of several queries, the first is the contrastive one."""
+    """Map attentional pooling; of several queries, the first is the contrastive one."""
     target = "backbone.vision_pooler"
     queries, dim = move.shape(f"{source}.query")
     move.put(f"{target}.query", move.take(f"{source}.query", queries, dim)[:1])
@@ -115,12 +115,12 @@ def move_pooler(move: Move, source: str, norm: str) -> None:
 def vit_config(
     move: Move, source: str, stated: Mapping[str, Any], model_type: str | None = None
 ) -> Any:
-    """Configure a vision transformer of timm.
+    """Configuration of timm's vision transformer.
 
     Args:
         move: The tensors.
         source: Prefix of their names.
-        stated: What timm's `model_args` (or a `vision_cfg`) say: `num_heads`, `no_embed_class`.
+        stated: timm's `model_args` (or a `vision_cfg`): `num_heads`, `no_embed_class`.
         model_type: `vit`, `dinov2` or `dinov2_with_registers`; the plainest that fits when not
             given.
     """
@@ -166,7 +166,7 @@ def vit_config(
 
 
 def move_vit(move: Move, source: str, target: str, config: Any) -> None:
-    """Fill a vision transformer.
+    """Map timm's vision transformer.
 
     Args:
         move: The tensors.
@@ -220,7 +220,7 @@ def move_vit(move: Move, source: str, target: str, config: Any) -> None:
 
 
 def bert_config(move: Move, source: str, stated: Mapping[str, Any]) -> Any:
-    """Configure a BERT; what its own configuration states wins over what the tensors suggest."""
+    """Configuration of a BERT; its own configuration wins over the tensors' shapes."""
     from transformers import BertConfig
 
     if stated.get("model_type", "bert") != "bert":
@@ -240,7 +240,7 @@ def bert_config(move: Move, source: str, stated: Mapping[str, Any]) -> Any:
 
 
 def move_bert(move: Move, source: str, target: str) -> None:
-    """Fill a BERT, whose names stay. Where a pooler was never trained, none is read either."""
+    """Map a BERT, whose names stay; a pooler that was never trained is the identity."""
     for place in [name for name in move.model.state_dict() if name.startswith(target)]:
         name = source + place.removeprefix(target)
         if not place.startswith(f"{target}pooler.") or name in move:
@@ -250,14 +250,14 @@ def move_bert(move: Move, source: str, target: str) -> None:
 
 
 def mlp_width(move: Move, blocks: str, width: int, stated: Mapping[str, Any]) -> int:
-    """The hidden width of CLIP's blocks."""
+    """Hidden width of CLIP's blocks."""
     if "mlp_ratio" in stated:
         return int(width * stated["mlp_ratio"])
     return move.shape(f"{blocks}0.mlp.c_fc.weight")[0]
 
 
 def count_heads(width: int, head_width: int = 64) -> int:
-    """The number of heads, which no tensor tells: as many as fit.
+    """Number of attention heads, which no tensor shows: as many as fit.
 
     Raises:
         GloVLMError: They do not fit evenly.
@@ -272,7 +272,7 @@ def count_heads(width: int, head_width: int = 64) -> int:
 
 
 def _mlp_ratio(width: int, hidden: int, swiglu: bool) -> int:
-    """The whole ratio from which transformers computes the hidden width of Dinov2's blocks."""
+    """Whole MLP ratio from which transformers computes the hidden width of Dinov2's blocks."""
     for ratio in range(1, 33):
         made = (int(width * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else width * ratio
         if made == hidden:
@@ -284,7 +284,7 @@ def _mlp_ratio(width: int, hidden: int, swiglu: bool) -> int:
 
 
 def square(size: Any) -> int:
-    """A size that may be given as height and width."""
+    """Size of a square, given as a number or as height and width."""
     sides = {int(side) for side in size} if isinstance(size, list | tuple) else {int(size)}
     if len(sides) != 1:
         raise GloVLMError(f"Images and patches must be square, found {size}.")
@@ -292,5 +292,5 @@ def square(size: Any) -> int:
 
 
 def assumed(what: str) -> str:
-    """Say what was assumed for want of a configuration."""
-    return f"No configuration beside the weights says otherwise, so this was assumed: {what}."
+    """Note on an assumption made without a configuration."""
+    return f"No configuration beside the weights states otherwise, so this was assumed: {what}."

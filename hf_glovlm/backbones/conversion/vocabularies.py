@@ -62,7 +62,7 @@ def join_merges(folder: Path) -> None:
 
 
 def find_tokenizer(converted: Converted, folder: Path) -> Any:
-    """Make the tokenizer of a converted checkpoint; without its files, note that and return `None`.
+    """Tokenizer of a converted checkpoint; `None` and a note without its files.
 
     Args:
         converted: The checkpoint.
@@ -78,14 +78,14 @@ def find_tokenizer(converted: Converted, folder: Path) -> Any:
     make = {"clip": _clip, "conch": _conch, "wordpiece": _wordpiece}[converted.tokenizer]
     tokenizer = make(folder, converted.max_length)
     if tokenizer is None or len(tokenizer) > entries:
-        found = "was found" if tokenizer is None else f"of {entries} entries was found"
+        state = "was found" if tokenizer is None else f"of {entries} entries was found"
         converted.notes.append(
-            f"No tokenizer {found} beside the weights: this model reads texts once its tokenizer "
+            f"No tokenizer {state} beside the weights: this model reads texts once its tokenizer "
             "is saved into the folder."
         )
         return None
     if appended:
-        # Known to the tokenizer, so that nobody takes its row of the vocabulary for a free one.
+        # A token of the tokenizer, so that its row of the vocabulary does not look unused.
         fill = [f"<unused{i}>" for i in range(entries - len(tokenizer))]
         tokenizer.add_tokens(fill, special_tokens=True)
         tokenizer.add_special_tokens({"cls_token": "<cls>"})
@@ -93,15 +93,15 @@ def find_tokenizer(converted: Converted, folder: Path) -> Any:
 
 
 def _clip(folder: Path, max_length: int) -> Any:
-    """CLIP's byte-pair tokenizer with the ids of open_clip's, which also cleans texts."""
+    """CLIP's byte-pair tokenizer with open_clip's ids and text cleaning."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    found = _clip_vocabulary(folder)
-    if found is None:
+    tables = _clip_vocabulary(folder)
+    if tables is None:
         return None
-    vocabulary, merges = found
+    vocabulary, merges = tables
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -174,11 +174,11 @@ def _conch(folder: Path, max_length: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     files = [folder / "tokenizer.json", folder / "conch_byte_level_bpe_uncased.json"]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
         return None
     return PreTrainedTokenizerFast(
-        tokenizer_file=str(found),
+        tokenizer_file=str(path),
         bos_token="<start_of_text>",
         eos_token="<end_of_text>",
         pad_token="<pad>",
