@@ -433,7 +433,11 @@ class Predictions:
         )
 
     def _matrices(self) -> list[tuple[str, NDArray[Any]]]:
-        matrices = {"p": self.probabilities, "logit": self.logits, "similarity": self.similarities}
+        matrices: dict[str, NDArray[Any] | None] = {
+            "p": self.probabilities,
+            "logit": self.logits,
+            "similarity": self.similarities,
+        }
         return [(name, values) for name, values in matrices.items() if values is not None]
 
 
