@@ -94,7 +94,7 @@ def group_rows(ds: "Dataset", *, group_column: str | None = None) -> Groups:
 
     Groups are patients where `patient_id` is known, else cases, else slides, else `group_id`, else
     clusters of near-duplicate images. A row without a value in that column joins the rows with
-    which it shares a value in the next column (its slide, for instance), else it is a group of its own.
+    which it shares a value in the next column (such as its slide), else it is a group of its own.
     Rows that share a `glomerulus_id` (one glomerulus on several levels or stains) merge their
     groups. A merged group bears the first of its ids.
 
