@@ -170,7 +170,9 @@ def _check_context(model: Any, processor: Any, tmp_path: Path) -> None:
     (context,) = tuning.groups[0]["params"]
 
     def prototypes() -> torch.Tensor:
-        actual: torch.Tensor = model.class_prototypes(**processor.encode_prompts(tuning.class_texts))
+        actual: torch.Tensor = model.class_prototypes(
+            **processor.encode_prompts(tuning.class_texts)
+        )
         return actual
 
     weight = torch.linspace(1, 2, model.config.text_feature_dim)

@@ -92,7 +92,10 @@ def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None)
         ):
             neighbours.append(list(zip(row, labels, cosines, strict=True)))
     return Classification(
-        describe_predictions(predictions, model.config), scale, describe_limits(model.config), neighbours
+        describe_predictions(predictions, model.config),
+        scale,
+        describe_limits(model.config),
+        neighbours,
     )
 
 
