@@ -14,19 +14,14 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image
 from tiny import tiny_clip, tiny_images
 
-import hf_glovlm.publish.card
+import hf_glovlm
 from hf_glovlm.backbones import BACKBONES, MINI
 from hf_glovlm.calibration import measure_abstention, measure_sets
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab.phantoms import render_glomerulus
 from hf_glovlm.metrics import compute_metrics, compute_subgroups
-from hf_glovlm.publish.card import (
-    group_unit,
-    metric_rows,
-    render_backbone_card,
-    render_card,
-    write_card,
-)
+from hf_glovlm.publish.card import Publication, render_backbone_card, render_card, write_card
+from hf_glovlm.rendering import group_unit
 from hf_glovlm.runs import run
 from hf_glovlm.runs.config import TrainConfig
 
@@ -314,9 +309,9 @@ def test_every_number_comes_from_the_results(changes: dict[str, Any]) -> None:
 
 
 def test_the_test_of_numbers_can_fail() -> None:
-    """The template holds no number of its own, and a made-up one would be noticed."""
-    template = Path(hf_glovlm.publish.card.__file__).with_name("model_card_template.md").read_text()
-    assert not NUMBER.findall(template)
+    """The template holds no number but a paper's, and a made-up one would be noticed."""
+    templates = Path(hf_glovlm.__file__).parent / "templates"
+    assert set(NUMBER.findall((templates / "model_card.md.j2").read_text())) <= CITED
     assert not {"0.999", "17.5", "61"} & (numbers_in(make_results(full=True)) | CITED)
 
 
@@ -398,9 +393,73 @@ def test_the_title_stays_a_title() -> None:
 
 def test_odd_names_do_not_break_a_table() -> None:
     results = make_results()
-    results["data"]["classes"][0] |= {"display_name": "a | b\n$title", "prompts": ["{x} | $y"]}
+    results["data"]["classes"][0] |= {"display_name": "a | b\n{{ n }}", "prompts": ["{x} | $y"]}
     line = next(x for x in render_card(results).splitlines() if x.startswith("| ischemic | a"))
-    assert line == r"| ischemic | a \| b $title | {x} \| $y |"
+    assert line == r"| ischemic | a \| b {{ n }} | {x} \| $y |"
+
+
+def renamed(results: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """The results with other class names."""
+    text = json.dumps(results)
+    for old, new in names.items():
+        text = text.replace(json.dumps(old), json.dumps(new))
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("what", [None, "full", "adapter"])
+def test_a_class_may_have_any_name(what: Any) -> None:
+    """It stands in the card as it is: no word of the card, no template, no end of a table."""
+    publication = Publication("lab/model", what, "x/y", "0123abc", ["Own terms."]) if what else None
+    results = renamed(make_results(full=True), {name: f"{name}_0" for name in CLASSES})
+    odd = {"ischemic_0": "RUN", "sclerosed_0": "{{ n }}{% for %}", "viable_0": "a|b\n# c"}
+    expected = render_card(results, publication)
+    for name, new in odd.items():
+        assert expected.count(name) > 6
+        expected = expected.replace(name, new.replace("\n", " "))
+    card = render_card(renamed(results, odd), publication)
+    assert card.replace("\\|", "|") == expected
+    assert r"| a\|b # c |" in card
+    assert ('"RUN/model"' in card) is (what is None)
+
+
+def test_a_note_stays_on_its_line() -> None:
+    results = make_results(notes=["first\n\n# A heading {{ n }}"])
+    assert "\n- first # A heading {{ n }}\n" in render_card(results)
+
+
+def oral_results() -> dict[str, Any]:
+    """Those of a model of oral mucosa."""
+    results = make_results()
+    results["data"]["name"] = "oral_mucosa"
+    for row in results["data"]["classes"]:
+        row["prompts"] = [f"A pathology image of {row['name']} oral mucosa"]
+    return results
+
+
+@pytest.mark.parametrize("what", [None, "full", "head"])
+def test_tags_and_example_come_from_the_data(what: Any) -> None:
+    publication = Publication("lab/model", what, "x/y", "0123abc", []) if what else None
+    for results, tags, example in (
+        (oral_results(), {"histopathology"}, "image.png"),
+        (make_results(), {"glomerulus", "nephropathology"}, "glomerulus.png"),
+    ):
+        card = render_card(results, publication)
+        shared = {"few-shot", "vision-language", "not-for-diagnosis", "lora"}
+        assert set(ModelCard(card).data.tags) == tags | shared
+        assert f'Image.open("{example}")' in card
+    assert "glomerul" not in render_card(oral_results(), publication).lower()
+
+
+def test_a_published_card_names_its_place_and_terms() -> None:
+    terms = ["The licence passes on.", "Why it was published: it may be."]
+    card = render_card(make_results(), Publication("lab/model", "head", "x/y+z", "0123abc", terms))
+    about = ModelCard(card).data
+    assert about.base_model == ["x/y", "z"]
+    assert about.base_model_relation == "adapter"
+    assert 'load_published("lab/model")' in card
+    assert "at commit `0123abc`" in card
+    assert card.endswith("\n## Licence and publication\n\n" + "".join(f"- {x}\n" for x in terms))
+    assert "Licence and publication" not in render_card(make_results())
 
 
 @pytest.mark.parametrize(
@@ -417,16 +476,6 @@ def test_groups_are_named_for_people(column: str, unit: str) -> None:
     results = make_results()
     results["data"]["group_column"] = column
     assert f"bootstrap over {unit}" in render_card(results)
-
-
-def test_metric_rows_show_interval_and_note() -> None:
-    entry = {"value": 0.5, "ci95": [0.25, 0.75], "note": "too few groups", "undefined_resamples": 7}
-    nothing = {"value": None, "ci95": None, "note": "undefined on these labels"}
-    rows = metric_rows({"macro_auc": entry, "ece": nothing | {"undefined_resamples": 0}})
-    assert rows == [
-        ["Macro-AUC", "0.500", "[0.250, 0.750]", "too few groups; undefined in 7 resamples"],
-        ["ECE", "undefined", "", "undefined on these labels"],
-    ]
 
 
 def test_a_card_is_written_from_results_alone(tmp_path: Path) -> None:
@@ -629,7 +678,7 @@ def test_the_lines_of_the_card_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert code
     assert len([line for line in code[1].splitlines() if line]) == 5
     capsys.readouterr()
-    _execute(card, {"RUN/model": str(tmp_path / "run" / "model"), "glomerulus.png": str(image)})
+    _execute(card, {"RUN/model": str(tmp_path / "run" / "model"), "image.png": str(image)})
     said = capsys.readouterr().out
     assert all(f"'{name}'" in said for name in ("mesangial", "sclerosed", "viable"))
 
@@ -656,7 +705,8 @@ def test_the_card_of_mini(mini: tuple[dict[str, Any], str]) -> None:
     assert "never seen a photograph" in card
     versions = {"2.0"}  # of the licence
     assert set(NUMBER.findall(card)) <= numbers_in(facts) | versions
-    assert "$" not in card
+    assert not {"{{", "{%"} & set(re.findall(r"\{.", card))
+    assert card == (MINI / "README.md").read_text()
 
 
 def test_the_lines_of_minis_card_run(

@@ -378,7 +378,7 @@ def demo(
 ) -> None:
     """Do the main job on synthetic images: no network, no data, under two minutes."""
     from ..lab.demo import remove_demo, run_demo
-    from ..publish.card import METRIC_HEADER, metric_rows
+    from ..rendering import METRIC_HEADER, metric_rows
 
     folder = output_dir or Path("glovlm-demo")
     if output_dir is None:

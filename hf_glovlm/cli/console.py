@@ -135,7 +135,7 @@ def event_text(kind: str, what: Mapping[str, Any]) -> str:
 
 def print_metrics(results: Mapping[str, Any]) -> None:
     """Print labels and groups of the support, metrics, and metrics per class."""
-    from ..publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
+    from ..rendering import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 
     synthetic, data = "synthetic images, " if results["synthetic"] else "", results["data"]
     unit = group_unit(data["group_column"])

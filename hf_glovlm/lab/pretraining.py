@@ -19,25 +19,9 @@ from torch import Tensor, nn
 from ..errors import GloVLMError
 from ..files import write_text
 from ..methods import Recipe
+from ..publish.card import render_backbone_card
 from ..training.loop import fit, gather, seed_everything
 from ..training.losses import infonce
-
-CARD = """---
-license: apache-2.0
-library_name: transformers
-tags: [glomerulus, synthetic-images, not-for-diagnosis]
----
-# mini: a small CLIP trained on synthetic images only
-
-A CLIP of {parameters:,} parameters ({image_size} px, patches of {patch_size}), trained by
-`glovlm pretrain` on {images:,} synthetic images of glomeruli and their captions, for {epochs}
-epochs (seed {seed}). It has never seen a photograph, a patient or a real biopsy. It exists so that
-the package's demo and tests run without network and data. Numbers made with it test the software;
-they say nothing about kidneys. Research use only, not for diagnosis.
-
-On unseen synthetic patients, zero-shot with one prompt a class: accuracy {accuracy:.3f} on
-synthetic images ({test_images} of {test_patients} patients).
-"""
 
 
 @dataclass(frozen=True)
@@ -176,7 +160,7 @@ def _save(
     for file in fresh.iterdir():
         file.replace(folder / file.name)
     fresh.rmdir()
-    write_text(folder / "README.md", CARD.format(**facts))
+    write_text(folder / "README.md", render_backbone_card(facts))
     write_text(folder / "pretraining.json", json.dumps(facts, indent=1) + "\n")
     for done in ("checkpoint.safetensors", "log.jsonl"):  # the log is in pretraining.json
         (folder / done).unlink(missing_ok=True)

@@ -174,11 +174,6 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def bullets(lines: Iterable[str]) -> str:
-    """A Markdown list."""
-    return "\n".join(f"- {line}" for line in lines) + "\n"
-
-
 def read_json(file: Path) -> Any:
     """Plain values of a JSON file."""
     return json.loads(file.read_text(encoding="utf-8"))

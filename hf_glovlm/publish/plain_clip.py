@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 from ..errors import GloVLMError
-from .identifiers import bullets, read_json, read_run, without_places, write_json
+from ..files import write_text
+from ..rendering import render
+from .identifiers import read_json, read_run, without_places, write_json
 from .licences import check_publishing, describe_licence
 
 _LAST_CALL = (
@@ -77,14 +79,11 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
             if plain.get("processor_class"):
                 plain["processor_class"] = "CLIPProcessor"
             write_json(file, plain)
-        rows = [f"| {config.id2label[k]} | {' · '.join(t)} |" for k, t in enumerate(texts)]
-        (scratch / "README.md").write_text(
-            "# A plain CLIP checkpoint\n\nResearch use only, not for diagnosis. Written by "
-            "`glovlm export --format clip`; a class is the mean of the unit features of its "
-            "prompts.\n\n| class | prompts |\n| --- | --- |\n" + "\n".join(rows) + "\n\n"
-            + bullets(describe_licence(config, "export", reason)),
-            encoding="utf-8",
-        )  # fmt: skip
+        card = {
+            "classes": [[config.id2label[k], " · ".join(t)] for k, t in enumerate(texts)],
+            "terms": describe_licence(config, "export", reason),
+        }
+        write_text(scratch / "README.md", render("plain_clip_card.md.j2", card))
         if target.is_dir():
             target.rmdir()
         os.replace(scratch, target)

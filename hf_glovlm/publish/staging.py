@@ -12,13 +12,12 @@ from typing import Any
 
 from ..errors import GloVLMError
 from .adapter_only import stage_parts
-from .card import render_card
+from .card import Publication, render_card
 from .identifiers import (
     MODEL_FILES,
     SHARD,
     Identifiers,
     Run,
-    bullets,
     read_json,
     without_places,
     write_json,
@@ -105,7 +104,9 @@ def _stage(
             shutil.copyfile(file, stage / "figures" / file.name)
         else:
             run.left_out.append(f"figures/{file.name} stays here: it may show an image.")
-    card = _finish_card(render_card(results), run.config, repo_id, what, reason)
+    terms = describe_licence(run.config, what, reason)
+    base, revision = run.config.backbone_name, run.config.backbone_revision
+    card = render_card(results, Publication(repo_id, what, base, revision, terms))
     (stage / "README.md").write_text(card, encoding="utf-8")
     _search(stage, run.identifiers)
 
@@ -182,33 +183,6 @@ def clean(value: Any, forbidden: Identifiers, dropped: list[str]) -> Any:
     if isinstance(value, list):
         return [clean(v, forbidden, dropped) for v in value if not bad(v)]
     return "" if bad(value) else value
-
-
-def _finish_card(text: str, config: Any, repo_id: str, what: Part, reason: str | None) -> str:
-    """Fill in the repository, say how to load it, and what it inherits."""
-    import yaml
-
-    text = re.sub(r"\bRUN(?:/model)?\b", repo_id, text)
-    text = text.replace("  # or the id of this repository", "")
-    said = describe_licence(config, what, reason)
-    text = f"{text.rstrip()}\n\n## Licence and publication\n\n{bullets(said)}"
-    if what == "full":
-        return text
-    held = "the adapter and the head" if what == "adapter" else "the head"
-    use = (
-        f"This repository holds {held}; the weights of `{config.backbone_name}` are loaded from "
-        f"their own page, at commit `{config.backbone_revision}`, with your own access.\n\n"
-        "```python\nfrom PIL import Image\nfrom hf_glovlm.publish import load_published\n\n"
-        f'classify, processor = load_published("{repo_id}")\n'
-        'image = Image.open("glomerulus.png").convert("RGB")\n'
-        'logits = classify(**processor(images=image, return_tensors="pt")).logits\n```\n\n'
-    )
-    text = re.sub(r"(?ms)^## How to use\n.*?(?=^## )", lambda _: f"## How to use\n\n{use}", text)
-    _, front, body = text.split("---\n", 2)
-    about = yaml.safe_load(front) | {"base_model": config.backbone_name.split("+")}
-    about["base_model_relation"] = "adapter"
-    dumped = yaml.safe_dump(about, sort_keys=False, allow_unicode=True)
-    return f"---\n{dumped}---\n{body}"
 
 
 def _search(stage: Path, forbidden: Identifiers) -> None:

@@ -21,6 +21,7 @@ from ..errors import GloVLMError, nearest
 from ..files import write_text
 from ..inference import Predictions
 from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
+from ..rendering import extent, group_unit, render
 from .config import TrainConfig
 from .workflow import Loader, run
 
@@ -353,7 +354,7 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
             "numbers cannot be compared. Give another output folder."
         )
     first = every[0]
-    unit = _unit(first["data"]["group_column"])
+    unit = group_unit(first["data"]["group_column"])
     report = {
         "data": {k: first["data"][k] for k in ("name", "fingerprint", "group_column")},
         "reference": config.reference,
@@ -448,16 +449,18 @@ def _label_budget(method: StudyMethod, results: Sequence[dict[str, Any]]) -> dic
     supports = [r["data"]["support"] for r in results]
     labels, groups = ([s[f"{k}_per_class"] for s in supports] for k in ("labels", "groups"))
 
-    def extent(values: Iterable[int]) -> list[int]:
-        found = list(values)
-        return [min(found), max(found)]
+    def least_and_most(values: Iterable[int]) -> list[int]:
+        counts = list(values)
+        return [min(counts), max(counts)]
 
     return {
-        "labels": extent(s["label_budget"] for s in supports),  # those of the validation too
+        "labels": least_and_most(
+            s["label_budget"] for s in supports
+        ),  # those of the validation too
         "per_class": {
             name: {
-                "labels": extent(n[name] for n in labels),
-                "groups": extent(n[name] for n in groups),
+                "labels": least_and_most(n[name] for n in labels),
+                "groups": least_and_most(n[name] for n in groups),
             }
             for name in labels[0]
         },
@@ -502,81 +505,79 @@ def _against_recorded(config: StudyConfig, reference: _Runs) -> dict[str, Any] |
 
 
 def render_report(report: Mapping[str, Any]) -> str:
-    """Write a report as Markdown; where it is about drawings, every heading says so."""
-    drawings = " (drawings)" if report["synthetic"] else ""
-    out = [f"# Study on {report['data']['name']}{drawings}"]
-    out.append("Research use only, not for diagnosis.")
-    for section in report["sections"]:
-        out += _render_section(section, report["reference"], report["unit"], drawings)
-    if report["failures"]:
-        failed = [[f["cell"], f["error"]] for f in report["failures"]]
-        out += [f"## Failed{drawings}", _markdown(["cell", "reason"], failed)]
-    if report["missing"]:
-        out.append(f"Not run yet: {len(report['missing'])} cells.")
-    out += [f"## Notes{drawings}", "\n".join(f"- {note}" for note in report["notes"])]
-    return "\n\n".join(out) + "\n"
+    """Render a report as Markdown; on synthetic images every heading says so."""
+    titles = [METRICS[name].title for name in COMPARED]
+    summarised = [METRICS[name].title for name in SUMMARISED]
+    values = {
+        **{name: report[name] for name in ("data", "reference", "unit", "notes")},
+        "mark": " (drawings)" if report["synthetic"] else "",
+        "paired_header": ["method", "draws", *(h for title in titles for h in (title, "verdict"))],
+        "summary_header": [
+            *("method", "draws", *summarised, "labels", "trainable parameters", "seconds a draw")
+        ],
+        "sections": [
+            _section_values(section, report["reference"], report["unit"])
+            for section in report["sections"]
+        ],
+        "failures": [[failure["cell"], failure["error"]] for failure in report["failures"]],
+        "n_missing": len(report["missing"]),
+    }
+    return render("study_report.md.j2", values)
 
 
-def _render_section(
-    section: Mapping[str, Any], reference: str, unit: str, drawings: str
-) -> Iterator[str]:
+def _section_values(section: Mapping[str, Any], reference: str, unit: str) -> dict[str, Any]:
+    """What `study_report.md.j2` names of one backbone and number of shots."""
     methods, names = section["methods"], [m["name"] for m in section["methods"]]
     shown_as = {m["name"]: m["name"] + "*" * m["text_means_nothing"] for m in methods}
-    yield f"## {section['backbone']}, {section['shots']} shots{drawings}"
     budgets = [m["label_budget"]["per_class"] for m in methods]
-    spent = [
-        f"{_extent(of['labels'])} {name} (of {_extent(of['groups'])} {unit})"
-        for name, of in max(budgets, key=len).items()
-    ]
-    if spent:
-        yield f"Labels of each draw: {', '.join(spent)}."
-
-    yield f"### Paired difference to {reference}{drawings}"
-    header = ["method", "draws", *(h for k in COMPARED for h in (METRICS[k].title, "verdict"))]
-    others = [m for m in methods if m["name"] != reference]
-    yield _markdown(
-        header, [[shown_as[m["name"]], *_paired(m["versus_reference"])] for m in others]
-    )
-
-    yield f"### Mean and spread over label draws{drawings}"
-    header = ["method", "draws", *(METRICS[k].title for k in SUMMARISED)]
-    rows = [
-        [
-            shown_as[m["name"]],
-            str(len(m["draws"])),
-            *(_spread(m["metrics"][k]) for k in SUMMARISED),
-            _extent(m["label_budget"]["labels"]),
-            f"{m['trainable_parameters']:,}",
-            f"{m['median_seconds']:.1f}",
-        ]
-        for m in methods
-    ]
-    yield _markdown([*header, "labels", "trained numbers", "seconds a draw"], rows)
-    if any(m["text_means_nothing"] for m in methods):
-        yield (
-            "*: these towers were never trained together, so the class texts told this method "
-            "nothing: class means of the support, or a projection fitted to it, stood in."
-        )
-    if section["recorded"]:
-        gaps = section["recorded"]["largest_difference"].items()
-        said = ", ".join(f"{METRICS[k].title} {v:.4f}" for k, v in gaps)
-        yield (
-            f"{reference} against the logistic regression recorded in the episodes file, largest "
-            f"absolute difference over {section['recorded']['n_draws']} draws: {said}."
-        )
-
-    yield f"### Recall in each of the {unit}, mean over the draws that test it{drawings}"
     # Of hundreds of groups of an image or two a recall each says nothing: the largest are shown.
     recall = section["recall"]
     largest = sorted(range(len(recall)), key=lambda i: -recall[i]["n"])[:RECALL_ROWS]
-    rows = []
-    for row in (recall[i] for i in sorted(largest)):
-        cells = [row["methods"].get(name) for name in names]
-        shown = [f"{c['mean']:.2f} ({c['n_draws']})" if c else "" for c in cells]
-        rows.append([row["group"], row["class"], str(row["n"]), *shown])
-    yield _markdown(["group", "class", "images", *(f"{n} (draws)" for n in names)], rows)
-    if len(recall) > len(rows):
-        yield f"The {len(rows)} largest of {len(recall)} rows; the others are in `report.json`."
+    recorded = section["recorded"]
+    return {
+        "backbone": section["backbone"],
+        "shots": section["shots"],
+        "labels": ", ".join(
+            f"{extent(of['labels'])} {name} (of {extent(of['groups'])} {unit})"
+            for name, of in max(budgets, key=len).items()
+        ),
+        "paired": [
+            [shown_as[m["name"]], *_paired(m["versus_reference"])]
+            for m in methods
+            if m["name"] != reference
+        ],
+        "summary": [
+            [
+                shown_as[m["name"]],
+                len(m["draws"]),
+                *(_spread(m["metrics"][k]) for k in SUMMARISED),
+                extent(m["label_budget"]["labels"]),
+                f"{m['trainable_parameters']:,}",
+                f"{m['median_seconds']:.1f}",
+            ]
+            for m in methods
+        ],
+        "text_means_nothing": any(m["text_means_nothing"] for m in methods),
+        "recorded": recorded
+        and {
+            "n_draws": recorded["n_draws"],
+            "differences": ", ".join(
+                f"{METRICS[k].title} {v:.4f}" for k, v in recorded["largest_difference"].items()
+            ),
+        },
+        "recall_header": ["group", "class", "images", *(f"{name} (draws)" for name in names)],
+        "recall": [
+            [row["group"], row["class"], row["n"], *(_mean_recall(row, name) for name in names)]
+            for row in (recall[i] for i in sorted(largest))
+        ],
+        "n_recall": len(recall),
+    }
+
+
+def _mean_recall(row: Mapping[str, Any], method: str) -> str:
+    """`0.83 (3)`: mean and number of draws; nothing where no draw tests the group."""
+    summary = row["methods"].get(method)
+    return f"{summary['mean']:.2f} ({summary['n_draws']})" if summary else ""
 
 
 def _paired(versus: Mapping[str, Any] | None) -> list[str]:
@@ -597,22 +598,6 @@ def _spread(row: Mapping[str, Any]) -> str:
     if row["mean"] is None:
         return "undefined"
     return f"{row['mean']:.3f}" + ("" if row["sd"] is None else f" (spread {row['sd']:.3f})")
-
-
-def _extent(pair: Sequence[int]) -> str:
-    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]} to {pair[1]}"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = [[c.replace("|", "\\|").replace("\n", " ") for c in row] for row in rows]
-    return "\n".join(f"| {' | '.join(c)} |" for c in (header, ["---"] * len(header), *cells))
-
-
-def _unit(column: str) -> str:
-    """What the groups of a column are, in the plural."""
-    if column == "near_duplicate":
-        return "near-duplicate clusters"
-    return column.removesuffix("_id").replace("_", " ") + "s"
 
 
 def _short(backbone: str) -> str:

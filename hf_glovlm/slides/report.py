@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ..files import write_text
+from ..rendering import number, render
 from .counting import NOT_A_SCORE
 from .files.annotations import box_object, write_geojson
 
@@ -343,70 +344,56 @@ def _summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def render_summary(results: Mapping[str, Any]) -> str:
-    """Say the results of a run over slides in Markdown.
+    """Render the results of a run over slides as Markdown.
 
     Args:
         results: As `classify_slides` returns them.
     """
-    names = list(results["class_names"])
     done = [entry for entry in results["slides"] if entry["status"] == "done"]
-    slide_names = list(results["slide_class_names"])
-    failed = [entry for entry in results["slides"] if entry["status"] != "done"]
-    lines = ["# Slides", "", f"**{RESEARCH_USE}** {NOT_A_SCORE}", ""]
-    if results.get("synthetic"):
-        lines += ["The classifier learned from drawings: its answers mean nothing.", ""]
-    lines += [_settings_sentence(results), ""]
-    if done:
-        lines += ["## Labels", ""]
-        header = ["slide", "label", *(f"p {name}" for name in slide_names), "pooling", "tiles"]
-        lines += _table(
-            header,
+    names = list(results["slide_class_names"])
+    values = {
+        "RESEARCH_USE": RESEARCH_USE,
+        "NOT_A_SCORE": NOT_A_SCORE,
+        "synthetic": results.get("synthetic"),
+        "settings": results["settings"],
+        "pooling": results["pooling"],
+        "label_header": ["slide", "label", *(f"p {name}" for name in names), "pooling", "tiles"],
+        "labels": [
             [
-                [
-                    entry["slide"],
-                    entry["label"],
-                    *(f"{entry['probabilities'][name]:.3f}" for name in slide_names),
-                    entry["pooling"],
-                    str(entry["n_tiles"]),
-                ]
-                for entry in done
-            ],
-        )
-        lines += ["", "Probabilities of slides are calibrated on no slide.", ""]
-    for level in ("slide", "case"):
-        entries = [e for e in (done if level == "slide" else results["cases"]) if e["counts"]]
-        if not entries:
-            continue
-        lines += [f"## Counts per {level}", ""]
-        lines += _table(
-            [level, "n", *names],
-            [
-                [
-                    entry[level],
-                    f"{entry['counts']['n']} {entry['counts']['unit']}",
-                    *(_share(entry["counts"]["classes"][name]) for name in names),
-                ]
-                for entry in entries
-            ],
-        )
-        notes = dict.fromkeys(note for entry in entries for note in entry["counts"]["notes"])
-        notes.pop(NOT_A_SCORE, None)  # it heads the page
-        lines += ["", *(f"- {note}" for note in notes), ""]
-    flagged = [(entry["slide"], flag) for entry in results["slides"] for flag in entry["flags"]]
-    if flagged:
-        lines += ["## To look at", "", *(f"- {slide}: {flag}" for slide, flag in flagged), ""]
-    if failed:
-        lines += ["## Not done", "", *(f"- {e['slide']}: {e['error']}" for e in failed), ""]
-    return "\n".join(lines)
+                entry["slide"],
+                entry["label"],
+                *(number(entry["probabilities"][name]) for name in names),
+                entry["pooling"],
+                entry["n_tiles"],
+            ]
+            for entry in done
+        ],
+        "levels": [
+            _level_values("slide", done, results["class_names"]),
+            _level_values("case", results["cases"], results["class_names"]),
+        ],
+        "flags": [(entry["slide"], flag) for entry in results["slides"] for flag in entry["flags"]],
+        "failed": [entry for entry in results["slides"] if entry["status"] != "done"],
+    }
+    return render("slide_report.md.j2", values)
 
 
-def _settings_sentence(results: Mapping[str, Any]) -> str:
-    settings = results["settings"]
-    scale, side = settings["tile_mpp"], settings["tile_size"]
-    tiles = f"Tiles of {side} pixels" if side else "Tiles of several sizes"
-    tiles += f" at {scale:.4g} micrometres per pixel" if scale else ""
-    tiles += f", overlap {settings['overlap']:g}; " if settings["overlap"] else "; "
-    return f"{tiles}slide labels by {results['pooling']}."
+def _level_values(
+    level: str, entries: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> dict[str, Any]:
+    """What `slide_report.md.j2` names of the counts per slide or per case."""
+    counted = [(entry[level], entry["counts"]) for entry in entries if entry["counts"]]
+    notes = dict.fromkeys(note for _, counts in counted for note in counts["notes"])
+    notes.pop(NOT_A_SCORE, None)  # it heads the page
+    return {
+        "name": level,
+        "header": [level, "n", *names],
+        "rows": [
+            [name, f"{of['n']} {of['unit']}", *(_share(of["classes"][label]) for label in names)]
+            for name, of in counted
+        ],
+        "notes": list(notes),
+    }
 
 
 def _share(entry: Mapping[str, Any]) -> str:
@@ -419,10 +406,3 @@ def _share(entry: Mapping[str, Any]) -> str:
         low, high = entry["corrected"]["ci95"]
         text += f"; corrected {entry['corrected']['percent']:.1f}%, {low:.1f} to {high:.1f}"
     return text
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(header), line(["---"] * len(header)), *map(line, rows)]

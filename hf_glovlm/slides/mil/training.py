@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,15 @@ from ...errors import GloVLMError
 from ...files import write_text
 from ...methods import Recipe
 from ...metrics import compute_metrics
-from ...publish.card import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
+from ...rendering import (
+    CLASS_HEADER,
+    METRIC_HEADER,
+    class_rows,
+    code,
+    group_unit,
+    metric_rows,
+    render,
+)
 from ...runs.folder import check_output, put_in_place, unfinished
 from ...training.loop import fit, seed_everything, world_size
 from .aggregators import Aggregator, build_aggregator
@@ -326,63 +334,22 @@ def render_card(results: dict[str, Any]) -> str:
     Args:
         results: The content of `results.json`.
     """
-    data, config = results["data"], results["config"]
-    drawings = " (drawings)" if results["synthetic"] else ""
-    unit, counts = group_unit(data["group_column"]), data["counts"]
-    lines = [
-        f"# Slide classifier by {config['aggregator']}{drawings}",
-        "",
-        "Research use only, not for diagnosis.",
-        "",
-        f"Tells {', '.join(data['classes'])} apart from the tile features of a slide (width "
-        f"{data['features']['dim']}), trained by `glovlm mil` of hf-glovlm.",
-    ]
-    if results["synthetic"]:
-        lines += ["", "**Learned from drawings, measured on drawings**: a test of the software."]
-    held = ", ".join(f"{name} {n}" for name, n in counts["slides"].items())
-    lines += [
-        "",
-        "## Data",
-        "",
-        f"- Slides: {held}; {counts['groups']} {unit}, {counts['tiles']} tiles.",
-        f"- Data fingerprint `{data['fingerprint']}`, split hash `{data['split_hash']}`.",
-        *(f"- {note}" for note in results["notes"]),
-        "",
-        f"## Results on {results['n']} test slides of {results['n_groups']} {unit}{drawings}",
-        "",
-        *_table(METRIC_HEADER, metric_rows(results["metrics"])),
-        "",
-        f"{results['bootstrap']['interval']} intervals of a bootstrap over {unit}, "
-        f"{results['bootstrap']['n_resamples']} resamples. Probabilities are not calibrated.",
-        "",
-        *_table(
-            ["slides" if cell == "images" else cell for cell in CLASS_HEADER],
-            class_rows(results["per_class"]),
-        ),
-        "",
-        "## Settings",
-        "",
-        *_table(
-            ("setting", "value"),
-            [
-                [name, f"`{value}`"]
-                for name, value in {**config, **results["aggregator"]["settings"]}.items()
-                if name not in _UNTOLD and value is not None
-            ],
-        ),
-        "",
-        "Stain, scanner, magnification and laboratory other than those of the data are untested. "
-        "Attention and tile scores show what the model used, not where disease is.",
-        "",
-        f"Method: {results['aggregator']['citation']}",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _table(header: Sequence[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    settings = {**results["config"], **results["aggregator"]["settings"]}
+    values = {
+        **results,
+        "mark": " (drawings)" if results["synthetic"] else "",
+        "unit": group_unit(results["data"]["group_column"]),
+        "METRIC_HEADER": METRIC_HEADER,
+        "metrics": metric_rows(results["metrics"]),
+        "class_header": ["slides" if cell == "images" else cell for cell in CLASS_HEADER],
+        "per_class": class_rows(results["per_class"]),
+        "settings": [
+            [name, code(value)]
+            for name, value in settings.items()
+            if name not in _UNTOLD and value is not None
+        ],
+    }
+    return render("slide_classifier_card.md.j2", values)
 
 
 # ------------------------------------------------------------------------------ the output folder

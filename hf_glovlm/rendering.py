@@ -1,0 +1,178 @@
+"""Cards and reports: Jinja2 templates, and how tables, numbers and intervals are written in them.
+
+A template in `templates/` reads like the document it makes. What it is given is never read as a
+template, and every value stays on its line: a class may be called `a|b`, `{{ x }}` or `RUN`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .metrics import METRICS
+
+__all__ = ["CLASS_HEADER", "METRIC_HEADER", "class_rows", "group_unit", "metric_rows", "render"]
+
+METRIC_HEADER = ("metric", "value", "95% interval", "note")
+CLASS_HEADER = ("class", "images", "groups", "recall", "specificity", "AUC", "note")
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """Render a Markdown document.
+
+    Args:
+        template: A file of `templates/`, such as `model_card.md.j2`.
+        values: What the template names.
+
+    Raises:
+        jinja2.UndefinedError: The template names a value that is not there.
+    """
+    return _ENVIRONMENT.get_template(template).render(values)
+
+
+# -------------------------------------------------------------------------------- rows of tables
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of metrics, one for each, under `METRIC_HEADER`.
+
+    Args:
+        metrics: `results["metrics"]`.
+    """
+    return [
+        [metric_title(name), number(entry["value"]), interval(entry["ci95"]), _note(entry)]
+        for name, entry in metrics.items()
+    ]
+
+
+def class_rows(per_class: Mapping[str, Any]) -> list[list[str]]:
+    """Table rows of per-class measures, one for each class, under `CLASS_HEADER`.
+
+    Args:
+        per_class: `results["per_class"]`.
+    """
+    measures = ("recall", "specificity", "auc")
+    return [
+        [name, str(row["n"]), str(row["groups"]), *measured([row[m] for m in measures])]
+        for name, row in per_class.items()
+    ]
+
+
+def measured(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Cells of measures: value and interval of each, then one cell with the notes of all.
+
+    Args:
+        entries: Each with `value`, `ci95`, `note` and `undefined_resamples`.
+    """
+    cells = [f"{number(entry['value'])} {interval(entry['ci95'])}".strip() for entry in entries]
+    notes = dict.fromkeys(note for entry in entries if (note := _note(entry)))
+    return [*cells, "; ".join(notes)]
+
+
+def _note(entry: Mapping[str, Any]) -> str:
+    undefined = entry["undefined_resamples"]
+    lost = f"undefined in {undefined} resamples" if undefined else ""
+    return "; ".join(note for note in (entry["note"], lost) if note)
+
+
+# --------------------------------------------------------------- words and numbers: the filters
+
+
+class Markdown(str):
+    """Text that is Markdown already, of several lines if need be."""
+
+    __slots__ = ()
+
+
+def group_unit(column: str) -> str:
+    """Name of a column's groups, in the plural: `slide_id` -> `slides`."""
+    if column == "near_duplicate":
+        return "near-duplicate clusters"
+    return column.removesuffix("_id").replace("_", " ") + "s"
+
+
+def metric_title(name: str) -> str:
+    """Title of a metric, as tables show it."""
+    return METRICS[name].title if name in METRICS else name
+
+
+def number(value: float | None) -> str:
+    """A measured value with three decimals; `undefined` for `None`."""
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """`[low, high]` with three decimals; nothing for `None`."""
+    return "[{:.3f}, {:.3f}]".format(*bounds) if bounds else ""
+
+
+def extent(bounds: Sequence[int]) -> str:
+    """Range of counts: `3`, or `3 to 8`."""
+    low, high = bounds
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def words(value: Any) -> str:
+    """One value, or several in a row: `PAS, H&E`."""
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)
+
+
+def named(values: Mapping[str, Any]) -> str:
+    """Names with their numbers: `viable 0.250, sclerosed 0.750`."""
+    shown = ((k, number(v) if isinstance(v, float) else v) for k, v in values.items())
+    return ", ".join(f"{name} {value}" for name, value in shown)
+
+
+def code(value: Any) -> str:
+    """Inline code, whatever backticks the value holds."""
+    text = str(value)
+    if "`" not in text:
+        return f"`{text}`"
+    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{fence} {text} {fence}"
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[Any]) -> Markdown:
+    """A Markdown table; a bar or a line break in a cell does not end it.
+
+    Args:
+        rows: Cells of each row, as many as the header has.
+        header: Names of the columns.
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    cells = ([_one_line(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return Markdown("\n".join("| " + " | ".join(line) + " |" for line in cells))
+
+
+class _Missing(StrictUndefined):
+    """A value that is not there: whatever uses it, the error names it."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        return str(self)
+
+
+def _one_line(value: Any) -> str:
+    return re.sub(r"\s+", " ", str(value))
+
+
+def _finalize(value: Any) -> str:
+    """What `{{ value }}` writes: one line, unless it is Markdown already."""
+    return value if isinstance(value, Markdown) else _one_line(value)
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("hf_glovlm"),
+    undefined=_Missing,
+    autoescape=False,  # Markdown, no HTML
+    finalize=_finalize,
+    keep_trailing_newline=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {
+    function.__name__: function
+    for function in (code, extent, interval, metric_title, named, number, table, words)
+}
