@@ -177,9 +177,9 @@ def test_the_hub_reads_the_front_matter(synthetic: bool) -> None:
     assert data.datasets is None  # a folder is no data set of the Hub
     assert "lora" in data.tags
     assert ("drawings" in data.tags) is synthetic
-    found = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert len(found) == len(results["metrics"])
-    assert found["Macro-AUC" + " (drawings)" * synthetic] == pytest.approx(
+    values = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert len(values) == len(results["metrics"])
+    assert values["Macro-AUC" + " (drawings)" * synthetic] == pytest.approx(
         results["metrics"]["macro_auc"]["value"], abs=5e-5
     )
     assert {result.dataset_split for result in data.eval_results} == {"test"}
@@ -210,12 +210,12 @@ def test_the_licence_of_the_base_passes_on(
     stated: str | None, license_id: str, name: str | None
 ) -> None:
     results = make_results(backbone={"name": "mini", "revision": None, "license": stated})
-    found = front_matter(render_card(results))
-    assert (found["license"], found.get("license_name")) == (license_id, name)
+    values = front_matter(render_card(results))
+    assert (values["license"], values.get("license_name")) == (license_id, name)
 
 
 @pytest.mark.parametrize(
-    ("backbone", "said", "unsaid"),
+    ("backbone", "present", "absent"),
     [
         ({"name": "mini", "license": "apache-2.0", "restrictions": []}, "inherits", "commercial"),
         ({"name": "mini", "license": None, "restrictions": None}, "is not known here", "**Not"),
@@ -235,18 +235,18 @@ def test_the_licence_of_the_base_passes_on(
     ],
 )
 def test_what_the_base_forbids_is_said_plainly(
-    backbone: dict[str, Any], said: str, unsaid: str
+    backbone: dict[str, Any], present: str, absent: str
 ) -> None:
     card = render_card(make_results(backbone={"revision": None, **backbone}))
     section = card.split("## Licence of the backbone")[1].split("## Metrics")[0]
-    assert said in section
-    assert unsaid not in section
+    assert present in section
+    assert absent not in section
 
 
 def test_a_licence_of_its_own_is_linked() -> None:
     base = {"name": "owkin/phikon-v2", "revision": None, "license": "owkin non-commercial"}
-    found = front_matter(render_card(make_results(backbone=base)))
-    assert found["license_link"] == "https://huggingface.co/owkin/phikon-v2"
+    values = front_matter(render_card(make_results(backbone=base)))
+    assert values["license_link"] == "https://huggingface.co/owkin/phikon-v2"
 
 
 @pytest.mark.parametrize(
@@ -261,9 +261,9 @@ def test_a_licence_of_its_own_is_linked() -> None:
 def test_base_models_are_hub_ids_only(backbone: str, expected: int) -> None:
     results = make_results(backbone={"name": backbone, "revision": None, "license": None})
     about = front_matter(render_card(results))
-    found = about.get("base_model", [])
-    assert len(found) == expected
-    assert all(name in backbone and "/" in name for name in found)
+    values = about.get("base_model", [])
+    assert len(values) == expected
+    assert all(name in backbone and "/" in name for name in values)
     assert ("base_model_relation" in about) == bool(expected)
 
 
@@ -301,11 +301,11 @@ def test_every_number_comes_from_the_results(changes: dict[str, Any]) -> None:
     """As it stands there, with three decimals, or rounded to four in the front matter."""
     results = make_results(**changes)
     card = render_card(results)
-    found = set(NUMBER.findall(card))
-    assert found <= numbers_in(results) | CITED
+    values = set(NUMBER.findall(card))
+    assert values <= numbers_in(results) | CITED
     for entry in results["metrics"].values():
         if entry["value"] is not None:
-            assert {f"{x:.3f}" for x in (entry["value"], *entry["ci95"])} <= found
+            assert {f"{x:.3f}" for x in (entry["value"], *entry["ci95"])} <= values
 
 
 def test_the_test_of_numbers_can_fail() -> None:
@@ -508,7 +508,7 @@ def test_no_card_without_a_run(tmp_path: Path, content: str | None, words: str) 
     assert not (folder / "README.md").exists()
 
 
-# ------------------------------------------------------------------------------- what it tells
+# ------------------------------------------------------------------------------- the sections
 
 
 @pytest.fixture(scope="module")
@@ -521,12 +521,12 @@ def section(card: str, heading: str) -> str:
 
 
 def test_labels_are_told_by_class_and_by_use(full_card: str) -> None:
-    told = section(full_card, "Labels that it learned from")
+    text = section(full_card, "Labels that it learned from")
     header = "| class | labels | contributing patients | further labels, for calibration |"
-    assert header in told
-    assert "| ischemic | 8 | 5 | 11 |" in told
-    assert "Label budget: 50, of which 31 served for calibration." in told
-    assert "Patients on each side: support 5, validation 0, test 12." in told
+    assert header in text
+    assert "| ischemic | 8 | 5 | 11 |" in text
+    assert "Label budget: 50, of which 31 served for calibration." in text
+    assert "Patients on each side: support 5, validation 0, test 12." in text
 
 
 @pytest.mark.parametrize(
@@ -543,9 +543,9 @@ def test_stain_scale_and_split(
     results = make_results()
     results["data"] |= data
     results["config"] |= config
-    told = section(render_card(results), "Data and split")
+    text = section(render_card(results), "Data and split")
     for line in (*lines, f"Split hash: `{'b' * 32}`"):
-        assert f"- {line}" in told
+        assert f"- {line}" in text
 
 
 def test_failures_are_the_worst_classes_and_pairs() -> None:
@@ -573,7 +573,7 @@ def test_no_failure_is_no_praise() -> None:
 
 
 def test_calibration_is_told_as_far_as_it_went(full_card: str) -> None:
-    told = section(full_card, "Calibration")
+    text = section(full_card, "Calibration")
     sets = make_results(full=True)["sets"]
     for words in (
         "Calibrated on 31 images of 7 patients",
@@ -586,8 +586,8 @@ def test_calibration_is_told_as_far_as_it_went(full_card: str) -> None:
         "estimated from the unlabelled test images",
         "The 60 unlabelled test images were judged together",
     ):
-        assert words in told
-    assert "not calibrated" not in told
+        assert words in text
+    assert "not calibrated" not in text
     plain = section(render_card(make_results()), "Calibration")
     assert "as trained, not calibrated" in plain
     assert "Prediction sets" not in plain
@@ -596,10 +596,10 @@ def test_calibration_is_told_as_far_as_it_went(full_card: str) -> None:
 def test_subgroups_are_those_that_name_nobody(full_card: str) -> None:
     measured = make_results(full=True)["subgroups"]
     assert sorted(measured) == ["institution", "stain"]
-    told = section(full_card, "By stain")
+    text = section(full_card, "By stain")
     pas = measured["stain"]["PAS"]
     value = pas["metrics"]["balanced_accuracy"]["value"]
-    assert f"| PAS | 30 | {pas['n_groups']} | {value:.3f} [" in told
+    assert f"| PAS | 30 | {pas['n_groups']} | {value:.3f} [" in text
     assert "Seven" not in full_card
     assert "### By" not in render_card(make_results())
 
@@ -611,12 +611,12 @@ def test_a_subgroup_is_measured_alone() -> None:
     stain = ["PAS" if i < 22 else "H&E" if i < 35 else None for i in range(40)]
     options: dict[str, Any] = {"class_names": ["a", "b"], "n_resamples": 30, "seed": 2}
     columns = {"stain": stain, "scanner": ["one"] * 40, "level": [None] * 40}
-    found = compute_subgroups(labels, p, columns, groups=groups, **options)
-    assert list(found) == ["stain"]
-    assert list(found["stain"]) == ["H&E", "PAS"]
+    values = compute_subgroups(labels, p, columns, groups=groups, **options)
+    assert list(values) == ["stain"]
+    assert list(values["stain"]) == ["H&E", "PAS"]
     for name, rows in (("PAS", slice(0, 22)), ("H&E", slice(22, 35))):
         alone = compute_metrics(labels[rows], p[rows], groups=groups[rows], **options)
-        assert found["stain"][name] == {k: alone[k] for k in ("n", "n_groups", "metrics")}
+        assert values["stain"][name] == {k: alone[k] for k in ("n", "n_groups", "metrics")}
     with pytest.raises(GloVLMError, match="Expected 40 values of 'stain', found 3"):
         compute_subgroups(labels, p, {"stain": ["PAS"] * 3})
 
@@ -679,8 +679,8 @@ def test_the_lines_of_the_card_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert len([line for line in code[1].splitlines() if line]) == 5
     capsys.readouterr()
     _execute(card, {"RUN/model": str(tmp_path / "run" / "model"), "image.png": str(image)})
-    said = capsys.readouterr().out
-    assert all(f"'{name}'" in said for name in ("mesangial", "sclerosed", "viable"))
+    printed = capsys.readouterr().out
+    assert all(f"'{name}'" in printed for name in ("mesangial", "sclerosed", "viable"))
 
 
 # ------------------------------------------------------------------------------------------ mini

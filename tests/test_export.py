@@ -31,7 +31,7 @@ def ask(folder: Path, pixels: Any) -> Any:
     return session.run(["logits"], {"pixel_values": np.asarray(pixels, np.float32)})[0]
 
 
-def told(folder: Path, name: str = "preprocessing") -> Any:
+def read_export(folder: Path, name: str = "preprocessing") -> Any:
     return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -69,8 +69,8 @@ def test_the_graph_is_the_model(name: str) -> None:
     assert report.measured.agreement == 1
     assert report.measured.compared_with == "model"
     assert report.size == (folder / "model.onnx").stat().st_size
-    assert told(folder, "export")["measured"]["source"] == "drawings"
-    assert told(folder, "export")["measured"]["synthetic"] is True
+    assert read_export(folder, "export")["measured"]["source"] == "drawings"
+    assert read_export(folder, "export")["measured"]["synthetic"] is True
 
 
 def by_the_sidecar(about: dict[str, Any], image: Image.Image) -> Any:
@@ -95,7 +95,7 @@ def by_the_sidecar(about: dict[str, Any], image: Image.Image) -> Any:
 @pytest.mark.parametrize("name", ["clip", "pair", "siglip"])
 def test_the_sidecar_is_enough(name: str) -> None:
     model, processor, folder, _ = _exported(name)
-    about = told(folder)
+    about = read_export(folder)
     image = render_cohort(1, 1, seed=5)[0].image.resize((61, 44))
     pixels = by_the_sidecar(about, image)
     assert list(pixels.shape[1:]) == about["input"]["shape"][1:]
@@ -145,20 +145,20 @@ def test_int8_is_measured(tmp_path: Path) -> None:
     graph = onnx.load(tmp_path / "out" / "model_int8.onnx")
     assert sum(node.op_type == "MatMulInteger" for node in graph.graph.node) >= 8
     pixels = adapted.processor(images=rows["image"][:], return_tensors="pt")["pixel_values"]
-    said = ask(tmp_path / "out", pixels)
+    logits = ask(tmp_path / "out", pixels)
     with torch.no_grad():
         before = adapted.model.eval()(pixel_values=pixels).logits.numpy()
     true, measured = np.array(rows["label"][:]), report.measured
     assert (measured.images, measured.source, measured.synthetic) == (12, "discs", False)
     # Activations are quantised a batch at a time, so that another batch may round another way.
-    assert measured.accuracy == pytest.approx((said.argmax(1) == true).mean(), abs=0.1)
+    assert measured.accuracy == pytest.approx((logits.argmax(1) == true).mean(), abs=0.1)
     assert measured.accuracy_before == pytest.approx((before.argmax(1) == true).mean())
     assert measured.agreement >= 0.7
     assert 0 < measured.largest_probability_difference < 0.3
     assert measured.speed_ratio > 0
     assert report.size < report.size_fp32
-    assert told(tmp_path / "out", "export")["measured"]["accuracy"] == measured.accuracy
-    assert told(tmp_path / "out")["format"] == "int8"
+    assert read_export(tmp_path / "out", "export")["measured"]["accuracy"] == measured.accuracy
+    assert read_export(tmp_path / "out")["format"] == "int8"
 
 
 def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,4 +299,4 @@ def test_without_data_the_graph_is_checked_and_nothing_is_measured(tmp_path: Pat
     report = export_classifier(*classifier("pair"), tmp_path / "out")
     assert report.largest_difference <= 1e-4
     assert report.measured is None
-    assert told(tmp_path / "out", "export")["measured"] is None
+    assert read_export(tmp_path / "out", "export")["measured"] is None

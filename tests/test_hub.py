@@ -53,8 +53,8 @@ with torch.no_grad():
     logits = classifier(**inputs).logits[0]
     features = model.get_image_features(**inputs).pooler_output[0]
 classify = pipeline("image-classification", model=name, **trusted)
-found = {row["label"]: row["score"] for row in classify(file, top_k=3)}
-print(json.dumps({"logits": logits.tolist(), "features": features.tolist(), "scores": found}))
+scores = {row["label"]: row["score"] for row in classify(file, top_k=3)}
+print(json.dumps({"logits": logits.tolist(), "features": features.tolist(), "scores": scores}))
 """
 
 
@@ -183,11 +183,11 @@ def _contents(folder: Path) -> dict[str, str]:
 
 def test_a_dry_run_lists_exactly_what_leaves(hub: Hub, runs: dict[str, Path]) -> None:
     before = _contents(runs["lora"])
-    said: list[str] = []
+    sentences: list[str] = []
     planned = _push(runs, "lora", dry_run=True)
     assert not hub.requests
     assert planned.commit is None
-    report = _push(runs, "lora", on_progress=said.append)
+    report = _push(runs, "lora", on_progress=sentences.append)
     repository = hub.repositories["lab/model"]
     there = {k: len(v) for k, v in repository.files().items() if k != ".gitattributes"}
     assert planned.files == report.files == there
@@ -196,7 +196,7 @@ def test_a_dry_run_lists_exactly_what_leaves(hub: Hub, runs: dict[str, Path]) ->
     assert report.commit_url == f"{hub.url}/lab/model/commit/{report.commit}"
     assert report.url == f"{hub.url}/lab/model"
     assert {"predictions.parquet stays here.", "episodes.json stays here."} <= set(report.left_out)
-    assert any("Sending" in sentence for sentence in said)
+    assert any("Sending" in sentence for sentence in sentences)
     assert _contents(runs["lora"]) == before
     _push(runs, "lora")
     assert len(repository.commits) == 2  # nothing new, no commit
@@ -300,11 +300,11 @@ def test_the_card_says_what_is_inherited_and_how_to_load_it(
     assert "RUN/model" not in card
     assert 'load_published("lab/model")' in card
     assert "Research use only" in card
-    shutil.copyfile(picture, tmp_path / "glomerulus.png")
+    shutil.copyfile(picture, tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {}
-    exec(card.partition("## How to use")[2].split("```")[1].removeprefix("python"), found)
-    assert_same_numbers(found["logits"][0], _logits(runs["probe"], picture))
+    namespace: dict[str, Any] = {}
+    exec(card.partition("## How to use")[2].split("```")[1].removeprefix("python"), namespace)
+    assert_same_numbers(namespace["logits"][0], _logits(runs["probe"], picture))
 
 
 # ------------------------------------------------------------------------------------- and back

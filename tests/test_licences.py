@@ -41,9 +41,9 @@ def test_the_licence_gate(
     for reason in (None, "  ", "because", REASON):
         if what in free or (what in argued and reason == REASON):
             check_publishing(config, what, reason)
-            said = " ".join(describe_licence(config, what, reason))
-            assert (reason == REASON) == (REASON in said)
-            assert ("commercial" in said) == read_licence(config).non_commercial
+            terms = " ".join(describe_licence(config, what, reason))
+            assert (reason == REASON) == (REASON in terms)
+            assert ("commercial" in terms) == read_licence(config).non_commercial
         else:
             expected = "--reason" if what in argued else "no option overrides"
             with pytest.raises(GloVLMError, match=expected):

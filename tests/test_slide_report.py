@@ -70,8 +70,8 @@ def test_tiles_above_the_threshold_are_squares(
     assert [item.bounds[:2] for item in items] == [tuple(COORDS[i]) for i in places]
     assert {item.area for item in items} == {10_000}
     assert [item.label for item in items] == [CALLED[i] for i in places]
-    said = [item.properties["measurements"]["p lesion"] for item in items]
-    assert said == pytest.approx(P[places, 0])
+    measured = [item.properties["measurements"]["p lesion"] for item in items]
+    assert measured == pytest.approx(P[places, 0])
 
 
 def test_of_too_many_squares_the_likeliest_stay(
@@ -141,13 +141,13 @@ def test_the_heat_map_shows_the_hot_tile_and_leaves_no_figure(
 def test_what_the_heat_map_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
 
-    said: list[str] = []
+    texts: list[str] = []
     save = Figure.savefig
 
     def listen(figure: Any, *arguments: Any, **options: Any) -> None:
         from matplotlib.text import Text
 
-        said.extend(text.get_text() for text in figure.findobj(Text))
+        texts.extend(text.get_text() for text in figure.findobj(Text))
         save(figure, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", listen)
@@ -156,8 +156,8 @@ def test_what_the_heat_map_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         tmp_path / "h.png", overview, (8000, 6000), COORDS, 100, P[:, 0], title="s1: lesion",
         value_name="probability of lesion", mpp=0.25, opacity=0.4,
     )  # fmt: skip
-    assert {RESEARCH_USE, "s1: lesion", "200 µm"} <= set(said)
-    assert "probability of lesion; colours at 40% opacity" in said
+    assert {RESEARCH_USE, "s1: lesion", "200 µm"} <= set(texts)
+    assert "probability of lesion; colours at 40% opacity" in texts
 
 
 # -------------------------------------------------------------------------------------- results
@@ -196,9 +196,9 @@ def results() -> dict[str, Any]:
 
 
 def test_tables_and_page_say_the_same(tmp_path: Path) -> None:
-    said = results()
-    write_results(tmp_path, said)
-    assert json.loads((tmp_path / "results.json").read_text()) == said
+    content = results()
+    write_results(tmp_path, content)
+    assert json.loads((tmp_path / "results.json").read_text()) == content
     rows = pq.read_table(tmp_path / "summary.parquet").to_pylist()
     with (tmp_path / "summary.csv").open(newline="") as stream:
         text = list(csv.DictReader(stream))
@@ -208,7 +208,7 @@ def test_tables_and_page_say_the_same(tmp_path: Path) -> None:
         ("case", "c1", "done"),
     ]
     assert [row["name"] for row in text] == ["s1", "s2", "c1"]
-    entry = said["slides"][0]["counts"]["classes"]["lesion"]
+    entry = content["slides"][0]["counts"]["classes"]["lesion"]
     assert (rows[0]["count_lesion"], rows[0]["percent_lesion"]) == (1, 25)
     assert [rows[0]["low_lesion"], rows[0]["high_lesion"]] == entry["ci95"]
     assert float(text[2]["corrected_lesion"]) == entry["corrected"]["percent"]
@@ -224,7 +224,7 @@ def test_tables_and_page_say_the_same(tmp_path: Path) -> None:
     assert "- s2: s2 is broken." in page
     assert "Tiles of 224 pixels at 0.5 micrometres per pixel, overlap 0.25; " in page
     assert "drawings" not in page
-    assert "drawings" in report.render_summary(said | {"synthetic": True})
+    assert "drawings" in report.render_summary(content | {"synthetic": True})
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ def grid(data: Path, **changes: Any) -> StudyConfig:
     return StudyConfig.from_mapping({**values, **changes})
 
 
-def told(config: StudyConfig, output: Path, **options: Any) -> tuple[dict[str, Any], list[Any]]:
+def run_recorded(
+    config: StudyConfig, output: Path, **options: Any
+) -> tuple[dict[str, Any], list[Any]]:
     events: list[Any] = []
     report = run_study(
         config, output, on_event=lambda kind, what: events.append((kind, what)), **options
@@ -52,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A finished study; read it, or work on a copy."""
     output = tmp_path_factory.mktemp("study") / "O"
-    report, events = told(grid(data), output)
+    report, events = run_recorded(grid(data), output)
     assert statuses(events) == ["done"] * 2 * DRAWS
     assert [what["done"] for _, what in events] == list(range(1, 2 * DRAWS + 1))
     return output, report
@@ -71,11 +73,11 @@ def test_every_cell_is_a_run_of_its_own_without_weights(
     finished: tuple[Path, dict[str, Any]],
 ) -> None:
     output, report = finished
-    found = {p.parent for p in output.rglob("results.json")}
-    assert found == {
+    folders = {p.parent for p in output.rglob("results.json")}
+    assert folders == {
         cell(output, m, d) for m in ("linear_probe", "zero_shot") for d in range(DRAWS)
     }
-    assert all((folder / "predictions.parquet").is_file() for folder in found)
+    assert all((folder / "predictions.parquet").is_file() for folder in folders)
     assert not list(output.rglob("*.safetensors"))
     assert json.loads((output / "report.json").read_text()) == report
     assert (output / "report.md").read_text() == render_report(report)
@@ -168,7 +170,7 @@ def test_a_finished_cell_is_never_run_again(
 ) -> None:
     output = Path(shutil.copytree(finished[0], tmp_path / "O"))
     before = {p: p.stat().st_mtime_ns for p in output.rglob("results.json")}
-    report, events = told(grid(data), output)
+    report, events = run_recorded(grid(data), output)
     assert statuses(events) == ["skipped"] * 2 * DRAWS
     assert {p: p.stat().st_mtime_ns for p in output.rglob("results.json")} == before
     assert report["sections"] == finished[1]["sections"]
@@ -178,14 +180,14 @@ def test_a_finished_cell_is_never_run_again(
     partial = write_report(grid(data), output)
     assert partial["missing"] == [lost.relative_to(output / "cells").as_posix()]
     assert "Not run yet: 1 cells" in render_report(partial)
-    report, events = told(grid(data), output)
+    report, events = run_recorded(grid(data), output)
     assert [what["name"] for _, what in events if what["status"] == "done"] == partial["missing"]
     for section, old in zip(report["sections"], finished[1]["sections"], strict=True):
         assert section["recall"] == old["recall"]
         for line, was in zip(section["methods"], old["methods"], strict=True):
             assert line["versus_reference"] == was["versus_reference"]
 
-    _, events = told(grid(data, draws=DRAWS + 1), output)  # a study may grow
+    _, events = run_recorded(grid(data, draws=DRAWS + 1), output)  # a study may grow
     assert statuses(events) == ["skipped"] * 2 * DRAWS + ["done"] * 2
 
 
@@ -200,7 +202,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(data: Path, tmp_path: Path) 
     prompts = tmp_path / "classes.yaml"
     broken = {"name": "zero_shot", "label": "with-prompts", "prompts": str(prompts)}
     config = grid(data, methods=[broken, "linear_probe"], draws=2)
-    report, events = told(config, tmp_path / "O")
+    report, events = run_recorded(config, tmp_path / "O")
     assert statuses(events) == ["failed", "done"] * 2
     assert [f["cell"].split("/")[1] for f in report["failures"]] == ["with-prompts"] * 2
     assert all(str(prompts) in f["error"] for f in report["failures"])
@@ -209,7 +211,7 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(data: Path, tmp_path: Path) 
     names = ("mesangial", "sclerosed", "viable")
     of = "\n".join(f"  {n}: {{display_name: {n}, prompts: [a {n} tuft]}}" for n in names)
     prompts.write_text(f"classes:\n{of}\n")
-    report, events = told(config, tmp_path / "O")
+    report, events = run_recorded(config, tmp_path / "O")
     assert sorted(statuses(events)) == ["done", "done", "skipped", "skipped"]
     assert report["failures"] == []
     assert not list((tmp_path / "O").rglob("failure.json"))
@@ -268,7 +270,7 @@ def test_frozen_episodes_and_what_they_record(
 def test_two_workers_find_the_same(
     data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    report, events = told(grid(data, draws=1), tmp_path / "O", workers=2)
+    report, events = run_recorded(grid(data, draws=1), tmp_path / "O", workers=2)
     assert statuses(events) == ["done", "done"]
     assert report["failures"] == []
     for method in ("linear_probe", "zero_shot"):

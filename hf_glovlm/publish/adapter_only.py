@@ -1,4 +1,4 @@
-"""A model without the weights of its base: what was learned beside it, apart and together again."""
+"""Adapters and heads without the weights of their base: published alone, loaded onto the base."""
 
 import re
 import shutil
@@ -20,7 +20,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def load_published(
     name: str, *, revision: str | None = None, token: str | None = None
 ) -> tuple[Any, Any]:
-    """Load what `push` published, also without the base's weights, which then come from their page.
+    """Load a published model; base weights that it lacks come from their own page.
 
     Args:
         name: A Hub id, or a folder with the same files.
@@ -51,7 +51,7 @@ def load_published(
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise refusal(name, error, token, "loaded") from error
     if (folder / PARTS).is_file():
-        return _put_together(folder)
+        return _assemble(folder)
     source = str(folder) if Path(name).expanduser().is_dir() else name
     try:
         kwargs: dict[str, Any] = {"revision": revision, "token": token}
@@ -64,7 +64,7 @@ def load_published(
 
 
 def load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
-    """Load a run's folder, its `model/`, or whatever `push` published, whole or in parts.
+    """Load a model of a run's folder or of the Hub, whole or an adapter or head alone.
 
     Args:
         name: A folder or a Hub id.
@@ -85,7 +85,7 @@ def load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
 
 
 def stage_parts(stage: Path, run: Run, what: Part) -> None:
-    """Write what was learned beside the base, after checking that base and it are the model.
+    """Write adapter and head without the base, after checking that both together are the model.
 
     Args:
         stage: Takes the files.
@@ -175,13 +175,13 @@ def _load_base(config: Any, adapter: Path | None) -> tuple[dict[str, "Tensor"], 
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what PEFT says about its own workings
+            warnings.simplefilter("ignore")  # PEFT's own warnings
             backbone = PeftModel.from_pretrained(backbone, str(adapter)).merge_and_unload()
     return dict(backbone.state_dict()), processor
 
 
-def _put_together(folder: Path) -> tuple[Any, Any]:
-    """Base, adapter and what was learned beside them, as one model."""
+def _assemble(folder: Path) -> tuple[Any, Any]:
+    """Base, adapter and head as one model."""
     from safetensors.torch import load_file
     from transformers.initialization import no_init_weights
 
@@ -198,10 +198,10 @@ def _put_together(folder: Path) -> tuple[Any, Any]:
     towers, processor = _load_base(config, folder if has_adapter else None)
     with no_init_weights():  # every weight is loaded below
         classifier = GloVLMForImageClassification(config)
-    wanted = classifier.state_dict()
+    expected = classifier.state_dict()
     weights = {f"glovlm.backbone.{name}": value for name, value in towers.items()} | beside
     try:
-        classifier.load_state_dict({k: v for k, v in weights.items() if k in wanted}, strict=True)
+        classifier.load_state_dict({k: v for k, v in weights.items() if k in expected}, strict=True)
     except RuntimeError as error:
         raise GloVLMError(
             f"{folder} does not fit its base '{config.backbone_name}': "

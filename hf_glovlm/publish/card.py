@@ -281,7 +281,7 @@ def _front_matter(
 
 
 def _license(results: Mapping[str, Any]) -> tuple[str, str | None]:
-    """The base model's licence passes on: an id that the Hub knows, or `other` and a name."""
+    """Licence of the base, which passes on: an id that the Hub knows, or `other` and a name."""
     stated = str(results["backbone"]["license"] or "").lower()
     parts = sorted({part.strip() for part in stated.split("+") if part.strip()})
     if len(parts) == 1 and parts[0] in _LICENSES:
@@ -425,7 +425,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _backbone(results: Mapping[str, Any]) -> str:
-    """The public name: a Hub id, a name of the table, or what a folder is called; no path."""
+    """Public name of the base: a Hub id, a name of the table, or "a local folder"."""
     parts = str(results["backbone"]["name"]).split("+")
     public = [name if _HUB_ID.fullmatch(name) or _is_plain(name) else _FOLDER for name in parts]
     return "+".join(public)

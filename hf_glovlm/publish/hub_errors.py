@@ -1,4 +1,4 @@
-"""What the Hub answered: whether to try again, and one sentence for a person."""
+"""Errors of the Hub: whether to retry, and one sentence for the user."""
 
 import time
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ LONGEST_WAIT = 300.0  # seconds between two attempts, whatever the Hub asks for
 
 
 def worth_waiting(error: BaseException, attempt: int) -> float | None:
-    """Seconds until it is worth trying again; `None` where it never is.
+    """Delay before a retry, in seconds; `None` for an error that no retry can mend.
 
     Args:
         error: What the client raised.
@@ -28,7 +28,7 @@ def worth_waiting(error: BaseException, attempt: int) -> float | None:
 
 
 def seconds_asked(stated: str | None) -> float:
-    """What `Retry-After` says, in seconds or as a date; 0 where it says nothing."""
+    """Delay of a `Retry-After` header, which holds seconds or a date; 0 without one."""
     if stated is None:
         return 0.0
     try:
@@ -42,12 +42,12 @@ def seconds_asked(stated: str | None) -> float:
 
 
 def refusal(repo_id: str, error: BaseException, token: str | None, done: str) -> GloVLMError:
-    """One sentence for what the Hub said, without the token.
+    """Error for the user from an error of the Hub, in one sentence and without the token.
 
     Args:
         repo_id: The repository.
         error: What the client raised.
-        token: What must not be said.
+        token: Removed from the text.
         done: `published` or `loaded`.
     """
     statuses = [status for cause in _causes(error) if (status := _status(cause))]
@@ -92,6 +92,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The innermost thing that was said, in one line."""
+    """Message of the innermost cause, in one line."""
     lines = [line for e in _causes(error) for line in str(e).strip().splitlines()[:1] if line]
     return f"{(lines or [type(error).__name__])[-1].rstrip('.:')}."

@@ -1,4 +1,4 @@
-"""Which files a published model consists of, and a finished run as far as publishing goes."""
+"""Identifiers of patients, slides, files and places; the files of a published model."""
 
 import json
 import re
@@ -28,7 +28,7 @@ _PLACES = {  # keys under which transformers notes where files lay
 
 @dataclass(frozen=True)
 class Identifiers:
-    """What names a patient, a slide, a file or a place of a run.
+    """Identifiers of a run: names of patients, slides, files and places.
 
     Args:
         names: Those that the run's files spell out.
@@ -44,26 +44,26 @@ class Identifiers:
         return re.compile(rf"(?<![\w.-])(?:{parts})(?![\w-])") if parts else re.compile(r"(?!)")
 
     def find(self, text: str) -> str | None:
-        """The first of them in a text, as a whole word or up to three."""
-        if found := self._pattern.search(text):
-            return found.group()
+        """First identifier in a text, as one to three whole words."""
+        if match := self._pattern.search(text):
+            return match.group()
         words = [word.rstrip(".") for word in re.findall(r"[\w.-]+", text)]
         for count in (1, 2, 3) if self.hashes else ():
             for i in range(len(words) - count + 1):
                 named = " ".join(words[i : i + count])
-                if is_telling(named) and sha256(named.encode()).hexdigest() in self.hashes:
+                if is_identifying(named) and sha256(named.encode()).hexdigest() in self.hashes:
                     return named
         return None
 
 
-def is_telling(name: str) -> bool:
-    """Whether a name is long enough to lead to anybody; shorter ones are found everywhere."""
+def is_identifying(name: str) -> bool:
+    """Whether a name is long enough to identify anybody; shorter ones occur in any text."""
     return len(name) >= (7 if re.fullmatch(r"[\d.]+", name) else 4)
 
 
 @dataclass
 class Run:
-    """A finished run, as far as publishing goes.
+    """Finished run: what publishing needs of it.
 
     Args:
         folder: Where it lies.
@@ -81,7 +81,7 @@ class Run:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot be the id of a repository.
+    """Check the id of a repository.
 
     Raises:
         GloVLMError: It is not `owner/name`.
@@ -102,7 +102,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what publishing needs of a run.
+    """Read a finished run for publishing.
 
     Args:
         folder: The output folder of `glovlm train`.
@@ -141,8 +141,8 @@ def _identifiers(folder: Path, results: Mapping[str, Any]) -> Identifiers:
 
     named: set[str] = set()
     if (folder / "predictions.parquet").is_file():
-        said = Predictions.load(folder / "predictions.parquet")
-        named |= {*said.file_names, *(said.groups or ())}
+        predictions = Predictions.load(folder / "predictions.parquet")
+        named |= {*predictions.file_names, *(predictions.groups or ())}
     if (folder / "episodes.json").is_file():
         sides = ("support", "validation", "calibration", "test_groups", "calibration_groups")
         for draw in read_json(folder / "episodes.json").get("draws") or []:
@@ -153,7 +153,7 @@ def _identifiers(folder: Path, results: Mapping[str, Any]) -> Identifiers:
     places = [str(Path.home()), str(folder), *_strings(settings)]
     places = [place for place in places if Path(place).is_absolute() and len(place) > 1]
     return Identifiers(
-        frozenset([*filter(is_telling, named - known), *places]),
+        frozenset([*filter(is_identifying, named - known), *places]),
         frozenset(results["data"].get("support_groups_sha256") or ()),
     )
 

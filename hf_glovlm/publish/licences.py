@@ -1,4 +1,4 @@
-"""The licence gate: what of an adapted model may leave this machine, by the licence of its base."""
+"""Licence check: what of an adapted model may be published, by the licence of its base."""
 
 import re
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _MIN_REASON = 20  # characters: a sentence, not "because"
 
 @dataclass(frozen=True)
 class Licence:
-    """What is known of the licence of a model's base.
+    """Licence of a model's base, as far as it is known.
 
     Args:
         base: The base, as the model's config names it.
@@ -79,7 +79,7 @@ def read_licence(config: Any) -> Licence:
 
 
 def check_publishing(config: Any, what: Part, reason: str | None = None) -> None:
-    """Refuse to publish what the licence of the base does not allow to be published.
+    """Check that the licence of the base allows a publication.
 
     Nothing opens a gated base or one that forbids derivatives: its weights stay here, merged,
     converted or not. What was learned beside them (an adapter, a head) may leave for a written
@@ -125,7 +125,7 @@ def check_publishing(config: Any, what: Part, reason: str | None = None) -> None
 
 
 def describe_licence(config: Any, what: Part, reason: str | None = None) -> list[str]:
-    """Say on a card what a published model inherits from its base.
+    """Licence terms that a published model inherits from its base, in sentences for its card.
 
     Args:
         config: The model's `GloVLMConfig`.
@@ -133,21 +133,21 @@ def describe_licence(config: Any, what: Part, reason: str | None = None) -> list
         reason: What was given to `check_publishing`.
     """
     licence = read_licence(config)
-    said = [f"The licence of the base, `{licence.base}`, is not stated."]
+    terms = [f"The licence of the base, `{licence.base}`, is not stated."]
     if licence.names:
-        said = [f"The licence of the base, `{licence.base}`, passes on: {licence.stated}."]
+        terms = [f"The licence of the base, `{licence.base}`, passes on: {licence.stated}."]
         if licence.unknown:
-            said.append("That of one of its towers is not known.")
+            terms.append("That of one of its towers is not known.")
     if licence.non_commercial:
-        said.append("Not for commercial use: the base forbids it, so this model does, too.")
+        terms.append("Not for commercial use: the base forbids it, so this model does, too.")
     if licence.locked:
-        said.append(
+        terms.append(
             "The weights of the base are not here; access to them is asked for at its own page. "
             "What is here is under the same terms as the base."
         )
     if reason and reason.strip():
-        said.append(f"Why it was published, in the words of who did: {' '.join(reason.split())}")
-    return said
+        terms.append(f"Why it was published, in the words of who did: {' '.join(reason.split())}")
+    return terms
 
 
 def _rows(part: str) -> list[Backbone]:
@@ -163,7 +163,7 @@ def _rows(part: str) -> list[Backbone]:
 
 
 def _forbidden(names: str) -> set[str]:
-    """What a licence's own name says: `cc-by-nc-nd-4.0`."""
+    """Restrictions in a licence's own name, such as `cc-by-nc-nd-4.0`."""
     marks = {
         "non-commercial": r"\bnc\b|non-?commercial",
         "no-derivatives": r"\bnd\b|no-?derivatives",

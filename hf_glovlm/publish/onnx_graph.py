@@ -1,7 +1,7 @@
-"""A trained classifier as one ONNX graph, images in and calibrated logits out.
+"""ONNX export: a trained classifier as one graph, images in and calibrated logits out.
 
-The graph is checked against the model before it is kept. Its preprocessing is told in a file beside
-it. Research use only, not for diagnosis.
+The graph is checked against the model before it is kept. A file beside it holds its
+preprocessing. Research use only, not for diagnosis.
 """
 
 import json
@@ -46,7 +46,7 @@ _INPUT, _OUTPUT = "pixel_values", "logits"
 
 @dataclass(frozen=True)
 class Measured:
-    """How an exported graph compares with what it was made from, on the same images.
+    """Agreement and speed of an exported graph against its source, on the same images.
 
     Args:
         images: How many.
@@ -78,7 +78,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_model` made.
+    """Result of an export.
 
     Args:
         folder: Where.
@@ -126,7 +126,7 @@ def export_model(
         data_name: What to call these.
         synthetic: Whether these are synthetic images.
         tolerance: Most that a logit of the fp32 graph may differ.
-        on_stage: Told what happens.
+        on_stage: Called with the name of each stage.
     """
     model, processor, _ = load_classifier(str(source))
     return export_classifier(
@@ -171,24 +171,24 @@ def export_classifier(
         data_name: What to call these.
         synthetic: Whether these are synthetic images.
         tolerance: Most that a logit of the fp32 graph may differ from the model's.
-        on_stage: Told what happens.
+        on_stage: Called with the name of each stage.
 
     Raises:
         GloVLMError: A package is missing, the licence of the base forbids it, the model cannot be
             one graph, its logits differ by more than the tolerance, or the folder is in use.
     """
-    tell = on_stage or (lambda text: None)
+    notify = on_stage or (lambda text: None)
     _check_request(model, format)
     target = _check_folder(Path(output_dir))
     sample = None if data is None else _images(model, data, data_name, synthetic)
     with evaluation_mode(model), _whole_or_nothing(target) as work:
-        tell("exporting")
+        notify("exporting")
         plain = work / "model.onnx"
         images = [Image.new("RGB", (64, 64))] * 2 if sample is None else sample.images
         example = _prepare(processor, images[:2])
         opset = _write_graph(model, example, plain)
         _annotate(plain, model)
-        tell("checking")
+        notify("checking")
         difference = _largest_difference(model, plain, processor, example, images[:16])
         if not difference <= tolerance:
             raise GloVLMError(
@@ -198,12 +198,12 @@ def export_classifier(
             )
         file, compared = plain, _of_model(model)
         if format == "int8":
-            tell("quantising")
+            notify("quantising")
             file, compared = work / "model_int8.onnx", _of_graph(plain)
             _quantise(plain, file)
         measured = None
         if sample is not None:
-            tell("measuring")
+            notify("measuring")
             measured = _measure(
                 *(_of_graph(file), compared, processor, sample),
                 compared_with="onnx" if format == "int8" else "model",
@@ -229,7 +229,7 @@ def export_classifier(
 def describe_input(
     model: Any, processor: Any, example: Tensor, report: ExportReport
 ) -> dict[str, Any]:
-    """Everything that turns an image into the graph's input, and its output into probabilities."""
+    """Preprocessing of the graph's input and meaning of its output, as plain values."""
     transform, config = processor.image_processor, model.config
     size = transform.size
     resize: dict[str, Any] | None = None
@@ -349,7 +349,7 @@ def _names(model: Any) -> list[str]:
 
 
 class _Sample(NamedTuple):
-    """What is measured on."""
+    """Images to measure on."""
 
     images: list[Image.Image]
     labels: NDArray[np.int64] | None  # class numbers, -1 unknown
@@ -416,7 +416,7 @@ def _trace(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter and the quantiser say about themselves."""
+    """Without the log messages and warnings of the exporter and the quantiser."""
     names = ("onnxscript", "torch.onnx", "onnx_ir", "torch.export")
     loggers = [logging.getLogger(name) for name in (*names, None)]
     levels = [logger.level for logger in loggers]
@@ -450,7 +450,7 @@ def _quantise(source: Path, target: Path) -> None:
 
 
 def _annotate(path: Path, model: Any) -> None:
-    """Keep in the graph what must not be lost, its classes and what it is not for, and no more.
+    """Write classes and disclaimer into the graph's metadata, and remove all other metadata.
 
     The exporter notes at each node which line of which file it comes from, with the folders of this
     machine.
@@ -540,14 +540,14 @@ def _measure(
     batch: int = 8,
     repeats: int = 15,
 ) -> Measured:
-    """Both on the same images; timed by turns, so that both meet the same machine."""
+    """Compare both on the same images; timed by turns, so that both meet the same machine."""
     images, labels, source, synthetic = sample
-    said: list[list[Floats]] = [[], []]
+    batches: list[list[Floats]] = [[], []]
     for start in range(0, len(images), batch):
         pixels = _prepare(processor, images[start : start + batch])
-        for logits, classify in zip(said, (graph, before), strict=True):
+        for logits, classify in zip(batches, (graph, before), strict=True):
             logits.append(classify(pixels))
-    new, old = (_softmax(np.concatenate(logits)) for logits in said)
+    new, old = (_softmax(np.concatenate(logits)) for logits in batches)
     pixels = _prepare(processor, images[:batch])
     seconds: list[list[float]] = [[], []]
     for _ in range(repeats):

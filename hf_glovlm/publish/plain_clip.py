@@ -1,4 +1,4 @@
-"""A run as a plain CLIP checkpoint."""
+"""Plain CLIP checkpoints: export of a run for code that knows transformers alone."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ _LAST_CALL = (
 
 
 def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = None) -> Path:
-    """Write a run as a plain CLIP checkpoint, which transformers loads without code of ours.
+    """Export a run as a plain CLIP checkpoint, which transformers loads without code of ours.
 
     The towers hold what was merged into them; the classes are then texts: the mean of the unit
     features of a class's prompts, which stand in the folder's README. Temperature and prior
@@ -39,20 +39,20 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
 
     from ..inference import load_classifier
 
-    found, target = read_run(Path(run).expanduser()), Path(folder).expanduser()
-    config = found.config
+    finished, target = read_run(Path(run).expanduser()), Path(folder).expanduser()
+    config, method = finished.config, finished.results["config"]["method"]
     check_publishing(config, "export", reason)
     kind = "a pair of towers" if config.is_pair else config.backbone_config.model_type
     if kind != "clip":
         raise GloVLMError(f"Only a CLIP can be written as a CLIP checkpoint; this is {kind}.")
     if config.inserts or getattr(config, "context", None):
         raise GloVLMError(
-            f"Method '{found.results['config']['method']}' changed the blocks of the towers, which "
+            f"Method '{method}' changed the blocks of the towers, which "
             "a plain CLIP has no place for: publish it as it is (glovlm push)."
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise GloVLMError(f"{target} is there already: give a new or an empty folder.")
-    classifier, processor, _ = load_classifier(str(found.folder / "model"))
+    classifier, processor, _ = load_classifier(str(finished.folder / "model"))
     texts = classifier.config.prompts
     same = False
     if texts and processor.context_token_ids is None and getattr(classifier.head, "cosine", False):
@@ -62,7 +62,7 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
         same = same and not bool(classifier.head.bias.any())
     if not same:
         raise GloVLMError(
-            f"The classes of method '{found.results['config']['method']}' are no plain texts, so a "
+            f"The classes of method '{method}' are no plain texts, so a "
             "CLIP checkpoint would not answer as this model does: publish it as it is (glovlm "
             "push)."
         )

@@ -1,4 +1,4 @@
-"""What leaves: laid out in a temporary folder, cleaned of what may not, and searched for it."""
+"""Prepares an upload: copies files, removes private values, scans for identifiers."""
 
 import errno
 import json
@@ -49,7 +49,7 @@ _SUBGROUPS = ("stain", "scanner")  # an institution or a reader is somebody's na
 
 @contextmanager
 def staged(run: Run, repo_id: str, what: Part, reason: str | None) -> Iterator[Path]:
-    """A temporary folder with all that leaves; gone at the end, whatever happens.
+    """Temporary folder with the files of an upload; removed at the end, whatever happens.
 
     Args:
         run: The run.
@@ -83,7 +83,7 @@ def _stage(
     what: Part,
     reason: str | None,
 ) -> None:
-    """Lay out what leaves, then search it for what may not."""
+    """Write the files of an upload, then scan them for identifiers."""
     import yaml
 
     if what == "full":
@@ -108,7 +108,7 @@ def _stage(
     base, revision = run.config.backbone_name, run.config.backbone_revision
     card = render_card(results, Publication(repo_id, what, base, revision, terms))
     (stage / "README.md").write_text(card, encoding="utf-8")
-    _search(stage, run.identifiers)
+    _scan(stage, run.identifiers)
 
 
 def _stage_model(stage: Path, model: Path) -> None:
@@ -128,7 +128,7 @@ def _stage_code(stage: Path, model: Path) -> None:
     from transformers.dynamic_module_utils import get_relative_import_files
 
     named = [read_json(file).get("auto_map") or {} for file in stage.glob("*config.json")]
-    for module in sorted({str(name).split(".")[0] for found in named for name in found.values()}):
+    for module in sorted({str(name).split(".")[0] for row in named for name in row.values()}):
         file = model / f"{module}.py"
         if not file.is_file():
             raise GloVLMError(
@@ -139,14 +139,14 @@ def _stage_code(stage: Path, model: Path) -> None:
 
 
 def _publishable(run: Run) -> dict[str, Any]:
-    """The results without what leads to a person or a disk."""
+    """Results for publication: without what leads to a person or a disk."""
     results, config = run.results, run.results["config"]
-    told = config.get("prompts")
+    prompts = config.get("prompts")
     public = {key: config[key] for key in _CONFIG_KEYS if key in config} | {
         "data": results["data"]["name"],
         "backbone": results["backbone"]["name"],
         "episodes": "frozen" if config.get("episodes") else None,
-        "prompts": told if told in ("auto", "catalog", "terminology") else "classes.yaml",
+        "prompts": prompts if prompts in ("auto", "catalog", "terminology") else "classes.yaml",
     }
     data = {key: results["data"][key] for key in _DATA_KEYS if key in results["data"]}
     rest = {key: results[key] for key in _RESULT_KEYS if key in results}
@@ -164,12 +164,12 @@ def _publishable(run: Run) -> dict[str, Any]:
 
 
 def clean(value: Any, forbidden: Identifiers, dropped: list[str]) -> Any:
-    """Leave out every text of a list, and empty every other, that names what may not leave.
+    """Remove texts that hold identifiers or paths: from a list wholly, elsewhere as `""`.
 
     Args:
         value: Plain values.
-        forbidden: What may not leave; paths may not either.
-        dropped: Takes what was left out.
+        forbidden: The identifiers.
+        dropped: Takes the removed texts.
     """
 
     def bad(text: Any) -> bool:
@@ -185,8 +185,8 @@ def clean(value: Any, forbidden: Identifiers, dropped: list[str]) -> Any:
     return "" if bad(value) else value
 
 
-def _search(stage: Path, forbidden: Identifiers) -> None:
-    """Refuse if anything that leaves still names a person, a file or a place."""
+def _scan(stage: Path, forbidden: Identifiers) -> None:
+    """Scan the staged files for identifiers, and refuse if there are any."""
     for file in sorted(path for path in stage.rglob("*") if path.is_file()):
         name = file.relative_to(stage).as_posix()
         if file.suffix == ".safetensors":
@@ -199,8 +199,8 @@ def _search(stage: Path, forbidden: Identifiers) -> None:
             text = file.read_text(encoding="utf-8")
         if file.suffix == ".svg" and "<image" in text:
             raise GloVLMError(f"{name} holds an image, and no image may leave: remove it.")
-        if found := forbidden.find(text):
+        if identifier := forbidden.find(text):
             raise GloVLMError(
-                f"Nothing was published: {name} names '{found}', which is a patient, a "
+                f"Nothing was published: {name} names '{identifier}', which is a patient, a "
                 "file or a folder of the run. Rename the class or the prompt that holds it."
             )

@@ -1,4 +1,4 @@
-"""Publishing a run: what leaves is staged and checked, then sent in one commit."""
+"""Upload to the Hub: a run is staged and checked, then sent in one commit."""
 
 import time
 import warnings
@@ -20,7 +20,7 @@ _COMMIT_WORDS: dict[Part, str] = {"full": "a model", "adapter": "an adapter", "h
 
 @dataclass
 class PushReport:
-    """What was published, or would be.
+    """Report of an upload, or of one that was only tried out.
 
     Args:
         repo_id: Where.
@@ -73,47 +73,48 @@ def push(
             method that left the towers as they were. `load_published` puts them onto the base.
         merge: Insist on merged weights: the adapter inside the model, as `RUN/model` holds it,
             which is also what is published by default.
-        dry_run: Only say what would leave; no repository is asked for or touched. (Without the
-            base's weights, these are loaded to compare, from the cache where they lie there.)
+        dry_run: Only report what would be published; no repository is asked for or touched.
+            (Without the base's weights, these are loaded to compare, from the cache where they
+            lie there.)
         reason: Why it may be published, where the licence of the base asks for one.
         token: Of the Hub; by default that of `hf auth login`.
         branch: Where to commit; made if it is not there. By default `main`.
-        on_progress: Told in sentences what happens.
+        on_progress: Called with a sentence for each step.
 
     Raises:
         GloVLMError: The id or the run is wrong, the licence forbids it, something that names a
             person or a place would leave, the disk is full, or the Hub refuses.
     """
-    tell = on_progress or (lambda sentence: None)
+    notify = on_progress or (lambda sentence: None)
     check_repo_id(repo_id)
     if adapter_only and merge:
         raise GloVLMError("Give --adapter-only or --merge: an adapter is alone, or merged.")
-    found = read_run(Path(run).expanduser())
-    has_adapter = (found.folder / "adapter" / "adapter_config.json").is_file()
+    finished = read_run(Path(run).expanduser())
+    has_adapter = (finished.folder / "adapter" / "adapter_config.json").is_file()
     if merge and not has_adapter:
-        method = found.results["config"]["method"]
+        method = finished.results["config"]["method"]
         raise GloVLMError(
             f"Method '{method}' left no adapter that could be merged: push without --merge."
         )
     what: Part = "full"
     if adapter_only:
         what = "adapter" if has_adapter else "head"
-    check_publishing(found.config, what, reason)
+    check_publishing(finished.config, what, reason)
     if not dry_run:
         _need_token(token)
-    tell("Laying out what will leave.")
-    with staged(found, repo_id, what, reason) as stage:
+    notify("Laying out what will leave.")
+    with staged(finished, repo_id, what, reason) as stage:
         files = {
             path.relative_to(stage).as_posix(): path.stat().st_size
             for path in sorted(stage.rglob("*"))
             if path.is_file()
         }
-        notes = describe_licence(found.config, what, reason)
-        if "cache" in str((found.config.head or {}).get("kind")):
+        notes = describe_licence(finished.config, what, reason)
+        if "cache" in str((finished.config.head or {}).get("kind")):
             notes.append("The head keeps the features of the support images.")
-        report = PushReport(repo_id, what, files, found.left_out, notes)
+        report = PushReport(repo_id, what, files, finished.left_out, notes)
         if not dry_run:
-            _upload(stage, report, private, token, branch, tell)
+            _upload(stage, report, private, token, branch, notify)
     return report
 
 
@@ -135,13 +136,13 @@ def _upload(
     private: bool,
     token: str | None,
     branch: str | None,
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> None:
     """Send the folder in one commit, again where that may help; fill in the report."""
     hashes: dict[str, bytes] = {}
     for attempt in range(1, ATTEMPTS + 1):
         size = sum(report.files.values()) / 1e6
-        tell(f"Sending {len(report.files)} files ({size:.1f} MB) to {report.repo_id}.")
+        notify(f"Sending {len(report.files)} files ({size:.1f} MB) to {report.repo_id}.")
         try:
             commit = _commit(stage, report, private, token, branch, hashes)
         except GloVLMError:
@@ -151,7 +152,7 @@ def _upload(
             wait = worth_waiting(error, attempt)
             if wait is None or attempt == ATTEMPTS:
                 raise refusal(report.repo_id, error, token, "published") from error
-            tell(f"{first_line(error)} Trying again in {wait:.0f} s ({attempt} of {ATTEMPTS}).")
+            notify(f"{first_line(error)} Trying again in {wait:.0f} s ({attempt} of {ATTEMPTS}).")
             _wait(wait)
         else:
             report.url = commit.commit_url.partition("/commit/")[0]

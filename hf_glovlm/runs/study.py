@@ -1,4 +1,4 @@
-"""A grid of runs, backbone x method x shots x label draw, and a report that compares paired.
+"""Study: a grid of runs (backbone x method x shots x label draw) and its paired comparison.
 
 Every cell is one `runs.run` in a folder of its own, without the model. A finished cell is never
 run again, so a study that was killed goes on where it stopped, and one that grew runs what is new.
@@ -33,13 +33,13 @@ RECALL_ROWS = 60  # of the table of groups in the report that people read
 RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
 _OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
 _OF_CELL |= {"overwrite", "resume", "save_model"}
-_FREE = {"output_dir", "overwrite", "resume", "save_model", "cache"}  # leave the numbers alone
+_INCIDENTAL = {"output_dir", "overwrite", "resume", "save_model", "cache"}  # change no number
 _SETTINGS = {f.name for f in fields(TrainConfig)} - _OF_CELL
 
 
 @dataclass(frozen=True)
 class StudyMethod:
-    """A line of the report: a method with its settings and its label draws.
+    """Method of a study, with its settings and its label draws: one line of the report.
 
     Attributes:
         name: What the report and the folders call it.
@@ -56,7 +56,7 @@ class StudyMethod:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid; `name` is its folder below `cells/`."""
+    """Cell of the grid: one run; `name` is its folder below `cells/`."""
 
     backbone: str
     method: StudyMethod
@@ -70,7 +70,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """The grid.
+    """Configuration of a study: the grid.
 
     Attributes:
         data: Folder, parquet file, or Hub id.
@@ -90,7 +90,7 @@ class StudyConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "StudyConfig":
-        """Make a config from YAML.
+        """Configuration from the values of a YAML file.
 
         Args:
             values: `data`, `methods` (names, or mappings of `name`, a `label` for the report,
@@ -144,7 +144,7 @@ class StudyConfig:
         ]
 
     def train_config(self, cell: Cell, output_dir: str | Path) -> TrainConfig:
-        """What `runs.run` is told for a cell."""
+        """Training configuration of a cell."""
         values = {
             **self.settings,
             **cell.method.settings,
@@ -173,7 +173,7 @@ def run_study(
     workers: int = 1,
     on_event: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Run the cells that are not finished, then write `report.json` and `report.md`.
+    """Run the unfinished cells of a study, then write `report.json` and `report.md`.
 
     A cell that fails leaves `failure.json` and is tried again the next time; the others go on.
 
@@ -181,8 +181,8 @@ def run_study(
         config: The grid.
         output_dir: Holds `study.json`, `cells/` and the report.
         workers: Processes; each runs cells with its share of the CPU cores.
-        on_event: Told `("cell", {"name", "status", "done", "total", "seconds", "error"})` of every
-            cell; the status is `done`, `skipped` or `failed`.
+        on_event: Called with `("cell", {"name", "status", "done", "total", "seconds", "error"})`
+            for every cell; the status is `done`, `skipped` or `failed`.
 
     Returns:
         The report; `failures` is empty if every cell is there.
@@ -201,7 +201,7 @@ def run_study(
     cells = config.cells()
     done = 0
 
-    def tell(cell: Cell, status: str, error: str | None = None, seconds: float = 0.0) -> None:
+    def notify(cell: Cell, status: str, error: str | None = None, seconds: float = 0.0) -> None:
         nonlocal done
         done += 1
         event = {"name": cell.name, "status": status, "error": error, "seconds": seconds}
@@ -210,31 +210,31 @@ def run_study(
 
     todo = []
     for cell in cells:
-        wanted = config.train_config(cell, output)
-        if _finished(wanted):
-            tell(cell, "skipped")
+        settings = config.train_config(cell, output)
+        if _finished(settings):
+            notify(cell, "skipped")
         else:
-            todo.append((cell, wanted))
+            todo.append((cell, settings))
     if todo:
         check_dataset(load_dataset(config.data)).raise_problems()
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / "study.json", json.dumps(asdict(config), indent=1) + "\n")
     for cell, error, seconds in _run_cells(todo, workers):
-        tell(cell, "failed" if error else "done", error, seconds)
+        notify(cell, "failed" if error else "done", error, seconds)
     return write_report(config, output)
 
 
-def _finished(wanted: TrainConfig) -> bool:
-    """Whether a cell is there, made with these very settings."""
-    results = Path(wanted.output_dir) / "results.json"
+def _finished(config: TrainConfig) -> bool:
+    """Whether a cell is finished, with these very settings."""
+    results = Path(config.output_dir) / "results.json"
     if not results.is_file():
         return False
-    found = json.loads(results.read_text(encoding="utf-8"))["config"]
-    for key, value in json.loads(json.dumps(asdict(wanted))).items():
-        if key not in _FREE and found.get(key, value) != value:
+    finished = json.loads(results.read_text(encoding="utf-8"))["config"]
+    for key, value in json.loads(json.dumps(asdict(config))).items():
+        if key not in _INCIDENTAL and finished.get(key, value) != value:
             raise GloVLMError(
-                f"The finished cell {results.parent} was run with {key} = {found[key]!r}, and the "
-                f"study now says {value!r}: give another output folder, or remove that cell."
+                f"The finished cell {results.parent} was run with {key} = {finished[key]!r}, and "
+                f"the study now says {value!r}: give another output folder, or remove that cell."
             )
     return True
 
@@ -384,7 +384,7 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
 def _section(
     config: StudyConfig, backbone: str, shots: int, lines: Mapping[str, _Runs], unit: str
 ) -> dict[str, Any]:
-    """All methods at one backbone and number of shots."""
+    """Summary of all methods at one backbone and number of shots."""
     reference = lines.get(config.reference, {})
     methods = []
     for method in config.methods:
@@ -402,7 +402,7 @@ def _section(
                 if method.name == config.reference
                 else _compare(config, reference, runs, unit),
                 "label_budget": _label_budget(method, results),
-                # Towers that were never trained together: class texts told this method nothing.
+                # Towers that were never trained together: class texts carry no information.
                 "text_means_nothing": results[0]["training"]["facts"].get("joint_space") is False,
                 "trainable_parameters": results[0]["training"]["trainable_parameters"],
                 "median_seconds": median(r["timing"]["total"] for r in results),
@@ -454,9 +454,8 @@ def _label_budget(method: StudyMethod, results: Sequence[dict[str, Any]]) -> dic
         return [min(counts), max(counts)]
 
     return {
-        "labels": least_and_most(
-            s["label_budget"] for s in supports
-        ),  # those of the validation too
+        # Those of the validation too.
+        "labels": least_and_most(s["label_budget"] for s in supports),
         "per_class": {
             name: {
                 "labels": least_and_most(n[name] for n in labels),
@@ -469,13 +468,13 @@ def _label_budget(method: StudyMethod, results: Sequence[dict[str, Any]]) -> dic
 
 def _recall(lines: Mapping[str, _Runs]) -> list[dict[str, Any]]:
     """Recall of every class in every group, over the draws that test the group."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, runs in lines.items():
         for _, p in runs.values():
             labels, groups = _truth(p)
             for row in recall_by_group(labels, p.probabilities.argmax(1), groups, p.class_names):
                 key = (row["group"], row["class"])
-                at = found.setdefault(key, {"n": row["n"], "methods": {}})["methods"]
+                at = rows.setdefault(key, {"n": row["n"], "methods": {}})["methods"]
                 at.setdefault(name, []).append(row["recall"])
     return [
         {
@@ -484,12 +483,12 @@ def _recall(lines: Mapping[str, _Runs]) -> list[dict[str, Any]]:
             "n": at["n"],
             "methods": {m: summarise_draws(v) for m, v in at["methods"].items()},
         }
-        for (group, label), at in sorted(found.items())
+        for (group, label), at in sorted(rows.items())
     ]
 
 
 def _against_recorded(config: StudyConfig, reference: _Runs) -> dict[str, Any] | None:
-    """Hold the reference against the values that the episodes file records for its draws."""
+    """Largest differences of the reference from the values that the episodes file records."""
     _, recorded = _read_frozen(config.settings.get("episodes"))
     both = [draw for draw in reference if recorded.get(draw)]
     gaps: dict[str, list[float]] = {}
@@ -505,7 +504,7 @@ def _against_recorded(config: StudyConfig, reference: _Runs) -> dict[str, Any] |
 
 
 def render_report(report: Mapping[str, Any]) -> str:
-    """Render a report as Markdown; on synthetic images every heading says so."""
+    """Render a report as Markdown; on synthetic images every heading is marked."""
     titles = [METRICS[name].title for name in COMPARED]
     summarised = [METRICS[name].title for name in SUMMARISED]
     values = {
@@ -530,7 +529,7 @@ def _section_values(section: Mapping[str, Any], reference: str, unit: str) -> di
     methods, names = section["methods"], [m["name"] for m in section["methods"]]
     shown_as = {m["name"]: m["name"] + "*" * m["text_means_nothing"] for m in methods}
     budgets = [m["label_budget"]["per_class"] for m in methods]
-    # Of hundreds of groups of an image or two a recall each says nothing: the largest are shown.
+    # A recall in each of hundreds of groups of an image or two is noise: the largest are shown.
     recall = section["recall"]
     largest = sorted(range(len(recall)), key=lambda i: -recall[i]["n"])[:RECALL_ROWS]
     recorded = section["recorded"]
@@ -642,7 +641,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; a person means the number."""
+    """Numbers in exponential form, `1e-3`, which YAML 1.1 reads as text."""
     if isinstance(value, list):
         return [_numbers(v) for v in value]
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What a run over slides writes: tables, heat maps, GeoJSON, a summary a person can read.
+"""Slide reports: tables of tiles and slides, heat maps, GeoJSON and a summary in Markdown.
 
 Nothing here names a place on the machine: a slide is known by its name alone, and that by a number
 where names are to be hidden.
@@ -50,7 +50,7 @@ def write_tiles(
     columns: Mapping[str, ArrayLike],
     labels: Sequence[str] | None = None,
 ) -> None:
-    """Write one row a tile as a parquet file.
+    """Write the table of tiles, one row each, as a parquet file.
 
     Columns `x`, `y` (top left corner at level 0), `size` (side at level 0), `tissue_fraction`,
     those given, and `label` where tiles were classified.
@@ -139,7 +139,7 @@ def draw_heatmap(
     mpp: float | None = None,
     opacity: float = 0.5,
 ) -> None:
-    """Lay the tiles' values over an overview of the slide and write it as PNG.
+    """Write a heat map of the tiles' values over an overview of the slide, as PNG.
 
     Where tiles overlap their values are averaged. The memory is that of the overview.
 
@@ -210,7 +210,7 @@ def _spread_values(
 
 
 def bar_length(width: float) -> float:
-    """The longest of 1, 2 and 5 times a power of ten that is at most a fifth of a width.
+    """Length of a scale bar: 1, 2 or 5 times a power of ten, at most a fifth of a width.
 
     Args:
         width: Of the picture, in micrometres.
@@ -220,7 +220,7 @@ def bar_length(width: float) -> float:
 
 
 def _draw_scale_bar(axes: Any, shape: tuple[int, int], mpp: float) -> None:
-    """A black bar with a white rim at the lower left, and its length."""
+    """Scale bar at the lower left, black with a white rim, and its length."""
     width, height = shape
     length = bar_length(width * mpp)
     shown = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
@@ -245,7 +245,7 @@ def _draw_scale_bar(axes: Any, shape: tuple[int, int], mpp: float) -> None:
 
 
 def clean_text(text: str, source: Path, name: str) -> str:
-    """Take a slide's place on the machine, and its own name, out of a sentence.
+    """Remove a slide's path and own name from a sentence.
 
     Args:
         text: For instance an error's message.
@@ -260,7 +260,7 @@ def clean_text(text: str, source: Path, name: str) -> str:
 
 
 def hide_name(bag: Path, source: Path, name: str) -> None:
-    """Write a bag anew under another name; the new file holds no trace of the slide's own.
+    """Rename a bag; the new file holds no trace of the slide's own name.
 
     Args:
         bag: The finished bag; removed afterwards.
@@ -277,8 +277,8 @@ def hide_name(bag: Path, source: Path, name: str) -> None:
         for key in ("/", *old):
             for attribute, value in old[key].attrs.items():
                 if attribute == "settings":
-                    told = {"name": name, "slide_file": name + source.suffix}
-                    value = json.dumps(json.loads(value) | told)
+                    names = {"name": name, "slide_file": name + source.suffix}
+                    value = json.dumps(json.loads(value) | names)
                 new[key].attrs[attribute] = name if attribute == "name" else value
     os.replace(fresh, bag.with_name(f"{name}.h5"))
     bag.unlink()
@@ -313,7 +313,7 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 
 def _summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a slide, then one a case; every column in each."""
+    """Rows of the summary: one a slide, then one a case, every column in each."""
     rows = []
     for level in ("slide", "case"):
         for entry in results[f"{level}s"]:
@@ -332,12 +332,12 @@ def _summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             for name in results["slide_class_names"]:
                 row[f"p_{name}"] = (entry.get("probabilities") or {}).get(name)
             for name in results["class_names"]:
-                said = counts["classes"].get(name, {})
-                low, high = said.get("ci95") or (None, None)
-                row[f"count_{name}"] = said.get("count")
-                row[f"percent_{name}"] = said.get("percent")
+                measured = counts["classes"].get(name, {})
+                low, high = measured.get("ci95") or (None, None)
+                row[f"count_{name}"] = measured.get("count")
+                row[f"percent_{name}"] = measured.get("percent")
                 row[f"low_{name}"], row[f"high_{name}"] = low, high
-                row[f"corrected_{name}"] = said.get("corrected", {}).get("percent")
+                row[f"corrected_{name}"] = measured.get("corrected", {}).get("percent")
             row["notes"] = " ".join([*entry.get("flags", []), *filter(None, [entry.get("error")])])
             rows.append(row)
     return rows
