@@ -12,9 +12,26 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .metrics import METRICS
 
-__all__ = ["CLASS_HEADER", "METRIC_HEADER", "class_rows", "group_unit", "metric_rows", "render"]
+__all__ = [
+    "CLASS_HEADER",
+    "METRIC_HEADER",
+    "SYNTHETIC",
+    "Markdown",
+    "class_rows",
+    "code",
+    "extent",
+    "group_unit",
+    "interval",
+    "measured",
+    "metric_rows",
+    "metric_title",
+    "named",
+    "number",
+    "render",
+]
 
 METRIC_HEADER = ("metric", "value", "95% interval", "note")
+SYNTHETIC = " (synthetic images)"  # behind every title above a number measured on such
 CLASS_HEADER = ("class", "images", "groups", "recall", "specificity", "AUC", "note")
 
 

@@ -42,7 +42,7 @@ def make_results(
     """What `run` returns, with real numbers, and with secrets wherever it may hold them.
 
     Args:
-        synthetic: Whether the images are drawings.
+        synthetic: Whether the images are synthetic.
         absent: Whether one class has no test image.
         full: Whether everything that a run may be asked for was; otherwise the results are those
             of a plain run before any of it existed.
@@ -176,10 +176,10 @@ def test_the_hub_reads_the_front_matter(synthetic: bool) -> None:
     assert data.language == "en"
     assert data.datasets is None  # a folder is no data set of the Hub
     assert "lora" in data.tags
-    assert ("drawings" in data.tags) is synthetic
+    assert ("synthetic" in data.tags) is synthetic
     values = {result.metric_name: result.metric_value for result in data.eval_results}
     assert len(values) == len(results["metrics"])
-    assert values["Macro-AUC" + " (drawings)" * synthetic] == pytest.approx(
+    assert values["Macro-AUC" + " (synthetic images)" * synthetic] == pytest.approx(
         results["metrics"]["macro_auc"]["value"], abs=5e-5
     )
     assert {result.dataset_split for result in data.eval_results} == {"test"}
@@ -350,17 +350,17 @@ def test_nothing_leads_to_a_patient_or_a_disk(synthetic: bool) -> None:
     assert not re.findall(r"(?<![\w.:/])/\w+", body(card)), "an absolute path"
 
 
-def test_drawings_stand_in_the_title_and_above_every_number() -> None:
+def test_synthetic_images_stand_in_the_title_and_above_every_number() -> None:
     card = render_card(make_results(synthetic=True, full=True))
-    assert "drawings" in front_matter(card)["model-index"][0]["name"]
+    assert "synthetic images" in front_matter(card)["model-index"][0]["name"]
     sections = re.split(r"^(#+ .*)$", body(card), flags=re.MULTILINE)
-    assert "drawings" in sections[1]
+    assert "synthetic images" in sections[1]
     measured = ("Metrics", "Per class", "Confusion", "Where it fails", "Calibration", "By stain")
     headings = [h for h in sections[1::2] if any(word in h for word in measured)]
     assert len(headings) == len(measured)
-    assert all("drawings" in heading for heading in headings)
+    assert all("synthetic images" in heading for heading in headings)
     plain = render_card(make_results())
-    assert "drawings" not in plain
+    assert "synthetic images" not in plain
     assert "Not for diagnosis" in plain
 
 
@@ -696,11 +696,11 @@ def test_the_card_of_mini(mini: tuple[dict[str, Any], str]) -> None:
     facts, card = mini
     about = ModelCard(card).data
     assert about.license == "apache-2.0"
-    assert "drawings" in about.tags
+    assert "synthetic" in about.tags
     assert about.base_model is None
     (result,) = about.eval_results
     assert result.metric_value == pytest.approx(facts["accuracy"], abs=1e-3)
-    assert "drawings" in result.metric_name
+    assert "synthetic images" in result.metric_name
     assert "Not for diagnosis" in card
     assert "never seen a photograph" in card
     versions = {"2.0"}  # of the licence
@@ -714,7 +714,7 @@ def test_the_lines_of_minis_card_run(
 ) -> None:
     image = tmp_path / "one.png"
     render_glomerulus("viable", seed=1).image.save(image)
-    _execute(mini[1], {"drawing.png": str(image)})
+    _execute(mini[1], {"image.png": str(image)})
     assert "tensor([[" in capsys.readouterr().out
 
 

@@ -198,7 +198,7 @@ def test_the_card_says_what_it_is_and_names_no_slide_or_place(
 ) -> None:
     results = train_mil(settings(small, tmp_path / "run", epochs=1))
     card = (tmp_path / "run" / "README.md").read_text()
-    assert card.count("(drawings)") == 2
+    assert card.count("(synthetic images)") == 2
     for sentence in (
         "Research use only, not for diagnosis",
         "Macro-AUC",

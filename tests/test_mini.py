@@ -39,10 +39,10 @@ def probabilities(mini: tuple[Any, Any], images: list[Image.Image]) -> np.ndarra
 def test_it_is_small_says_what_it_is_and_is_plain_clip() -> None:
     assert sum(p.stat().st_size for p in MINI.iterdir()) <= 12 * 2**20
     card = " ".join((MINI / "README.md").read_text().split())
-    assert "drawings" in card
+    assert "synthetic images" in card
     assert "Not for diagnosis" in card
     facts = json.loads((MINI / "pretraining.json").read_text())
-    assert f"{facts['accuracy']:.3f} on drawings" in card
+    assert f"{facts['accuracy']:.3f} on synthetic images" in card
     stock = AutoModel.from_pretrained(MINI)
     assert isinstance(stock, CLIPModel)
     assert stock.dtype == torch.float16  # as stored

@@ -223,8 +223,8 @@ def test_tables_and_page_say_the_same(tmp_path: Path) -> None:
     assert "| s1 | lesion | 0.750 | 0.250 | top_10 | 12 |" in page
     assert "- s2: s2 is broken." in page
     assert "Tiles of 224 pixels at 0.5 micrometres per pixel, overlap 0.25; " in page
-    assert "drawings" not in page
-    assert "drawings" in report.render_summary(content | {"synthetic": True})
+    assert "synthetic" not in page
+    assert "synthetic images" in report.render_summary(content | {"synthetic": True})
 
 
 @pytest.mark.parametrize(

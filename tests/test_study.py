@@ -131,7 +131,7 @@ def test_the_report_states_what_a_number_needs(finished: tuple[Path, dict[str, A
     assert "Research use only, not for diagnosis." in text
     assert "Labels of each draw: 2 mesangial (of 2 patients)" in text
     assert "over patients" in text
-    assert "drawings" not in text
+    assert "synthetic" not in text
     versus = lines["zero_shot"]["versus_reference"]["metrics"]["macro_auc"]
     low, high = versus["ci95"]
     row = f"{versus['value']:+.3f} [{low:+.3f}, {high:+.3f}] | {versus['verdict']}"
@@ -156,13 +156,13 @@ def test_the_report_shows_the_largest_groups(
         assert (line in text) is (i >= len(rows) - 3)
 
 
-def test_headings_of_drawings_say_so(data: Path, tmp_path: Path) -> None:
+def test_headings_mark_synthetic_images(data: Path, tmp_path: Path) -> None:
     drawn = Path(shutil.copytree(data, tmp_path / "drawn"))
     (drawn / "DRAWINGS").touch()
     report = run_study(grid(drawn, methods=["linear_probe"], draws=1), tmp_path / "O")
     headings = re.findall(r"^#.*$", render_report(report), re.MULTILINE)
     assert len(headings) >= 5
-    assert all("drawings" in heading for heading in headings)
+    assert all("synthetic images" in heading for heading in headings)
 
 
 def test_a_finished_cell_is_never_run_again(

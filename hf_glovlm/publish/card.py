@@ -21,6 +21,7 @@ from ..errors import GloVLMError
 from ..rendering import (
     CLASS_HEADER,
     METRIC_HEADER,
+    SYNTHETIC,
     Markdown,
     class_rows,
     code,
@@ -87,8 +88,8 @@ def render_card(results: Mapping[str, Any], publication: Publication | None = No
         publication: Where the model is published; by default the card is that of a local run.
 
     Returns:
-        Markdown with YAML front matter as the Hub reads it. Results on synthetic images carry the
-        word "drawings" in the title and in every heading above a number.
+        Markdown with YAML front matter as the Hub reads it. Results on synthetic images are
+        marked as such in the title and in every heading above a number.
 
     Raises:
         GloVLMError: The results lack a value that a card must show.
@@ -109,7 +110,8 @@ def render_backbone_card(facts: Mapping[str, Any]) -> str:
         facts: The content of its `pretraining.json`.
 
     Returns:
-        Markdown with YAML front matter; every measured number is marked as one on drawings.
+        Markdown with YAML front matter; every measured number is marked as one on synthetic
+        images.
 
     Raises:
         GloVLMError: The facts lack a value that the card must show.
@@ -169,7 +171,7 @@ def write_card(run_folder: str | Path, output: str | Path | None = None) -> Path
 def _card_values(results: Mapping[str, Any], publication: Publication | None) -> dict[str, Any]:
     """What `model_card.md.j2` names."""
     config, data = results["config"], results["data"]
-    mark = " (drawings)" if results.get("synthetic") else ""
+    mark = SYNTHETIC if results.get("synthetic") else ""
     title = f"{_backbone(results)} adapted by {config['method']}, {_shots(data)}{mark}"
     confused = results["confusion_matrix"]
     mpp = data.get("mpp")
@@ -269,7 +271,7 @@ def _front_matter(
         license_link=links[0] if license_name and len(links) == 1 else None,
         library_name="hf-glovlm",
         pipeline_tag="image-classification",
-        tags=[*subject, *_TAGS, str(results["config"]["method"]), *(["drawings"] if mark else [])],
+        tags=[*subject, *_TAGS, str(results["config"]["method"]), *(["synthetic"] if mark else [])],
         base_model=base or None,
         base_model_relation=relation if base else None,
         datasets=[dataset] if dataset else None,

@@ -21,7 +21,7 @@ from ..errors import GloVLMError, nearest
 from ..files import write_text
 from ..inference import Predictions
 from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
-from ..rendering import extent, group_unit, render
+from ..rendering import SYNTHETIC, extent, group_unit, render
 from .config import TrainConfig
 from .workflow import Loader, run
 
@@ -509,7 +509,7 @@ def render_report(report: Mapping[str, Any]) -> str:
     summarised = [METRICS[name].title for name in SUMMARISED]
     values = {
         **{name: report[name] for name in ("data", "reference", "unit", "notes")},
-        "mark": " (drawings)" if report["synthetic"] else "",
+        "mark": SYNTHETIC if report["synthetic"] else "",
         "paired_header": ["method", "draws", *(h for title in titles for h in (title, "verdict"))],
         "summary_header": [
             *("method", "draws", *summarised, "labels", "trainable parameters", "seconds a draw")

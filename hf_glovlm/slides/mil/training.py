@@ -20,6 +20,7 @@ from ...metrics import compute_metrics
 from ...rendering import (
     CLASS_HEADER,
     METRIC_HEADER,
+    SYNTHETIC,
     class_rows,
     code,
     group_unit,
@@ -337,7 +338,7 @@ def render_card(results: dict[str, Any]) -> str:
     settings = {**results["config"], **results["aggregator"]["settings"]}
     values = {
         **results,
-        "mark": " (drawings)" if results["synthetic"] else "",
+        "mark": SYNTHETIC if results["synthetic"] else "",
         "unit": group_unit(results["data"]["group_column"]),
         "METRIC_HEADER": METRIC_HEADER,
         "metrics": metric_rows(results["metrics"]),
