@@ -1,7 +1,7 @@
 """Demo (`glovlm demo`): the main job on synthetic images, to a reloaded model, offline."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def check_reload(run_folder: Path, data: Path) -> float:
     return float(np.abs(logits - stored.logits[: len(images)]).max())
 
 
-def draw_figure(folder: Path, data: Path, runs: dict[str, dict[str, Any]]) -> Path:
+def draw_figure(folder: Path, data: Path, runs: Mapping[str, Mapping[str, Any]]) -> Path:
     """Draw examples with their predicted class, and the confusion matrix of the last method."""
     import matplotlib
 

@@ -18,6 +18,7 @@ from jinja2 import UndefinedError
 
 from ..backbones import MINI, NOT_VERIFIED, known_rows
 from ..errors import GloVLMError
+from ..metrics import METRICS
 from ..rendering import (
     CLASS_HEADER,
     METRIC_HEADER,
