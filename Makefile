@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(READY)  ## the main job on drawings: no network and no data needed
+demo: $(READY)  ## the main job on synthetic images: no network and no data needed
 	@$(VENV)/bin/glovlm demo
 
 space: $(READY)  ## the page of spaces/glomeruli, on this machine alone, with mini
