@@ -670,7 +670,7 @@ def test_the_lines_of_the_card_run(tmp_path: Path, capsys: pytest.CaptureFixture
     results = run(config)
     card = (tmp_path / "run" / "README.md").read_text()
     assert card == render_card(results)
-    assert set(NUMBER.findall(card)) <= numbers_in(results) | CITED
+    assert set(NUMBER.findall(card)) <= numbers_in(results.to_dict()) | CITED
     assert str(tmp_path) not in card
     image = tmp_path / "one.png"
     Image.new("RGB", (40, 40), "white").save(image)
