@@ -101,7 +101,7 @@ def test_a_transductive_method_answers_for_its_queries() -> None:
         ({"support_features": np.ones(4)}, "matrix"),
         ({"support_features": [["a"]]}, "matrix of numbers"),
         ({"text_features": np.ones((2, 3))}, "one width; found 16 and 3"),
-        ({"config": {"c": 1}}, "has no setting 'c'"),
+        ({"method_config": {"c": 1}}, "has no setting 'c'"),
         ({"method": "zero_shot", "text_features": None}, "give text_features"),
     ],
 )
