@@ -308,11 +308,18 @@ def test_adapting_measures_by_patient_and_can_be_loaded(shelf: Shelf, tmp_path: 
     assert adapted.estimate in card
     assert "not for diagnosis" in card
     assert card.count("(synthetic images)") == 3
-    yaml.safe_load(card.split("---")[1])
+    assert yaml.safe_load(card.split("---")[1])["tags"][0] == "glomerulus"
     again = Shelf(Settings(folders=True)).get(str(tmp_path / "out" / "model"))
     repeat = work.classify(again, make_examples()[:2])
     for a, b in zip(result.answers, repeat.answers, strict=True):
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
+
+
+def test_the_card_is_tagged_by_what_the_classes_are(shelf: Shelf) -> None:
+    mucosa = dict(zip(("normal mucosa", "dysplasia"), support().values(), strict=False))
+    card = work.adapt_classifier(shelf.get(""), mucosa, "prototype").card
+    tags = yaml.safe_load(card.split("---")[1])["tags"]
+    assert tags == ["histopathology", "few-shot", "not-for-diagnosis", "synthetic"]
 
 
 def test_without_patients_no_performance_is_estimated(shelf: Shelf) -> None:

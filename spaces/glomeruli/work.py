@@ -322,11 +322,14 @@ def _write_card(
     counts = "\n".join(f"- {name}: {len(images)} images" for name, images in support.items())
     known = len(set(filter(None, patients)))
     limits = "\n".join(f"- {sentence}" for sentence in describe_limits(config))
+    shown = f"{list(support)} {config.prompts}".lower()
+    tags = ["glomerulus" if "glomerul" in shown else "histopathology", "few-shot"]
+    tags += ["not-for-diagnosis", *(["synthetic"] if config.synthetic else [])]
     # Names of files and patients stay out of it.
     return f"""---
 library_name: transformers
 pipeline_tag: image-classification
-tags: [glomerulus, few-shot, not-for-diagnosis{", synthetic-images" if config.synthetic else ""}]
+tags: [{", ".join(tags)}]
 ---
 # {base.rsplit("/", 1)[-1]} adapted by {method}{mark}
 
