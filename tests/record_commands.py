@@ -312,6 +312,11 @@ class Recording:
                 found[self.rename(name)] = path
         return found
 
+    def last_error(self, name: str) -> str:
+        """The last line that a command wrote on the error stream."""
+        lines = (self.folder / "printed" / f"{name}.stderr").read_text().splitlines()
+        return self.plain(lines[-1]) if lines else ""
+
     def plain(self, text: str) -> str:
         """A text without what may differ: paths, dates, times, sizes of memory, versions."""
         for place, name in ((self.root, "<recording>"), (self.repository, "<repository>")):
@@ -559,6 +564,8 @@ def compare(
 ) -> Iterator[str]:
     """Every difference of two recordings in one line: exit codes, inputs, then files.
 
+    Of a command with another exit code only this and the last line of its errors is reported.
+
     Args:
         before: The first recording.
         after: The second recording.
@@ -568,16 +575,19 @@ def compare(
     files = before.files(), after.files()
     commands = [*before.commands, *(n for n in after.commands if n not in before.commands)]
     commands = [name for name in commands if re.search(only, name)]
+    compared = ["inputs"]
     for name in commands:
         if name not in before.commands or name not in after.commands:
             side = "first" if name in before.commands else "second"
             yield f"{name}: recorded only in the {side} recording"
             continue
         codes = [of.commands[name]["exit_code"] for of in (before, after)]
-        if codes[0] != codes[1]:
-            yield f"{name}: exit code {codes[0]} -> {codes[1]}"
-    recorded = [name for name in commands if name in before.commands and name in after.commands]
-    place = {name: k for k, name in enumerate(["inputs", *recorded])}
+        if codes[0] == codes[1]:
+            compared.append(name)
+        else:
+            ends = [of.last_error(name) for of in (before, after)]
+            yield f"{name}: exit code {codes[0]} -> {codes[1]} ({change(*ends)})"
+    place = {name: k for k, name in enumerate(compared)}
     names = [(place.get(re.split(r"[/ ]", n)[0], -1), n) for n in {*files[0], *files[1]}]
     for _, name in sorted(entry for entry in names if entry[0] >= 0):
         if name not in files[0] or name not in files[1]:

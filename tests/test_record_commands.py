@@ -121,19 +121,26 @@ def test_a_changed_number_is_one_line_a_file(
     assert all(text in line for text, line in zip(expected, found, strict=True))
 
 
-def test_a_missing_file_and_another_exit_code_are_differences(tmp_path: Path, lines: Any) -> None:
-    after = write_recording(tmp_path / "after")
-    (after / "outputs" / "train" / "predictions.csv").unlink()
-    (after / "outputs" / "train" / "new.txt").write_text("more")
+def test_a_missing_file_is_a_difference(tmp_path: Path, lines: Any) -> None:
+    run = write_recording(tmp_path / "after") / "outputs" / "train"
+    (run / "predictions.csv").unlink()
+    (run / "new.txt").write_text("more")
+    assert lines() == [
+        "train/new.txt: only in the second recording",
+        "train/predictions.csv: only in the first recording",
+    ]
+
+
+def test_another_exit_code_stands_for_all_that_follows_from_it(tmp_path: Path, lines: Any) -> None:
+    after = write_recording(tmp_path / "after", auc=0.9)
     plan = json.loads((after / "recording.json").read_text())
     plan["commands"]["train"]["exit_code"] = 2
     plan["commands"]["predict"] = plan["commands"]["train"]
     (after / "recording.json").write_text(json.dumps(plan))
+    (after / "printed" / "train.stderr").write_text("loading ...\nerror: no data\n")
     assert lines() == [
-        "train: exit code 0 -> 2",
+        "train: exit code 0 -> 2 ('the run is in <recording>/outputs/train' -> 'error: no data')",
         "predict: recorded only in the second recording",
-        "train/new.txt: only in the second recording",
-        "train/predictions.csv: only in the first recording",
     ]
 
 
