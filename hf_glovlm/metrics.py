@@ -57,7 +57,10 @@ class Sample:
         n_groups: G.
         similarities: Cosines of images and class texts, `[n, K]`, where there are some.
         one_hot: 1 in the column of each image's class, `[n, K]`.
-        top: The most probable class of each image, `[n]`: the first one on a tie.
+        right: Whether the most probable class (the first one on a tie) is the label, `[n, 1]`.
+        actual: Images of each class, `[G, K]`.
+        hits: Images of each class that are classified right, `[G, K]`.
+        predicted: Images that are classified as each class, `[G, K]`.
     """
 
     labels: Ints
@@ -67,17 +70,23 @@ class Sample:
     similarities: Floats | None = None
 
     def __post_init__(self) -> None:
-        self.one_hot: Floats = np.eye(self.probabilities.shape[1])[self.labels]
-        self.top: Ints = self.probabilities.argmax(1)
+        classes, top = np.eye(self.probabilities.shape[1]), self.probabilities.argmax(1)
+        self.one_hot: Floats = classes[self.labels]
+        self.right: NDArray[np.bool_] = (top == self.labels)[:, None]
+        blocks = (self.one_hot, self.one_hot * self.right, classes[top])
+        self.actual, self.hits, self.predicted = map(self._sum, blocks)
         self._sums: dict[PerImage, Floats] = {}
+
+    def _sum(self, values: Floats) -> Floats:
+        block = values[:, None] if values.ndim == 1 else values
+        sums = np.zeros((self.n_groups, block.shape[1]))
+        np.add.at(sums, self.group, block)
+        return sums
 
     def by_group(self, per_image: "PerImage") -> Floats:
         """Sums over the images of each group, `[G, c]`, of a function's `[n]` or `[n, c]`."""
         if per_image not in self._sums:
-            values = per_image(self)
-            block = values[:, None] if values.ndim == 1 else values
-            sums = self._sums[per_image] = np.zeros((self.n_groups, block.shape[1]))
-            np.add.at(sums, self.group, block)
+            self._sums[per_image] = self._sum(per_image(self))
         return self._sums[per_image]
 
     @cached_property
@@ -101,30 +110,21 @@ class Resamples:
     Attributes:
         sample: The predictions.
         weights: Multiplicity of each group, `[G, R]`; a column of ones is the sample itself.
-        hits: Images of each class that are classified right, `[K, R]`.
-        actual: Images of each class, `[K, R]`.
-        predicted: Images that are classified as each class, `[K, R]`.
+        actual, hits, predicted: Images of each class as in `Sample`, `[K, R]`.
         n: Images, `[R]`.
         present: Which classes the labels of the sample hold, `[K]`.
     """
 
     def __init__(self, sample: Sample, weights: Floats) -> None:
         self.sample, self.weights = sample, weights
-        self._totals: dict[PerImage, Floats] = {}
-        self.hits, self.actual, self.predicted = map(self.total, (_hits, _actual, _predicted))
+        counts = (sample.actual, sample.hits, sample.predicted)
+        self.actual, self.hits, self.predicted = (count.T @ weights for count in counts)
         self.n: Floats = self.actual.sum(0)
-        self.present: NDArray[np.bool_] = sample.by_group(_actual).sum(0) > 0
+        self.present: NDArray[np.bool_] = sample.actual.any(0)
 
     def total(self, per_image: "PerImage") -> Floats:
         """Sums over the images of each resample, `[c, R]`; see `Sample.by_group`."""
-        if per_image not in self._totals:
-            self._totals[per_image] = self.sample.by_group(per_image).T @ self.weights
-        return self._totals[per_image]
-
-    def mean(self, per_image: "PerImage") -> Floats:
-        """Mean over the images of each resample, `[R]`, of a function that gives `[n]`."""
-        mean: Floats = self.total(per_image)[0] / self.n
-        return mean
+        return self.sample.by_group(per_image).T @ self.weights
 
     @cached_property
     def auc(self) -> Floats:
@@ -138,34 +138,14 @@ Statistic = Callable[[Resamples], Floats]
 
 def mean_of(per_image: PerImage) -> Statistic:
     """The `function` of a metric that is the mean of a number per image, `[n]`."""
-    return lambda resamples: resamples.mean(per_image)
-
-
-def _hits(sample: Sample) -> Floats:
-    hits: Floats = sample.one_hot * (sample.top == sample.labels)[:, None]
-    return hits
-
-
-def _actual(sample: Sample) -> Floats:
-    return sample.one_hot
-
-
-def _predicted(sample: Sample) -> Floats:
-    return np.eye(sample.probabilities.shape[1])[sample.top]
+    return lambda resamples: resamples.total(per_image)[0] / resamples.n
 
 
 def _bin_gaps(sample: Sample) -> Floats:
     """Accuracy minus confidence of each image, in the column of its confidence's bin."""
     confidence = sample.probabilities.max(1, keepdims=True)
-    right = (sample.top == sample.labels)[:, None]
-    gaps: Floats = np.eye(ECE_BINS)[_bins(confidence[:, 0])] * (right - confidence)
+    gaps: Floats = np.eye(ECE_BINS)[_bins(confidence[:, 0])] * (sample.right - confidence)
     return gaps
-
-
-def _margin(sample: Sample) -> Floats:
-    p = sample.probabilities
-    margin: Floats = p.max(1) - np.partition(p, -2, axis=1)[:, -2]
-    return margin
 
 
 def _own_cosine(sample: Sample) -> Floats:
@@ -197,13 +177,10 @@ class Metric:
         title: In tables.
         definition: In one sentence.
         higher_is_better: None where a metric describes and does not rank.
-        function: From the resamples to a value each, `[R]`, NaN where it is undefined; for a mean
-            over images see `mean_of`.
+        function: From resamples to a value each, `[R]`, NaN where undefined; see also `mean_of`.
         bounds: The lowest and the highest value.
-        of_similarities: Whether it needs the cosines of images and class texts; without these it
-            is left out.
-        over_classes: Whether it is a mean over classes, so that its note names those that the
-            labels lack.
+        of_similarities: Whether it needs cosines of images and class texts; else it is left out.
+        over_classes: Whether it is a mean over classes; its note then names those without labels.
         summarised: Whether the report of a study has a column for it.
         hub_name: What the Hub calls it, if otherwise.
     """
@@ -270,7 +247,7 @@ METRICS: dict[str, Metric] = {
         "Boundary margin",
         "Mean of the largest minus the second largest probability.",
         None,
-        mean_of(_margin),
+        mean_of(lambda sample: np.diff(np.partition(sample.probabilities, -2)[:, -2:])[:, 0]),
         summarised=False,
     ),
     "alignment": Metric(
@@ -292,11 +269,11 @@ METRICS: dict[str, Metric] = {
         summarised=False,
     ),
 }
-# What every class has beside its counts: functions to `[K, R]`.
+# What every class has beside its counts: functions to `[K, R]`, under keys that no metric has.
 _PER_CLASS: dict[str, Statistic] = {
-    "recall": lambda r: r.hits / r.actual,
-    "specificity": lambda r: (r.n - r.actual - r.predicted + r.hits) / (r.n - r.actual),
-    "auc": lambda r: r.auc,
+    "recall of a class": lambda r: r.hits / r.actual,
+    "specificity of a class": lambda r: (r.n - r.actual - r.predicted + r.hits) / (r.n - r.actual),
+    "auc of a class": lambda r: r.auc,
 }
 
 
@@ -368,20 +345,16 @@ def compute_metrics(
     group_ids, group = np.unique(ids, return_inverse=True)
     n_groups = len(group_ids)
     sample = Sample(y, p, group, n_groups, cosines)
-    functions = {
-        name: row.function
-        for name, row in METRICS.items()
-        if cosines is not None or not row.of_similarities
-    }
-    functions |= {_of_class(name): function for name, function in _PER_CLASS.items()}
-    value = _statistics(functions, sample, np.ones((n_groups, 1)))
+    rows = {k: row for k, row in METRICS.items() if cosines is not None or not row.of_similarities}
+    functions = {name: row.function for name, row in rows.items()}
+    value = _statistics(functions | _PER_CLASS, sample, np.ones((n_groups, 1)))
     resampled = {key: np.empty((len(v), n_resamples)) for key, v in value.items()}
     rng = np.random.default_rng(seed)
     for columns, weights in _resamples(rng, n_groups, n_resamples, len(y)):
-        for key, statistic in _statistics(functions, sample, weights).items():
+        for key, statistic in _statistics(functions | _PER_CLASS, sample, weights).items():
             resampled[key][:, columns] = statistic
 
-    actual = sample.by_group(_actual)
+    actual = sample.actual
     holders = (actual > 0).sum(0)  # groups with an image of the class
     others = (actual.sum(1, keepdims=True) > actual).sum(0)  # groups with an image of another
     unknown = "intervals over images: groups unknown" if groups is None and n_resamples else ""
@@ -397,15 +370,14 @@ def compute_metrics(
     np.add.at(confusion, (y, p.argmax(1)), 1)
     return {
         "metrics": {
-            name: entry(name, 0, holders.min(), macro_note if METRICS[name].over_classes else "")
-            for name in METRICS
-            if name in functions
+            name: entry(name, 0, holders.min(), macro_note if row.over_classes else "")
+            for name, row in rows.items()
         },
         "per_class": {
             name: {
-                "recall": entry(_of_class("recall"), c, holders[c]),
-                "specificity": entry(_of_class("specificity"), c, others[c]),
-                "auc": entry(_of_class("auc"), c, min(holders[c], others[c])),
+                "recall": entry("recall of a class", c, holders[c]),
+                "specificity": entry("specificity of a class", c, others[c]),
+                "auc": entry("auc of a class", c, min(holders[c], others[c])),
                 "n": int(counts[c]),
                 "groups": int(holders[c]),
             }
@@ -657,8 +629,7 @@ def _evaluate_class(name: str, row: Metric) -> type[Any]:
     # module; import_module and type(), because evaluate has no types to import or inherit from.
     evaluate, datasets = map(importlib.import_module, ("evaluate", "datasets"))
     low, high = row.bounds
-    better = {True: " Higher is better.", False: " Lower is better.", None: ""}
-    ranks = better[row.higher_is_better]
+    ranks = {True: " Higher is better.", False: " Lower is better.", None: ""}[row.higher_is_better]
 
     def _info(self: Any) -> Any:
         table = datasets.Sequence(datasets.Value("float64"))
@@ -692,10 +663,6 @@ class _Ranks(NamedTuple):
     negative: Ints  # group of each negative, by ascending score [N]
     below: Ints  # negatives with a smaller score than the positive [P]
     not_above: Ints  # and with a smaller or equal one [P]
-
-
-def _of_class(name: str) -> str:
-    return f"{name} of a class"  # no name of a metric
 
 
 def _statistics(
@@ -780,17 +747,13 @@ def _bins(confidence: Floats) -> Ints:
 def _reliability(y: Ints, p: Floats) -> list[dict[str, Any]]:
     confidence, right = p.max(1), p.argmax(1) == y
     bins = _bins(confidence)
-
-    def row(b: int, inside: NDArray[np.bool_]) -> dict[str, Any]:
-        return {
-            "lower": b / ECE_BINS,
-            "upper": (b + 1) / ECE_BINS,
-            "count": int(inside.sum()),
-            "confidence": float(confidence[inside].mean()) if inside.any() else None,
-            "accuracy": float(right[inside].mean()) if inside.any() else None,
-        }
-
-    return [row(b, bins == b) for b in range(ECE_BINS)]
+    rows = []
+    for b in range(ECE_BINS):
+        held = {"confidence": confidence[bins == b], "accuracy": right[bins == b]}
+        means = {name: float(v.mean()) if len(v) else None for name, v in held.items()}
+        count = len(held["accuracy"])
+        rows.append({"lower": b / ECE_BINS, "upper": (b + 1) / ECE_BINS, "count": count} | means)
+    return rows
 
 
 def _checked(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Ints, Floats]:
