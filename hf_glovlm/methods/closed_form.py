@@ -48,7 +48,6 @@ class ZeroShot(FeatureMethod):
     name = "zero_shot"
     family = "training-free"
     trains = "nothing"
-    needs_text = True
     needs_prompt_features = True
     citation = "Radford et al. 2021, arXiv:2103.00020"
     Config = ZeroShotConfig
@@ -117,7 +116,6 @@ class SSText(FeatureMethod):
     name = "ss_text"
     family = "training-free"
     trains = "one prototype a class"
-    needs_text = True
     citation = "SS-Text: Silva-Rodríguez et al., IPMI 2025"
 
     def fit(self, support: Support, config: Any) -> Fitted:
@@ -138,7 +136,6 @@ class SSTextPlus(FeatureMethod):
     name = "ss_text_plus"
     family = "training-free"
     trains = "one prototype a class"
-    needs_text = True
     citation = "SS-Text+: Silva-Rodríguez et al., MICCAI 2025"
 
     def fit(self, support: Support, config: Any) -> Fitted:
@@ -177,7 +174,6 @@ class Gda(FeatureMethod):
     name = "gda"
     family = "training-free"
     trains = "one mean a class and one covariance"
-    needs_text = True
     validation = "search"
     citation = "GDA-CLIP: Wang et al. 2024, arXiv:2402.04087"
     Config = GdaConfig
@@ -257,7 +253,6 @@ class TipAdapter(FeatureMethod):
     name = "tip_adapter"
     family = "training-free"
     trains = "a cache of the support"
-    needs_text = True
     validation = "search"
     citation = "Tip-Adapter: Zhang et al. 2022, arXiv:2207.09519"
     Config = TipAdapterConfig
@@ -319,18 +314,8 @@ def search_tip_adapter(
     """Grid search of Tip-Adapter: the result of `for beta: for alpha: if better: keep`.
 
     Better is a higher balanced accuracy over the classes present, which is plain accuracy where
-    these have equally many images.
-
-    Args:
-        zero_shot_logits: `[n, K]`.
-        affinity: `f @ keys.T` `[n, N]`.
-        values: `[N, K]`.
-        labels: `[n]`.
-        betas: Candidates.
-        alphas: Candidates, ascending, not negative.
-
-    Returns:
-        The first best beta, its alpha, and their balanced accuracy.
+    these have equally many images. Takes what `count_hits` takes; returns the first best beta, its
+    alpha, and their balanced accuracy.
     """
     hits = count_hits(zero_shot_logits, affinity, values, labels, betas, alphas)
     return _best(hits, labels, betas, alphas)
@@ -455,7 +440,6 @@ class TransClip(FeatureMethod):
     name = "transclip"
     family = "training-free"
     trains = "one mean a class and one diagonal covariance, on the query images"
-    needs_text = True
     transductive = True
     validation = "search"
     citation = "TransCLIP: Zanella et al. 2024, arXiv:2406.01837"

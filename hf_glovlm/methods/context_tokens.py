@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..data.terminology import described_prompts, terms_of
 from ..errors import GloVLMError, nearest
-from .contract import Recipe, StepState, TowerMethod, register
+from .contract import Recipe, StepState, TowerMethod, coop_epochs, coop_recipe, register
 from .fine_tuning import save_and_merge, wrap_with_peft
 
 PROMPT_SOURCES = ("terminology", "classes")
@@ -47,7 +47,6 @@ class ContextMethod(TowerMethod):
 
     family = "text side"
     trains = "M context token embeddings"
-    needs_text = True
     saves_adapter = True
     trains_text = True
     config: ContextConfig
@@ -105,25 +104,6 @@ class AnchoredContextMethod(ContextMethod):
                 f"'{self.name}' stays near carry no knowledge of images."
             )
         super().build()
-
-
-def coop_recipe(epochs: int, lr: float = 2e-3, batch_size: int = 32) -> Recipe:
-    """CoOp's optimiser: SGD, one epoch at 1e-5, then a cosine that moves by epoch."""
-    return Recipe(
-        lr=lr,
-        weight_decay=5e-4,
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer="sgd",
-        schedule="cosine",
-        warmup_epochs=1,
-        warmup_lr=1e-5,
-    )
-
-
-def coop_epochs(shots: int) -> int:
-    """CoOp's epochs: 50 for one shot, 100 up to four, then 200."""
-    return 50 if shots <= 1 else 100 if shots <= 4 else 200
 
 
 # -------------------------------------------------------------------------------------- the methods

@@ -70,6 +70,20 @@ class Recipe:
     sampling: Literal["shuffled", "class_balanced"] = "shuffled"
 
 
+WARM_COSINE: dict[str, Any] = {"schedule": "cosine", "warmup_epochs": 1, "warmup_lr": 1e-5}
+
+
+def coop_recipe(epochs: int, lr: float = 2e-3, batch_size: int = 32) -> Recipe:
+    """CoOp's optimiser: SGD, one epoch at 1e-5, then a cosine that moves by epoch."""
+    shared: dict[str, Any] = {"weight_decay": 5e-4, "optimizer": "sgd", **WARM_COSINE}
+    return Recipe(lr=lr, epochs=epochs, batch_size=batch_size, **shared)
+
+
+def coop_epochs(shots: int) -> int:
+    """CoOp's epochs: 50 for one shot, 100 up to four, then 200."""
+    return 50 if shots <= 1 else 100 if shots <= 4 else 200
+
+
 @dataclass(frozen=True)
 class Support:
     """Support set: the labelled images, as a method on features takes them; no test label.
@@ -184,7 +198,7 @@ class Method(ABC):
     name: ClassVar[str]
     family: ClassVar[Family]
     trains: ClassVar[str]
-    needs_text: ClassVar[bool]
+    needs_text: ClassVar[bool] = True
     saves_adapter: ClassVar[bool] = False
     transductive: ClassVar[bool] = False
     validation: ClassVar[Validation] = "none"
@@ -199,19 +213,18 @@ class Method(ABC):
         Raises:
             GloVLMError: A setting is unknown or of the wrong type.
         """
-        fields = {f.name: f for f in dataclasses.fields(self.Config)}
+        defaults = dataclasses.asdict(self.Config())
         for key, value in settings.items():
-            if key not in fields:
-                known = ", ".join(fields) or "none"
+            if key not in defaults:
+                known = ", ".join(defaults) or "none"
                 raise GloVLMError(
                     f"Method '{self.name}' has no setting '{key}' (it has: {known})."
-                    f"{nearest(key, fields)}"
+                    f"{nearest(key, defaults)}"
                 )
-            default = _default(fields[key])
-            if isinstance(default, float) and type(value) is int:
+            default = defaults[key]
+            if default is None or (isinstance(default, float) and type(value) is int):
                 continue
-            known_type = default is not dataclasses.MISSING and default is not None
-            if known_type and type(value) is not type(default):
+            if type(value) is not type(default):
                 raise GloVLMError(
                     f"Setting '{key}' of method '{self.name}' is a {type(default).__name__} "
                     f"(default {default!r}); found {value!r}."
@@ -224,17 +237,13 @@ class Method(ABC):
 
     def describe(self) -> dict[str, Any]:
         """One row of `glovlm methods`."""
-        return {
-            "name": self.name,
-            "family": self.family,
-            "trains": self.trains,
-            "needs_text": self.needs_text,
-            "validation": self.validation,
-            "transductive": self.transductive,
-            "saves_adapter": self.saves_adapter,
-            "settings": dataclasses.asdict(self.Config()),
-            "citation": self.citation,
-        }
+        shown = (
+            *("name", "family", "trains", "needs_text", "validation", "transductive"),
+            "saves_adapter",
+        )
+        row = {name: getattr(self, name) for name in shown}
+        settings = dataclasses.asdict(self.Config())
+        return row | {"settings": settings, "citation": self.citation}
 
 
 class FeatureMethod(Method):
@@ -281,6 +290,7 @@ class FeatureMethod(Method):
 class HeadMethod(Method):
     """Method on frozen features whose head the loop trains with cross-entropy."""
 
+    family: ClassVar[Family] = "feature side"
     validation: ClassVar[Validation] = "early stopping"
 
     @abstractmethod
@@ -436,7 +446,7 @@ METHODS: dict[str, Method] = {}
 
 def register(method: type[Method]) -> type[Method]:
     """Add a method to the table; every attribute that describes it must be there."""
-    for attribute in ("name", "family", "trains", "needs_text", "citation"):
+    for attribute in ("name", "family", "trains", "citation"):
         if not hasattr(method, attribute):
             raise TypeError(f"{method.__name__} must state '{attribute}'.")
     if method.name in METHODS:
@@ -470,12 +480,6 @@ def score_logits(logits: Tensor, labels: Tensor) -> tuple[float, float]:
     right = (logits.argmax(1) == labels).double()
     likelihood = -nn.functional.cross_entropy(logits.double(), labels, reduction="none")
     return tuple(float((weight * value).sum() / weight.sum()) for value in (right, likelihood))  # type: ignore[return-value]
-
-
-def _default(setting: dataclasses.Field[Any]) -> Any:
-    if setting.default_factory is not dataclasses.MISSING:
-        return setting.default_factory()
-    return setting.default
 
 
 def give_joint_space(

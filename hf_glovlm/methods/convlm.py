@@ -91,7 +91,6 @@ class ConVLM(TowerMethod):
     name = "convlm"
     family = "image side"
     trains = "the vision tower, two autoencoders at 3 of its blocks, the projection"
-    needs_text = True
     citation = (
         "ConVLM: Sohail et al. 2025, doi:10.1016/j.inffus.2025.103737; after ZSLViT, "
         "arXiv:2404.07713, and EViT, arXiv:2202.07800"

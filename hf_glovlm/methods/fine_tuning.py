@@ -86,7 +86,8 @@ def target_modules(
     for prefix, block in _blocks(backbone, towers, last, layers):
         linear = [n for n, module in block.named_modules() if isinstance(module, nn.Linear)]
         for kind in projections:
-            matching = [n for n in linear if _ends(n, ATTENTION_NAMES[kind])]
+            endings = tuple(f".{name}" for name in ATTENTION_NAMES[kind])
+            matching = [n for n in linear if f".{n}".endswith(endings)]
             if not matching:
                 raise GloVLMError(
                     f"No '{kind}' projection was found in {prefix} ({type(block).__name__}); known "
@@ -172,7 +173,6 @@ class Vanilla(TowerMethod):
     name = "vanilla"
     family = "both sides"
     trains = "the last 4 vision and 2 text blocks, logit scale"
-    needs_text = True
     citation = "Glo-VLMs, arXiv:2511.11984"
     Config = VanillaConfig
     config: VanillaConfig
@@ -216,7 +216,6 @@ class Full(TowerMethod):
     name = "full"
     family = "both sides"
     trains = "both towers, projections, logit scale"
-    needs_text = True
     citation = "no paper; the recipe is this package's own"
     Config = FullConfig
     trains_vision = True
@@ -282,7 +281,6 @@ class Lora(TowerMethod):
     name = "lora"
     family = "both sides"
     trains = "rank-4 updates of q and v in the last block of both towers"
-    needs_text = True
     saves_adapter = True
     citation = "Hu et al. 2021, arXiv:2106.09685; settings of Glo-VLMs, arXiv:2511.11984"
     Config: ClassVar[type] = LoraSettings
@@ -301,9 +299,8 @@ class Lora(TowerMethod):
         self.trains_text = settings.towers != "vision"
         tuner, switches = find_tuner(settings.tuner)
         name_targets = _norms if tuner == "LN_TUNING" else _maps
-        targets = {
-            n: model.backbone.get_submodule(n) for n in name_targets(model.backbone, settings)
-        }
+        names = name_targets(model.backbone, settings)
+        targets = {name: model.backbone.get_submodule(name) for name in names}
         arguments = tuner_arguments(
             tuner,
             targets,
@@ -415,14 +412,8 @@ def _blocks(
 
 
 def _maps(backbone: Any, config: LoraSettings) -> list[str]:
-    return target_modules(
-        backbone,
-        config.towers,
-        last=config.last,
-        layers=config.layers,
-        projections=config.projections,
-        mlp=config.mlp,
-    )
+    shared = ("towers", "last", "layers", "projections", "mlp")
+    return target_modules(backbone, **{name: getattr(config, name) for name in shared})
 
 
 def _norms(backbone: Any, config: LoraSettings) -> list[str]:
@@ -447,7 +438,3 @@ def unused_parameters(model: Any, processor: Any, texts: list[str]) -> list[nn.P
     named = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(value, named, allow_unused=True)
     return [p for p, g in zip(named, gradients, strict=True) if g is None]
-
-
-def _ends(name: str, endings: Sequence[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)

@@ -18,9 +18,19 @@ from ..model.heads import (
     prototype_head,
 )
 from .closed_form import TipAdapterConfig, cache_head, search_tip_adapter
-from .contract import FeatureMethod, Fitted, HeadMethod, Recipe, Support, register, score_logits
+from .contract import (
+    WARM_COSINE,
+    FeatureMethod,
+    Fitted,
+    HeadMethod,
+    Recipe,
+    Support,
+    coop_epochs,
+    coop_recipe,
+    register,
+    score_logits,
+)
 
-WARM_COSINE: dict[str, Any] = {"schedule": "cosine", "warmup_epochs": 1, "warmup_lr": 1e-5}
 COSINE_BY_STEP: dict[str, Any] = {"schedule": "cosine", "by_step": True, "eps": 1e-4}
 WHOLE_SUPPORT = 2**31 - 1  # a batch size: one step an epoch, however many images there are
 
@@ -154,7 +164,6 @@ class LpPlusPlus(FeatureMethod):
     name = "lp_plus_plus"
     family = "feature side"
     trains = "one weight vector and bias a class, and the share of its text"
-    needs_text = True
     validation = "early stopping"
     citation = "LP++: Huang et al. 2024, arXiv:2404.02285"
     Config = LpPlusPlusConfig
@@ -280,9 +289,6 @@ class ZsLpConfig:
 class PrototypeMethod(HeadMethod):
     """Method whose fitted head is one class prototype a class."""
 
-    family = "feature side"
-    needs_text = True
-
     def finish(self, head: Any, support: Support, config: Any, model: Any | None) -> Fitted:
         return Fitted(prototype_head(head.prototypes(), support.logit_scale))
 
@@ -397,17 +403,12 @@ class ClipAdapter(HeadMethod):
     """CLIP-Adapter: a bottleneck beside the image feature; class texts stay as they are."""
 
     name = "clip_adapter"
-    family = "feature side"
     trains = "a bottleneck on the image feature"
-    needs_text = True
     citation = "CLIP-Adapter: Gao et al. 2021, arXiv:2110.04544"
     Config = ClipAdapterConfig
 
     def recipe(self, shots: int, config: ClipAdapterConfig) -> Recipe:
-        epochs = 50 if shots <= 1 else 100 if shots <= 4 else 200
-        return Recipe(
-            lr=2e-3, weight_decay=5e-4, epochs=epochs, batch_size=32, optimizer="sgd", **WARM_COSINE
-        )
+        return coop_recipe(coop_epochs(shots))
 
     def build(self, support: Support, config: ClipAdapterConfig) -> nn.Module:
         dim = support.features.shape[1]
@@ -425,9 +426,7 @@ class TipAdapterF(HeadMethod):
     """
 
     name = "tip_adapter_f"
-    family = "feature side"
     trains = "the keys of a cache of the support"
-    needs_text = True
     validation = "search"
     citation = "Tip-Adapter: Zhang et al. 2022, arXiv:2207.09519"
     Config = TipAdapterConfig
@@ -509,9 +508,7 @@ class ProLip(HeadMethod):
     """
 
     name = "prolip"
-    family = "feature side"
     trains = "the last visual projection"
-    needs_text = True
     on_pooled = True
     citation = "ProLIP: Fahes et al. 2024, arXiv:2410.05270"
     Config = ProLipConfig
@@ -574,7 +571,6 @@ class Classifier(HeadMethod):
     """MLP with one hidden layer (batch norm, ReLU, dropout) on frozen features."""
 
     name = "classifier"
-    family = "feature side"
     trains = "an MLP with one hidden layer"
     needs_text = False
     citation = "Glo-VLMs, arXiv:2511.11984"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError
 from ..model.prompts import ConditionalPromptHead, LayerTokens, tower_blocks
-from .context_tokens import ContextEmbedding, coop_recipe, find_embedding, unused_token_ids
-from .contract import Recipe, TowerMethod, register
+from .context_tokens import ContextEmbedding, find_embedding, unused_token_ids
+from .contract import Recipe, TowerMethod, coop_recipe, register
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,6 @@ class VisualPrompts(TowerMethod):
     name = "vpt"
     family = "image side"
     trains = "8 tokens before each vision block"
-    needs_text = True
     citation = "VPT: Jia et al. 2022, arXiv:2203.12119; settings of MaPLe, arXiv:2210.03117"
     Config = VisualPromptConfig
     config: VisualPromptConfig
@@ -83,7 +82,6 @@ class BottleneckAdapter(TowerMethod):
     name = "adapter"
     family = "image side"
     trains = "a bottleneck (768-64-768 in a ViT-B) behind each vision block"
-    needs_text = True
     citation = "Glo-VLMs, arXiv:2511.11984; Houlsby et al. 2019, arXiv:1902.00751"
     Config = BottleneckConfig
     config: BottleneckConfig
@@ -131,7 +129,6 @@ class Maple(TowerMethod):
     name = "maple"
     family = "both sides"
     trains = "2 tokens in the first 9 blocks of both towers, and what couples them"
-    needs_text = True
     citation = "MaPLe: Khattak et al. 2023, arXiv:2210.03117"
     Config = MapleConfig
     config: MapleConfig
@@ -240,7 +237,6 @@ class ConditionalPrompts(TowerMethod):
     name = "cocoop"
     family = "text side"
     trains = "4 context token embeddings and a network that shifts them by the image"
-    needs_text = True
     citation = "CoCoOp: Zhou et al. 2022, arXiv:2203.05557"
     Config = ConditionalPromptConfig
     config: ConditionalPromptConfig
@@ -326,15 +322,14 @@ def _split(init: str, count: int) -> tuple[list[str], list[str]]:
     return words[:count], words[count:]
 
 
-def _word_ids(processor: Any, word: str) -> list[int]:
-    ids: list[int] = processor.tokenizer(word, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise GloVLMError(f"The tokenizer has no token for '{word}': give other words with init.")
-    return ids
-
-
 def _word_vectors(processor: Any, embedding: nn.Embedding, words: Sequence[str]) -> Tensor:
     """Word embeddings `[words, width]`: the mean of a word's pieces, if it has several."""
-    return torch.stack(
-        [embedding.weight.detach()[_word_ids(processor, word)].mean(0) for word in words]
-    )
+    vectors = []
+    for word in words:
+        ids: list[int] = processor.tokenizer(word, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise GloVLMError(
+                f"The tokenizer has no token for '{word}': give other words with init."
+            )
+        vectors.append(embedding.weight.detach()[ids].mean(0))
+    return torch.stack(vectors)

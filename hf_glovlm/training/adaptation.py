@@ -13,6 +13,7 @@ from ..backbones import load_backbone
 from ..errors import GloVLMError
 from ..inference import FeatureCache, embed_images, embed_prompts
 from ..methods import (
+    METHODS,
     FeatureMethod,
     Fitted,
     Fold,
@@ -299,12 +300,7 @@ def _check_config(method: Method, model: Any, config: AdaptConfig) -> None:
             f"Method '{method.name}' has no setting to choose by leaving groups out: use "
             "--validation-shots to stop early, or leave --cross-validate out."
         )
-    if config.recipe and isinstance(method, FeatureMethod):
-        raise GloVLMError(
-            f"Method '{method.name}' is solved, not trained in epochs: it has no "
-            f"{', '.join(config.recipe)} to set. Leave that out, or see `glovlm methods --json` "
-            "for its settings."
-        )
+    config.check_recipe(method)
     if config.augment and not inside:
         raise GloVLMError(
             f"Method '{method.name}' works on features that are computed once, so --augment would "
@@ -372,8 +368,9 @@ def adapt_features(
     """
     chosen = get_method(method)
     settings = chosen.configure(method_config or {})
-    if not isinstance(chosen, FeatureMethod | HeadMethod):
-        fitting = ", ".join(n for n, m in _methods() if isinstance(m, FeatureMethod | HeadMethod))
+    on_features = FeatureMethod | HeadMethod
+    if not isinstance(chosen, on_features):
+        fitting = ", ".join(name for name, m in METHODS.items() if isinstance(m, on_features))
         raise GloVLMError(
             f"Method '{method}' trains inside a tower, so features alone do not do: use `adapt`, "
             f"or a method on features ({fitting})."
@@ -460,8 +457,9 @@ def _adapt_on_features(
 def _describe_support(images: _Images, method: Method, settings: Any, seed: int) -> Support:
     """Support set of a method on features."""
     model, support, labels = images.model, images.support, images.labels
-    projection = _linear_projection(model) if method.on_pooled else None
-    project = projection is None
+    projection = getattr(model.backbone, "visual_projection", None)
+    project = not (method.on_pooled and isinstance(projection, nn.Linear))  # if it is one matrix
+    fixed = {} if project else {k: v.cpu().float() for k, v in projection.state_dict().items()}
     validation = None
     if images.validation is not None:
         validation = images.embed(images.validation, project), _labels(images.validation)
@@ -488,8 +486,8 @@ def _describe_support(images: _Images, method: Method, settings: Any, seed: int)
         seed=seed,
         query=images.embed(images.query, project) if images.query is not None else None,
         prompt_features=single,
-        projection=None if projection is None else _float(projection.weight),
-        projection_bias=None if projection is None else _float(projection.bias),
+        projection=fixed.get("weight"),
+        projection_bias=fixed.get("bias"),
         validation=validation,
     )
 
@@ -542,11 +540,9 @@ def _fit_features(
             settings = method.choose(folds, settings)
             facts["chosen_settings"] = asdict(settings)
         fitted = method.fit(support, settings)
-        weights = fitted.head.named_parameters()
+        weights = fitted.head.named_parameters() if method.name != "zero_shot" else ()
         fixed = ("scale", "text.scale", "alpha", "beta")
-        trained = 0
-        if method.name != "zero_shot":
-            trained = sum(p.numel() for n, p in weights if n not in fixed)
+        trained = sum(p.numel() for n, p in weights if n not in fixed)
     if stands_in and isinstance(fitted.head, ClassWeights):
         fitted.head.cosine = False  # its rows are no texts
     fitted.notes = [*notes, *fitted.notes]
@@ -582,7 +578,7 @@ def _leave_groups_out(
 
 
 def _nothing_to_choose(method: Method) -> GloVLMError:
-    able = ", ".join(name for name, m in _methods() if m.validation == "search")
+    able = ", ".join(name for name, m in METHODS.items() if m.validation == "search")
     return GloVLMError(
         f"Method '{method.name}' has no setting to choose by leaving groups out (these have: "
         f"{able}): leave --cross-validate out."
@@ -791,16 +787,6 @@ def _labels(rows: "Dataset") -> Tensor:
     return torch.tensor(column(rows, "label"), dtype=torch.long)
 
 
-def _linear_projection(model: Any) -> nn.Linear | None:
-    """Projection from pooled vectors to image features, if it is one matrix."""
-    projection = getattr(model.backbone, "visual_projection", None)
-    return projection if isinstance(projection, nn.Linear) else None
-
-
-def _float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().cpu().float()
-
-
 def _check_support(method: Method, labels: Tensor, names: Sequence[str]) -> None:
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     empty = [name for name, n in zip(names, counts, strict=True) if n == 0]
@@ -809,12 +795,6 @@ def _check_support(method: Method, labels: Tensor, names: Sequence[str]) -> None
             f"Method '{method.name}' needs at least one labelled image of every class; none of: "
             f"{', '.join(empty)}. Label some, or leave the class out."
         )
-
-
-def _methods() -> list[tuple[str, Method]]:
-    from ..methods import METHODS
-
-    return list(METHODS.items())
 
 
 def _matrix(values: Any, name: str) -> Tensor:

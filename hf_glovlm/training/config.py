@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import GloVLMError, check_settings, nearest
-from ..methods import Recipe
+from ..methods import FeatureMethod, Method, Recipe
 
 Loss = Literal["prototypes", "infonce", "infonce_published"]
 
@@ -21,7 +21,8 @@ class AdaptConfig:
             `batch_size`, ...).
         loss: `prototypes` (cross-entropy over class texts), `infonce` (in-batch, same-class pairs
             masked) or `infonce_published` (unmasked); for methods inside the towers.
-        cross_validate: Choose settings by leaving out one group of the support at a time.
+        cross_validate: Choose the method's settings by leaving out one group of the support at a
+            time, where every class has at least 4.
         max_steps: Most optimiser steps; a longer recipe is cut, and the results say so.
         seed: Of initialisation, order, dropout and augmentation.
         augment: Random flips, quarter turns and crops of at least half the area while training.
@@ -76,6 +77,15 @@ class AdaptConfig:
                 raise GloVLMError(f"{name} must be above 0; found {value}.")
         if self.resume and self.output_dir is None:
             raise GloVLMError("resume goes on from a checkpoint in output_dir: give output_dir.")
+
+    def check_recipe(self, method: Method) -> None:
+        """Refuse fields of a recipe for a method that has none."""
+        if self.recipe and isinstance(method, FeatureMethod):
+            raise GloVLMError(
+                f"Method '{method.name}' is solved, not trained in epochs: it has no "
+                f"{', '.join(self.recipe)} to set. Leave that out, or see `glovlm methods --json` "
+                "for its settings."
+            )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "AdaptConfig":

@@ -102,14 +102,7 @@ def _augment(image: Any) -> Any:
     image = image.crop((x, y, x + width, y + height))
     if flip < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    turns = (
-        None,
-        Image.Transpose.ROTATE_90,
-        Image.Transpose.ROTATE_180,
-        Image.Transpose.ROTATE_270,
-    )
-    chosen = turns[int(turn * 4)]
-    return image if chosen is None else image.transpose(chosen)
+    return image.rotate(90 * int(turn * 4), expand=True)  # quarter turns are not resampled
 
 
 def world_size() -> int:
@@ -425,7 +418,10 @@ class _State:
             return []
         with safe_open(path, framework="pt") as stored:
             facts = json.loads(stored.metadata()["facts"])
-            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "moment": {}}
+            for key in stored.keys():  # noqa: SIM118
+                kind, _, name = key.partition(".")
+                parts[kind][name] = stored.get_tensor(key)
         # A field that is younger than the checkpoint has its default, which changes nothing.
         written = asdict(Recipe(lr=0.0, epochs=0, batch_size=1)) | facts["recipe"]
         if written != asdict(recipe) or facts["seed"] != seed:
@@ -434,24 +430,20 @@ class _State:
                 f"{asdict(recipe)}, seed {seed}; found {facts['recipe']}, seed {facts['seed']}. "
                 "Repeat the run's own settings (its config.yaml), or use --overwrite."
             )
-        now = {k.removeprefix("now."): v for k, v in tensors.items() if k.startswith("now.")}
-        if {n: t.shape for n, t in now.items()} != {n: t.shape for n, t in self.tensors.items()}:
+        now, ours = parts["now"], self.tensors
+        if {n: t.shape for n, t in now.items()} != {n: t.shape for n, t in ours.items()}:
             raise GloVLMError(
                 f"The checkpoint in '{self.read_from}' belongs to another method or backbone: use "
                 "--overwrite, or another folder."
             )
         with torch.no_grad():
             for name, tensor in now.items():
-                self.tensors[name].copy_(tensor)
-        for name, tensor in tensors.items():
-            if name.startswith("best."):
-                key = name.removeprefix("best.")
-                self.best[key] = tensor.to(self.tensors[key].device)
+                ours[name].copy_(tensor)
+        self.best |= {name: tensor.to(ours[name].device) for name, tensor in parts["best"].items()}
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("moment."):
-                _, i, key = name.split(".", 2)
-                moments.setdefault(int(i), {})[key] = tensor
+        for name, tensor in parts["moment"].items():
+            i, _, key = name.partition(".")
+            moments.setdefault(int(i), {})[key] = tensor
         state = self.optimizer.state_dict()
         state["state"] = moments
         self.optimizer.load_state_dict(state)

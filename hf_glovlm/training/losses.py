@@ -276,10 +276,8 @@ def infonce(
         out = out | ((labels.unsqueeze(0) == labels.unsqueeze(1)) & other)
     target = torch.arange(len(labels), device=labels.device)
     # Both masks hold for rows and columns alike, so the transpose takes the same one.
-    by_image = nn.functional.cross_entropy(
-        logits.masked_fill(out, -torch.inf), target, reduction="none"
-    )
-    by_text = nn.functional.cross_entropy(
-        logits.T.masked_fill(out, -torch.inf), target, reduction="none"
+    by_image, by_text = (
+        nn.functional.cross_entropy(x.masked_fill(out, -torch.inf), target, reduction="none")
+        for x in (logits, logits.T)
     )
     return (weight * (by_image + by_text) / 2).sum() / weight.sum()
