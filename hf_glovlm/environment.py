@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import torch
-
 
 def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
     """Software versions and hardware, for `results.json` and `glovlm env`."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
+
+    import torch
 
     def installed(package: str) -> str | None:
         try:
@@ -27,3 +27,12 @@ def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "num_processes": num_processes,
     }
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars from covering ours."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()

@@ -189,6 +189,7 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_ENVIRONMENT.globals |= {"CLASS_HEADER": CLASS_HEADER, "METRIC_HEADER": METRIC_HEADER}
 _ENVIRONMENT.filters |= {
     function.__name__: function
     for function in (code, extent, interval, metric_title, named, number, table, words)

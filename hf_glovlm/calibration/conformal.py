@@ -303,12 +303,8 @@ def measure_sets(
 
 def _checked_sets(sets: ArrayLike, n_classes: int) -> Bools:
     inside = np.asarray(sets)
-    if (
-        inside.dtype != np.bool_
-        or inside.ndim != 2
-        or inside.shape[1] != n_classes
-        or not len(inside)
-    ):
+    fits = inside.ndim == 2 and inside.shape[1] == n_classes and len(inside)
+    if inside.dtype != np.bool_ or not fits:
         raise GloVLMError(
             f"Expected sets as truth values [n, {n_classes}] with n >= 1, found {inside.dtype} of "
             f"shape {inside.shape}: make them with conformal_sets."

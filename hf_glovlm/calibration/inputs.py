@@ -49,16 +49,12 @@ def checked_probabilities(values: ArrayLike) -> Floats:
 def checked_labels(labels: ArrayLike, n_classes: int, n: int | None = None) -> Ints:
     """Class indices below `n_classes`, `n` of them where that is given; else a `GloVLMError`."""
     y = np.asarray(labels)
-    if (
-        y.ndim != 1
-        or y.dtype.kind not in "iu"
-        or (len(y) and not 0 <= y.min() <= y.max() < n_classes)
-    ):
+    whole = y.dtype.kind in "iu"
+    if y.ndim != 1 or not whole or (len(y) and not 0 <= y.min() <= y.max() < n_classes):
+        bounds = f" from {y.min()} to {y.max()}" if whole else ""
         raise GloVLMError(
             f"Expected labels as class indices [n] in 0 ... {n_classes - 1}, found {y.dtype} of "
-            f"shape {y.shape}"
-            + (f" from {y.min()} to {y.max()}" if y.dtype.kind in "iu" else "")
-            + "."
+            f"shape {y.shape}{bounds}."
         )
     if n is not None and len(y) != n:
         raise GloVLMError(f"Expected one label per row, found {len(y)} labels and {n} rows.")

@@ -13,12 +13,13 @@ from dataclasses import asdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from .. import __version__
+from ..environment import quiet_libraries
 from ..errors import GloVLMError, nearest
 from .console import (
     Notes,
@@ -31,7 +32,6 @@ from .console import (
     print_metrics,
     print_rows,
     print_table,
-    quiet_libraries,
     show_progress,
     synthetic_mark,
     to_csv,
@@ -48,8 +48,7 @@ from .options import (
     Text,
     Texts,
     Whole,
-    read_settings,
-    typed,
+    read_config,
 )
 from .publish import card, explain, explain_check, export, push
 from .slides import caption, crops, get, mil, slide
@@ -170,23 +169,15 @@ def train(
     as_json: JsonFlag = False,
 ) -> None:
     """Adapt a backbone from a few labelled images, measure it on other patients, save it."""
-    own = ("config", "settings", "as_json")
-    given = {k: v for k, v in context.params.items() if k not in own and v is not None}
-    values = read_settings(config, given, settings or [])
+    from ..runs import TrainConfig, run
 
-    from ..runs import run
-    from ..runs.config import TrainConfig
-
-    checked = TrainConfig.from_mapping(typed(values, get_type_hints(TrainConfig)))
+    checked = read_config(TrainConfig, context.params)
     quiet_libraries()
     with show_progress() as on_event:
         results = run(checked, on_event=on_event)
     if not is_main():
         return
-    if as_json:
-        print_json(results.to_dict())
-    else:
-        print_metrics(results)
+    print_metrics(results.to_dict(), as_json)
     note(f"model, results and card are in {checked.output_dir}")
 
 
@@ -251,10 +242,7 @@ def evaluate(
     if predictions is not None:
         predicted.save(predictions)
     write_file(output, json.dumps(results, indent=1) + "\n")
-    if as_json:
-        print_json(results)
-    else:
-        print_metrics(results)
+    print_metrics(results, as_json)
     note(f"results are in {output}")
 
 

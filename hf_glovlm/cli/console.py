@@ -49,15 +49,6 @@ def to_csv(rows: Iterable[Sequence[Any]]) -> str:
     return stream.getvalue()
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars from covering ours."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
-
-
 def is_main() -> bool:
     """Whether this is the process that prints, under `accelerate launch`."""
     return os.environ.get("RANK", "0") == "0"
@@ -133,8 +124,11 @@ def event_text(kind: str, what: Mapping[str, Any]) -> str:
     return f"{what['name']} ..." if kind == "stage" else f"method {what['name']}"
 
 
-def print_metrics(results: Mapping[str, Any]) -> None:
-    """Print labels and groups of the support, metrics, and metrics per class."""
+def print_metrics(results: Mapping[str, Any], as_json: bool) -> None:
+    """Print results: labels and groups of the support, metrics, metrics per class; or as JSON."""
+    if as_json:
+        print_json(results)
+        return
     from ..rendering import CLASS_HEADER, METRIC_HEADER, class_rows, group_unit, metric_rows
 
     synthetic, data = "synthetic images, " if results["synthetic"] else "", results["data"]

@@ -1,10 +1,9 @@
 """Command-line options: their kinds, the YAML file under them, their values checked."""
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from typer import Argument, Option
 
@@ -22,25 +21,29 @@ ScaleFlag = Annotated[bool, Option(help="Accept images at a very different scale
 ModelArgument = Annotated[str, Argument(help="A run's folder, its model/, or a Hub id.")]
 
 
-def read_settings(
-    config: Path | None,
-    given: Mapping[str, Any],
-    settings: Sequence[str],
-    own_key: str = "method_config",
-) -> dict[str, Any]:
-    """Settings: the YAML file, the options over it, and under `own_key` the method's own."""
+def read_config(kind: Any, given: Mapping[str, Any], own_key: str = "method_config") -> Any:
+    """Configuration of a command: its YAML file, the options over it, each value of its type.
+
+    Args:
+        kind: A dataclass with `from_mapping`.
+        given: The command's parameters: `config` (the file), `settings` (`KEY=VALUE`, which go
+            under `own_key`), and fields of the configuration where they are not `None`.
+        own_key: The field of the method's own settings.
+    """
     from ..data.terminology import read_yaml
 
-    values = {**(read_yaml(config) if config else {}), **given}
+    values = read_yaml(given["config"]) if given["config"] else {}
+    beside = ("config", "settings", "as_json")
+    values |= {k: v for k, v in given.items() if k not in beside and v is not None}
     if isinstance(values.get("shots"), str):
         values["shots"] = _shots(values["shots"])
     if isinstance(values.get("prior"), str) and "=" in values["prior"]:
         values["prior"] = _fractions(values["prior"])
     own = values.get(own_key) or {}
     if isinstance(own, Mapping):  # if not, its type is refused below
-        own = {**own, **dict(map(_setting, settings))}
+        own = {**own, **dict(map(_setting, given["settings"] or []))}
         values[own_key] = {key: _number(value) for key, value in own.items()}
-    return values
+    return kind.from_mapping(_typed(values, get_type_hints(kind)))
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -90,7 +93,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def typed(values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+def _typed(values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
     """Check each value against the type of its field; unknown names are left to the config."""
     return {k: _as(k, v, hints[k]) if k in hints else v for k, v in values.items()}
 

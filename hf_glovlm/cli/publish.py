@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from ..environment import quiet_libraries
 from ..errors import GloVLMError
-from .console import note, print_json, print_rows, print_table, quiet_libraries
+from .console import note, print_json, print_rows, print_table
 from .options import DeviceFlag, JsonFlag, ModelArgument, Text, Texts
 
 __all__ = ["card", "explain", "explain_check", "export", "push"]

@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
+from ..environment import quiet_libraries
 from .console import (
     is_main,
     note,
     print_json,
     print_metrics,
     print_table,
-    quiet_libraries,
     show_progress,
 )
 from .options import (
@@ -27,8 +27,7 @@ from .options import (
     Text,
     Texts,
     Whole,
-    read_settings,
-    typed,
+    read_config,
 )
 
 __all__ = ["caption", "crops", "get", "mil", "slide"]
@@ -133,18 +132,12 @@ def mil(
     """Learn slide labels from bags of tile features (`glovlm slide` writes them), by patient."""
     from ..slides.mil import MilConfig, train_mil
 
-    own = ("config", "settings", "as_json")
-    given = {k: v for k, v in context.params.items() if k not in own and v is not None}
-    values = read_settings(config, given, settings or [], "aggregator_config")
-    checked = MilConfig.from_mapping(typed(values, get_type_hints(MilConfig)))
+    checked = read_config(MilConfig, context.params, "aggregator_config")
     with show_progress() as on_event:
         results = train_mil(checked, on_event=on_event)
     if not is_main():
         return
-    if as_json:
-        print_json(results)
-    else:
-        print_metrics(results)
+    print_metrics(results, as_json)
     note(f"model, results and attention are in {checked.output_dir}")
 
 

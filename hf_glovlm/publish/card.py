@@ -20,14 +20,11 @@ from ..backbones import MINI, NOT_VERIFIED, known_rows
 from ..errors import GloVLMError
 from ..metrics import METRICS
 from ..rendering import (
-    CLASS_HEADER,
-    METRIC_HEADER,
     SYNTHETIC,
     Markdown,
     class_rows,
     code,
     group_unit,
-    interval,
     measured,
     metric_rows,
     metric_title,
@@ -37,7 +34,7 @@ from ..rendering import (
 )
 from .licences import Part
 
-__all__ = ["Publication", "render_backbone_card", "render_card", "write_card"]
+__all__ = ["SUBGROUPS", "Publication", "render_backbone_card", "render_card", "write_card"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What the Hub takes as a licence; everything else is `other` with a name.
@@ -50,13 +47,14 @@ _LICENSES = frozenset(
 _FOLDER = "a local folder"
 _SHOWN = 3  # classes that it misses, pairs that it confuses
 _TAGS = ("few-shot", "vision-language", "not-for-diagnosis")
-# What a card may show subgroups of; an institution or a reader is somebody's name.
-_SUBGROUPS = ("stain", "scanner")
+SUBGROUPS = ("stain", "scanner")  # an institution or a reader is somebody's name
 # Absolute paths of any system, file names of images: what no sentence of a card may hold.
 _PRIVATE = re.compile(
     r"(?<![\w.:/])(?:~?/|[A-Za-z]:[\\/]|\\\\)\S|\w\.(?:png|jpe?g|tiff?|bmp|svs|ndpi|mrxs|scn)\b",
     re.I,
 )
+# Results that not every run has.
+_OPTIONAL = ("calibration", "prior_correction", "sets", "abstention", "transductive")
 # Metric ids of the Hub, where it has one for ours.
 _HUB_METRICS = {name: row.hub_name for name, row in METRICS.items() if row.hub_name}
 _MALFORMED = (KeyError, TypeError, AttributeError, UndefinedError)  # values that are not there
@@ -202,19 +200,13 @@ def _card_values(results: Mapping[str, Any], publication: Publication | None) ->
         "notes": [note for note in results["notes"] if not _PRIVATE.search(note)],
         "licence": _licence(results),
         "prior": named(results["prior"]),
-        "METRIC_HEADER": METRIC_HEADER,
         "metrics": metric_rows(results["metrics"]),
-        "CLASS_HEADER": CLASS_HEADER,
         "per_class": class_rows(results["per_class"]),
         "confusion_header": ["", *results["per_class"]],
         "confusion": [[n, *row] for n, row in zip(results["per_class"], confused, strict=True)],
         **_failures(results),
         "subgroups": list(_subgroups(results)),
-        "calibration": results.get("calibration"),
-        "prior_correction": results.get("prior_correction"),
-        "sets": _sets(results.get("sets")),
-        "abstention": results.get("abstention") or {},
-        "transductive": results.get("transductive"),
+        **{name: results.get(name) or {} for name in _OPTIONAL},
         "reliability": _reliability(results),
         "too_few_groups": any("too few groups" in e["note"] for e in results["metrics"].values()),
         "not_measured": [name for name, row in results["per_class"].items() if not row["n"]],
@@ -356,7 +348,7 @@ def _subgroups(results: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     """The metrics within each stain and each scanner, where the results have them."""
     names = [m for m in ("balanced_accuracy", "macro_auc") if m in results["metrics"]]
     unit = group_unit(results["data"]["group_column"])
-    for column in _SUBGROUPS:
+    for column in SUBGROUPS:
         if values := results.get("subgroups", {}).get(column):
             yield {
                 "column": column,
@@ -368,27 +360,12 @@ def _subgroups(results: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             }
 
 
-def _sets(sets: Mapping[str, Any] | None) -> dict[str, str] | None:
-    """Coverage and mean size of the prediction sets, with their intervals."""
-    if not sets:
-        return None
-    coverage = f"{number(sets['coverage'])} {interval(sets.get('coverage_ci95'))}"
-    size = f"{number(sets['mean_size'])} {interval(sets.get('mean_size_ci95'))}"
-    worst = number(sets["worst_class_coverage"])
-    return {"coverage": coverage.strip(), "size": size.strip(), "worst_class": worst}
-
-
 def _reliability(results: Mapping[str, Any]) -> list[list[Any]]:
-    return [
-        [
-            f"{number(b['lower'])} to {number(b['upper'])}",
-            b["count"],
-            number(b["confidence"]),
-            number(b["accuracy"]),
-        ]
-        for b in results["reliability"]["bins"]
-        if b["count"]
-    ]
+    rows = []
+    for b in filter(lambda b: b["count"], results["reliability"]["bins"]):
+        low, high, *means = (number(b[k]) for k in ("lower", "upper", "confidence", "accuracy"))
+        rows.append([f"{low} to {high}", b["count"], *means])
+    return rows
 
 
 def _compute(results: Mapping[str, Any]) -> list[list[Any]]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 
 from ..errors import GloVLMError
@@ -31,14 +32,11 @@ def seconds_asked(stated: str | None) -> float:
     """Delay of a `Retry-After` header, which holds seconds or a date; 0 without one."""
     if stated is None:
         return 0.0
-    try:
+    with suppress(ValueError):
         return float(stated)
-    except ValueError:
-        pass
-    try:
+    with suppress(TypeError, ValueError):
         return parsedate_to_datetime(stated).timestamp() - time.time()
-    except (TypeError, ValueError):
-        return 0.0
+    return 0.0
 
 
 def refusal(repo_id: str, error: BaseException, token: str | None, done: str) -> GloVLMError:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
@@ -88,11 +89,8 @@ def check_repo_id(repo_id: str) -> None:
     """
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    try:
+    with suppress(ValueError):
         validate_repo_id(repo_id)
-    except ValueError:
-        pass
-    else:
         if repo_id.count("/") == 1:
             return
     raise GloVLMError(

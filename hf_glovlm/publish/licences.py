@@ -97,14 +97,8 @@ def check_publishing(config: Any, what: Part, reason: str | None = None) -> None
     licence = read_licence(config)
     given = len((reason or "").strip()) >= _MIN_REASON
     if licence.locked and what in _WEIGHTS:
-        why = " and ".join(
-            word
-            for word, holds in (
-                ("gated", licence.gated),
-                (f"licensed {licence.stated}, without derivatives", licence.no_derivatives),
-            )
-            if holds
-        )
+        named = f"licensed {licence.stated}, without derivatives"
+        why = " and ".join(["gated"] * licence.gated + [named] * licence.no_derivatives)
         raise GloVLMError(
             f"{WORDS[what].capitalize()} of '{licence.base}' cannot be published: it is {why}, "
             "which no option overrides. Publish what was learned beside it (--adapter-only with "

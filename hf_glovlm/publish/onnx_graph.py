@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from ..calibration.inputs import softmax
 from ..data.folder import column, open_image
 from ..errors import GloVLMError, nearest
 from ..inference import evaluation_mode, load_classifier
@@ -547,7 +548,7 @@ def _measure(
         pixels = _prepare(processor, images[start : start + batch])
         for logits, classify in zip(batches, (graph, before), strict=True):
             logits.append(classify(pixels))
-    new, old = (_softmax(np.concatenate(logits)) for logits in batches)
+    new, old = (softmax(np.concatenate(logits)) for logits in batches)
     pixels = _prepare(processor, images[:batch])
     seconds: list[list[float]] = [[], []]
     for _ in range(repeats):
@@ -573,9 +574,3 @@ def _measure(
         milliseconds=1000 * taken / len(pixels),
         batch=len(pixels),
     )
-
-
-def _softmax(logits: Floats) -> Floats:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    probabilities: Floats = powers / powers.sum(1, keepdims=True)
-    return probabilities

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import GloVLMError
 from .adapter_only import stage_parts
-from .card import Publication, render_card
+from .card import SUBGROUPS, Publication, render_card
 from .identifiers import (
     MODEL_FILES,
     SHARD,
@@ -44,7 +44,6 @@ _RESULT_KEYS = (
     "prior_correction", "calibration", "abstention", "sets", "notes",
     "synthetic", "timing", "environment",
 )  # fmt: skip
-_SUBGROUPS = ("stain", "scanner")  # an institution or a reader is somebody's name
 
 
 @contextmanager
@@ -76,13 +75,7 @@ def staged(run: Run, repo_id: str, what: Part, reason: str | None) -> Iterator[P
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _stage(
-    stage: Path,
-    run: Run,
-    repo_id: str,
-    what: Part,
-    reason: str | None,
-) -> None:
+def _stage(stage: Path, run: Run, repo_id: str, what: Part, reason: str | None) -> None:
     """Write the files of an upload, then scan them for identifiers."""
     import yaml
 
@@ -150,7 +143,7 @@ def _publishable(run: Run) -> dict[str, Any]:
     }
     data = {key: results["data"][key] for key in _DATA_KEYS if key in results["data"]}
     rest = {key: results[key] for key in _RESULT_KEYS if key in results}
-    if parts := {k: v for k, v in results.get("subgroups", {}).items() if k in _SUBGROUPS}:
+    if parts := {k: v for k, v in results.get("subgroups", {}).items() if k in SUBGROUPS}:
         rest["subgroups"] = parts
     dropped: list[str] = []
     cleaned: dict[str, Any] = clean(

@@ -153,7 +153,7 @@ def _upload(
             if wait is None or attempt == ATTEMPTS:
                 raise refusal(report.repo_id, error, token, "published") from error
             notify(f"{first_line(error)} Trying again in {wait:.0f} s ({attempt} of {ATTEMPTS}).")
-            _wait(wait)
+            time.sleep(wait)
         else:
             report.url = commit.commit_url.partition("/commit/")[0]
             report.commit, report.commit_url = commit.oid, commit.commit_url
@@ -204,7 +204,3 @@ def _is_ours(name: str) -> bool:
     code = {file.name for file in (Path(__file__).parents[1] / "model").glob("*.py")}
     known = name in _OURS or name in code or name.startswith("figures/")
     return known or SHARD.fullmatch(name) is not None
-
-
-def _wait(seconds: float) -> None:
-    time.sleep(seconds)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from datasets import Dataset, DatasetDict
 
 from ..errors import GloVLMError, check_settings, nearest
-from ..methods import FeatureMethod, get_method
+from ..methods import get_method
 from ..training.config import AdaptConfig, Loss
 
 IN_MEMORY = "data in memory"  # stands for a data set that has no place
@@ -22,6 +22,9 @@ _CHOICES = {
 @dataclass
 class TrainConfig:
     """Settings of one run: the options of `glovlm train`, the content of `config.yaml`.
+
+    Those that are not listed here (`loss`, `cross_validate`, `max_steps`, `augment`, `accumulate`,
+    `clip_norm`) are settings of `AdaptConfig`, which explains them.
 
     Args:
         data: Folder, parquet file, or Hub id; from Python also a `Dataset` with `image` and
@@ -40,16 +43,11 @@ class TrainConfig:
         validation_shots: Images per class from further groups, for early stopping; they count as
             labels.
         test_fraction: Fraction of the groups on the test side.
-        loss: `prototypes` (cross-entropy over class texts), `infonce` (in-batch, same-class pairs
-            masked) or `infonce_published` (unmasked).
         method_config: Settings of the method.
         epochs: Overrides the method's recipe, as do the next three.
         lr: Learning rate.
         weight_decay: Weight decay.
         batch_size: Images per step over all processes.
-        max_steps: Most optimiser steps; a longer recipe is cut, and the results say so.
-        cross_validate: Choose the method's settings by leaving out one group of the support at a
-            time, where every class has at least 4.
         calibration_groups: Groups set aside, with all their images, to calibrate the probabilities
             after adaptation; their labels count.
         temperature: Whether these fit a temperature.
@@ -59,10 +57,7 @@ class TrainConfig:
         max_risk: Abstain where the error rate among the answered images would be higher.
         prior: Prevalence of each class where the model will be used, `{class: fraction}`; `em`
             estimates it from the unlabelled test images, and the results are then transductive.
-        augment: Random flips, quarter turns and crops of at least half the area while training.
         mixed_precision: `no`, `fp16` or `bf16`, by Accelerate.
-        accumulate: Parts that each batch is split into, to save memory; same result.
-        clip_norm: Largest gradient norm.
         tracker: An Accelerate tracker (`tensorboard`, `wandb`, ...).
         device: `auto`, `cpu`, `cuda`, ...
         overwrite: Replace a run in `output_dir`.
@@ -175,13 +170,7 @@ class TrainConfig:
             )
         if not self.n_resamples > 0:
             raise GloVLMError(f"n_resamples must be above 0; found {self.n_resamples}.")
-        given = self.adaptation(self.output_dir).recipe
-        if given and isinstance(method, FeatureMethod):
-            raise GloVLMError(
-                f"Method '{method.name}' is solved, not trained in epochs: it has no "
-                f"{', '.join(given)} to set. Leave that out, or see `glovlm methods --json` for "
-                "its settings."
-            )
+        self.adaptation(self.output_dir).check_recipe(method)
 
     def adaptation(self, output_dir: str | Path) -> AdaptConfig:
         """Configuration of the adaptation itself, for `adapt`.

@@ -10,13 +10,14 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..environment import quiet_libraries
 from ..errors import GloVLMError, nearest
 from ..files import write_text
 from ..inference import Predictions
@@ -253,7 +254,7 @@ def _run_cells(
     from multiprocessing import get_context
 
     threads = max(1, (os.cpu_count() or 1) // workers)
-    pool = ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _start_worker)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), quiet_libraries)
     try:
         with _threads(threads):
             futures = {pool.submit(_run_cell, config): cell for cell, config in todo}
@@ -299,14 +300,6 @@ def _threads(number: int) -> Iterator[None]:
         del os.environ["OMP_NUM_THREADS"]
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-def _start_worker() -> None:
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.logging.disable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------- report
@@ -449,18 +442,14 @@ def _label_budget(method: StudyMethod, results: Sequence[dict[str, Any]]) -> dic
     supports = [r["data"]["support"] for r in results]
     labels, groups = ([s[f"{k}_per_class"] for s in supports] for k in ("labels", "groups"))
 
-    def least_and_most(values: Iterable[int]) -> list[int]:
-        counts = list(values)
+    def least_and_most(rows: Sequence[Mapping[str, int]], key: str) -> list[int]:
+        counts = [row[key] for row in rows]
         return [min(counts), max(counts)]
 
     return {
-        # Those of the validation too.
-        "labels": least_and_most(s["label_budget"] for s in supports),
+        "labels": least_and_most(supports, "label_budget"),  # those of the validation too
         "per_class": {
-            name: {
-                "labels": least_and_most(n[name] for n in labels),
-                "groups": least_and_most(n[name] for n in groups),
-            }
+            name: {"labels": least_and_most(labels, name), "groups": least_and_most(groups, name)}
             for name in labels[0]
         },
     }

@@ -36,7 +36,7 @@ from ..files import write_text
 from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
 from ..inference.scale import describe_scale, known_scale
 from ..methods import FeatureMethod, Method, get_method
-from ..publish.card import render_card
+from ..publish.card import SUBGROUPS, render_card
 from ..training import Adapted, adapt
 from .config import TrainConfig
 from .folder import check_output, put_in_place, unfinished
@@ -53,9 +53,6 @@ OWN_FILES = (  # in the order in which they are put in place
     "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "log.jsonl",
     "README.md", "results.json",
 )  # fmt: skip
-
-
-SUBGROUPS = ("stain", "scanner")  # an institution or a reader is somebody's name
 _INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast, not what
 
 
@@ -155,6 +152,7 @@ def run(
         measured = measure(predictions, n_resamples=config.n_resamples, seed=config.seed)
         clock.lap("metrics")
 
+        facts = calibrated and {"temperature": calibrated.temperature, **calibrated.facts}
         results = {
             "config": config.to_repeat(),
             "data": _describe_data(task) | {"mpp": describe_scale(adapted.model.config.mpp)},
@@ -162,7 +160,7 @@ def run(
             **_describe_adapted(adapted, task),
             **further,
             **_subgroups(predictions, test, config),
-            **({} if calibrated is None else {"calibration": _describe_calibration(calibrated)}),
+            **({"calibration": facts} if facts else {}),
             "notes": _notes(adapted, task, calibrated),
             "synthetic": adapted.model.config.synthetic,
             "timing": clock.report(),
@@ -220,6 +218,9 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     classes = load_classes(names, source=config.folder, prompts=config.prompts, stain=config.stain)
     groups = group_rows(rows, group_column=episode.group_column).ids
     labels = column(rows, "label")
+    shift = None
+    if config.prior is not None and not isinstance(config.prior, str):
+        shift = prior_shift(declared_prior(config.prior, names)).tolist()
     task = _Task(
         config=config,
         method=get_method(config.method),
@@ -230,10 +231,12 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
         groups=groups,
         classes=classes,
         summary=episode.summary(labels, groups, names),
-        shift=_declared_shift(config, names),
+        shift=shift,
     )
     if episode.calibration and config.conformal:
-        _check_calibration(episode, labels, names, config)
+        held = [labels[i] for i in episode.calibration]
+        options: dict[str, Any] = {"alpha": config.alpha, "per_class": config.per_class}
+        check_items(held, names, method=config.conformal, **options)
     return task
 
 
@@ -341,30 +344,6 @@ def _subgroups(
         seed=config.seed,
     )
     return {"subgroups": subgroups} if subgroups else {}
-
-
-def _describe_calibration(calibrated: Calibration) -> dict[str, Any]:
-    return {"temperature": calibrated.temperature, **calibrated.facts}
-
-
-def _declared_shift(config: TrainConfig, names: Sequence[str]) -> list[float] | None:
-    """Shift of the logits by a declared prevalence."""
-    if config.prior is None or isinstance(config.prior, str):
-        return None
-    return [float(value) for value in prior_shift(declared_prior(config.prior, names))]
-
-
-def _check_calibration(
-    episode: "Episode", labels: Sequence[int], names: Sequence[str], config: TrainConfig
-) -> None:
-    """Refuse, before anything is trained, sets for which there are too few images."""
-    check_items(
-        [labels[i] for i in episode.calibration],
-        names,
-        method=str(config.conformal),
-        alpha=config.alpha,
-        per_class=config.per_class,
-    )
 
 
 def _calibrate(adapted: Adapted, task: _Task, processes: "_Processes") -> Calibration | None:
@@ -554,12 +533,11 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
 
 def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -> list[str]:
     """Notes on the task inside or outside of the backbone's pretraining data."""
-    from ..data.folder import column
     from ..data.terminology import find_stain
 
-    names = column(rows, "stain") if "stain" in rows.column_names else [config.stain]
+    named = "stain" in rows.column_names
     stains: set[str | None] = {None}
-    for name in filter(None, names):
+    for name in _stains(rows) if named else filter(None, [config.stain]):
         with suppress(GloVLMError):  # a stain that the terminology does not know
             stains.add(find_stain(name))
     model, data = adapted.model.config, config.data_name
@@ -590,7 +568,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
     return {
         "name": config.data_name,
         "hub_id": config.hub_id,
-        "stain": config.stain or _stains(task.rows),
+        "stain": config.stain or _stains(task.rows) or None,
         "fingerprint": task.report.fingerprint,
         "classes": [asdict(c) | {"prompts": list(c.prompts)} for c in classes],
         "counts": {
@@ -608,13 +586,12 @@ def _describe_data(task: _Task) -> dict[str, Any]:
     }
 
 
-def _stains(rows: "Dataset") -> list[str] | None:
+def _stains(rows: "Dataset") -> list[str]:
     """The stains that the rows name."""
     from ..data.folder import column
 
-    if "stain" not in rows.column_names:
-        return None
-    return sorted({str(value) for value in column(rows, "stain") if value}) or None
+    named = column(rows, "stain") if "stain" in rows.column_names else ()
+    return sorted({str(value) for value in named if value})
 
 
 def _synthetic(data: str) -> bool:
