@@ -149,6 +149,7 @@ def calibrate(
         "per_class": dict(zip(class_names, counts, strict=True)),
         "nll": {"before": _nll(softmax(z), y), "after": _nll(p, y)},
     }
+    notes.append(note)
     sets = abstention = None
     if conformal is not None:
         options: dict[str, Any] = {"method": conformal, "alpha": alpha, "per_class": per_class}
@@ -157,9 +158,15 @@ def calibrate(
         facts["coverage_range"] = (
             dict(zip(class_names, ranges, strict=True)) if per_class else ranges[0]
         )
+        notes += _set_notes(sets, class_names, temperature)
     if max_risk is not None:
         abstention = abstention_threshold(p, y, max_risk)
-    notes += [note, *_set_notes(sets, class_names, temperature), *_abstention_notes(abstention)]
+        if abstention.threshold is None:
+            notes.append(
+                f"No confidence keeps the risk below {max_risk:g} for certain: that takes at least "
+                f"{images_without_error(max_risk, abstention.delta)} confident calibration images "
+                f"without an error, of {abstention.n}."
+            )
     if (sets or abstention) and n_groups < len(z):
         notes.append(CLUSTERED)
     return Calibration(
@@ -177,10 +184,8 @@ def _nll(p: Floats, y: Ints) -> float:
 
 
 def _set_notes(
-    sets: ConformalThresholds | None, class_names: Sequence[str], temperature: bool
+    sets: ConformalThresholds, class_names: Sequence[str], temperature: bool
 ) -> list[str]:
-    if sets is None:
-        return []
     of = [f" of {name}" for name in class_names] if sets.per_class else [""]
     ranges = [
         f"{low:.2f} to {high:.2f}{name} (n = {n})"
@@ -196,13 +201,3 @@ def _set_notes(
             "approximate."
         )
     return notes
-
-
-def _abstention_notes(abstention: Abstention | None) -> list[str]:
-    if abstention is None or abstention.threshold is not None:
-        return []
-    needed = images_without_error(abstention.max_risk, abstention.delta)
-    return [
-        f"No confidence keeps the risk below {abstention.max_risk:g} for certain: that takes at "
-        f"least {needed} confident calibration images without an error, of {abstention.n}."
-    ]

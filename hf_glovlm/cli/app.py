@@ -286,33 +286,23 @@ def predict(
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
         predictions = _classify(loaded, _image_rows(readable, mpp), batch_size, place)
     answers = calibration_columns(predictions, loaded[0].config.calibration or {})
-    header = [
-        "file_name",
-        "predicted",
-        *(f"p_{name}" for name in predictions.class_names),
-        *answers,
+    shares = [f"p_{name}" for name in predictions.class_names]
+    header = ["file_name", "predicted", *shares, *answers]
+    each = (predictions.file_names, predictions.predicted, predictions.probabilities.round(6))
+    rows = [
+        [name, label, *map(float, p), *more]
+        for name, label, p, *more in zip(*each, *answers.values(), strict=True)
     ]
-    each = zip(
-        predictions.file_names,
-        predictions.predicted,
-        predictions.probabilities.round(6),
-        strict=True,
-    )
-    rows = [[name, label, *map(float, p)] for name, label, p in each]
-    rows = [[*row, *more] for row, *more in zip(rows, *answers.values(), strict=True)]
     if output is not None:
         write_file(output, to_csv([header, *rows]))
-    title = "Predictions" + (
-        " (learned from synthetic images)" if loaded[0].config.synthetic else ""
-    )
+    synthetic = " (learned from synthetic images)" if loaded[0].config.synthetic else ""
+    title = f"Predictions{synthetic}"
     if as_json:
         print_json([dict(zip(header, row, strict=True)) for row in rows])
     elif output is None:
         print_table(title, header, [[*map(str, row)] for row in rows])
     else:
-        counts = [
-            [name, str(predictions.predicted.count(name))] for name in predictions.class_names
-        ]
+        counts = [[k, str(predictions.predicted.count(k))] for k in predictions.class_names]
         print_table(title, ["predicted", "images"], counts)
         note(f"the predictions are in {output}")
     if len(readable) < len(places):
@@ -568,19 +558,18 @@ def bench(
     """Time the package as ratios on this machine. `slide`: memory; `counting`: percentages."""
     quiet_libraries()
     chosen = names or []
-    if "counting" in chosen or "slide" in chosen:
-        if len(chosen) > 1:
-            raise GloVLMError("`bench slide` and `bench counting` run alone: name just one.")
-        if chosen == ["counting"]:
-            from ..lab.counting import bench_counting
+    if len(chosen) > 1 and {"counting", "slide"} & set(chosen):
+        raise GloVLMError("`bench slide` and `bench counting` run alone: name just one.")
+    if chosen == ["counting"]:
+        from ..lab.counting import bench_counting
 
-            if data is None or backbone is None:
-                raise GloVLMError("`bench counting` needs --data and --backbone.")
-            rows = bench_counting(data, backbone, progress=sys.stderr.isatty())
-        else:
-            from ..lab.slide_bench import bench_slide
+        if data is None or backbone is None:
+            raise GloVLMError("`bench counting` needs --data and --backbone.")
+        rows = bench_counting(data, backbone, progress=sys.stderr.isatty())
+    elif chosen == ["slide"]:
+        from ..lab.slide_bench import bench_slide
 
-            rows = bench_slide(backbone=backbone or "mini")
+        rows = bench_slide(backbone=backbone or "mini")
     else:
         from ..lab.bench import run_benches
 
@@ -674,18 +663,7 @@ def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
 def _check_unseen(
     run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups", *, allow: bool
 ) -> int:
-    """Number of groups that a model has learned from; refuses any, unless allowed."""
-    seen = _count_seen(run, rows, groups)
-    if seen and not allow:
-        raise GloVLMError(
-            f"The model learned from {seen} of the {len(set(groups.ids))} groups in these data, so "
-            "the numbers would flatter it: leave them out, or give --allow-seen."
-        )
-    return seen
-
-
-def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups") -> int:
-    """Number of groups that a model has learned from, as far as its results state them."""
+    """Number of groups that a model has learned from, by its results; refuses any not allowed."""
     from ..data import group_rows
 
     learned = (run or {}).get("data", {})
@@ -694,7 +672,13 @@ def _count_seen(run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups"
         note("whether the model learned from some of these groups cannot be known")
         return 0
     ids = groups.ids if column == groups.column else group_rows(rows, group_column=column).ids
-    return sum(sha256(name.encode()).hexdigest() in hashes for name in set(ids))
+    seen = sum(sha256(name.encode()).hexdigest() in hashes for name in set(ids))
+    if seen and not allow:
+        raise GloVLMError(
+            f"The model learned from {seen} of the {len(set(groups.ids))} groups in these data, so "
+            "the numbers would flatter it: leave them out, or give --allow-seen."
+        )
+    return seen
 
 
 def _list_images(places: Sequence[Path]) -> dict[str, Path]:

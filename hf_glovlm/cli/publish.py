@@ -1,9 +1,8 @@
 """Commands that publish or explain a model: card, push, export, heat maps."""
 
-from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -117,10 +116,8 @@ def export(
     print_table("Export", ["", ""], facts)
     if done.measured is not None:
         facts = [[key, str(value)] for key, value in vars(done.measured).items()]
-        mark = (
-            " (synthetic images: a test of software, no result)" if done.measured.synthetic else ""
-        )
-        print_table(f"Measured{mark}", ["", ""], facts)
+        what = " (synthetic images: a test of software, no result)"
+        print_table(f"Measured{what if done.measured.synthetic else ''}", ["", ""], facts)
     note(f"graph and preprocessing are in {output_dir}")
 
 
@@ -158,11 +155,8 @@ def explain(
         opacity=opacity,
         on_image=lambda done, total: note(f"{done} of {total} images"),
     )
-    shown = [
-        name
-        for name in ("file_name", "target", "score", "glomerulus_blanked", "context_blanked")
-        if name in rows[0]
-    ]
+    columns = ("file_name", "target", "score", "glomerulus_blanked", "context_blanked")
+    shown = [name for name in columns if name in rows[0]]
     print_rows("Heat maps. Research use only, not for diagnosis", rows, shown, as_json)
     note(f"figures and scores are in {output_dir}")
 
@@ -183,6 +177,7 @@ def explain_check(
     from ..explain import evaluate_maps, load_masks
     from ..inference import resolve_device
     from ..publish.adapter_only import load_model
+    from ..rendering import interval, number
 
     quiet_libraries()
     classifier, processor, run = load_model(model)
@@ -210,21 +205,13 @@ def explain_check(
     if as_json:
         print_json(measured)
         return
+    of = measured["methods"]
     measures = ("heat", "area", "excess", "ratio", "deletion_gain", "insertion_gain")
-    header = ["method", "images", "groups", *(m for m in measures if _has(measured, m))]
-    table = [
-        [name, str(entry["images"]), str(entry["groups"]), *(_range(entry[m]) for m in header[3:])]
-        for name, entry in measured["methods"].items()
-    ]
-    print_table("Heat maps", header, table)
+    shown = [name for name in measures if all(name in entry for entry in of.values())]
+    table = []
+    for name, entry in of.items():
+        cells = (f"{number(entry[m]['value'])} {interval(entry[m]['ci95'])}" for m in shown)
+        table.append([name, str(entry["images"]), str(entry["groups"]), *cells])
+    print_table("Heat maps", ["method", "images", "groups", *shown], table)
     for name, why in measured["not_applicable"].items():
         note(f"{name}: {why}")
-
-
-def _has(measured: Mapping[str, Any], measure: str) -> bool:
-    return all(measure in entry for entry in measured["methods"].values())
-
-
-def _range(entry: Mapping[str, Any]) -> str:
-    low, high = entry["ci95"]
-    return f"{entry['value']:.3f} [{low:.3f}, {high:.3f}]"

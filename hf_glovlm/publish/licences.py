@@ -97,12 +97,13 @@ def check_publishing(config: Any, what: Part, reason: str | None = None) -> None
     licence = read_licence(config)
     given = len((reason or "").strip()) >= _MIN_REASON
     if licence.locked and what in _WEIGHTS:
-        named = f"licensed {licence.stated}, without derivatives"
-        why = " and ".join(["gated"] * licence.gated + [named] * licence.no_derivatives)
+        reasons = ["gated"] if licence.gated else []
+        if licence.no_derivatives:
+            reasons.append(f"licensed {licence.stated}, without derivatives")
         raise GloVLMError(
-            f"{WORDS[what].capitalize()} of '{licence.base}' cannot be published: it is {why}, "
-            "which no option overrides. Publish what was learned beside it (--adapter-only with "
-            "--reason), if its terms allow that."
+            f"{WORDS[what].capitalize()} of '{licence.base}' cannot be published: it is "
+            f"{' and '.join(reasons)}, which no option overrides. Publish what was learned beside "
+            "it (--adapter-only with --reason), if its terms allow that."
         )
     if licence.locked and not given:
         raise GloVLMError(

@@ -117,17 +117,9 @@ def export_model(
     tolerance: float = TOLERANCE,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportReport:
-    """Export what `glovlm train` wrote; see `export_classifier`.
+    """Export what `glovlm train` wrote: a run's folder, its `model/`, or a Hub id.
 
-    Args:
-        source: A run's folder, its `model/`, or a Hub id.
-        output_dir: A folder that is new or empty.
-        format: `onnx` (fp32) or `int8`.
-        data: Labelled rows to measure on; without them nothing is measured.
-        data_name: What to call these.
-        synthetic: Whether these are synthetic images.
-        tolerance: Most that a logit of the fp32 graph may differ.
-        on_stage: Called with the name of each stage.
+    The other arguments, what is written and what is raised are those of `export_classifier`.
     """
     model, processor, _ = load_classifier(str(source))
     return export_classifier(

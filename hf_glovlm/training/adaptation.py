@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,35 +39,44 @@ if TYPE_CHECKING:
 MIN_GROUPS_TO_CHOOSE = 4  # a class; leave-one-out on fewer was measured not to help
 
 
-@dataclass
-class Adapted:
-    """Adapted model, and how it came about.
+@dataclass(kw_only=True)
+class _Outcome:
+    """Outcome of an adaptation beside the classifier.
+
+    Args:
+        settings: The method's config, as it was used.
+        recipe: How it was trained; `None` for closed forms.
+        log: One row an epoch.
+        notes: Sentences for the results.
+        facts: Numbers that the method measured or chose.
+        query_logits: Logits of the query images `[m, classes]`, of a transductive method.
+    """
+
+    settings: Any
+    recipe: Recipe | None
+    log: list[dict[str, Any]]
+    notes: list[str]
+    facts: dict[str, Any]
+    query_logits: Any = None
+
+
+@dataclass(kw_only=True)
+class Adapted(_Outcome):
+    """Adapted model, and how it came about: `settings`, `recipe`, `log`, `notes`, `facts`.
 
     Args:
         model: A `GloVLMForImageClassification`; save it, put it into a pipeline, predict with it.
         processor: Its `GloVLMProcessor`.
-        settings: The method's config, as it was used.
-        recipe: How it was trained; `None` for closed forms.
-        log: One row an epoch.
         trainable_parameters: Number of trainable parameters.
         frozen_tower: Whether the vision tower is as it came, so that cached features serve.
-        notes: Sentences for the results.
-        facts: Numbers that the method measured or chose.
-        query_logits: Logits of the query images `[m, classes]`, of a transductive method.
         variants: Further heads whose spread is reported.
     """
 
     model: Any
     processor: Any
-    settings: Any
-    recipe: Recipe | None
-    log: list[dict[str, Any]]
     trainable_parameters: int
     frozen_tower: bool
-    notes: list[str]
-    facts: dict[str, Any] = field(default_factory=dict)
-    query_logits: Tensor | None = None
-    variants: list[nn.Module] = field(default_factory=list)
+    variants: list[nn.Module]
 
     def save(self, folder: str | Path) -> None:
         """Write weights in fp32, the model's code, processor and prompts."""
@@ -75,29 +84,17 @@ class Adapted:
         self.processor.save_pretrained(folder)
 
 
-@dataclass
-class AdaptedFeatures:
-    """Classifier head on features, and how it came about.
+@dataclass(kw_only=True)
+class AdaptedFeatures(_Outcome):
+    """Classifier head on features, and how it came about: `settings`, `recipe`, `log`, `notes`.
 
     Args:
         head: Features in, logits out.
         dim: Width of the features.
-        settings: The method's config, as it was used.
-        recipe: How it was trained; `None` for closed forms.
-        log: One row an epoch.
-        notes: Sentences for the results.
-        facts: Numbers that the method measured or chose.
-        query_logits: Logits of the query features `[m, classes]`, of a transductive method.
     """
 
     head: nn.Module
     dim: int
-    settings: Any
-    recipe: Recipe | None
-    log: list[dict[str, Any]]
-    notes: list[str]
-    facts: dict[str, Any]
-    query_logits: Any = None
 
     def predict_logits(self, features: Any) -> Any:
         """Logits `[n, classes]` of features `[n, dim]`, as an array of numpy in float32."""

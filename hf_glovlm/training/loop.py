@@ -278,7 +278,9 @@ def fit(
         if validate is not None:
             row["validation_macro_auc"] = validate()
         log.append(row)
-        state.after_epoch(row, log, recipe, seed, write=_writes(epoch, epochs))
+        # Short epochs by the hundred need not all go to disk.
+        due = epoch + 1 == epochs or (epoch + 1) % max(1, epochs // 100) == 0
+        state.after_epoch(row, log, recipe, seed, write=due)
         if accelerator.trackers:
             accelerator.log({k: v for k, v in row.items() if k != "epochs"}, step=epoch + 1)
         if on_epoch is not None and rank == 0:
@@ -320,11 +322,6 @@ def _backward(
     if processes == 1:
         return total
     return float(accelerator.reduce(torch.tensor(total, device=accelerator.device), "mean"))
-
-
-def _writes(epoch: int, epochs: int) -> bool:
-    """Whether an epoch's state goes to disk: short epochs by the hundred need not all."""
-    return epoch + 1 == epochs or (epoch + 1) % max(1, epochs // 100) == 0
 
 
 def _share(batch: list[int], rank: int, processes: int) -> tuple[list[int], Tensor]:
