@@ -120,7 +120,7 @@ class Resamples:
         counts = (sample.actual, sample.hits, sample.predicted)
         self.actual, self.hits, self.predicted = (count.T @ weights for count in counts)
         self.n: Floats = self.actual.sum(0)
-        self.present: NDArray[np.bool_] = sample.actual.any(0)
+        self.present: NDArray[np.bool_] = sample.actual.sum(0) > 0
 
     def total(self, per_image: "PerImage") -> Floats:
         """Sums over the images of each resample, `[c, R]`; see `Sample.by_group`."""
@@ -752,7 +752,7 @@ def _reliability(y: Ints, p: Floats) -> list[dict[str, Any]]:
         held = {"confidence": confidence[bins == b], "accuracy": right[bins == b]}
         means = {name: float(v.mean()) if len(v) else None for name, v in held.items()}
         count = len(held["accuracy"])
-        rows.append({"lower": b / ECE_BINS, "upper": (b + 1) / ECE_BINS, "count": count} | means)
+        rows.append({"lower": b / ECE_BINS, "upper": (b + 1) / ECE_BINS, "count": count, **means})
     return rows
 
 

@@ -113,8 +113,11 @@ def stage_parts(stage: Path, run: Run, what: Part) -> None:
     for key, value in classifier.state_dict().items():
         name = key.removeprefix("glovlm.backbone.")
         known = towers.get(name) if name != key else None
-        fits = known is not None and known.shape == value.shape
-        if fits and torch.allclose(known.to(value), value, rtol=1e-5, atol=1e-6):
+        if (
+            known is not None
+            and known.shape == value.shape
+            and torch.allclose(known.to(value), value, rtol=1e-5, atol=1e-6)
+        ):
             continue  # the same but for the rounding of a merge
         if name.startswith(("vision_model.", "text_model.")):
             raise GloVLMError(

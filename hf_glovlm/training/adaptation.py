@@ -454,7 +454,7 @@ def _adapt_on_features(
 def _describe_support(images: _Images, method: Method, settings: Any, seed: int) -> Support:
     """Support set of a method on features."""
     model, support, labels = images.model, images.support, images.labels
-    projection = getattr(model.backbone, "visual_projection", None)
+    projection: Any = getattr(model.backbone, "visual_projection", None)
     project = not (method.on_pooled and isinstance(projection, nn.Linear))  # if it is one matrix
     fixed = {} if project else {k: v.cpu().float() for k, v in projection.state_dict().items()}
     validation = None
