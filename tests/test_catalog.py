@@ -4,12 +4,11 @@ import dataclasses
 import logging
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from fresh_process import inherited, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -217,14 +216,14 @@ def test_a_miss_names_the_nearest_set():
         catalog_entry("breakhiss")
 
 
-def test_importing_is_light_and_the_module_wins_over_its_folder():
+def test_importing_is_light_and_the_module_wins_over_its_folder(tmp_path):
     code = (
         "import sys, hf_glovlm.data.catalog as c; c.catalog_entries();"
         "assert c.__file__.endswith('catalog.py'), c.__file__;"
         "own = {'hf_glovlm.data.catalog', 'hf_glovlm.data.terminology'};"
-        "assert own <= set(sys.modules)"
+        "assert own <= set(sys.modules); print('{}')"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_script(code, home=tmp_path, **inherited())
     source = Path(catalog.__file__).read_text() + (
         Path(catalog.__file__).with_name("terminology.py").read_text()
     )

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fresh_process import inherited, run_forks
 from slide_model import outline, train, write_outlines
 from slides_made import write_slide
 
@@ -197,9 +196,9 @@ def test_a_run_killed_half_way_gives_the_same_table(place: Path, tmp_path: Path)
     )
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     config = configured(place, broken, "sick", "well")
-    command = [sys.executable, "-c", program, json.dumps(vars(config))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    assert done.returncode == 9, done.stderr
+    command = ["-c", program, json.dumps(vars(config))]
+    (ended,) = run_forks(command, folder=tmp_path, environments=[inherited()])
+    assert ended.code == 9, ended.error
     assert (broken / "slides/sick/tiles.parquet").is_file()
     assert not (broken / "slides/well").exists()
     assert (broken / "features/well.h5.part").is_file()

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,10 +20,10 @@ from accelerate.state import AcceleratorState, GradientState
 from attaching import CLASSES, NAMES, adapt_with
 from by_hand import pixels
 from datasets import Dataset
-from fresh_process import load_without_the_package
+from fresh_process import load_without_the_package, run_two_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_distributed import furthest, launch
+from test_distributed import furthest
 from tiny import tiny_bert, tiny_clip, tiny_dinov2, tiny_images, tiny_pair, tiny_siglip
 from tolerance import assert_same_numbers
 from torch import Tensor, nn
@@ -710,8 +709,7 @@ def work(folder: Path, backbone: str, place: Path) -> dict[str, Any]:
 
 
 def test_two_processes_train_to_the_weights_of_one(images: Path, tmp_path: Path) -> None:
-    run: Callable[..., Any] = launch
-    run(str(Path(__file__).resolve()), str(tmp_path), str(tiny_clip()), str(images))
+    run_two_ranks(Path(__file__).resolve(), tmp_path, tiny_clip(), images)
     AcceleratorState._reset_state(True)
     os.environ["ACCELERATE_USE_CPU"] = "1"
     try:

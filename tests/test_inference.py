@@ -1,8 +1,6 @@
 """Features are encoded once, exactly, and never from a cache that does not fit the question."""
 
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
+from fresh_process import inherited, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -757,13 +756,11 @@ def test_progress_goes_to_the_error_stream(
     assert capsys.readouterr().out == ""
 
 
-def test_what_features_alone_need_is_not_more() -> None:
+def test_what_features_alone_need_is_not_more(tmp_path: Path) -> None:
     """They cost seconds, and features need none of them. (transformers itself needs accelerate.)"""
     code = (
-        "import sys; from hf_glovlm import inference; "
-        "print(sorted({'gradio', 'matplotlib', 'peft', 'sklearn'} & set(sys.modules)))"
+        "import json, sys; from hf_glovlm import inference; "
+        "imported = sorted({'gradio', 'matplotlib', 'peft', 'sklearn'} & set(sys.modules)); "
+        "print(json.dumps({'imported': imported}))"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert result.stdout.strip() == "[]"
+    assert run_script(code, home=tmp_path, **inherited()) == {"imported": []}

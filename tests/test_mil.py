@@ -7,8 +7,6 @@ every slide alike, a fifth of the tiles in another direction that means nothing.
 import csv
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,6 +19,7 @@ import pytest
 import torch
 import yaml
 from cases import case_of
+from fresh_process import run_two_ranks
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
@@ -652,20 +651,7 @@ def test_two_processes_train_to_the_weights_of_one(small: Cohort, tmp_path: Path
     one = train_mil(config)
     two = replace(config, output_dir=str(tmp_path / "two"))
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(two.to_repeat()))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-            *(str(Path(__file__).resolve()), str(tmp_path / "two.yaml")),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(REPOSITORY)},
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_two_ranks(Path(__file__).resolve(), tmp_path / "two.yaml")
     observed = json.loads((tmp_path / "two" / "results.json").read_text())
     assert observed["environment"]["num_processes"] == 2
     assert observed["data"] == one["data"]

@@ -422,7 +422,7 @@ def test_remote_code_without_the_package(tmp_path: Path) -> None:
             expected[name] = saved(**inputs).logits[0].tolist(), text.tolist()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    result = load_without_the_package(folders, elsewhere, TOWERS)
+    result = load_without_the_package(folders, elsewhere, TOWERS, fresh=True)
     for name, (logits, text) in expected.items():
         actual = result[name]
         assert actual["module"] == "transformers_modules"

@@ -3,14 +3,13 @@
 import csv
 import hashlib
 import io
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fresh_process import run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -70,23 +69,19 @@ def test_same_arguments_give_the_same_image(class_name: str) -> None:
     assert first.image.tobytes() != other.image.tobytes()
 
 
-def test_another_process_with_another_hash_seed_draws_the_same() -> None:
+def test_another_process_with_another_hash_seed_draws_the_same(tmp_path: Path) -> None:
     script = (
-        "import hashlib\n"
+        "import hashlib, json\n"
         "from hf_glovlm.lab.phantoms import render_glomerulus\n"
         "p = render_glomerulus('ischemic', seed=3)\n"
-        "print(hashlib.sha256(p.image.tobytes() + p.caption.encode()).hexdigest())"
+        "drawn = hashlib.sha256(p.image.tobytes() + p.caption.encode()).hexdigest()\n"
+        "print(json.dumps({'drawn': drawn, 'hash': hash('ischemic')}))"
     )
     item = render_glomerulus("ischemic", seed=3)
     expected = hashlib.sha256(item.image.tobytes() + item.caption.encode()).hexdigest()
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"PYTHONHASHSEED": "77", "PYTHONPATH": str(Path(__file__).parents[1])},
-    )
-    assert done.stdout.strip() == expected
+    result = run_script(script, home=tmp_path, PYTHONPATH=str(Path(__file__).parents[1]))
+    assert result["drawn"] == expected
+    assert result["hash"] != hash("ischemic")
 
 
 @settings(deadline=None, max_examples=6)

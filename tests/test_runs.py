@@ -1,10 +1,7 @@
 """The whole job: from a folder to a measured, saved model, or one sentence and nothing."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from hashlib import sha256
@@ -15,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fresh_process import inherited, run_script
 from tiny import CLASSES, tiny_bert, tiny_clip, tiny_dinov2, tiny_images, tiny_pair
 from tolerance import assert_same_numbers
 from transformers import AutoModelForImageClassification
@@ -34,7 +32,7 @@ from hf_glovlm.inference import Predictions, predict, prediction
 from hf_glovlm.methods import METHODS, FeatureMethod
 from hf_glovlm.metrics import METRICS
 from hf_glovlm.model import GloVLMProcessor
-from hf_glovlm.runs import OWN_FILES, run, workflow
+from hf_glovlm.runs import OWN_FILES, run
 from hf_glovlm.runs.config import TrainConfig
 from hf_glovlm.runs.folder import UNFINISHED
 
@@ -574,7 +572,7 @@ def test_a_folder_of_drawings_marks_results_and_model(
 
 
 IMPORTS = """
-import builtins, sys
+import builtins, json, sys
 plain, ours = builtins.__import__, set()
 def noting(name, globals=None, *rest, **named):
     if (globals or {}).get("__name__", "").startswith("hf_glovlm"):
@@ -582,24 +580,19 @@ def noting(name, globals=None, *rest, **named):
     return plain(name, globals, *rest, **named)
 builtins.__import__ = noting
 from hf_glovlm.runs import run
-from hf_glovlm.train_config import TrainConfig
+from hf_glovlm.runs.config import TrainConfig
 run(TrainConfig(data=sys.argv[1], output_dir=sys.argv[2], backbone=sys.argv[3], shots=2))
-print(sorted({"peft", "gradio", "evaluate", "matplotlib", "sklearn"} & set(sys.modules)))
+imported = sorted({"peft", "gradio", "evaluate", "matplotlib", "sklearn"} & set(sys.modules))
 # transformers itself imports accelerate where it is installed; we do not.
-print(sorted({"peft", "accelerate", "gradio", "evaluate", "matplotlib"} & ours))
+ours = sorted({"peft", "accelerate", "gradio", "evaluate", "matplotlib"} & ours)
+print(json.dumps({"imported": imported, "ours": ours}))
 """
 
 
 def test_linear_probe_imports_nothing_that_it_does_not_need(images: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS, str(images), str(tmp_path / "run"), tiny_pair()],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(workflow.__file__).parents[2])},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
+    arguments = (images, tmp_path / "run", tiny_pair())
+    result = run_script(IMPORTS, *arguments, home=tmp_path, **inherited())
+    assert result == {"imported": [], "ours": []}
 
 
 def test_a_second_run_encodes_nothing_again(

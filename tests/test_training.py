@@ -3,9 +3,6 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from attaching import adapt_with
 from datasets import ClassLabel, Dataset
+from fresh_process import run_script
 from safetensors.torch import load_file, save_file
 from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair, tiny_siglip
 from tolerance import assert_same_numbers
@@ -297,10 +295,11 @@ def test_permuted_labels_fall_to_chance(rows: Dataset, unseen: Dataset) -> None:
 # ------------------------------------------------------------------------ stock adapter, without us
 
 STOCK = """
-import sys, torch
+import json, sys, torch
 sys.modules["hf_glovlm"] = None
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
+models = []
 for folder in sys.argv[1:]:
     model = AutoModel.from_pretrained(folder + "/adapter").eval()
     given = load_file(folder + "/given.safetensors")
@@ -312,8 +311,9 @@ for folder in sys.argv[1:]:
     save_file(
         {"image": image.contiguous(), "text": text.contiguous()}, folder + "/features.safetensors"
     )
-    print(type(model).__name__)
+    models.append(type(model).__name__)
 assert not any(name.startswith("hf_glovlm.") for name in sys.modules)
+print(json.dumps({"models": models}))
 """
 
 
@@ -339,16 +339,10 @@ def test_stock_transformers_loads_an_adapter_as_the_adapted_clip(
         given[method] = {"pixel_values": x, **encoded}
         save_file(given[method], folder / "given.safetensors")
 
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, *(str(tmp_path / method) for method in given)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["CLIPModel"] * 2
+    places = [tmp_path / method for method in given]
+    assert run_script(STOCK, *places, home=tmp_path, HF_HUB_OFFLINE="1") == {
+        "models": ["CLIPModel"] * 2
+    }
     stock = CLIPModel.from_pretrained(tiny_clip()).eval()
     for method, inputs in given.items():
         folder = tmp_path / method
