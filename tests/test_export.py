@@ -4,6 +4,7 @@ import builtins
 import json
 import re
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -161,15 +162,20 @@ def test_int8_is_measured(tmp_path: Path) -> None:
     assert read_export(tmp_path / "out")["format"] == "int8"
 
 
-def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor, folder, _ = _exported("pair")
-    before = model.head.weight.data.clone()
+def _graph_of(folder: Path) -> Callable[[Any, Any, Path], int]:
+    """Writes the graph that an earlier export left in this folder."""
 
-    def stale(model: Any, example: Any, path: Path) -> int:
+    def write(model: Any, example: Any, path: Path) -> int:
         shutil.copy(folder / "model.onnx", path)
         return 20
 
-    monkeypatch.setattr(onnx_graph, "_write_graph", stale)
+    return write
+
+
+def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, processor, folder, _ = _exported("pair")
+    before = model.head.weight.data.clone()
+    monkeypatch.setattr(onnx_graph, "_write_graph", _graph_of(folder))
     export_classifier(model, processor, tmp_path / "same")
     for change in (1e-2, float("nan")):
         model.head.weight.data = before * (1 + change)
@@ -295,8 +301,12 @@ def test_synthetic_images_have_labels_where_the_classes_can_be_drawn(names: list
         assert [names[k] for k in rows["label"]] == expected
 
 
-def test_without_data_the_graph_is_checked_and_nothing_is_measured(tmp_path: Path) -> None:
-    report = export_classifier(*classifier("pair"), tmp_path / "out")
+def test_without_data_the_graph_is_checked_and_nothing_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor, folder, _ = _exported("pair")
+    monkeypatch.setattr(onnx_graph, "_write_graph", _graph_of(folder))
+    report = export_classifier(model, processor, tmp_path / "out")
     assert report.largest_difference <= 1e-4
     assert report.measured is None
     assert read_export(tmp_path / "out", "export")["measured"] is None

@@ -44,9 +44,9 @@ def test_a_fork_keeps_nothing_of_the_environment_of_the_server(tmp_path: Path) -
         "modules": str(tmp_path / "hub" / "modules"),
         "unexpected": [],
     }
-    found = run_script(SCAN, home=tmp_path)
-    assert found["kept"] == []
-    assert found["set"][1:] == ["https://huggingface.co", False]
+    later = run_script(SCAN, home=tmp_path)
+    assert later["kept"] == []
+    assert later["set"][1:] == ["https://huggingface.co", False]
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,8 @@ def test_what_the_hub_refuses_to_a_stranger(
     download = partial(hf_hub_download, endpoint=hub.url)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    # The client also asks the Hub for the names of agents, once.
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     with pytest.raises(GloVLMError, match=expected):
         Checkpoint(hub_id, hub_id, revision, gated=True).fetch("config.json")
 
