@@ -54,7 +54,7 @@ _MODULES = {  # public names, by the module that holds them; for type checkers i
     "slides.classify": ("classify_slides",),
     "slides.config": ("SlideConfig",),
     "slides.mil": ("MilConfig", "train_mil"),
-    "training": ("adapt", "adapt_features"),
+    "training": ("AdaptConfig", "adapt", "adapt_features"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -48,6 +48,7 @@ from .slides.classify import classify_slides as classify_slides
 from .slides.config import SlideConfig as SlideConfig
 from .slides.mil import MilConfig as MilConfig
 from .slides.mil import train_mil as train_mil
+from .training import AdaptConfig as AdaptConfig
 from .training import adapt as adapt
 from .training import adapt_features as adapt_features
 
@@ -55,6 +56,7 @@ __version__: str
 __all__ = [
     "BACKBONES",
     "METHODS",
+    "AdaptConfig",
     "FeatureCache",
     "GloVLMConfig",
     "GloVLMError",

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 
-class Said(NamedTuple):
+class Completed(NamedTuple):
     code: int
     out: str
     err: str
@@ -14,4 +14,4 @@ class Said(NamedTuple):
         return [line for line in self.err.splitlines() if line.startswith("error:")]
 
 
-Glovlm = Callable[..., Said]
+Glovlm = Callable[..., Completed]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from addresses import loaded_weights_moved
-from command_line import Glovlm, Said
+from command_line import Completed, Glovlm
 from hypothesis import HealthCheck, settings
 
 # The libraries read these once, on import, so they are set before any test file is read. Each
@@ -110,10 +110,10 @@ def glovlm(capsys: pytest.CaptureFixture[str]) -> Glovlm:
     """Run the command in this process, as the entry point does."""
     from hf_glovlm.cli import app
 
-    def run(*arguments: object) -> Said:
+    def run(*arguments: object) -> Completed:
         capsys.readouterr()
         code = app.main([str(argument) for argument in arguments])
-        return Said(code, *capsys.readouterr())
+        return Completed(code, *capsys.readouterr())
 
     return run
 

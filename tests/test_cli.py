@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from command_line import Glovlm, Said
+from command_line import Completed, Glovlm
 from PIL import Image
 from tiny import CLASSES, tiny_clip, tiny_images
 
@@ -222,21 +222,21 @@ def test_bad_input_is_one_sentence(
     make, words = BAD[case]
     arguments = make(Place(data, run_folder, tmp_path / "new"))
     before = snapshot(tmp_path, data, run_folder)
-    said = glovlm(*arguments)
-    assert said.code == 2, said
-    assert len(said.errors) == 1, said.err
-    assert said.err.splitlines()[-1] == said.errors[0]
-    assert "Traceback" not in said.err
+    done = glovlm(*arguments)
+    assert done.code == 2, done
+    assert len(done.errors) == 1, done.err
+    assert done.err.splitlines()[-1] == done.errors[0]
+    assert "Traceback" not in done.err
     for word in words:
-        assert word in said.errors[0]
-    assert said.out == ""
+        assert word in done.errors[0]
+    assert done.out == ""
     assert snapshot(tmp_path, data, run_folder) == before, "something was written"
 
 
 def test_a_loss_that_diverges_is_told(glovlm: Glovlm, data: Path, tmp_path: Path) -> None:
-    said = glovlm(*train_arguments(data, tmp_path / "o", "--method", "classifier", "--lr", 1e30))
-    assert said.code == 2
-    assert "loss became" in said.errors[0]
+    done = glovlm(*train_arguments(data, tmp_path / "o", "--method", "classifier", "--lr", 1e30))
+    assert done.code == 2
+    assert "loss became" in done.errors[0]
     assert not (tmp_path / "o" / "results.json").exists()
     assert not (tmp_path / "o" / "model").exists()
 
@@ -248,9 +248,9 @@ def test_an_interruption_is_no_error(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_glovlm.runs.workflow.run", interrupt)
-    said = glovlm(*train_arguments(data, tmp_path / "o"))
-    assert said.code == 130
-    assert said.err.strip() == "interrupted: the last complete result is kept"
+    done = glovlm(*train_arguments(data, tmp_path / "o"))
+    assert done.code == 130
+    assert done.err.strip() == "interrupted: the last complete result is kept"
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(
@@ -340,18 +340,18 @@ def test_defaults_are_those_of_the_config(captured: Callable[..., Any]) -> None:
 
 def test_train_says_what_it_did(glovlm: Glovlm, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    said = glovlm(*train_arguments(data, folder))
-    assert said.code == 0, said.err
+    done = glovlm(*train_arguments(data, folder))
+    assert done.code == 0, done.err
     results = results_of(folder)
-    lines = [line.split() for line in said.out.splitlines()]
+    lines = [line.split() for line in done.out.splitlines()]
     for name in CLASSES:
         assert [name, "2", "2"] in lines  # labels, contributing patients
     value = results["metrics"]["macro_auc"]["value"]
     assert any(line[:2] == ["Macro-AUC", f"{value:.3f}"] for line in lines)
-    assert "too few groups" in said.out
-    assert "of 3 patients" in said.out
-    assert "synthetic" not in said.out
-    assert str(folder) in said.err
+    assert "too few groups" in done.out
+    assert "of 3 patients" in done.out
+    assert "synthetic" not in done.out
+    assert str(folder) in done.err
     assert "Not for diagnosis" in (folder / "README.md").read_text()
     assert (folder / "model" / "config.json").is_file()
 
@@ -360,10 +360,10 @@ def test_the_written_config_repeats_the_run(
     glovlm: Glovlm, run_folder: Path, tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
-    said = glovlm("train", "--config", run_folder / "config.yaml", "--output-dir", again, "--json")
-    assert said.code == 0, said.err
+    done = glovlm("train", "--config", run_folder / "config.yaml", "--output-dir", again, "--json")
+    assert done.code == 0, done.err
     first, second = results_of(run_folder), results_of(again)
-    assert json.loads(said.out) == second
+    assert json.loads(done.out) == second
     for key in ("metrics", "per_class", "confusion_matrix", "data"):
         assert first[key] == second[key]
     assert second["config"] | {"output_dir": ""} == first["config"] | {"output_dir": ""}
@@ -372,19 +372,19 @@ def test_the_written_config_repeats_the_run(
 def test_drawings_are_called_drawings(glovlm: Glovlm, data: Path, tmp_path: Path) -> None:
     folder = tiny_images(tmp_path / "data", per_class=8)
     (folder / "DRAWINGS").write_text("")
-    said = glovlm(*train_arguments(folder, tmp_path / "run"))
-    assert said.code == 0, said.err
-    titles = [line for line in said.out.splitlines() if line.startswith(("Learned", "Metr", "Per"))]
+    done = glovlm(*train_arguments(folder, tmp_path / "run"))
+    assert done.code == 0, done.err
+    titles = [line for line in done.out.splitlines() if line.startswith(("Learned", "Metr", "Per"))]
     assert len(titles) == 3
     assert all("synthetic images" in title for title in titles)
     assert "synthetic" in (tmp_path / "run" / "README.md").read_text().split("\n# ")[1]
-    said = glovlm("predict", tmp_path / "run", data)
-    assert "synthetic images" in said.out.splitlines()[0]
+    done = glovlm("predict", tmp_path / "run", data)
+    assert "synthetic images" in done.out.splitlines()[0]
     output = tmp_path / "r.json"
-    said = glovlm(
+    done = glovlm(
         "evaluate", tmp_path / "run", "--data", folder, "--allow-seen", "--output", output
     )
-    assert "(synthetic images" in said.out.splitlines()[0]
+    assert "(synthetic images" in done.out.splitlines()[0]
     assert json.loads(output.read_text())["synthetic"] is True
 
 
@@ -393,11 +393,11 @@ def test_evaluate_repeats_the_runs_numbers(
 ) -> None:
     tested = only_tested(data, run_folder, tmp_path / "tested")
     output, parquet = tmp_path / "new" / "results.json", tmp_path / "p.parquet"
-    said = glovlm(
+    done = glovlm(
         *("evaluate", run_folder / "model", "--data", tested, "--output", output),
         *("--predictions", parquet, "--n-resamples", 50),
     )
-    assert said.code == 0, said.err
+    assert done.code == 0, done.err
     found, expected = json.loads(output.read_text()), results_of(run_folder)
     assert found["n"] == expected["n"]
     for name, entry in expected["metrics"].items():
@@ -405,7 +405,7 @@ def test_evaluate_repeats_the_runs_numbers(
         assert found["metrics"][name]["ci95"] == pytest.approx(entry["ci95"], abs=1e-5)
     assert found["data"]["groups_seen_in_training"] == 0
     assert parquet.is_file()
-    assert "Macro-AUC" in said.out
+    assert "Macro-AUC" in done.out
 
 
 def test_evaluate_tells_where_it_cannot_know(
@@ -414,10 +414,10 @@ def test_evaluate_tells_where_it_cannot_know(
     import shutil
 
     model = Path(shutil.copytree(run_folder / "model", tmp_path / "alone"))
-    said = glovlm("evaluate", model, "--data", data, "--output", tmp_path / "r.json", "--json")
-    assert said.code == 0, said.err
-    assert "cannot be known" in said.err
-    assert json.loads(said.out) == json.loads((tmp_path / "r.json").read_text())
+    done = glovlm("evaluate", model, "--data", data, "--output", tmp_path / "r.json", "--json")
+    assert done.code == 0, done.err
+    assert "cannot be known" in done.err
+    assert json.loads(done.out) == json.loads((tmp_path / "r.json").read_text())
 
 
 def test_evaluate_takes_the_test_of_a_given_split(
@@ -429,8 +429,8 @@ def test_evaluate_takes_the_test_of_a_given_split(
     (folder / "metadata.csv").write_text("\n".join([header + ",split", *rows]))
     output = tmp_path / "r.json"
     for more, n in (((), 12), (("--split", "train"), 24), (("--split", "all"), 36)):
-        said = glovlm("evaluate", run_folder, "--data", folder, "--output", output, *more)
-        assert said.code == 0, said.err
+        done = glovlm("evaluate", run_folder, "--data", folder, "--output", output, *more)
+        assert done.code == 0, done.err
         assert json.loads(output.read_text())["n"] == n
 
 
@@ -440,8 +440,8 @@ def test_predict_agrees_with_the_run(
     from hf_glovlm.inference import Predictions
 
     output = tmp_path / "new" / "predictions.csv"
-    said = glovlm("predict", run_folder, data, "--output", output, "--batch-size", 5)
-    assert said.code == 0, said.err
+    done = glovlm("predict", run_folder, data, "--output", output, "--batch-size", 5)
+    assert done.code == 0, done.err
     rows = {row["file_name"]: row for row in csv.DictReader(output.read_text().splitlines())}
     assert len(rows) == 36
     expected = Predictions.load(run_folder / "predictions.parquet")
@@ -466,20 +466,20 @@ def test_predict_leaves_out_what_it_cannot_read(
     (folder / "notes.txt").write_text("no image")
     (folder / ".hidden.png").write_bytes(b"")
     output = tmp_path / "p.csv"
-    said = glovlm("predict", run_folder, folder, "--output", output)
-    assert said.code == 1
-    assert "broken.png" in said.err
-    assert "empty.jpg" in said.err
-    assert "2 of 5" in said.err
+    done = glovlm("predict", run_folder, folder, "--output", output)
+    assert done.code == 1
+    assert "broken.png" in done.err
+    assert "empty.jpg" in done.err
+    assert "2 of 5" in done.err
     names = [row["file_name"] for row in csv.DictReader(output.read_text().splitlines())]
     assert names == ["a/alpha.png", "a/grey.png", "b.png"]
 
 
 def test_predict_single_images(glovlm: Glovlm, data: Path, run_folder: Path) -> None:
     images = [data / "viable" / "image_00.png", data / "sclerosed" / "image_00.png"]
-    said = glovlm("predict", run_folder, *images, *images, "--json")
-    assert said.code == 0, said.err
-    rows = json.loads(said.out)
+    done = glovlm("predict", run_folder, *images, *images, "--json")
+    assert done.code == 0, done.err
+    rows = json.loads(done.out)
     assert [row["file_name"] for row in rows] == [str(image) for image in images]
     assert all(sum(row[f"p_{c}"] for c in CLASSES) == pytest.approx(1, abs=1e-5) for row in rows)
 
@@ -514,10 +514,10 @@ def test_demo(
     monkeypatch.setattr("hf_glovlm.lab.demo.run_demo", run_demo)
     monkeypatch.chdir(tmp_path)
     for arguments in ([], [], ["--output-dir", "other"]):  # the second replaces the first
-        said = glovlm("demo", *arguments)
-        assert said.code == 0, said.err
-        assert "synthetic images" in said.out.splitlines()[0]
-        assert "synthetic" in said.err
+        done = glovlm("demo", *arguments)
+        assert done.code == 0, done.err
+        assert "synthetic images" in done.out.splitlines()[0]
+        assert "synthetic" in done.err
     for folder in ("glovlm-demo", "other"):
         assert Path(folder, "lora", "results.json").is_file()
 
@@ -527,30 +527,30 @@ def test_study(glovlm: Glovlm, data: Path, tmp_path: Path) -> None:
     grid |= {"methods": ["linear_probe", "zero_shot"], "n_resamples": 50}
     path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(grid))
-    said = glovlm("study", "--config", path, "--output-dir", tmp_path / "out")
-    assert said.code == 0, said.err
-    assert "| zero_shot |" in said.out
-    assert said.err.count(": done") == 2
-    said = glovlm("study", "--config", path, "--output-dir", tmp_path / "out", "--json")
-    assert json.loads(said.out)["failures"] == []
-    assert said.err.count(": skipped") == 2
+    done = glovlm("study", "--config", path, "--output-dir", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "| zero_shot |" in done.out
+    assert done.err.count(": done") == 2
+    done = glovlm("study", "--config", path, "--output-dir", tmp_path / "out", "--json")
+    assert json.loads(done.out)["failures"] == []
+    assert done.err.count(": skipped") == 2
     path.write_text(yaml.safe_dump(grid | {"methods": ["linear_prob"]}))
-    said = glovlm("study", "--config", path, "--output-dir", tmp_path / "other")
-    assert said.code == 2
+    done = glovlm("study", "--config", path, "--output-dir", tmp_path / "other")
+    assert done.code == 2
     assert not (tmp_path / "other").exists()
 
 
 def test_data_check(glovlm: Glovlm, data: Path, tmp_path: Path) -> None:
-    said = glovlm("data", "check", data)
-    assert said.code == 0
-    assert ["all", "12", "12", "12", "6"] in [line.split() for line in said.out.splitlines()]
-    said = glovlm("data", "check", data, "--json")
-    assert json.loads(said.out)["group_column"] == "patient_id"
+    done = glovlm("data", "check", data)
+    assert done.code == 0
+    assert ["all", "12", "12", "12", "6"] in [line.split() for line in done.out.splitlines()]
+    done = glovlm("data", "check", data, "--json")
+    assert json.loads(done.out)["group_column"] == "patient_id"
     folder = tiny_images(tmp_path / "copy")
     (folder / "viable" / "image_03.png").write_bytes(b"")
-    said = glovlm("data", "check", folder)
-    assert said.code == 1
-    assert "viable/image_03.png" in said.err
+    done = glovlm("data", "check", folder)
+    assert done.code == 1
+    assert "viable/image_03.png" in done.err
 
 
 def test_cache(glovlm: Glovlm, run_folder: Path, tmp_path: Path) -> None:
@@ -608,8 +608,8 @@ def test_only_the_main_process_speaks(
     glovlm: Glovlm, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    said = glovlm("train", "--data", data, "--method", "lore", "--output-dir", "o")
-    assert said == Said(2, "", "")
+    done = glovlm("train", "--data", data, "--method", "lore", "--output-dir", "o")
+    assert done == Completed(2, "", "")
 
 
 # ----------------------------------------------------------------------- processes of their own

@@ -46,14 +46,14 @@ def test_slide_writes_label_table_heat_map_and_geojson(
     broken.write_bytes(b"II*\0 no slide")
     slides = [tmp_path / "one.tiff", tmp_path / "two.tiff", broken]
     output = tmp_path / "out"
-    said = glovlm(
+    done = glovlm(
         "slide", slide_run, *slides, "--output-dir", output, "--tile-size", 64,
         "--objects", tmp_path / "objects", "--case", "patient", "--smooth", "--top", 3, "--json",
     )  # fmt: skip
-    assert said.code == 1, said.err  # one slide cannot be read, and that is told
-    results = json.loads(said.out)
+    assert done.code == 1, done.err  # one slide cannot be read, and that is told
+    results = json.loads(done.out)
     assert [entry["status"] for entry in results["slides"]] == ["done", "done", "failed"]
-    assert "broken" in said.err
+    assert "broken" in done.err
     assert results["slides"][0]["label"] in ("lesion", "tissue")
     for name in ("tiles.parquet", "heatmap.png", "tiles.geojson", "objects.geojson"):
         assert (output / "slides" / "one" / name).is_file()
@@ -84,18 +84,18 @@ def test_mil_learns_from_bags_and_refuses_a_missing_one(tmp_path: Path, glovlm: 
     with labels.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     common = ["mil", "--features", tmp_path / "bags", "--labels", labels, "--n-resamples", 50]
-    said = glovlm(
+    done = glovlm(
         *common, "--aggregator", "mean", "--epochs", 30, "--lr", 0.01,
         "--output-dir", tmp_path / "run", "--json",
     )  # fmt: skip
-    assert said.code == 0, said.err
-    assert json.loads(said.out)["metrics"]["macro_auc"]["value"] > 0.9
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["metrics"]["macro_auc"]["value"] > 0.9
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
     (tmp_path / "bags" / "s3.h5").unlink()
-    said = glovlm(*common, "--output-dir", tmp_path / "other")
-    assert said.code == 2
-    assert "s3" in said.err
+    done = glovlm(*common, "--output-dir", tmp_path / "other")
+    assert done.code == 2
+    assert "s3" in done.err
     assert not (tmp_path / "other").exists()
 
 
@@ -108,9 +108,9 @@ def test_crops_cuts_outlines_into_a_folder_that_train_takes(tmp_path: Path, glov
     ]
     outlines = write_outlines(tmp_path / "one.geojson", objects)
     crops = tmp_path / "crops"
-    said = glovlm("data", "crops", tmp_path / "one.tiff", outlines, "--output-dir", crops)
-    assert said.code == 0, said.err
-    assert "1 without a class" in said.err
+    done = glovlm("data", "crops", tmp_path / "one.tiff", outlines, "--output-dir", crops)
+    assert done.code == 0, done.err
+    assert "1 without a class" in done.err
     with (crops / "metadata.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["label"] for row in rows} == {"viable", "sclerosed"}
@@ -145,30 +145,30 @@ def test_caption_writes_a_column(tmp_path: Path, glovlm: Glovlm) -> None:
     tokenizer.save_pretrained(folder)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     data = tiny_images(tmp_path / "data", per_class=2, groups=2)
-    said = glovlm("data", "caption", data, "--model", folder, "--max-new-tokens", 3)
-    assert said.code == 0, said.err
+    done = glovlm("data", "caption", data, "--model", folder, "--max-new-tokens", 3)
+    assert done.code == 0, done.err
     with (data / "metadata.csv").open() as file:
         assert all("caption" in row for row in csv.DictReader(file))
-    said = glovlm("data", "caption", data, "--model", folder, "--question", "Is this viable?")
-    assert said.code == 2
-    assert "viable" in said.err
+    done = glovlm("data", "caption", data, "--model", folder, "--question", "Is this viable?")
+    assert done.code == 2
+    assert "viable" in done.err
 
 
 def test_get_says_where_a_set_is(glovlm: Glovlm) -> None:
-    said = glovlm("data", "get", "camelyon16")
-    assert said.code == 0
-    assert "slides.csv" in said.out
+    done = glovlm("data", "get", "camelyon16")
+    assert done.code == 0
+    assert "slides.csv" in done.out
     assert glovlm("data", "get", "camelyon61").code == 2
 
 
 def test_push_dry_run_lists_what_would_leave(run_folder: Path, glovlm: Glovlm) -> None:
-    said = glovlm("push", run_folder, "lab/model", "--dry-run")
-    assert said.code == 2  # a base of unknown licence needs a reason
-    assert "--reason" in said.err
+    done = glovlm("push", run_folder, "lab/model", "--dry-run")
+    assert done.code == 2  # a base of unknown licence needs a reason
+    assert "--reason" in done.err
     reason = "These weights are random and were made by a test."
-    said = glovlm("push", run_folder, "lab/model", "--dry-run", "--json", "--reason", reason)
-    assert said.code == 0, said.err
-    files = json.loads(said.out)["files"]
+    done = glovlm("push", run_folder, "lab/model", "--dry-run", "--json", "--reason", reason)
+    assert done.code == 0, done.err
+    files = json.loads(done.out)["files"]
     assert {"README.md", "model.safetensors", "modeling_glovlm.py", "results.json"} <= set(files)
     assert not {"predictions.parquet", "episodes.json"} & set(files)
 
@@ -178,29 +178,29 @@ def test_export_writes_what_others_read(
     form: str, file: str, run_folder: Path, tmp_path: Path, glovlm: Glovlm
 ) -> None:
     reason = "These weights are random and were made by a test."
-    said = glovlm(
+    done = glovlm(
         "export", run_folder, "--format", form, "--output-dir", tmp_path / "out", "--reason", reason
     )
     if form == "clip":  # a linear probe is no set of texts
-        assert said.code == 2
-        assert "text" in said.err
+        assert done.code == 2
+        assert "text" in done.err
         return
-    assert said.code == 0, said.err
+    assert done.code == 0, done.err
     assert (tmp_path / "out" / file).is_file()
-    assert "synthetic images" in said.out
+    assert "synthetic images" in done.out
 
 
 def test_explain_draws_a_figure_an_image(run_folder: Path, tmp_path: Path, glovlm: Glovlm) -> None:
     Image.new("RGB", (48, 40), "pink").save(tmp_path / "one.png")
-    said = glovlm("explain", run_folder, tmp_path / "one.png", "--output-dir", tmp_path / "maps")
-    assert said.code == 0, said.err
+    done = glovlm("explain", run_folder, tmp_path / "one.png", "--output-dir", tmp_path / "maps")
+    assert done.code == 0, done.err
     assert (tmp_path / "maps" / "one.gradient.png").is_file()
-    said = glovlm(
+    done = glovlm(
         "explain", run_folder, tmp_path / "one.png", "--output-dir", tmp_path / "maps",
         "--method", "gradiant",
     )  # fmt: skip
-    assert said.code == 2
-    assert "gradient" in said.err
+    assert done.code == 2
+    assert "gradient" in done.err
 
 
 def test_explain_check_measures_groups_that_were_not_learned_from(
@@ -213,13 +213,13 @@ def test_explain_check_measures_groups_that_were_not_learned_from(
         down, across = np.mgrid[:40, :40]
         inside = np.hypot(down - 20, across - 20) < 12
         Image.fromarray((255 * inside).astype(np.uint8)).save(mask)
-    said = glovlm(
+    done = glovlm(
         "explain-check", run_folder, "--data", data, "--masks", tmp_path / "masks",
         "--method", "gradient", "--json",
     )  # fmt: skip
-    assert said.code == 0, said.err
-    assert "learned from" in said.err
-    found = json.loads(said.out)["methods"]["gradient"]
+    assert done.code == 0, done.err
+    assert "learned from" in done.err
+    found = json.loads(done.out)["methods"]["gradient"]
     assert 0 < found["images"] < 24
     assert found["excess"]["value"] == pytest.approx(
         found["heat"]["value"] - found["area"]["value"]
@@ -239,7 +239,7 @@ def test_bad_input_is_one_sentence(
     arguments: list[Any], expected: str, glovlm: Glovlm, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said = glovlm(*arguments)
-    assert said.code == 2
-    assert expected in said.err
+    done = glovlm(*arguments)
+    assert done.code == 2
+    assert expected in done.err
     assert not (tmp_path / "o").exists()

@@ -165,39 +165,39 @@ def test_a_new_metric_is_measured_compared_and_left_out_where_it_cannot_be() -> 
 
 def test_new_entries_serve_the_command_line(glovlm: Glovlm, tmp_path: Path) -> None:
     for command, name in (("methods", "new_method"), ("backbones", "new_backbone")):
-        said = glovlm(command, "--json")
-        assert name in [row["name"] for row in json.loads(said.out)]
+        done = glovlm(command, "--json")
+        assert name in [row["name"] for row in json.loads(done.out)]
     data, run = tiny_images(tmp_path / "data"), tmp_path / "run"
     options = ("--shots", 2, "--n-resamples", 20, "--device", "cpu", "--no-cache")
     own = ("--backbone", "new_backbone", "--method", "new_method")
-    said = glovlm("train", "--data", data, "--output-dir", run, *own, *options)
-    assert said.code == 0, said.err
-    assert "New metric" in said.out
+    done = glovlm("train", "--data", data, "--output-dir", run, *own, *options)
+    assert done.code == 0, done.err
+    assert "New metric" in done.out
     assert "New metric" in (run / "README.md").read_text()
     output = tmp_path / "measured.json"
-    said = glovlm(
+    done = glovlm(
         "evaluate", run, "--data", data, "--output", output, "--allow-seen", "--n-resamples", 20
     )
-    assert said.code == 0, said.err
+    assert done.code == 0, done.err
     assert json.loads(output.read_text())["metrics"]["new_metric"]["value"] > 0
     image = next(data.rglob("*.png"))
-    said = glovlm("explain", run, image, "--output-dir", tmp_path / "maps", "--method", "new_map")
-    assert said.code == 0, said.err
+    done = glovlm("explain", run, image, "--output-dir", tmp_path / "maps", "--method", "new_map")
+    assert done.code == 0, done.err
     assert json.loads((tmp_path / "maps" / "new_map.json").read_text())["method"] == "New map"
-    said = glovlm("explain", run, image, "--output-dir", tmp_path / "maps", "--method", "new")
-    assert said.code == 2
-    assert all(name in said.err for name in HEAT_MAPS)
+    done = glovlm("explain", run, image, "--output-dir", tmp_path / "maps", "--method", "new")
+    assert done.code == 2
+    assert all(name in done.err for name in HEAT_MAPS)
 
 
 def test_a_new_aggregator_serves_the_command_line(glovlm: Glovlm, tmp_path: Path) -> None:
     features, labels, _ = make_cohort(tmp_path / "features", slides=12, tiles=12, per_patient=2)
     own = ("--features", features, "--labels", labels, "--output-dir", tmp_path / "run")
     options = ("--epochs", 1, "--n-resamples", 20, "--device", "cpu", "--set", "width=8")
-    said = glovlm("mil", *own, *options, "--aggregator", "new_pooling")
-    assert said.code == 0, said.err
+    done = glovlm("mil", *own, *options, "--aggregator", "new_pooling")
+    assert done.code == 0, done.err
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["aggregator"]["name"] == "new_pooling"
     assert "new_metric" in results["metrics"]
-    said = glovlm("mil", *own, *options, "--aggregator", "new", "--overwrite")
-    assert said.code == 2
-    assert all(name in said.err for name in AGGREGATORS)
+    done = glovlm("mil", *own, *options, "--aggregator", "new", "--overwrite")
+    assert done.code == 2
+    assert all(name in done.err for name in AGGREGATORS)

@@ -49,7 +49,7 @@ def test_the_command_names_what_is_there(
     ],
 )
 def test_wrong_options_are_named(
-    options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], done: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["backbones", "modules", str(tiny_clip()), *options]) == 2
-    assert said in capsys.readouterr().err
+    assert done in capsys.readouterr().err
