@@ -247,7 +247,7 @@ def test_an_interruption_is_no_error(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hf_glovlm.runs.workflow.run", interrupt)
+    monkeypatch.setattr("hf_glovlm.runs.run", interrupt)
     done = glovlm(*train_arguments(data, tmp_path / "o"))
     assert done.code == 130
     assert done.err.strip() == "interrupted: the last complete result is kept"
@@ -259,7 +259,7 @@ def test_a_bug_is_not_dressed_up_as_bad_input(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("hf_glovlm.runs.workflow.run", fail)
+    monkeypatch.setattr("hf_glovlm.runs.run", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         glovlm(*train_arguments(data, tmp_path / "o"))
 
@@ -286,7 +286,7 @@ def captured(glovlm: Glovlm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     def stop(config: Any, **_: Any) -> None:
         raise Stop(config)
 
-    monkeypatch.setattr("hf_glovlm.runs.workflow.run", stop)
+    monkeypatch.setattr("hf_glovlm.runs.run", stop)
 
     def capture(*arguments: object) -> Any:
         with pytest.raises(Stop) as stopped:
