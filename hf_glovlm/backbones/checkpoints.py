@@ -7,15 +7,14 @@ commit, so that a second load neither downloads nor converts anything, also with
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
 from ..errors import GloVLMError
+from ..files import replacing
 
 ORIGIN = "backbone.json"  # beside converted weights: which checkpoint and commit they come from
 _CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
@@ -216,23 +215,17 @@ def _convert_once(
 
     name = origin["hub_id"] or source.name
     logger.warning("Converting %s once; the result is kept.", name)
-    scratch = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        report = convert_checkpoint(source, scratch, kind)
-        write_origin(scratch, origin)
-        try:
-            os.replace(scratch, target)
-        except OSError:
-            if not (target / ORIGIN).is_file():  # else another process was faster
-                raise
-        for sentence in report.notes:
-            logger.warning("%s: %s", name, sentence)
-        return target
+        with replacing(target) as fresh:
+            report = convert_checkpoint(source, fresh, kind)
+            write_origin(fresh, origin)
+            for sentence in report.notes:
+                logger.warning("%s: %s", name, sentence)
     except OSError as error:
-        raise GloVLMError(
-            f"Converted weights cannot be written to {target.parent} ({error.strerror}): set "
-            "GLOVLM_CACHE to a folder with room."
-        ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not (target / ORIGIN).is_file():  # else another process was faster
+            raise GloVLMError(
+                f"Converted weights cannot be written to {target.parent} ({error.strerror}): set "
+                "GLOVLM_CACHE to a folder with room."
+            ) from error
+    return target

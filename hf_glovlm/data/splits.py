@@ -7,8 +7,6 @@ any larger k.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import GloVLMError, nearest
+from ..files import write_text
 from .folder import SPLIT_ORDER, ImageValue, column, in_threads, logger, open_image
 
 if TYPE_CHECKING:
@@ -797,19 +796,7 @@ def save_episodes(
             entry["calibration"] = [names[row] for row in episode.calibration]
         draws.append(entry)
     content = {"set": set_name, "shots": shots, "sampler": sampler, "group_column": group_column}
-    _write_json(Path(path), {**content, "draws": draws})
-
-
-def _write_json(path: Path, content: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=1)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(Path(path), json.dumps({**content, "draws": draws}, indent=1))
 
 
 def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:

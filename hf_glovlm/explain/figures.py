@@ -1,7 +1,5 @@
 """Heat maps as pictures: overlays, figures with their scores, and a folder of both."""
 
-import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from PIL import Image
 
 from ..data.folder import ImageValue, open_image
 from ..errors import GloVLMError, nearest
+from ..files import replacing, write_json
 from .maps import HEAT_MAPS, HeatMap, explain
 
 # Even steps of brightness, and the same to people who confuse red and green.
@@ -102,10 +101,8 @@ def save_figure(
     scale = ScalarMappable(Normalize(low, high if high > low else low + 1), colormap)
     figure.colorbar(scale, ax=right, shrink=0.7, label=heat.legend)
     figure.supxlabel("\n".join(describe_scores(heat)), fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
-    figure.savefig(fresh, dpi=120, format="png")
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        figure.savefig(fresh, dpi=120, format="png")
     return path
 
 
@@ -199,10 +196,7 @@ def explain_files(
         "note": DISCLAIMER,
         "images": rows,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = folder / f".{method}.json.tmp"
-    fresh.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(fresh, folder / f"{method}.json")
+    write_json(folder / f"{method}.json", about, indent=2, ensure_ascii=False)
     return rows
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from ..errors import GloVLMError
+from ..files import replacing, write_text
 
 if TYPE_CHECKING:
     from ..model import GloVLMModel, GloVLMProcessor
@@ -114,11 +115,11 @@ class FeatureCache:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             about = folder / "about.json"
             if not about.is_file():
-                text = json.dumps({"name": name, "created": time.time()})
-                _write(about, lambda path: path.write_text(text, encoding="utf-8"))
+                write_text(about, json.dumps({"name": name, "created": time.time()}))
             tensors: dict[str, NDArray[Any]] = {"features": features, "keys": keys}
             metadata = {"checksum": _checksum(keys, features)}
-            _write(shard, lambda path: save_file(tensors, path, metadata))
+            with replacing(shard) as fresh:
+                save_file(tensors, fresh, metadata)
             self._touch(encoder)
             self._evict(shard)
         except OSError as error:
@@ -256,16 +257,6 @@ def _size(folder: Path) -> int:
         with suppress(OSError):  # removed meanwhile
             total += path.stat().st_size
     return total
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically: whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:

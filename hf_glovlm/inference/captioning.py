@@ -6,7 +6,6 @@ marks them as machine-written.
 """
 
 import csv
-import io
 import json
 import os
 import re
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.folder import column, load_dataset, open_image
 from ..data.terminology import match_key
 from ..errors import GloVLMError
+from ..files import write_csv, write_json, write_table, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -269,7 +269,7 @@ def write_captions(
     )
     about = {"note": "Written by a model, not by a person.", "max_new_tokens": max_new_tokens}
     about |= {k: v for k, v in asdict(summary).items() if k != "path"} | {"revision": revision}
-    _write(target.with_name("captions.json"), (json.dumps(about, indent=2) + "\n").encode())
+    write_json(target.with_name("captions.json"), about, indent=2)
     journal.path.unlink(missing_ok=True)
     return summary
 
@@ -323,22 +323,16 @@ class _CaptionTable:
     def write(self, captions: dict[str, str]) -> None:
         """Write the target atomically."""
         if self._target.suffix == ".parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
             texts = [captions[name] for name in self.names]
-            sink = io.BytesIO()
-            pq.write_table(pa.table({"file_name": self.names, "caption": texts}), sink)
-            _write(self._target, sink.getvalue())
+            write_table(self._target, {"file_name": self.names, "caption": texts})
             return
         index = _column_index("caption", self._header)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self._header if index is not None else [*self._header, "caption"])
+        rows = []
         for name, line in self._lines.items():
             where = len(line) if index is None else index
-            writer.writerow([*line[:where], captions[name], *line[where + 1 :]])
-        _write(self._target, text.getvalue().encode())
+            rows.append([*line[:where], captions[name], *line[where + 1 :]])
+        header = self._header if index is not None else [*self._header, "caption"]
+        write_csv(self._target, header, rows)
 
 
 def _read_lines(path: Path) -> tuple[list[str], dict[str, list[str]]]:
@@ -381,8 +375,7 @@ class _Journal:
     def read(self) -> dict[str, str]:
         """Captions of an earlier run of the same settings; begins the file where there is none."""
         if not self.path.is_file():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _write(self.path, (json.dumps(self._settings) + "\n").encode())
+            write_text(self.path, json.dumps(self._settings) + "\n")
             return {}
         whole = [line for line in self.path.read_text("utf-8").splitlines(True) if line[-1] == "\n"]
         if not whole or json.loads(whole[0]) != self._settings:
@@ -391,7 +384,7 @@ class _Journal:
                 "finish that one, or delete the file to begin anew."
             )
         # A line that was cut off when the run was killed is dropped, in the file too.
-        _write(self.path, "".join(whole).encode())
+        write_text(self.path, "".join(whole))
         captions: dict[str, str] = {}
         for line in whole[1:]:
             captions |= json.loads(line)
@@ -408,10 +401,3 @@ class _Journal:
 def _clean_name(name: str) -> str:
     """File name as `load_dataset` gives it."""
     return "/".join(part for part in name.strip().replace("\\", "/").split("/") if part != ".")
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_bytes(content)
-    os.replace(fresh, path)

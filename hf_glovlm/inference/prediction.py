@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from ..calibration.inputs import softmax
 from ..data.folder import open_image
 from ..errors import GloVLMError, nearest
-from .cache import FeatureCache, _write, encoder_key
+from ..files import write_table
+from .cache import FeatureCache, encoder_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -376,7 +377,6 @@ class Predictions:
         every class; `similarity_<class>` and `group` where known.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         labels = [None] * len(self.file_names) if self.labels is None else self.labels.tolist()
         names = [None if k is None or k < 0 else self.class_names[k] for k in labels]
@@ -391,9 +391,7 @@ class Predictions:
         if self.groups is not None:
             columns["group"] = pa.array(self.groups, pa.string())
         metadata = {_METADATA: json.dumps({"class_names": self.class_names})}
-        table = pa.table(columns).replace_schema_metadata(metadata)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _write(Path(path), lambda temporary: pq.write_table(table, temporary))
+        write_table(Path(path), columns, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Predictions":

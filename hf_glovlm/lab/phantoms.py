@@ -12,9 +12,6 @@ The class list is that of Glo-VLMs (arXiv 2508.15960). Research use only, not fo
 
 import csv
 import math
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ..errors import GloVLMError, nearest
+from ..files import replacing
 from .drawn_captions import write_caption
 
 if TYPE_CHECKING:
@@ -823,14 +821,11 @@ def write_cohort(
             "choose another folder or empty this one."
         )
     images = render_cohort(n_patients, per_patient, seed=seed, size=size)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        partial.chmod(0o755)
+    with replacing(target) as partial:
         rows = []
         for i, it in enumerate(images):
             name = f"{it.class_name}/{it.patient_id}_{i % per_patient + 1:03d}.png"
-            (partial / it.class_name).mkdir(exist_ok=True)
+            (partial / it.class_name).mkdir(parents=True, exist_ok=True)
             it.image.save(partial / name)
             severity = f"{it.severity:.4f}"
             rows.append((name, it.class_name, it.patient_id, it.stain, severity, it.caption))
@@ -841,8 +836,4 @@ def write_cohort(
         (partial / "DRAWINGS").write_text(
             "Synthetic images, not photographs of any patient. Results on them test software.\n"
         )
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return target

@@ -4,7 +4,6 @@ It is the embedded default: it makes the package testable and its demo run witho
 It has never seen a patient, and no number made with it says anything about one.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GloVLMError
-from ..files import write_text
+from ..files import write_json, write_text
 from ..methods import Recipe
 from ..publish.card import render_backbone_card
 from ..training.loop import fit, gather, seed_everything
@@ -161,7 +160,7 @@ def _save(
         file.replace(folder / file.name)
     fresh.rmdir()
     write_text(folder / "README.md", render_backbone_card(facts))
-    write_text(folder / "pretraining.json", json.dumps(facts, indent=1) + "\n")
+    write_json(folder / "pretraining.json", facts)
     for done in ("checkpoint.safetensors", "log.jsonl"):  # the log is in pretraining.json
         (folder / done).unlink(missing_ok=True)
     return facts

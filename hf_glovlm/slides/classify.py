@@ -7,7 +7,6 @@ where it stopped. A slide that fails is an entry of the results and does not sto
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..calibration.inputs import softmax
 from ..errors import GloVLMError, nearest
-from ..files import write_text
+from ..files import move_over, write_text
 from ..inference import load_classifier, resolve_device
 from .cases import count_cases, read_cases
 from .config import SlideConfig
@@ -333,9 +332,7 @@ def _classify(
                 hide_name(task.bag, task.path, task.name)
             saved = {"key": key, "entry": entry}
             write_text(work / "slide.json", json.dumps(saved, indent=1, allow_nan=False))
-            place = output / "slides" / task.name
-            shutil.rmtree(place, ignore_errors=True)
-            os.replace(work, place)
+            move_over(work, output / "slides" / task.name)
             return entry
         except (GloVLMError, OSError, MemoryError) as caught:
             shutil.rmtree(work, ignore_errors=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import GloVLMError
+from ..files import write_table
 from ..inference import predict
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 from .files.annotations import SlideObject, overlap, write_geojson
@@ -68,7 +69,6 @@ class ClassifiedObjects:
         and `p_<class>` for every class.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         columns: dict[str, Any] = {
             "id": pa.array([item.id for item in self.objects], pa.string()),
@@ -80,9 +80,7 @@ class ClassifiedObjects:
         }
         for k, name in enumerate(self.class_names):
             columns[f"p_{name}"] = self.probabilities[:, k]
-        fresh = path.with_name(f".{path.name}.tmp")
-        pq.write_table(pa.table(columns), fresh)
-        fresh.replace(path)
+        write_table(path, columns)
 
     def write_geojson(self, path: Path) -> None:
         """Write the objects with class and probabilities, id and geometry as they came."""

@@ -4,8 +4,6 @@ Nothing here names a place on the machine: a slide is known by its name alone, a
 where names are to be hidden.
 """
 
-import csv
-import io
 import json
 import math
 import os
@@ -18,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ..files import write_text
+from ..files import replacing, write_csv, write_json, write_table, write_text
 from ..rendering import number, render
 from .counting import NOT_A_SCORE
 from .files.annotations import box_object, write_geojson
@@ -64,7 +62,6 @@ def write_tiles(
         labels: Class of each tile.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     places = np.asarray(coords, np.int64)
     table: dict[str, Any] = {
@@ -76,9 +73,7 @@ def write_tiles(
     }
     if labels is not None:
         table["label"] = pa.array(list(labels), pa.string()).dictionary_encode()
-    fresh = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.table(table), fresh)
-    os.replace(fresh, path)
+    write_table(path, table)
 
 
 def write_tile_geojson(
@@ -182,12 +177,9 @@ def draw_heatmap(
     if mpp is not None:
         _draw_scale_bar(axes, overview.size, mpp * size[0] / overview.width)
     figure.text(0.5, 0.15 / whole[1], RESEARCH_USE, ha="center", fontsize=9)
-    content = io.BytesIO()
-    # Without the versions of libraries, so that the same numbers give the same file.
-    figure.savefig(content, format="png", metadata={"Software": None})
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_bytes(content.getvalue())
-    os.replace(fresh, path)
+    with replacing(path) as fresh:
+        # Without the versions of libraries, so that the same numbers give the same file.
+        figure.savefig(fresh, format="png", metadata={"Software": None})
 
 
 def _spread_values(
@@ -269,8 +261,8 @@ def hide_name(bag: Path, source: Path, name: str) -> None:
     """
     import h5py
 
-    fresh = bag.with_name(f".{name}.h5.tmp")
-    with h5py.File(bag, "r") as old, h5py.File(fresh, "w") as new:
+    hidden = replacing(bag.with_name(f"{name}.h5"))
+    with hidden as fresh, h5py.File(bag, "r") as old, h5py.File(fresh, "w") as new:
         for key in old:
             old.copy(key, new, without_attrs=True)
         # An attribute that is overwritten may stay readable in the file; these are written once.
@@ -280,7 +272,6 @@ def hide_name(bag: Path, source: Path, name: str) -> None:
                     names = {"name": name, "slide_file": name + source.suffix}
                     value = json.dumps(json.loads(value) | names)
                 new[key].attrs[attribute] = name if attribute == "name" else value
-    os.replace(fresh, bag.with_name(f"{name}.h5"))
     bag.unlink()
 
 
@@ -291,25 +282,12 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
         folder: Where.
         results: As `classify_slides` returns them.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = _summary_rows(results)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    columns = {name: pa.array([row.get(name) for row in rows]) for name in names}
-    fresh = folder / ".summary.parquet.tmp"
-    pq.write_table(pa.table(columns), fresh)
-    os.replace(fresh, folder / "summary.parquet")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(folder / "summary.csv", text.getvalue())
+    write_table(folder / "summary.parquet", {name: [row[name] for row in rows] for name in names})
+    write_csv(folder / "summary.csv", names, [[row[name] for name in names] for row in rows])
     write_text(folder / "README.md", render_summary(results))
-    write_text(
-        folder / "results.json",
-        json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-    )
+    write_json(folder / "results.json", results, ensure_ascii=False, allow_nan=False)
 
 
 def _summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

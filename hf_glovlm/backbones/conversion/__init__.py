@@ -4,15 +4,13 @@
 tokenizers, `moving.py` the mapping of tensors; this module reads files and writes the folder.
 """
 
-import os
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import GloVLMError, nearest
+from ...files import replacing
 from .kinds import CONVERTERS, DROPPED, recognise
 from .moving import Converted, Move
 from .vocabularies import find_tokenizer, join_merges, read_json
@@ -85,13 +83,9 @@ def convert_checkpoint(
     published = _read_published(file.parent)
     converted = convert_tensors(read_tensors(file), kind, published)
     tokenizer = find_tokenizer(converted, file.parent)
-    temporary = output.with_name(f".{output.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        _write(converted, tokenizer, output.name, temporary)
-        os.replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with replacing(output) as fresh:
+        fresh.mkdir()
+        _write(converted, tokenizer, output.name, fresh)
     return ConversionReport(
         kind=converted.kind,
         output_dir=output,

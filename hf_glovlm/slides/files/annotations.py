@@ -7,7 +7,6 @@ written again; only its class, its colour and its measurements change.
 import json
 import logging
 import math
-import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ...errors import GloVLMError
+from ...files import write_text
 
 __all__ = [
     "PALETTE",
@@ -179,11 +179,8 @@ def write_geojson(
         _feature(item, label, palette.get(label) if label else None, values)
         for item, label, values in zip(objects, new_labels, numbers, strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.tmp")
-    with fresh.open("w", encoding="utf-8") as stream:
-        json.dump({"type": "FeatureCollection", "features": features}, stream, ensure_ascii=False)
-    os.replace(fresh, path)
+    content = {"type": "FeatureCollection", "features": features}
+    write_text(path, json.dumps(content, ensure_ascii=False))
 
 
 def polygon_object(

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ...errors import GloVLMError
+from ...files import replacing
 
 __all__ = ["Bag", "BagWriter", "list_bags", "read_bag"]
 
@@ -156,8 +157,7 @@ class BagWriter:
             return self.path
         if self.rows == 0:
             raise GloVLMError(f"{self.path} would hold no tile: a bag needs at least one.")
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with _h5py().File(temporary, "w") as file:
+        with replacing(self.path) as fresh, _h5py().File(fresh, "w") as file:
             features = file.create_dataset("features", (self.rows, self.dim), np.float32)
             coords = file.create_dataset("coords", (self.rows, 2), np.int64)
             scores = (
@@ -176,7 +176,6 @@ class BagWriter:
             for name in _ON_COORDS:
                 if self.attributes.get(name) is not None:
                     coords.attrs[name] = self.attributes[name]
-        os.replace(temporary, self.path)
         self.part.unlink(missing_ok=True)
         self.is_complete = True
         return self.path

@@ -5,8 +5,6 @@ replaced. The result is an ImageFolder with `metadata.csv`, as `load_dataset` re
 """
 
 import csv
-import io
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,6 +18,7 @@ from PIL import Image, ImageColor
 
 from ...data.folder import open_image
 from ...errors import GloVLMError
+from ...files import replacing, write_csv
 from .annotations import SlideObject, overlap, read_geojson
 
 __all__ = ["CropSummary", "cut_crops", "parse_colours"]
@@ -387,10 +386,8 @@ def _cut(
     image = slide.read(x, y, side, side, downsample=downsample)
     folder = _file_part(str(item.label))
     name = f"{folder}/{_file_part(summary.slide)}_{number:04d}.png"
-    (output_dir / folder).mkdir(parents=True, exist_ok=True)
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    _write(output_dir / name, content.getvalue())
+    with replacing(output_dir / name) as fresh:
+        image.save(fresh, "PNG")
     return {
         "file_name": name,
         "label": item.label,
@@ -426,18 +423,8 @@ def _write_metadata(output_dir: Path, rows: list[dict[str, Any]]) -> None:
     if any(row.get("patient_id") for row in rows):
         header.insert(3, "patient_id")
     header += sorted(names - {*_COLUMNS})
-    text = io.StringIO()
-    writer = csv.DictWriter(text, header, restval="", extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    _write(output_dir / "metadata.csv", text.getvalue().encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_bytes(content)
-    os.replace(fresh, path)
+    cells = [[row.get(name, "") for name in header] for row in rows]
+    write_csv(output_dir / "metadata.csv", header, cells)
 
 
 def _file_part(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import GloVLMError
-from ...files import write_text
+from ...files import replacing, write_json
 from ..files.bags import Bag
 from .aggregators import Aggregator, build_aggregator
 
@@ -83,7 +82,6 @@ class SlideClassifier:
         """Write `config.json` and `model.safetensors`."""
         from safetensors.torch import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
         facts = {
             "aggregator": self.aggregator.name,
             "settings": asdict(self.aggregator.config),
@@ -92,9 +90,9 @@ class SlideClassifier:
             "encoder": self.encoder,
         }
         weights = {n: t.detach().cpu() for n, t in self.aggregator.state_dict().items()}
-        save_file(weights, folder / ".model.safetensors")
-        os.replace(folder / ".model.safetensors", folder / "model.safetensors")
-        write_text(folder / "config.json", json.dumps(facts, indent=1) + "\n")
+        with replacing(folder / "model.safetensors") as fresh:
+            save_file(weights, fresh)
+        write_json(folder / "config.json", facts)
 
     def _compare(self, bag: Bag) -> tuple[str, ...]:
         width = bag.features.shape[1]

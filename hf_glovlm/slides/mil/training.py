@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ...errors import GloVLMError
-from ...files import write_text
+from ...files import write_json, write_table, write_text
 from ...methods import Recipe
 from ...metrics import compute_metrics
 from ...rendering import (
@@ -137,7 +136,7 @@ def train_mil(
             rows = [{"training": k} | row for k, log in enumerate(logs) for row in log]
             write_text(work / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             write_text(work / "README.md", render_card(results))
-            write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
+            write_json(work / "results.json", results)
             put_in_place(work, output, OWN_FILES)
     accelerator.wait_for_everyone()
     return results
@@ -286,6 +285,8 @@ def _write_slides(
     results: dict[str, Any],
 ) -> None:
     """`predictions.parquet`, a row a tested slide, and each one's tiles in `attention/`."""
+    import pyarrow as pa
+
     split = results["data"]["split_hash"]
     rows: list[dict[str, Any]] = []
     for i in sorted(predictions):
@@ -313,20 +314,10 @@ def _write_slides(
         columns |= {
             f"score_{c}": prediction.tile_scores[:, j] for j, c in enumerate(cohort.classes)
         }
-        _write_table(work / "attention" / f"{cohort.names[i]}.parquet", columns)
-    _write_table(work / "predictions.parquet", {key: [row[key] for row in rows] for key in rows[0]})
-
-
-def _write_table(path: Path, columns: dict[str, Any]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    types = {"patient": pa.string()}  # which may hold nothing at all
-    arrays = {name: pa.array(values, types.get(name)) for name, values in columns.items()}
-    fresh = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.table(arrays), fresh)
-    os.replace(fresh, path)
+        write_table(work / "attention" / f"{cohort.names[i]}.parquet", columns)
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    columns["patient"] = pa.array(columns["patient"], pa.string())  # maybe nothing but None
+    write_table(work / "predictions.parquet", columns)
 
 
 def render_card(results: dict[str, Any]) -> str:
