@@ -23,16 +23,6 @@ from .terminology import (
     read_yaml,
 )
 
-__all__ = [
-    "CatalogEntry",
-    "ClassInfo",
-    "catalog_entries",
-    "catalog_entry",
-    "describe_source",
-    "load_classes",
-    "read_entry",
-]
-
 logger = logging.getLogger("hf_glovlm")
 _FOLDER = Path(__file__).with_name("catalog")
 _TEMPLATE = "A pathology image of {}"

@@ -11,8 +11,6 @@ from .splits import GROUP_COLUMNS, Groups, all_rows, assert_disjoint, group_rows
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-__all__ = ["DataReport", "check_dataset"]
-
 
 @dataclass
 class DataReport:

@@ -21,28 +21,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import GloVLMError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-
-__all__ = [
-    "CAPTION",
-    "FLOAT_COLUMNS",
-    "MANIFEST",
-    "MAX_PIXELS",
-    "SPLIT_ORDER",
-    "SUFFIXES",
-    "ImageValue",
-    "column",
-    "content_hash",
-    "dataset_fingerprint",
-    "in_threads",
-    "load_dataset",
-    "open_image",
-]
 
 MANIFEST = (
     "patient_id",
@@ -180,8 +167,8 @@ def _read_folder(root: Path) -> list[_Table]:
         if with_metadata != tops:
             without = sorted(set(tops) - set(with_metadata))
             raise GloVLMError(
-                f"{root}: the folders {_few(with_metadata)} have a metadata.csv but "
-                f"{_few(without)} not; write one for each, or a single {root / 'metadata.csv'}."
+                f"{root}: the folders {few(with_metadata)} have a metadata.csv but "
+                f"{few(without)} not; write one for each, or a single {root / 'metadata.csv'}."
             )
         return [_read_metadata(root, top, files, _SPLITS[top.lower()]) for top in tops]
     return [_read_class_folders(root, files, tops)]
@@ -225,7 +212,7 @@ def _read_class_folders(root: Path, files: list[str], tops: list[str]) -> _Table
         other = [top for top in tops if top.lower() not in _SPLITS]
         raise GloVLMError(
             f"{root} holds folders of a given split beside other folders with images "
-            f"({_few(other)}); expected train, test and validation folders only, or class folders "
+            f"({few(other)}); expected train, test and validation folders only, or class folders "
             "only: move the others away or write a metadata.csv."
         )
     if split and not two_deep:
@@ -283,7 +270,7 @@ def _read_metadata(root: Path, prefix: str, files: list[str], split: str | None)
     if missing:
         raise GloVLMError(
             f"{path}: {len(missing)} of {len(names)} rows name a file that is not there "
-            f"({_few(missing)}); add the files or delete the rows."
+            f"({few(missing)}); add the files or delete the rows."
         )
     without_row = len(known.difference(names))
     if without_row:
@@ -354,15 +341,11 @@ def _image_paths(root: Path, names: Iterable[str]) -> Any:
 
 
 def _image_array(values: Any) -> Any:
-    import pyarrow as pa
-
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     return pa.array(values, type=kind)
 
 
 def _read_parquet(path: Path) -> _Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from datasets import Features
 
     try:
@@ -495,9 +478,6 @@ def _read_table(
 
 def _image_column(values: Any, base: Path | None, origin: str) -> tuple[Any, list[str | None]]:
     """Image column as `{bytes, path}` with absolute paths, and the paths as written."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         contents, paths = [None] * len(values), values.to_pylist()
@@ -521,7 +501,7 @@ def _image_column(values: Any, base: Path | None, origin: str) -> tuple[Any, lis
     if missing:
         raise GloVLMError(
             f"{origin}: {len(missing)} of {len(values)} rows name a file that is not there "
-            f"({_few(missing)}); add the files or delete the rows."
+            f"({few(missing)}); add the files or delete the rows."
         )
     pairs = zip(contents, places, strict=True)
     return _image_array([{"bytes": content, "path": place} for content, place in pairs]), paths
@@ -560,7 +540,7 @@ def _assemble(tables: list[_Table]) -> "DatasetDict":
         if unlabelled:
             raise GloVLMError(
                 f"{origin}: {len(unlabelled)} of {len(table.labels)} rows have no label "
-                f"({_few(unlabelled)}); label them or delete the rows."
+                f"({few(unlabelled)}); label them or delete the rows."
             )
     _unique_file_names(tables)
     names = sorted({label for table in tables for label in table.labels if label is not None})
@@ -593,7 +573,7 @@ def _unique_file_names(tables: list[_Table]) -> None:
     twice = [name for name, n in counts.items() if n > 1]
     if twice:
         raise GloVLMError(
-            f"{tables[0].origin} names {len(twice)} files more than once ({_few(twice)}); keep one "
+            f"{tables[0].origin} names {len(twice)} files more than once ({few(twice)}); keep one "
             "row per file."
         )
 
@@ -630,7 +610,7 @@ def _clean_manifest(table: _Table, kept: list[str]) -> dict[str, list[Any]]:
         if name not in FLOAT_COLUMNS:
             clean[name] = values
             continue
-        numbers = [_micrometres(value) for value in values]
+        numbers = [positive(value) for value in values]
         for file_name, text, number in zip(table.file_names, values, numbers, strict=True):
             if text is not None and number is None:
                 raise GloVLMError(
@@ -641,10 +621,11 @@ def _clean_manifest(table: _Table, kept: list[str]) -> dict[str, list[Any]]:
     return clean
 
 
-def _micrometres(text: str | None) -> float | None:
+def positive(value: Any) -> float | None:
+    """Positive, finite number of a cell or tag; `None` for anything else."""
     try:
-        number = float(text or "")
-    except ValueError:
+        number = float(value)
+    except (TypeError, ValueError):
         return None
     return number if 0 < number < math.inf else None
 
@@ -658,7 +639,6 @@ def _cell(value: Any) -> str | None:
 
 
 def _dataset(table: _Table, extra: dict[str, list[Any]], mask: Any, names: list[str]) -> "Dataset":
-    import pyarrow as pa
     from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
     from datasets import Image as ImageFeature
     from datasets.table import InMemoryTable
@@ -685,7 +665,8 @@ def _dataset(table: _Table, extra: dict[str, list[Any]], mask: Any, names: list[
     return Dataset(InMemoryTable(arrow), info=info, fingerprint=uuid4().hex)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first three names, as an error lists them."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

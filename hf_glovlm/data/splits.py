@@ -24,22 +24,6 @@ from .folder import SPLIT_ORDER, ImageValue, column, in_threads, logger, open_im
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-__all__ = [
-    "GROUP_COLUMNS",
-    "Episode",
-    "Groups",
-    "ShotsFrom",
-    "all_rows",
-    "assert_disjoint",
-    "draw_episode",
-    "group_rows",
-    "load_episode",
-    "reserve_calibration",
-    "save_episodes",
-    "split_groups",
-    "split_hash",
-]
-
 ShotsFrom = Literal["spread", "random", "one_group"]
 Indices = NDArray[np.int64]
 

@@ -18,21 +18,6 @@ import yaml
 
 from ..errors import GloVLMError, nearest
 
-__all__ = [
-    "Term",
-    "Terminology",
-    "described_prompts",
-    "find_stain",
-    "find_term",
-    "from_mapping",
-    "match_key",
-    "prompts_for",
-    "read_terminology",
-    "read_yaml",
-    "terms",
-    "terms_of",
-]
-
 logger = logging.getLogger("hf_glovlm")
 _FILE = Path(__file__).with_name("terminology.yaml")
 T = TypeVar("T")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data.folder import ImageValue, open_image
 from ..errors import GloVLMError, nearest
 from ..inference import embed_prompts, evaluation_mode
+from ..inference.prediction import class_names
 from ..model.heads import CacheHead
 from ..model.towers import TowerPair
 from .attention import read_attention, roll_out, weigh_by_gradient
@@ -327,17 +328,12 @@ def nearest_support(model: Any, features: ArrayLike, *, k: int = 3) -> Neighbour
             f"Expected features [n, {keys.shape[1]}] of this model, found {tuple(rows.shape)}."
         )
     cosines, indices = (nn.functional.normalize(rows, dim=-1) @ keys.T).topk(min(k, len(keys)))
-    names, label = class_names(model), head.values.detach().cpu().argmax(1)
+    names, label = class_names(model.config), head.values.detach().cpu().argmax(1)
     labels = [[names[label[i]] for i in row] for row in indices.tolist()]
     return Neighbours(indices.numpy(), labels, cosines.numpy())
 
 
 # ------------------------------------------------------------------------------------- targets
-
-
-def class_names(model: Any) -> list[str]:
-    """Names of a classifier's classes in order."""
-    return [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
 
 
 def find_map(name: str) -> MapMethod:
@@ -372,7 +368,7 @@ def choose_target(
     Raises:
         GloVLMError: There is no such class; both are given; texts cannot be compared with images.
     """
-    names = class_names(model)
+    names = class_names(model.config)
     if text is not None:
         if target is not None:
             raise GloVLMError("Ask for a class or for a text, not for both.")

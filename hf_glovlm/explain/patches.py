@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ..inference.prediction import move_inputs
 from ..model.prompts import tower_blocks
 
 Floats = NDArray[np.float32]
@@ -86,11 +87,7 @@ def view_image(model: Any, processor: Any, image: Image.Image) -> tuple[View, di
     Returns:
         The view and the model's inputs, on its device.
     """
-    weight = next(model.parameters())
-    inputs = {
-        name: tensor.to(weight.device, weight.dtype if tensor.is_floating_point() else None)
-        for name, tensor in processor(images=[image], return_tensors="pt").items()
-    }
+    inputs = move_inputs(processor(images=[image], return_tensors="pt"), model)
     width, height = image.size
     if "spatial_shapes" in inputs:  # SigLIP 2 resizes to whole patches and crops nothing
         rows, columns = inputs["spatial_shapes"][0].tolist()

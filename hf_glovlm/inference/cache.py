@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import xxhash
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from ..errors import GloVLMError
 from ..files import replacing, write_text
@@ -105,8 +107,6 @@ class FeatureCache:
             features: Finite float32 `[n, width]`.
             name: Name of the encoder, for display.
         """
-        from safetensors.numpy import save_file
-
         keys = np.frombuffer(b"".join(images), np.uint8).reshape(len(images), 16)
         features = np.ascontiguousarray(features, np.float32)
         folder = self.folder / encoder
@@ -207,8 +207,6 @@ class FeatureCache:
 
 def _read_shard(shard: Path, requested: set[bytes]) -> list[tuple[bytes, NDArray[np.float32]]]:
     """Read the requested vectors of a shard; a damaged one is reported and removed."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(shard, framework="numpy") as file:
             keys = np.ascontiguousarray(file.get_tensor("keys"))
@@ -235,8 +233,6 @@ def _read_shard(shard: Path, requested: set[bytes]) -> list[tuple[bytes, NDArray
 
 
 def _count_rows(shard: Path) -> int:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(shard, framework="numpy") as file:
             return int(file.get_slice("keys").get_shape()[0])

@@ -12,17 +12,22 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..data.folder import column, load_dataset, open_image
 from ..data.terminology import match_key
 from ..errors import GloVLMError
 from ..files import write_csv, write_json, write_table, write_text
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["QUESTION", "CaptionSummary", "Captioner", "load_captioner", "write_captions"]
 
 QUESTION = "Can you provide a concise description of the histopathology image shown?"
 _NO_QUESTION = ("blip", "git", "vision-encoder-decoder")  # models that take no question
@@ -74,8 +79,6 @@ class Captioner:
         Returns:
             One text an image, its white space made single; it may be empty.
         """
-        import torch
-
         inputs = self._inputs(list(images)).to(self.model.device, self.model.dtype)
         with torch.inference_mode():
             # The settings that a checkpoint carries for sampling are taken off, else they warn.
@@ -110,7 +113,7 @@ def load_captioner(
     model: str | Path,
     *,
     question: str = QUESTION,
-    device: "str | torch.device | None" = None,
+    device: str | torch.device | None = None,
     revision: str | None = None,
 ) -> Captioner:
     """Load an image-to-text model of the kind that its config names.
@@ -125,16 +128,6 @@ def load_captioner(
         GloVLMError: No such model, no image-to-text model, or a chat model without a chat
             template.
     """
-    import torch
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForImageTextToText,
-        AutoProcessor,
-        AutoTokenizer,
-    )
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
     source, pinned = str(model), {"revision": revision}
     try:
         config = AutoConfig.from_pretrained(source, **pinned)
@@ -191,7 +184,7 @@ def write_captions(
     output: Path | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 256,
-    device: "str | torch.device | None" = None,
+    device: str | torch.device | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] | None = None,

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import xxhash
 from numpy.typing import NDArray
@@ -25,14 +27,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..model import GloVLMForImageClassification, GloVLMModel, GloVLMProcessor
-
-__all__ = [
-    "Predictions",
-    "embed_images",
-    "embed_prompts",
-    "predict",
-    "resolve_device",
-]
 
 SHARD_ROWS = 2048  # new features are stored at least this often, so an interruption loses little
 
@@ -180,7 +174,7 @@ def embed_prompts(
                 )
             )
             begin = end
-        return _array(torch.cat(prototypes))
+        return to_array(torch.cat(prototypes))
 
 
 class _Rows:
@@ -223,7 +217,7 @@ def _encode(
     advance: Callable[[int], None],
 ) -> NDArray[np.float32]:
     """Decode, preprocess and pool the selected rows: `[n, width]`."""
-    device, dtype = _device(model), model.dtype
+    device = _device(model)
     batches = [selected[i : i + batch_size] for i in range(0, len(selected), batch_size)]
     fits = batch_size
 
@@ -239,7 +233,7 @@ def _encode(
         n = len(inputs["pixel_values"])
         if n <= fits:
             try:
-                return _array(model.pool_images(**_moved(inputs, device, dtype)))
+                return to_array(model.pool_images(**move_inputs(inputs, model)))
             except RuntimeError as error:
                 if "out of memory" not in str(error):
                     raise
@@ -278,19 +272,28 @@ def _encode(
 def _project(model: "GloVLMModel", pooled: NDArray[np.float32]) -> NDArray[np.float32]:
     device, dtype = _device(model), model.dtype
     parts = [torch.from_numpy(pooled[i : i + 4096]) for i in range(0, max(len(pooled), 1), 4096)]
-    return np.concatenate([_array(model.project_images(part.to(device, dtype))) for part in parts])
+    return np.concatenate(
+        [to_array(model.project_images(part.to(device, dtype))) for part in parts]
+    )
 
 
-def _moved(
-    inputs: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def class_names(config: Any) -> list[str]:
+    """Names of a classifier's classes, in the order of its logits."""
+    return [str(config.id2label[k]) for k in range(len(config.id2label))]
+
+
+def move_inputs(inputs: Mapping[str, torch.Tensor], model: Any) -> dict[str, torch.Tensor]:
+    """Move a model's inputs to its device and dtype; whole numbers keep theirs."""
+    weight = next(model.parameters())
+    device, dtype = weight.device, weight.dtype
     return {
         name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
         for name, tensor in inputs.items()
     }
 
 
-def _array(tensor: torch.Tensor) -> NDArray[np.float32]:
+def to_array(tensor: torch.Tensor) -> NDArray[np.float32]:
+    """Copy a tensor to a float32 array."""
     array: NDArray[np.float32] = tensor.float().cpu().numpy()
     return array
 
@@ -376,8 +379,6 @@ class Predictions:
         `file_name`, `label` (null if unknown), `predicted`, `p_<class>` and `logit_<class>` for
         every class; `similarity_<class>` and `group` where known.
         """
-        import pyarrow as pa
-
         labels = [None] * len(self.file_names) if self.labels is None else self.labels.tolist()
         names = [None if k is None or k < 0 else self.class_names[k] for k in labels]
         columns: dict[str, Any] = {
@@ -400,9 +401,6 @@ class Predictions:
         Raises:
             GloVLMError: The file is missing, or no predictions of this package.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         try:
             table = pq.read_table(path)
             about = json.loads((table.schema.metadata or {})[_METADATA])
@@ -523,8 +521,7 @@ def predict(
         GloVLMError: A label is no class of the model; and what `embed_images` raises.
     """
     _move(model, device)
-    id2label: Any = model.config.id2label
-    names = [str(id2label[k]) for k in range(len(id2label))]
+    names = class_names(model.config)
     labels = _labels(images, names)
     features = embed_images(
         model.glovlm, processor, images, batch_size=batch_size, cache=cache, progress=progress
@@ -532,11 +529,11 @@ def predict(
     with exact_inference(model):
         tensor = torch.from_numpy(features).to(_device(model), model.dtype)
         head: Any = model.head
-        logits = _array(model.classify_features(tensor))
+        logits = to_array(model.classify_features(tensor))
         similarities = None
         if getattr(head, "cosine", False):
             unit = torch.nn.functional.normalize(tensor, dim=-1)
-            similarities = _array(unit @ head.weight.T)
+            similarities = to_array(unit @ head.weight.T)
     if not np.isfinite(logits).all():
         raise GloVLMError(
             "The head returned logits that are not finite: the model's training diverged; train it "

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from ..data.folder import column
+from ..data.folder import column, positive
 from ..errors import GloVLMError
 
 if TYPE_CHECKING:
@@ -129,15 +129,7 @@ def _read_metadata(folder: Path) -> dict[str, float | None]:
         return {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {str(row.get("file_name")): _micrometres(row.get("mpp")) for row in rows}
-
-
-def _micrometres(text: str | None) -> float | None:
-    try:
-        number = float(text or "")
-    except ValueError:
-        return None
-    return number if 0 < number < math.inf else None
+    return {str(row.get("file_name")): positive(row.get("mpp")) for row in rows}
 
 
 def _size(value: dict[str, Any]) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from ..calibration import ConformalThresholds, conformal_sets, describe_sets
 from ..data.terminology import find_term
 from ..errors import GloVLMError
 from ..model.heads import prototype_head
-from .prediction import Predictions, embed_prompts
+from .prediction import Predictions, class_names, embed_prompts
 from .scale import check_scale, describe_scale
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def describe_classes(config: Any) -> list[ClassDescription]:
     Args:
         config: Of the classifier.
     """
-    names = [str(config.id2label[k]) for k in range(len(config.id2label))]
+    names = class_names(config)
     prompts = config.prompts or [()] * len(names)
     return [
         ClassDescription(name, tuple(texts), _define(name))

@@ -15,20 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageColumn
 from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoModel, CLIPConfig, CLIPModel
 
+from ..backbones import load_backbone
+from ..backbones.conversion import join_merges
+from ..data import load_classes, load_dataset, open_image
 from ..errors import GloVLMError, nearest
-
-__all__ = [
-    "BENCHES",
-    "Shape",
-    "bench_cache",
-    "bench_context",
-    "bench_encode",
-    "bench_methods",
-    "bench_metrics",
-    "run_benches",
-]
+from ..inference import FeatureCache, embed_images
+from ..methods import METHODS, TowerMethod, get_method
+from ..methods.closed_form import TIP_ALPHAS, TIP_BETAS, search_tip_adapter
+from ..metrics import compute_metrics
+from ..model import GloVLMConfig, GloVLMModel
+from ..model.context import keep_count
+from ..training import AdaptConfig, adapt, adapt_features
+from ..training.losses import TowerStep
+from .phantoms import render_glomerulus, write_cohort
 
 Row = dict[str, Any]  # name, value, unit, ratio, what
 
@@ -56,8 +62,6 @@ def bench_metrics(
         Three rows; the `ratio` of a loop is its time over that of the bootstrap. The second loop
         shows what doing all resamples at once gains by itself.
     """
-    from ..metrics import compute_metrics
-
     rng = np.random.default_rng(seed)
     labels = rng.integers(n_classes, size=n)
     logits = rng.normal(size=(n, n_classes)) + np.eye(n_classes)[labels]
@@ -74,7 +78,7 @@ def bench_metrics(
     rows_of = [np.flatnonzero(groups == g) for g in np.unique(groups)]
     resamples = rng.integers(len(rows_of), size=(loop_resamples, len(rows_of)))
     what = f"{n_resamples} resamples of {n} predictions, {n_groups} groups, {n_classes} classes"
-    rows = [_row("metrics.bootstrap", seconds, "s", None, f"{what}: every metric, all intervals")]
+    rows = [as_row("metrics.bootstrap", seconds, "s", None, f"{what}: every metric, all intervals")]
     own = partial(compute_metrics, n_resamples=0)
     for name, point, by in (
         ("metrics.loop", plain_metrics, "scikit-learn"),
@@ -87,7 +91,7 @@ def bench_metrics(
             point(labels[sample], probabilities[sample])
         loop = (time.perf_counter() - start) / loop_resamples * n_resamples
         note = f"the same in a loop with {by}, extrapolated from {loop_resamples} resamples"
-        rows.append(_row(name, loop, "s", loop / seconds, f"{note}; ratio: times the bootstrap"))
+        rows.append(as_row(name, loop, "s", loop / seconds, f"{note}; ratio: times the bootstrap"))
     return rows
 
 
@@ -147,9 +151,6 @@ def bench_cache(
     Raises:
         GloVLMError: The features of the cache are not those that were computed.
     """
-    from ..backbones import load_backbone
-    from ..inference import FeatureCache, embed_images
-
     model, processor = load_backbone(backbone)
     with tempfile.TemporaryDirectory() as folder:
         images = _synthetic_images(Path(folder), n_patients, per_patient)
@@ -165,8 +166,8 @@ def bench_cache(
         )
     what = f"{len(images)} synthetic images, {model.config.backbone_name or backbone}"
     return [
-        _row("cache.cold", slow, "s", None, f"{what}: decoded, encoded and stored"),
-        _row("cache.warm", fast, "s", slow / fast, f"{what}: looked up; ratio: times faster"),
+        as_row("cache.cold", slow, "s", None, f"{what}: decoded, encoded and stored"),
+        as_row("cache.warm", fast, "s", slow / fast, f"{what}: looked up; ratio: times faster"),
     ]
 
 
@@ -214,9 +215,6 @@ def bench_encode(
         GloVLMError: Weights or features differ from those of the bare module, or the backbone is a
             pair, of which transformers has no bare module.
     """
-    from ..backbones import load_backbone
-    from ..data import open_image
-
     model, processor = load_backbone(backbone) if backbone else _random_clip(shape or Shape())
     if model.config.is_pair:
         raise GloVLMError(
@@ -242,8 +240,6 @@ def bench_encode(
 
 def _save_as_converted(model: Any, processor: Any, folder: Path, vocabulary: int | None) -> None:
     """Save a backbone as a converted checkpoint lies on disk, its tokenizer grown where asked."""
-    from ..backbones.conversion import join_merges
-
     model.backbone.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
@@ -253,22 +249,15 @@ def _save_as_converted(model: Any, processor: Any, folder: Path, vocabulary: int
 
 
 def _load_bare(folder: Path) -> Any:
-    import torch
-    from transformers import AutoModel
-
     return AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _load_ours(folder: Path) -> Any:
-    from ..backbones import load_backbone
-
     return load_backbone(str(folder))[0]
 
 
 def _bench_load(bare: Any, model: Any, folder: Path, what: str, repeats: int) -> list[Row]:
     """Loading the folder that both were loaded from, which must have given the same weights."""
-    import torch
-
     pairs = zip(bare.state_dict().values(), model.backbone.state_dict().values(), strict=True)
     different = sum(not torch.equal(one, other) for one, other in pairs)
     _same(0, different, 0, "the number of loaded tensors that differ")
@@ -276,8 +265,8 @@ def _bench_load(bare: Any, model: Any, folder: Path, what: str, repeats: int) ->
     plain, ours = _shortest_in_turn(ways, 3 * repeats)  # short, so more often
     note = f"{what}: load_backbone of it, with tokenizer, as converted; ratio: times the time"
     return [
-        _row("encode.load_bare", plain, "s", None, f"{what}: from_pretrained of a folder"),
-        _row("encode.load", ours, "s", ours / plain, note),
+        as_row("encode.load_bare", plain, "s", None, f"{what}: from_pretrained of a folder"),
+        as_row("encode.load", ours, "s", ours / plain, note),
     ]
 
 
@@ -285,7 +274,6 @@ def _bench_tower(
     bare: Any, model: Any, batches: Sequence[dict[str, Any]], what: str, repeats: int
 ) -> list[Row]:
     """Features of prepared images, from the bare module and through `GloVLMModel`."""
-    import torch
 
     def pool_bare() -> Any:
         with torch.inference_mode():
@@ -302,8 +290,8 @@ def _bench_tower(
     n = len(batches[0]["pixel_values"])
     note = f"{what}: through GloVLMModel; ratio: part of the bare tower's rate"
     return [
-        _row("encode.bare", n / plain, "images/s", None, f"{what}: bare tower, a batch of {n}"),
-        _row("encode.tensors", n / ours, "images/s", plain / ours, note),
+        as_row("encode.bare", n / plain, "images/s", None, f"{what}: bare tower, a batch of {n}"),
+        as_row("encode.tensors", n / ours, "images/s", plain / ours, note),
     ]
 
 
@@ -316,10 +304,6 @@ def _bench_files(
     repeats: int,
 ) -> list[Row]:
     """Features of images on disk, and of the batches that they become."""
-    import torch
-
-    from ..inference import embed_images
-
     batch_size = len(batches[0]["pixel_values"])
 
     def encode_tensors() -> Any:
@@ -335,19 +319,13 @@ def _bench_files(
     n, what = len(images), f"{what}, {torch.get_num_threads()} threads"
     note = f"{what}: from disk; ratio: part of the rate from tensors"
     return [
-        _row("encode.preprocessed", n / plain, "images/s", None, f"{what}: from tensors"),
-        _row("encode.files", n / ours, "images/s", plain / ours, note),
+        as_row("encode.preprocessed", n / plain, "images/s", None, f"{what}: from tensors"),
+        as_row("encode.files", n / ours, "images/s", plain / ours, note),
     ]
 
 
 def _jpegs(folder: Path, n: int, side: int) -> Any:
     """Rows of JPEG files with as much fine structure as tissue has, each of its own content."""
-    from datasets import Dataset, Features
-    from datasets import Image as ImageColumn
-    from PIL import Image
-
-    from .phantoms import render_glomerulus
-
     folder.mkdir()
     rng = np.random.default_rng(0)
     picture = render_glomerulus("viable", seed=0).image.resize((side, side))
@@ -413,12 +391,6 @@ def bench_methods(
 
 def _random_clip(shape: Shape) -> tuple[Any, Any]:
     """A CLIP of random weights with the tokenizer of `mini`, and its processor."""
-    import torch
-    from transformers import CLIPConfig, CLIPModel
-
-    from ..backbones import load_backbone
-    from ..model import GloVLMConfig, GloVLMModel
-
     mini, processor = load_backbone("mini")
     known = mini.config.backbone_config.text_config
     torch.manual_seed(0)
@@ -455,8 +427,6 @@ def _random_clip(shape: Shape) -> tuple[Any, Any]:
 
 
 def _class_words(n_classes: int) -> list[Any]:
-    from ..data import load_classes
-
     words = ["viable", "ischemic", "sclerotic", "segmental", "atubular", "crescent", "nodular"]
     return load_classes(
         [words[k % len(words)] + f" {k}" * (k >= len(words)) for k in range(n_classes)]
@@ -465,11 +435,6 @@ def _class_words(n_classes: int) -> list[Any]:
 
 def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     """A step of prompt tuning at the length of the longest prompt, and at the full context."""
-    import torch
-
-    from ..methods import TowerMethod, get_method
-    from ..training.losses import TowerStep
-
     rows = []
     for tokens in (16, 4):
         model, processor = _random_clip(shape)
@@ -491,34 +456,24 @@ def _bench_text_cut(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
             return loss.item()
 
         short, cut = once(), _shortest(once, repeats)
-        missing = shape.context - step.text["input_ids"].shape[1]
         length = step.text["input_ids"].shape[1]
+        missing = shape.context - length
         pad = {"input_ids": processor.tokenizer.pad_token_id or 0, "attention_mask": 0}
         for name, value in pad.items():
             step.text[name] = torch.nn.functional.pad(step.text[name], (0, missing), value=value)
         long, full = once(), _shortest(once, repeats)
         _same(short, long, 1e-5, "prompt tuning with cut text")
         what = f"a step of prompt_tuning, {tokens} context tokens, {n_classes} classes"
+        note = f"{what}: {length} long; ratio: times faster"
         rows += [
-            _row(f"methods.text_full_{tokens}", full, "s", None, f"{what}: {shape.context} long"),
-            _row(
-                f"methods.text_cut_{tokens}",
-                cut,
-                "s",
-                full / cut,
-                f"{what}: {length} long; ratio: times faster",
-            ),
+            as_row(f"methods.text_full_{tokens}", full, "s", None, f"{what}: {shape.context} long"),
+            as_row(f"methods.text_cut_{tokens}", cut, "s", full / cut, note),
         ]
     return rows
 
 
 def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
     """Class texts of a text tower that does not change, encoded once or at every step."""
-    import torch
-
-    from ..methods import TowerMethod, get_method
-    from ..training.losses import TowerStep
-
     model, processor = _random_clip(shape)
     model.requires_grad_(False).backbone.visual_projection.requires_grad_(True)
     method = get_method("vanilla")
@@ -541,22 +496,15 @@ def _bench_frozen_text(shape: Shape, n_classes: int, repeats: int) -> list[Row]:
         seconds.append(_shortest(once, repeats))
     _same(losses[0], losses[1], 1e-5, "text that is encoded once")
     what = f"a step on frozen towers, {n_classes} classes"
+    note = f"{what}: texts once before; ratio: times faster"
     return [
-        _row("methods.text_each_step", seconds[0], "s", None, f"{what}: texts at every step"),
-        _row(
-            "methods.text_once",
-            seconds[1],
-            "s",
-            seconds[0] / seconds[1],
-            f"{what}: texts once before; ratio: times faster",
-        ),
+        as_row("methods.text_each_step", seconds[0], "s", None, f"{what}: texts at every step"),
+        as_row("methods.text_once", seconds[1], "s", seconds[0] / seconds[1], note),
     ]
 
 
 def _bench_replay(shape: Shape, images_per_class: int) -> list[Row]:
     """An epoch of `vanilla` whose frozen blocks run once, and of the plain loop."""
-    from ..training import AdaptConfig, adapt
-
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         support = _synthetic_images(Path(folder), images_per_class, 5)
@@ -581,18 +529,14 @@ def _bench_replay(shape: Shape, images_per_class: int) -> list[Row]:
             name = f"methods.epoch_{vision}_{text}"
             played_as = f"{what}: frozen blocks run once; ratio: times faster"
             rows += [
-                _row(f"{name}_plain", seconds[0], "s", None, f"{what}: plain loop"),
-                _row(f"{name}_once", seconds[1], "s", seconds[0] / seconds[1], played_as),
+                as_row(f"{name}_plain", seconds[0], "s", None, f"{what}: plain loop"),
+                as_row(f"{name}_once", seconds[1], "s", seconds[0] / seconds[1], played_as),
             ]
     return rows
 
 
 def _bench_search(n_classes: int, shots: int, dim: int, rows: int, loop_pairs: int) -> list[Row]:
     """Tip-Adapter's search over 200 betas and 20 alphas, and the double loop that it replaces."""
-    import torch
-
-    from ..methods.closed_form import TIP_ALPHAS, TIP_BETAS, search_tip_adapter
-
     features, labels, keys, owners, texts = _clusters(n_classes, shots, dim, rows)
     values = torch.nn.functional.one_hot(owners, n_classes).float()
     zero_shot, affinity = 100 * features @ texts.T, features @ keys.T
@@ -615,16 +559,13 @@ def _bench_search(n_classes: int, shots: int, dim: int, rows: int, loop_pairs: i
     loop = (time.perf_counter() - start) / loop_pairs * len(pairs)
     what = f"{len(pairs)} pairs of beta and alpha, {rows} rows, {len(keys)} keys"
     return [
-        _row("methods.search_loop", loop, "s", None, f"{what}: double loop, extrapolated"),
-        _row("methods.search", ours, "s", loop / ours, f"{what}: at once; ratio: times faster"),
+        as_row("methods.search_loop", loop, "s", None, f"{what}: double loop, extrapolated"),
+        as_row("methods.search", ours, "s", loop / ours, f"{what}: at once; ratio: times faster"),
     ]
 
 
 def _bench_training_free(n_classes: int, shots: int, dim: int, repeats: int) -> list[Row]:
     """Every training-free method on bare features."""
-    from ..methods import METHODS
-    from ..training import adapt_features
-
     query, _, features, labels, texts = _clusters(n_classes, shots, dim, 500)
     rows = []
     for name, method in METHODS.items():
@@ -634,14 +575,12 @@ def _bench_training_free(n_classes: int, shots: int, dim: int, repeats: int) -> 
         fit = partial(adapt_features, name, features, labels, texts, **given)
         what = f"{n_classes} classes x {shots} shots x {dim} dimensions"
         what += ", 500 queries" if method.transductive else ""
-        rows.append(_row(f"methods.{name}", _shortest(fit, repeats), "s", None, what))
+        rows.append(as_row(f"methods.{name}", _shortest(fit, repeats), "s", None, what))
     return rows
 
 
 def _clusters(n_classes: int, shots: int, dim: int, rows: int) -> tuple[Any, ...]:
     """Random features around class texts: rows, their labels, support, its labels, texts."""
-    import torch
-
     draw = torch.Generator().manual_seed(0)
     unit = torch.nn.functional.normalize
     texts = unit(torch.randn(n_classes, dim, generator=draw), dim=-1)
@@ -680,8 +619,6 @@ def bench_context(
     Raises:
         GloVLMError: With all patches, features differ from those of the plain tower.
     """
-    import torch
-
     shape = shape or Shape(text=(64, 1))
     width, depth = shape.vision
     layers = sorted({depth * k // 4 for k in (1, 2, 3)})
@@ -703,24 +640,18 @@ def bench_context(
     work = [_block_operations(shape, layers, keep) for keep in keeps]
     what = f"vision tower {width} wide, {depth} blocks, a batch of {batch_size}"
     what += f", {torch.get_num_threads()} threads"
-    return [
-        _row(
-            f"context.keep_{keep}",
-            batch_size / taken,
-            "images/s",
-            seconds[0] / taken,
-            f"{what}: a share of {keep} of the patches goes on behind blocks "
-            f"{', '.join(map(str, layers))}; ratio: times the rate with all patches, and the "
-            f"operations promise {work[0] / each:.3g}",
-        )
-        for keep, taken, each in zip(keeps, seconds, work, strict=True)
-    ]
+    rows = []
+    for keep, taken, each in zip(keeps, seconds, work, strict=True):
+        note = f"{what}: a share of {keep} of the patches goes on behind blocks "
+        note += f"{', '.join(map(str, layers))}; ratio: times the rate with all patches, and the "
+        note += f"operations promise {work[0] / each:.3g}"
+        rate, ratio = batch_size / taken, seconds[0] / taken
+        rows.append(as_row(f"context.keep_{keep}", rate, "images/s", ratio, note))
+    return rows
 
 
 def _block_operations(shape: Shape, layers: Sequence[int], keep: float) -> float:
     """Multiplications of the patch embedding and all blocks, for one image."""
-    from ..model.context import keep_count
-
     width, depth = shape.vision
     patches = (shape.image_size // shape.patch) ** 2
     total = float(patches * 3 * shape.patch**2 * width)
@@ -774,9 +705,6 @@ def run_benches(names: Sequence[str] = (), *, backbone: str | None = None) -> li
 
 def _synthetic_images(folder: Path, n_patients: int, per_patient: int) -> Any:
     """Rows of a small synthetic cohort on disk."""
-    from ..data import load_dataset
-    from .phantoms import write_cohort
-
     cohort = write_cohort(folder / "cohort", n_patients, per_patient, seed=0)
     return load_dataset(cohort)["all"]
 
@@ -797,7 +725,7 @@ def _shortest_in_turn(works: Sequence[Callable[[], object]], repeats: int) -> li
     return [min(seconds) for seconds in zip(*rounds, strict=True)]
 
 
-def _row(name: str, value: float, unit: str, ratio: float | None, what: str) -> Row:
+def as_row(name: str, value: float, unit: str, ratio: float | None, what: str) -> Row:
     """A row, with as many digits as a timing is worth."""
     value, ratio = float(f"{value:.3g}"), ratio and float(f"{ratio:.3g}")
     return {"name": name, "value": value, "unit": unit, "ratio": ratio, "what": what}

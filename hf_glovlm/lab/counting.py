@@ -11,14 +11,19 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value
 from numpy.typing import ArrayLike, NDArray
 
+from ..backbones import load_backbone
 from ..calibration import estimate_prior
+from ..calibration.inputs import softmax
+from ..data import all_rows, group_rows, load_dataset
+from ..data.folder import column
 from ..data.splits import Groups, ShotsFrom, draw_episode
 from ..errors import GloVLMError, nearest
+from ..inference import FeatureCache, embed_images
 from ..slides.counting import PRIOR_COUNT, adjust_fractions, confusion_counts, is_informative
-
-__all__ = ["CORRECTIONS", "bench_counting", "bench_rows", "leave_slides_out"]
+from ..training import adapt_features
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -196,8 +201,6 @@ def _draw_support(
     shots_from: ShotsFrom = "spread",
 ) -> Ints:
     """Support rows, drawn from the other slides as for any episode."""
-    from datasets import ClassLabel, Dataset, Features, Value
-
     text = Value("string")
     columns = {
         "file_name": [str(row) for row in range(len(labels))],
@@ -220,9 +223,6 @@ def _fitting(
     objects: _Objects, method: str, settings: Mapping[str, Any] | None, seed: int
 ) -> Callable[[Ints], Predict]:
     """Function that fits a method on some rows and returns a classifier of others."""
-    from ..calibration.inputs import softmax
-    from ..training import adapt_features
-
     features, labels = objects.features, objects.labels
 
     def fit(support: Ints) -> Predict:
@@ -366,11 +366,6 @@ def bench_counting(
         over slides: the error and the bias of each estimate, and how often a slide without the
         class reads 10% or more. The `ratio` of an error is its part of counting's.
     """
-    from ..backbones import load_backbone
-    from ..data import all_rows, group_rows, load_dataset
-    from ..data.folder import column
-    from ..inference import FeatureCache, embed_images
-
     rows = all_rows(load_dataset(data))
     groups = group_rows(rows, group_column=group_column)
     model, processor = load_backbone(backbone)

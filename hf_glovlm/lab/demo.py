@@ -5,8 +5,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from transformers import AutoModelForImageClassification, AutoProcessor
+
+from ..data import open_image
 from ..errors import GloVLMError
+from ..inference import Predictions
+from ..model import GloVLMForImageClassification
 from ..runs import RunResult, TrainConfig, run
+from .phantoms import write_cohort
 
 DEMO_METHODS = ("zero_shot", "linear_probe", "lora")
 
@@ -34,8 +42,6 @@ def run_demo(
     Raises:
         GloVLMError: The folder is in use, or the reloaded model differs from the saved one.
     """
-    from .phantoms import write_cohort
-
     notify = on_event or (lambda kind, what: None)
     folder = Path(output_dir).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -78,14 +84,6 @@ def check_reload(run_folder: Path, data: Path) -> float:
     Returns:
         Largest absolute difference of the logits of up to 32 test images.
     """
-    import numpy as np
-    import torch
-    from transformers import AutoModelForImageClassification, AutoProcessor
-
-    from ..data import open_image
-    from ..inference import Predictions
-    from ..model import GloVLMForImageClassification  # registers it with the Auto classes
-
     stored = Predictions.load(run_folder / "predictions.parquet")
     model = AutoModelForImageClassification.from_pretrained(run_folder / "model").eval()
     assert isinstance(model, GloVLMForImageClassification)  # our class, not remote code
@@ -101,11 +99,7 @@ def draw_figure(folder: Path, data: Path, runs: Mapping[str, Mapping[str, Any]])
     import matplotlib
 
     matplotlib.use("Agg")
-    import numpy as np
     from matplotlib import pyplot
-
-    from ..data import open_image
-    from ..inference import Predictions
 
     method, results = list(runs.items())[-1]
     stored = Predictions.load(folder / method / "predictions.parquet")

@@ -29,17 +29,6 @@ from .drawn_captions import write_caption
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = [
-    "CLASSES",
-    "STAINS",
-    "Patient",
-    "SyntheticImage",
-    "draw_patient",
-    "render_cohort",
-    "render_glomerulus",
-    "write_cohort",
-]
-
 CLASSES = ("viable", "ischemic", "segmental_sclerosis", "global_sclerosis", "atubular")
 STAINS = ("PAS", "H&E", "silver", "trichrome")
 

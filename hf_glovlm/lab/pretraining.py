@@ -7,20 +7,29 @@ It has never seen a patient, and no number made with it says anything about one.
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..data import catalog_entries, catalog_entry
 from ..errors import GloVLMError
 from ..files import write_json, write_text
 from ..methods import Recipe
 from ..publish.card import render_backbone_card
 from ..training.loop import fit, gather, seed_everything
 from ..training.losses import infonce
+from .phantoms import CLASSES, render_cohort
 
 
 @dataclass(frozen=True)
@@ -174,9 +183,6 @@ def render_pairs(
     Returns:
         Pixels `[n, 3, size, size]` uint8 and the captions.
     """
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
     chunk = 50
     jobs = [
         (min(chunk, patients - first), per_patient, _cohort_seed(seed, first), size)
@@ -197,10 +203,6 @@ def _cohort_seed(seed: int, first: int) -> int:
 
 
 def _render_part(job: tuple[int, int, int, int]) -> tuple[np.ndarray[Any, Any], list[str]]:
-    from threadpoolctl import threadpool_limits
-
-    from .phantoms import render_cohort
-
     patients, per_patient, seed, size = job
     with threadpool_limits(1):  # small products: more threads would only wait for each other
         images = render_cohort(patients, per_patient, seed=seed, size=size)
@@ -212,12 +214,6 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int = 1536) -> Any:
 
     Any text can be tokenised; the vocabulary keeps rare rows for prompt tuning.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    from ..data import catalog_entries
-
     texts = [*captions, *(t for e in catalog_entries() for c in e.classes for t in c.prompts)]
     start, end, pad = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
     bpe = Tokenizer(models.BPE())
@@ -242,8 +238,6 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int = 1536) -> Any:
 
 def build_clip(tokenizer: Any, image_size: int, patch_size: int) -> Any:
     """Build an untrained CLIP small enough to ship: about 2 million parameters."""
-    from transformers import CLIPConfig, CLIPModel
-
     tower = {"hidden_act": "gelu", "attention_dropout": 0.0}
     vision = {
         **tower,
@@ -271,8 +265,6 @@ def build_clip(tokenizer: Any, image_size: int, patch_size: int) -> Any:
 
 def image_processor(size: int) -> Any:
     """CLIP's image transform at another size."""
-    from transformers import CLIPImageProcessor
-
     return CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
@@ -330,8 +322,6 @@ class SyntheticImageSource:
 
 def normalize(pixels: Tensor) -> Tensor:
     """Map uint8 pixels `[n, 3, h, w]` to CLIP's mean 0 and deviation 1."""
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
     mean = torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)
     std = torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
     return (pixels.float() / 255 - mean) / std
@@ -341,9 +331,6 @@ def zero_shot_accuracy(
     model: Any, tokenizer: Any, config: PretrainConfig, patients: int, per_patient: int
 ) -> float:
     """Zero-shot accuracy on unseen synthetic patients, one prompt a class."""
-    from ..data import catalog_entry
-    from .phantoms import CLASSES, render_cohort
-
     prompts = {c.name: c.prompts[0] for c in catalog_entry("synthetic_glomeruli").classes}
     cohort = render_cohort(
         patients,

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..errors import GloVLMError
+from ..inference import embed_prompts
+from ..model import GloVLMForImageClassification
+from ..model.heads import ClassWeights
+from ..slides.encoding import encode_slide, load_encoder
+from .bench import Row, as_row
 
-__all__ = ["bench_slide", "write_slide"]
-
-Row = dict[str, Any]  # name, value, unit, ratio, what
 Box = tuple[int, int, int, int]  # x, y, width, height at level 0
 
 GLASS = (244, 244, 242)
@@ -167,9 +170,9 @@ def bench_slide(
         what = f"synthetic slide of {edge:,} px, {one['tiles']} tiles of {tile_size} px, {backbone}"
         ratio = None if name else whole["peak"] / quarter["peak"]
         note = "" if name else "; ratio: to the peak after a slide of a quarter of the area"
-        rows.append(_row(f"slide.memory{name}", one["peak"] / 2**20, "MiB", ratio, what + note))
+        rows.append(as_row(f"slide.memory{name}", one["peak"] / 2**20, "MiB", ratio, what + note))
         rate = one["tiles"] / one["seconds"]
-        rows.append(_row(f"slide.rate{name}", rate, "tiles/s", None, f"{what}: read and encoded"))
+        rows.append(as_row(f"slide.rate{name}", rate, "tiles/s", None, f"{what}: read and encoded"))
     return rows
 
 
@@ -181,12 +184,6 @@ print(json.dumps(measure(slides, backbone, int(tile_size), int(batch_size))))
 """
 
 
-def _row(name: str, value: float, unit: str, ratio: float | None, what: str) -> Row:
-    """A row as `hf_glovlm.lab.bench` prints it."""
-    value, ratio = float(f"{value:.3g}"), ratio and float(f"{ratio:.3g}")
-    return {"name": name, "value": value, "unit": unit, "ratio": ratio, "what": what}
-
-
 def measure(
     slides: Sequence[str], backbone: str, tile_size: int, batch_size: int
 ) -> list[dict[str, Any]]:
@@ -195,13 +192,6 @@ def measure(
     Returns:
         Of each, `tiles`, `seconds` and `peak`: bytes of memory at most, from the start until then.
     """
-    import torch
-
-    from ..inference import embed_prompts
-    from ..model import GloVLMForImageClassification
-    from ..model.heads import ClassWeights
-    from ..slides.encoding import encode_slide, load_encoder
-
     towers, processor = load_encoder(backbone)
     texts = embed_prompts(towers, processor, [["normal tissue"], ["a dark lesion"]])
     head = ClassWeights(texts.shape[1], len(texts), cosine=True)

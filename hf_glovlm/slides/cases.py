@@ -12,8 +12,6 @@ from .counting import count_classes
 from .files.wsi import slide_name
 from .objects import read_objects
 
-__all__ = ["count_cases", "read_cases"]
-
 
 def read_cases(path: Path, slides: Iterable[str]) -> dict[str, str | None]:
     """Read the case of each slide from a CSV file.

@@ -6,8 +6,6 @@ from typing import Any
 
 from ..errors import GloVLMError, nearest
 
-__all__ = ["SlideConfig"]
-
 
 @dataclass
 class SlideConfig:

@@ -12,20 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
+from scipy.stats import binomtest
 
 from ..errors import GloVLMError
-
-__all__ = [
-    "NOT_A_SCORE",
-    "SAMPLING",
-    "adjust_fractions",
-    "confusion_counts",
-    "corrected_percentages",
-    "count_classes",
-    "is_informative",
-    "rogan_gladen",
-    "wilson_interval",
-]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -63,8 +53,6 @@ def wilson_interval(count: int, n: int) -> tuple[float, float]:
         raise GloVLMError(f"Expected a count in 0 ... {n}, found {count}.")
     if n == 0:
         return 0.0, 1.0
-    from scipy.stats import binomtest
-
     low, high = binomtest(count, n).proportion_ci(method="wilson")
     return float(low), float(high)
 
@@ -259,8 +247,6 @@ def adjust_fractions(apparent: ArrayLike, confusion: ArrayLike) -> Floats:
 
 
 def _least_squares(apparent: Floats, rates: Floats) -> Floats:
-    from scipy.optimize import nnls
-
     n_classes = len(apparent)
     residual = rates.T - apparent[:, None]
     stacked = np.vstack([residual, np.ones(n_classes)])

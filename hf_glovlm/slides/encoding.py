@@ -15,20 +15,20 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+import xxhash
 
+from ..backbones import load_backbone
 from ..errors import GloVLMError
+from ..inference import encoder_key, exact_inference, load_classifier, resolve_device
+from ..inference.prediction import class_names, move_inputs, to_array
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 from .files.bags import BagWriter
 from .files.tiles import TileGrid, find_tissue, lay_tiles
 from .files.wsi import Slide, open_slide, slide_name
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Encoded", "Outcome", "encode_slide", "encode_slides", "load_encoder"]
 
 Progress = Callable[[int, int], object]  # tiles done, tiles in all
 
@@ -80,7 +80,7 @@ def encode_slide(
     batch_size: int = 32,
     slide_mpp: float | None = None,
     allow_scale: bool = False,
-    device: "str | torch.device | None" = None,
+    device: str | torch.device | None = None,
     classify: bool = True,
     on_progress: Progress | None = None,
 ) -> Encoded:
@@ -114,14 +114,12 @@ def encode_slide(
         GloVLMError: The slide cannot be read or shows no tissue, its scale does not go with the
             model's, what lies at `output_path` has other settings, or features are not finite.
     """
-    from ..inference import exact_inference, resolve_device
-
     if batch_size < 1:
         raise GloVLMError(f"Expected a batch size of at least 1, found {batch_size}.")
     if device is not None:
         model.to(resolve_device(device))
     backbone = getattr(model, "glovlm", model)
-    classes = _class_names(model) if classify and hasattr(model, "classify_features") else []
+    classes = class_names(model.config) if classify and hasattr(model, "classify_features") else []
     with open_slide(Path(slide_path), mpp=slide_mpp) as slide:
         side = tile_size or input_side(processor.image_processor)
         tile_mpp = _choose_tile_mpp(model, processor, slide, side, mpp)
@@ -238,9 +236,6 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     Raises:
         GloVLMError: There is none of that name.
     """
-    from ..backbones import load_backbone
-    from ..inference import load_classifier
-
     folder = Path(name).expanduser()
     for config in (folder / "config.json", folder / "model" / "config.json"):
         if config.is_file() and "GloVLMForImageClassification" in config.read_text("utf-8"):
@@ -343,11 +338,6 @@ def _describe(
 
 def encoder_fingerprint(model: Any, processor: Any) -> str:
     """Hash of the encoder: transform, towers, projection and head."""
-    import torch
-    import xxhash
-
-    from ..inference import encoder_key
-
     backbone = getattr(model, "glovlm", model)
     config = model.config
     digest = xxhash.xxh3_128(encoder_key(backbone, processor).encode())
@@ -407,26 +397,18 @@ def _batches(
 
 def _encode(model: Any, backbone: Any, inputs: dict[str, Any], classify: bool) -> tuple[Any, Any]:
     """Features `[n, dim]` and logits `[n, classes]` (or `None`) of one batch, as arrays."""
-    like = next(model.parameters())
-    moved = {
-        name: tensor.to(like.device, like.dtype if tensor.is_floating_point() else None)
-        for name, tensor in inputs.items()
-    }
     try:
-        features = backbone.get_image_features(**moved).pooler_output
+        features = backbone.get_image_features(**move_inputs(inputs, model)).pooler_output
         logits = model.classify_features(features) if classify else None
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise
+        device = next(model.parameters()).device
         raise GloVLMError(
             f"{len(inputs['pixel_values'])} tiles at a time do not fit into the memory of device "
-            f"'{like.device}': lower --batch-size; the run goes on where it stopped."
+            f"'{device}': lower --batch-size; the run goes on where it stopped."
         ) from None
-    return features.float().cpu().numpy(), None if logits is None else logits.float().cpu().numpy()
-
-
-def _class_names(model: Any) -> list[str]:
-    return [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
+    return to_array(features), None if logits is None else to_array(logits)
 
 
 # ----------------------------------------------------------------------------------- processes
@@ -464,8 +446,6 @@ def _attempt(encoder: tuple[Any, Any], slide: Path, bag: Path, settings: dict[st
 
 def _work(model: str, threads: int, job: _Job) -> Outcome:
     """Worker process: encode one slide; the model is loaded with the first."""
-    import torch
-
     try:
         if not _ENCODER:
             torch.set_num_threads(threads)
@@ -481,8 +461,6 @@ def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Ou
     Each thread owns one process, so that a process which is killed takes along the one slide that
     it was at; a pool of many would lose them all.
     """
-    import torch
-
     spawn = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     mine = threading.local()

@@ -8,6 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -16,14 +18,13 @@ from ..files import write_table
 from ..inference import predict
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 from .files.annotations import SlideObject, overlap, write_geojson
+from .files.crops import crop_square
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..model import GloVLMForImageClassification, GloVLMProcessor
     from .files.wsi import Slide
-
-__all__ = ["ClassifiedObjects", "classify_objects", "read_objects"]
 
 SAME = 0.5  # intersection over union above which two outlines are one glomerulus
 MAX_SIDE = 2048  # a larger crop is shrunk to this, as those of a training set are
@@ -68,8 +69,6 @@ class ClassifiedObjects:
         `id`, `glomerulus`, `x`, `y`, `side` (the crop, at level 0), `counted`, `repeats`, `label`
         and `p_<class>` for every class.
         """
-        import pyarrow as pa
-
         columns: dict[str, Any] = {
             "id": pa.array([item.id for item in self.objects], pa.string()),
             "glomerulus": pa.array(list(self.glomeruli), pa.string()),
@@ -103,8 +102,6 @@ def read_objects(path: Path, slide: str) -> tuple[NDArray[np.float64], list[str]
         Probabilities `[n, K]` of the objects that count, and which glomerulus each one is: the
         same on several slides only where the file of the objects names it.
     """
-    import pyarrow.parquet as pq
-
     table = pq.read_table(path)
     counted = np.flatnonzero(table["counted"].to_numpy())
     columns = [name for name in table.column_names if name.startswith("p_")]
@@ -203,8 +200,7 @@ def _crop_box(item: SlideObject, size: tuple[int, int], margin: float) -> tuple[
             f"The object {item.id} lies outside the slide ({size[0]} x {size[1]} pixels): are "
             "these the annotations of another slide?"
         )
-    side = max(round(margin * max(x1 - x0, y1 - y0)), 1)
-    return round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side
+    return crop_square(item.bounds, margin)
 
 
 def _find_repeats(objects: Sequence[SlideObject]) -> NDArray[np.int64]:

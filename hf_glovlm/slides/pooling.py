@@ -11,19 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.spatial import cKDTree
 
 from ..errors import GloVLMError
-
-__all__ = [
-    "NEIGHBOURS",
-    "TOP_J",
-    "SlideScore",
-    "pool_scores",
-    "pool_slide",
-    "pool_ways",
-    "score_tiles",
-    "smooth_scores",
-]
 
 Floats = NDArray[np.float64]
 Kind = Literal["cosine", "logit", "probability"]
@@ -101,8 +91,6 @@ def smooth_scores(scores: ArrayLike, coords: ArrayLike, k: int = NEIGHBOURS) -> 
     Raises:
         GloVLMError: The lengths differ, or k is below 1.
     """
-    from scipy.spatial import cKDTree
-
     values = _checked(scores)
     places = np.asarray(coords, np.float64)
     if places.shape != (len(values), 2) or k < 1:

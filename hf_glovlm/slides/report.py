@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -20,17 +21,6 @@ from ..files import replacing, write_csv, write_json, write_table, write_text
 from ..rendering import number, render
 from .counting import NOT_A_SCORE
 from .files.annotations import box_object, write_geojson
-
-__all__ = [
-    "RESEARCH_USE",
-    "clean_text",
-    "draw_heatmap",
-    "hide_name",
-    "render_summary",
-    "write_results",
-    "write_tile_geojson",
-    "write_tiles",
-]
 
 RESEARCH_USE = "Research use only, not for diagnosis."
 HEATMAP_SIDE = 1200  # pixels of the longer side of the overview under a heat map
@@ -61,8 +51,6 @@ def write_tiles(
         columns: Numbers `[n]` by name, such as `p_<class>`.
         labels: Class of each tile.
     """
-    import pyarrow as pa
-
     places = np.asarray(coords, np.int64)
     table: dict[str, Any] = {
         "x": places[:, 0],

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor
+
 from ...errors import GloVLMError, nearest
 from ...files import replacing
+from ...model import GloVLMProcessor
 from .kinds import CONVERTERS, DROPPED, recognise
 from .moving import Converted, Move
 from .vocabularies import find_tokenizer, join_merges, read_json
@@ -130,9 +135,6 @@ def read_tensors(file: Path) -> dict[str, Any]:
     Raises:
         GloVLMError: It holds something else, or is damaged.
     """
-    import torch
-    from safetensors.torch import load_file
-
     try:
         if file.suffix == ".safetensors":
             content: Any = load_file(file)
@@ -190,10 +192,6 @@ def _read_published(folder: Path) -> dict[str, Any]:
 
 def _write(converted: Converted, tokenizer: Any, name: str, folder: Path) -> None:
     """Write a converted checkpoint as `from_pretrained` reads it."""
-    from transformers import CLIPImageProcessor
-
-    from ...model import GloVLMProcessor
-
     model = converted.model
     is_pair = model.config.model_type == "glovlm"
     if is_pair:

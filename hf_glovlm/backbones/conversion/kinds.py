@@ -5,7 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub import try_to_load_from_cache
+from transformers import CLIPConfig, CLIPVisionConfig, VisionTextDualEncoderConfig
+
 from ...errors import GloVLMError
+from ...model import GloVLMConfig
 from .moving import Converted, Move
 from .towers import (
     assumed,
@@ -21,6 +25,7 @@ from .towers import (
     square,
     vit_config,
 )
+from .vocabularies import read_json
 
 # What a checkpoint holds beside the two encoders, by kind.
 DROPPED: dict[str, tuple[str, ...]] = {
@@ -96,10 +101,6 @@ def recognise(names: Mapping[str, Any] | Sequence[str]) -> str:
 
 def _convert_open_clip(move: Move, published: Mapping[str, Any]) -> Converted:
     """open_clip: CLIP; or CoCa, with attentional pooling and a class token behind texts."""
-    from transformers import CLIPConfig, CLIPVisionConfig
-
-    from ...model import GloVLMConfig
-
     stated = _model_cfg(published)
     prefix = "text." if "text.token_embedding.weight" in move else ""
     pools, appends = "visual.attn_pool.query" in move, f"{prefix}cls_emb" in move
@@ -163,8 +164,6 @@ def _convert_open_clip(move: Move, published: Mapping[str, Any]) -> Converted:
 
 def _convert_conch(move: Move, published: Mapping[str, Any]) -> Converted:
     """CONCH: a timm trunk with attentional pooling, CoCa's text tower."""
-    from ...model import GloVLMConfig
-
     stated = _model_cfg(published)
     vision = stated.get("vision_cfg", {})
     dim = stated.get("embed_dim") or move.shape("visual.proj_contrast")[1]
@@ -193,8 +192,6 @@ def _convert_conch(move: Move, published: Mapping[str, Any]) -> Converted:
 
 def _convert_biomedclip(move: Move, published: Mapping[str, Any]) -> Converted:
     """BiomedCLIP: open_clip's timm trunk and BERT, with a linear layer and two behind them."""
-    from ...model import GloVLMConfig
-
     stated = _model_cfg(published)
     text = stated.get("text_cfg", {})
     pooling = text.get("hf_pooler_type", "cls_last_hidden_state_pooler")
@@ -237,8 +234,6 @@ def _convert_biomedclip(move: Move, published: Mapping[str, Any]) -> Converted:
 
 def _convert_keep(move: Move, published: Mapping[str, Any]) -> Converted:
     """KEEP: a timm ViT with LayerScale and two linear layers, a BERT with its pooler."""
-    from ...model import GloVLMConfig
-
     vision_config = vit_config(move, "visual.", published.get("vision_config", {}))
     text_config = bert_config(move, "text.", published.get("text_config", {}))
     move.build(
@@ -289,8 +284,6 @@ CONVERTERS: dict[str, Callable[[Move, Mapping[str, Any]], Converted]] = {
 
 
 def _pair(vision_config: Any, text_config: Any) -> Any:
-    from transformers import VisionTextDualEncoderConfig
-
     return VisionTextDualEncoderConfig(
         vision_config=vision_config.to_dict(), text_config=text_config.to_dict()
     )
@@ -324,10 +317,6 @@ def _model_cfg(published: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cached_config(name: str | None) -> dict[str, Any]:
     """Configuration of the text tower that a checkpoint names: a folder, or in the Hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from .vocabularies import read_json
-
     if not name:
         return {}
     if Path(name).is_dir():

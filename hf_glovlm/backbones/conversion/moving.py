@@ -6,7 +6,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
+from transformers import AutoModel
+from transformers.initialization import no_init_weights
+
 from ...errors import GloVLMError
+from ...model import GloVLMModel
 
 
 @dataclass
@@ -72,12 +77,6 @@ class Move:
 
     def build(self, config: Any) -> None:
         """Build the target module, without memory."""
-        import torch
-        from transformers import AutoModel
-        from transformers.initialization import no_init_weights
-
-        from ...model import GloVLMModel
-
         with torch.device("meta"), no_init_weights():
             is_pair = config.model_type == "glovlm"
             self.model = GloVLMModel(config) if is_pair else AutoModel.from_config(config)
@@ -89,8 +88,6 @@ class Move:
 
     def take(self, name: str, *shape: int) -> Any:
         """Take a published tensor, in fp32."""
-        import torch
-
         tensor = self.left.pop(name, None)
         if tensor is None:
             self._problems.append(f"'{name}' {list(shape)} is missing")
@@ -106,14 +103,10 @@ class Move:
 
     def fill(self, target: str, value: float = 0.0) -> None:
         """Set a parameter that the checkpoint lacks to a constant."""
-        import torch
-
         self.put(target, torch.full(self._shapes[target], value))
 
     def identity(self, target: str) -> None:
         """Set a linear layer to the identity."""
-        import torch
-
         self.put(f"{target}.weight", torch.eye(*self._shapes[f"{target}.weight"]))
         self.fill(f"{target}.bias")
 

@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from transformers import AutoConfig, BertConfig, CLIPTextConfig
+
 from ...errors import GloVLMError
 from .moving import Move
 
@@ -29,8 +32,6 @@ _HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
 def clip_text_config(move: Move, prefix: str, stated: Mapping[str, Any], dim: int, act: str) -> Any:
     """Configuration of CLIP's or CoCa's text tower; a class token is the last vocabulary row."""
-    from transformers import CLIPTextConfig
-
     appends = f"{prefix}cls_emb" in move
     rows, width = move.shape(f"{prefix}token_embedding.weight")
     rows, width = stated.get("vocab_size", rows), stated.get("width", width)
@@ -68,8 +69,6 @@ def move_clip_text(move: Move, prefix: str, root: str, config: Any) -> None:
         root: Prefix of the module's names.
         config: Of the tower.
     """
-    import torch
-
     tower = f"{root}text_model"
     appends, width = f"{prefix}cls_emb" in move, config.hidden_size
     tokens = move.take(f"{prefix}token_embedding.weight", config.vocab_size - appends, width)
@@ -124,8 +123,6 @@ def vit_config(
         model_type: `vit`, `dinov2` or `dinov2_with_registers`; the plainest that fits when not
             given.
     """
-    from transformers import AutoConfig
-
     width, _, patch, _ = move.shape(f"{source}patch_embed.proj.weight")
     registers = move.shape(f"{source}reg_token")[1] if f"{source}reg_token" in move else 0
     hidden = move.shape(f"{source}blocks.0.mlp.fc2.weight")[1]
@@ -174,8 +171,6 @@ def move_vit(move: Move, source: str, target: str, config: Any) -> None:
         target: Prefix of the module's names.
         config: As `vit_config` made it.
     """
-    import torch
-
     width, registers = config.hidden_size, getattr(config, "num_register_tokens", 0)
     embeddings = f"{target}embeddings"
     rows = move.shape(f"{source}pos_embed")[1]
@@ -221,8 +216,6 @@ def move_vit(move: Move, source: str, target: str, config: Any) -> None:
 
 def bert_config(move: Move, source: str, stated: Mapping[str, Any]) -> Any:
     """Configuration of a BERT; its own configuration wins over the tensors' shapes."""
-    from transformers import BertConfig
-
     if stated.get("model_type", "bert") != "bert":
         raise GloVLMError(f"The text tower is a '{stated['model_type']}': expected a BERT.")
     rows, width = move.shape(f"{source}embeddings.word_embeddings.weight")

@@ -6,6 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from transformers import BertTokenizer, PreTrainedTokenizerFast
+
 from ...errors import GloVLMError
 from .moving import Converted
 
@@ -94,10 +99,6 @@ def find_tokenizer(converted: Converted, folder: Path) -> Any:
 
 def _clip(folder: Path, max_length: int) -> Any:
     """CLIP's byte-pair tokenizer with open_clip's ids and text cleaning."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
     tables = _clip_vocabulary(folder)
     if tables is None:
         return None
@@ -134,8 +135,6 @@ def _clip(folder: Path, max_length: int) -> Any:
 
 def _clip_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]] | None:
     """CLIP's entries and merges: from the folder, an installed open_clip, or the Hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         pairs = [line.split() for line in lines if line and not line.startswith("#version")]
@@ -171,8 +170,6 @@ def _from_open_clip(path: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _conch(folder: Path, max_length: int) -> Any:
-    from transformers import PreTrainedTokenizerFast
-
     files = [folder / "tokenizer.json", folder / "conch_byte_level_bpe_uncased.json"]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
@@ -187,9 +184,6 @@ def _conch(folder: Path, max_length: int) -> Any:
 
 
 def _wordpiece(folder: Path, max_length: int) -> Any:
-    from tokenizers import Tokenizer
-    from transformers import BertTokenizer, PreTrainedTokenizerFast
-
     names = ("unk", "sep", "pad", "cls", "mask")
     special: dict[str, Any] = {f"{name}_token": f"[{name.upper()}]" for name in names}
     if (folder / "tokenizer.json").is_file():

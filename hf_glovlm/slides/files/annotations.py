@@ -21,17 +21,6 @@ from PIL import Image, ImageDraw
 from ...errors import GloVLMError
 from ...files import write_text
 
-__all__ = [
-    "PALETTE",
-    "SlideObject",
-    "box_object",
-    "overlap",
-    "polygon_object",
-    "read_geojson",
-    "ring_area",
-    "write_geojson",
-]
-
 logger = logging.getLogger("hf_glovlm")
 
 Ring: TypeAlias = NDArray[np.float64]  # [points, 2]: x, y; the first point stands again at the end

@@ -22,8 +22,6 @@ from numpy.typing import ArrayLike, NDArray
 from ...errors import GloVLMError
 from ...files import replacing
 
-__all__ = ["Bag", "BagWriter", "list_bags", "read_bag"]
-
 COPY_ROWS = 4096  # rows at a time between the unfinished and the finished file
 SUFFIXES = (".h5", ".hdf5")
 

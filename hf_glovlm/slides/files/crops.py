@@ -10,18 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
+from scipy import ndimage
+from scipy.spatial import ConvexHull
 
 from ...data.folder import open_image
 from ...errors import GloVLMError
 from ...files import replacing, write_csv
 from .annotations import SlideObject, overlap, read_geojson
-
-__all__ = ["CropSummary", "cut_crops", "parse_colours"]
+from .wsi import Slide, open_slide
 
 Bounds = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of level 0
 
@@ -74,23 +75,6 @@ class _Candidate:
     bounds: Bounds
     outline: SlideObject | None = None
     flags: list[str] = field(default_factory=list)
-
-
-class _Readable(Protocol):
-    """Interface of a slide that crops are read from: see `wsi.Slide`."""
-
-    name: str
-    size: tuple[int, int]
-    mpp: float | None
-    flags: list[str]
-
-    def read(
-        self, x: int, y: int, width: int, height: int, *, downsample: float = 1.0
-    ) -> Image.Image:
-        """RGB pixels; white outside."""
-
-    def __enter__(self) -> Any: ...
-    def __exit__(self, *error: Any) -> Any: ...
 
 
 class _Region:
@@ -176,7 +160,9 @@ def cut_crops(
             f"{annotations} is {'a mask' if is_mask else 'no mask'}: "
             + ("say which colour is which class." if is_mask else "colours do not go with it.")
         )
-    with _open(slide, mpp) as opened:
+    is_region = slide.suffix.lower() in _PLAIN
+    source: Slide | _Region = _Region(slide, mpp) if is_region else open_slide(slide, mpp=mpp)
+    with source as opened:
         summary = CropSummary(slide_id or opened.name, mpp=opened.mpp, notes=list(opened.flags))
         kept = [row for row in before if row["slide_id"] != summary.slide]
         for other in {row["slide_id"] for row in kept}:
@@ -207,6 +193,13 @@ def cut_crops(
     return summary
 
 
+def crop_square(bounds: Bounds, margin: float) -> tuple[int, int, int]:
+    """Square crop around an object: x, y and side, `margin` times the longer side of its bounds."""
+    x0, y0, x1, y1 = bounds
+    side = max(round(margin * max(x1 - x0, y1 - y0)), 1)
+    return round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side
+
+
 def parse_colours(text: str) -> dict[str, str]:
     """`green=non_sclerosed,red=sclerosed` -> the class by colour, as a command line has it.
 
@@ -226,14 +219,6 @@ def parse_colours(text: str) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------- objects
-
-
-def _open(path: Path, mpp: float | None) -> _Readable:
-    if path.suffix.lower() in _PLAIN:
-        return _Region(path, mpp)
-    from .wsi import open_slide
-
-    return open_slide(path, mpp=mpp)
 
 
 def _read_outlines(
@@ -276,8 +261,6 @@ def _read_mask(
     summary: CropSummary,
 ) -> list[_Candidate]:
     """Connected components of a colour mask, from top to bottom; touching pixels share a side."""
-    from scipy import ndimage
-
     pixels = np.asarray(open_image(path))
     height, width = pixels.shape[:2]
     scale = size[0] / width
@@ -296,17 +279,12 @@ def _read_mask(
             if max(blob.shape) < min_extent:
                 summary.specks += 1
                 continue
-            edges = (
-                rows.start == 0,
-                columns.start == 0,
-                rows.stop == height,
-                columns.stop == width,
-            )
-            flags = ["partial"] if any(edges) else []
+            y, x = (rows.start, rows.stop), (columns.start, columns.stop)
+            partial = min(x[0], y[0]) == 0 or x[1] == width or y[1] == height
+            flags = ["partial"] if partial else []
             if _solidity(blob) < _SOLID:
                 flags.append("merged")
-            box = (columns.start, rows.start, columns.stop, rows.stop)
-            bounds = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
+            bounds = (x[0] * scale, y[0] * scale, x[1] * scale, y[1] * scale)
             blob_objects.append(_Candidate("", label, bounds, flags=flags))
     if not blob_objects:  # a region without an object is no mistake
         summary.notes.append(f"{path.name} holds no blob of at least {min_extent} pixels.")
@@ -356,8 +334,6 @@ def _rgb(name: str) -> tuple[int, int, int]:
 
 def _solidity(blob: NDArray[np.bool_]) -> float:
     """Solidity: area over that of the convex hull, 0 to 1; a bay between two discs lowers it."""
-    from scipy.spatial import ConvexHull
-
     rows = np.flatnonzero(blob.any(axis=1))
     first, last = blob[rows].argmax(axis=1), blob.shape[1] - blob[rows, ::-1].argmax(axis=1)
     corners = np.concatenate(
@@ -370,7 +346,7 @@ def _solidity(blob: NDArray[np.bool_]) -> float:
 
 
 def _cut(
-    slide: _Readable,
+    slide: Slide | _Region,
     item: _Candidate,
     number: int,
     output_dir: Path,
@@ -379,9 +355,7 @@ def _cut(
     max_side: int,
 ) -> dict[str, Any]:
     """Write one crop; returns its row."""
-    x0, y0, x1, y1 = item.bounds
-    side = max(round(margin * max(x1 - x0, y1 - y0)), 1)
-    x, y = round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2)
+    x, y, side = crop_square(item.bounds, margin)
     downsample = max(side / max_side, 1.0)
     image = slide.read(x, y, side, side, downsample=downsample)
     folder = _file_part(str(item.label))

@@ -1,15 +1,13 @@
 """Slide table: `slides.csv` with the labels that slide-level tasks and MIL learn from."""
 
 import csv
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...data.folder import few, positive
 from ...errors import GloVLMError, nearest
-
-__all__ = ["COLUMNS", "SlideRow", "SlideTable", "read_slide_table"]
 
 COLUMNS = ("slide", "label", "patient_id", "case_id", "split", "mpp")
 _SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -96,7 +94,7 @@ class SlideTable:
         if missing:
             raise GloVLMError(
                 f"{self.path}: {len(missing)} of {len(self.rows)} slides have no file "
-                f"({_few(missing)}); add the files or delete the rows."
+                f"({few(missing)}); add the files or delete the rows."
                 f"{nearest(missing[0], files_of)}"
             )
         twice = [name for name in self.slides if len(files_of[name]) > 1]
@@ -127,7 +125,7 @@ def read_slide_table(path: Path, *, classes: Sequence[str] | None = None) -> Sli
     for column in ("slide", "label"):
         empty = [str(i) for i, row in enumerate(rows, start=2) if not row[column]]
         if empty:
-            raise GloVLMError(f"{path}: no {column} in line {_few(empty)}; fill it in.")
+            raise GloVLMError(f"{path}: no {column} in line {few(empty)}; fill it in.")
     patient_column = next((name for name in ("patient_id", "case_id") if name in header), None)
     for optional in (patient_column, "split"):
         values = [bool(row.get(optional or "")) for row in rows]
@@ -149,7 +147,7 @@ def read_slide_table(path: Path, *, classes: Sequence[str] | None = None) -> Sli
     twice = [name for name, n in Counter(row.slide for row in table).items() if n > 1]
     if twice:
         raise GloVLMError(
-            f"{path} names {len(twice)} slides more than once ({_few(twice)}); keep one row each."
+            f"{path} names {len(twice)} slides more than once ({few(twice)}); keep one row each."
         )
     known = tuple(classes) if classes is not None else tuple(sorted({r.label for r in table}))
     for row in table:
@@ -235,11 +233,8 @@ def _split(text: str, slide: str, path: Path) -> str | None:
 def _micrometres(text: str, slide: str, path: Path) -> float | None:
     if not text:
         return None
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
+    number = positive(text)
+    if number is None:
         raise GloVLMError(
             f"{path}: expected a positive number of micrometres in mpp, found '{text}' for {slide}."
         )
@@ -251,7 +246,3 @@ def _stem(name: str) -> str:
     base = name.replace("\\", "/").rsplit("/", 1)[-1]
     suffix = next((s for s in _SUFFIXES if base.casefold().endswith(s)), "")
     return base[: len(base) - len(suffix)]
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

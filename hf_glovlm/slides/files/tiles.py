@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from ...errors import GloVLMError
 from .wsi import Slide
-
-__all__ = ["TileGrid", "TissueMask", "find_tissue", "lay_tiles"]
 
 MAX_OVERLAP = 0.9
 MAX_TILES = 20_000_000
@@ -88,8 +87,6 @@ def find_tissue(
         min_speck: Connected tissue of fewer pixels of the overview is dropped.
         max_hole: Enclosed glass of at most as many is filled.
     """
-    from scipy import ndimage
-
     # Of a small slide a quarter of the size is enough: single nuclei are neither ink nor specks.
     side = min(max_side, max(512, max(slide.size) // 4))
     overview = np.asarray(slide.thumbnail(side), np.float32)
@@ -242,8 +239,6 @@ def _without_small(
     mask: NDArray[np.bool_], least: int, *, edge_counts: bool = False
 ) -> NDArray[np.bool_]:
     """Remove small connected components; with `edge_counts` those at the edge stay."""
-    from scipy import ndimage
-
     labels, n = ndimage.label(mask)
     large = np.bincount(labels.ravel(), minlength=n + 1) >= least
     if edge_counts:  # glass that goes on beyond the edge is no hole

@@ -16,10 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...data.folder import MAX_PIXELS
+from ...data.folder import MAX_PIXELS, positive
 from ...errors import GloVLMError
-
-__all__ = ["Slide", "name_flags", "open_slide", "slide_name"]
 
 BLOCK = 2048  # side of the largest piece of a level that is decoded at once, in its pixels
 CACHE_BYTES = 64 * 2**20  # decoded tiles or strips of a TIFF that are kept
@@ -315,15 +313,6 @@ def _reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _positive(value: Any) -> float | None:
-    """A positive number out of a tag or property; `None` for anything else."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if 0 < number < math.inf else None
-
-
 def _tagged_scale(x: float | None, y: float | None) -> tuple[tuple[float, float] | None, list[str]]:
     """Micrometres per pixel by TIFF resolution tags, unless they describe paper."""
     if x is None or y is None:
@@ -381,10 +370,10 @@ class _OpenSlideReader:
         self.name = f"openslide ({vendor})"
         self.levels = [(int(w), int(h)) for w, h in self._slide.level_dimensions]
         self.downsamples = [float(d) for d in self._slide.level_downsamples]
-        x, y = (_positive(about.get(f"openslide.mpp-{axis}")) for axis in "xy")
+        x, y = (positive(about.get(f"openslide.mpp-{axis}")) for axis in "xy")
         stated = ((x, y) if x and y else None), list[str]()
         self.mpp, self.notes = _tagged_scale(x, y) if vendor == "generic-tiff" else stated
-        self.magnification = _positive(about.get("openslide.objective-power"))
+        self.magnification = positive(about.get("openslide.objective-power"))
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         at = round(x * self.downsamples[level]), round(y * self.downsamples[level])
@@ -475,7 +464,7 @@ class _TiffReader:
     def _read_scale(self, page: Any) -> tuple[tuple[float, float] | None, float | None, list[str]]:
         """Scale and magnification out of the metadata of OME, QPTIFF, Aperio, or the tags."""
         text = _description(page)
-        lens = _positive(
+        lens = positive(
             _first(r"AppMag ?= ?([\d.]+)", text)
             or _first(r"<Objective>([\d.]+)x?</Objective>", text)
             or _first(r'NominalMagnification="([\d.]+)"', text)
@@ -485,11 +474,11 @@ class _TiffReader:
             if x and y:
                 return (x, y), lens, []
         for pattern in (r"MPP ?= ?([\d.]+)", r"<PixelSizeMicrons>([\d.eE+-]+)</PixelSizeMicrons>"):
-            if size := _positive(_first(pattern, text)):
+            if size := positive(_first(pattern, text)):
                 return (size, size), lens, []
         unit = {2: 25400.0, 3: 10000.0}.get(int(page.tags.valueof("ResolutionUnit", 0) or 0))
         tags = [page.tags.valueof(f"{axis}Resolution") for axis in "XY"]
-        per_unit = [_positive(t[0] / t[1]) if t and t[1] else None for t in tags]
+        per_unit = [positive(t[0] / t[1]) if t and t[1] else None for t in tags]
         sizes = [unit / p if unit and p else None for p in per_unit]
         mpp, notes = _tagged_scale(*sizes)
         return mpp, lens, notes
@@ -594,7 +583,7 @@ def _first(pattern: str, text: str) -> str | None:
 
 def _ome_size(text: str, axis: str) -> float | None:
     """Micrometres per pixel of the first picture in OME-XML; other units than lengths say none."""
-    size = _positive(_first(rf'PhysicalSize{axis}="([^"]+)"', text))
+    size = positive(_first(rf'PhysicalSize{axis}="([^"]+)"', text))
     unit = _first(rf'PhysicalSize{axis}Unit="([^"]+)"', text) or "µm"
     per = {"µm": 1.0, "&#181;m": 1.0, "&#xB5;m": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
     return size * per[unit] if size and unit in per else None

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from ...errors import GloVLMError, nearest
 
-__all__ = ["AGGREGATORS", "Aggregator", "BagOutput", "build_aggregator", "register_aggregator"]
-
 
 class BagOutput(NamedTuple):
     """Output of an aggregator for a bag of n tiles and K classes.

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ...errors import GloVLMError
 from ...files import replacing, write_json
@@ -80,8 +82,6 @@ class SlideClassifier:
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        from safetensors.torch import save_file
-
         facts = {
             "aggregator": self.aggregator.name,
             "settings": asdict(self.aggregator.config),
@@ -134,9 +134,6 @@ def load_aggregator(folder: str | Path) -> SlideClassifier:
     Raises:
         GloVLMError: There is no classifier of slides, or it is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     folder = Path(folder).expanduser()
     place = folder / "model" if (folder / "model").is_dir() else folder
     try:

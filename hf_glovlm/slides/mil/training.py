@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from torch import Tensor, nn
 
+from ...environment import describe_environment
 from ...errors import GloVLMError
 from ...files import write_json, write_table, write_text
 from ...methods import Recipe
@@ -78,8 +80,6 @@ def train_mil(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
-    from ...environment import describe_environment
-
     notify = on_event or (lambda kind, what: None)
     clock = [time.perf_counter()]
     accelerator = _accelerate(config)
@@ -285,8 +285,6 @@ def _write_slides(
     results: dict[str, Any],
 ) -> None:
     """`predictions.parquet`, a row a tested slide, and each one's tiles in `attention/`."""
-    import pyarrow as pa
-
     split = results["data"]["split_hash"]
     rows: list[dict[str, Any]] = []
     for i in sorted(predictions):
