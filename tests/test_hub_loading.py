@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import published
 import pytest
 import torch
@@ -246,8 +247,9 @@ def test_what_the_hub_refuses_to_a_stranger(
     download = partial(hf_hub_download, endpoint=hub.url)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    # The client also asks the Hub for the names of agents, once.
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    # A client that is online first asks huggingface.co for the names of agents.
+    agents = huggingface_hub.utils._detect_agent
+    monkeypatch.setattr(agents, "_registry", agents._EMPTY_REGISTRY)
     with pytest.raises(GloVLMError, match=expected):
         Checkpoint(hub_id, hub_id, revision, gated=True).fetch("config.json")
 
