@@ -17,6 +17,7 @@ from PIL import Image
 from tiny import CLASSES, tiny_clip, tiny_images
 
 from hf_glovlm.cli import app, console
+from hf_glovlm.runs import RunResult
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -509,7 +510,8 @@ def test_demo(
         (folder / "lora").mkdir(parents=True)
         (folder / "lora" / "results.json").write_text(json.dumps(results))
         figure = str(folder / "demo.png")
-        return {"runs": {"lora": results}, "reload_difference": 1e-7, "figure": figure}
+        runs = {"lora": RunResult(results, folder / "lora")}
+        return {"runs": runs, "reload_difference": 1e-7, "figure": figure}
 
     monkeypatch.setattr("hf_glovlm.lab.demo.run_demo", run_demo)
     monkeypatch.chdir(tmp_path)
@@ -520,6 +522,8 @@ def test_demo(
         assert "synthetic" in done.err
     for folder in ("glovlm-demo", "other"):
         assert Path(folder, "lora", "results.json").is_file()
+    done = glovlm("demo", "--output-dir", "third", "--json")
+    assert json.loads(done.out)["runs"]["lora"] == results
 
 
 def test_study(glovlm: Glovlm, data: Path, tmp_path: Path) -> None:

@@ -226,6 +226,26 @@ def test_explain_check_measures_groups_that_were_not_learned_from(
     )
 
 
+def test_explain_check_of_one_group_prints_no_interval(
+    run_folder: Path, tmp_path: Path, glovlm: Glovlm
+) -> None:
+    data = tiny_images(tmp_path / "one_group", per_class=1, groups=1, seed=5)
+    for path in data.rglob("*.png"):
+        mask = tmp_path / "masks" / path.relative_to(data)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        inside = np.indices((40, 40)).sum(0) < 40
+        Image.fromarray((255 * inside).astype(np.uint8)).save(mask)
+    rows = data / "metadata.csv"
+    rows.write_text(rows.read_text().replace("patient_0", "patient_of_elsewhere"))
+    done = glovlm(
+        "explain-check", run_folder, "--data", data, "--masks", tmp_path / "masks",
+        "--method", "gradient",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[2].split()[:3] == ["gradient", "3", "1"]
+    assert "[" not in done.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

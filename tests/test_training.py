@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from attaching import adapt_with
 from datasets import ClassLabel, Dataset
 from fresh_process import run_script
 from safetensors.torch import load_file, save_file
-from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair, tiny_siglip
+from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair, tiny_siglip, tiny_siglip2
 from tolerance import assert_same_numbers
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, CLIPModel, pipeline
@@ -244,6 +245,25 @@ def test_the_trainable_parameters_are_counted(
 
 
 # ---------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "convlm"])
+def test_siglip2_adapts_but_for_methods_inside_its_vision_tower(method: str, rows: Dataset) -> None:
+    inside = METHODS[method].family in ("image side", "both sides")
+    refused = pytest.raises(GloVLMError, match="in a shape of its own") if inside else nullcontext()
+    query = rows.select_columns(["image"])
+    with refused:
+        adapt(
+            str(tiny_siglip2()),
+            method,
+            rows,
+            query=query,
+            config=AdaptConfig(max_steps=_two(method)),
+        )
+
+
+def _two(method: str) -> int | None:
+    return 2 if isinstance(METHODS[method], TowerMethod) else None
 
 
 def test_zero_shot_on_a_pair_is_refused(rows: Dataset) -> None:

@@ -177,7 +177,7 @@ def train(
         results = run(checked, on_event=on_event)
     if not is_main():
         return
-    print_metrics(results.to_dict(), as_json)
+    print_metrics(results, as_json)
     note(f"model, results and card are in {checked.output_dir}")
 
 

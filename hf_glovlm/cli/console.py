@@ -186,5 +186,9 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 def print_json(value: Any) -> None:
-    """Indented JSON."""
-    typer.echo(json.dumps(value, indent=1, default=str))
+    """Indented JSON; a run's results as their file holds them."""
+
+    def plain(part: Any) -> Any:
+        return part.to_dict() if hasattr(part, "to_dict") else str(part)
+
+    typer.echo(json.dumps(value, indent=1, default=plain))

@@ -283,8 +283,18 @@ def adapt(
     return _put_together(images, result)
 
 
+def _has_image_shapes(model: Any) -> bool:
+    return "siglip2" in model.config.backbone_config.model_type
+
+
 def _check_config(method: Method, model: Any, config: AdaptConfig) -> None:
     """Refuse zero-shot where it would be chance, and settings that would change nothing."""
+    if method.family in ("image side", "both sides") and _has_image_shapes(model):
+        raise GloVLMError(
+            f"Method '{method.name}' trains inside the vision tower, and SigLIP 2 takes each image "
+            "in a shape of its own, which the training loop does not carry: use a method on "
+            "features or texts (linear_probe, classifier, prompt_tuning), or SigLIP."
+        )
     if method.name == "zero_shot" and not model.has_joint_space:
         raise GloVLMError(
             f"'{model.config.backbone_name}' joins two encoders that were never trained together: "
