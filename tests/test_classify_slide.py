@@ -14,7 +14,8 @@ from slides_made import write_slide
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab.slide_bench import TISSUE
-from hf_glovlm.slides.classify import SlideConfig, classify_slides
+from hf_glovlm.slides.classify import classify_slides
+from hf_glovlm.slides.config import SlideConfig
 from hf_glovlm.slides.counting import NOT_A_SCORE
 
 SIDE = 64
@@ -186,7 +187,8 @@ def test_a_run_killed_half_way_gives_the_same_table(place: Path, tmp_path: Path)
     """The process ends itself in the middle of a slide, without a chance to tidy up."""
     program = (
         "import os, sys, json\n"
-        "from hf_glovlm.slides.classify import SlideConfig, classify_slides\n"
+        "from hf_glovlm.slides.classify import classify_slides\n"
+        "from hf_glovlm.slides.config import SlideConfig\n"
         "seen = []\n"
         "def stop(kind, what):\n"
         "    seen.extend([1] * (kind == 'tiles' and what['slide'] == 'well'))\n"

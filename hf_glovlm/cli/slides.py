@@ -62,7 +62,8 @@ def slide(
     as_json: JsonFlag = False,
 ) -> None:
     """Classify whole slides: label, counts, heat map, GeoJSON. Exit code 1 if a slide failed."""
-    from ..slides.classify import SlideConfig, classify_slides
+    from ..slides.classify import classify_slides
+    from ..slides.config import SlideConfig
 
     given = {k: v for k, v in context.params.items() if k != "as_json"}
     config = SlideConfig.from_mapping(given | {"slides": [str(path) for path in slides]})

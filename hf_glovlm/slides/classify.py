@@ -21,6 +21,7 @@ from ..calibration.inputs import softmax
 from ..errors import GloVLMError, nearest
 from ..files import move_over, write_text
 from ..inference import load_classifier, resolve_device
+from ..inference.prediction import class_names
 from .cases import count_cases, read_cases
 from .config import SlideConfig
 from .counting import count_classes
@@ -49,8 +50,6 @@ from .report import (
     write_tiles,
 )
 
-__all__ = ["SlideConfig", "classify_slides"]
-
 VERSION = 1  # of what is written for a slide; raise it when an old one may not stand in for a new
 HEAD_BYTES = 2**20  # of a slide's file that distinguish it from another of its name
 
@@ -75,16 +74,19 @@ class _Task:
         return clean_text(text, self.path, self.name)
 
 
-@dataclass
-class _Tools:
-    """Loaded models: the classifier, its measured confusion matrix, and a MIL model if given."""
+@dataclass(frozen=True)
+class _Run:
+    """One run: its config, folder and loaded models."""
 
+    config: SlideConfig
+    output: Path
     model: Any
     processor: Any
     class_names: list[str]  # of tiles and objects; none where the model is a backbone
-    confusion: NDArray[np.int64] | None
+    confusion: NDArray[np.int64] | None  # that was measured with the classifier
     aggregator: SlideClassifier | None
     key: str
+    notify: Event
 
     @property
     def slide_class_names(self) -> list[str]:
@@ -119,40 +121,40 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
     output = Path(config.output_dir).expanduser()
     tasks = _plan(config, output)
     notify("stage", {"name": "loading the model"})
-    tools = _load_tools(config)
-    target, known = config.heatmap_class, tools.slide_class_names
+    run = _prepare(config, output, notify)
+    target, known = config.heatmap_class, run.slide_class_names
     if target is not None and target not in known:
         raise GloVLMError(f"There is no class '{target}' of slides.{nearest(target, known)}")
     (output / "slides").mkdir(parents=True, exist_ok=True)
 
-    keys = {task.name: _key(task, config, tools) for task in tasks}
+    keys = {task.name: _key(task, run) for task in tasks}
     entries = {task.name: _finished(output, task, keys[task.name]) for task in tasks}
     todo = [task for task in tasks if entries[task.name] is None]
     notify("stage", {"name": f"encoding {len(todo)} of {len(tasks)} slides"})
 
     def finish(task: _Task, outcome: Outcome) -> None:
-        entry = _classify(task, outcome, config, tools, output, keys[task.name])
+        entry = _classify(task, outcome, run, keys[task.name])
         entries[task.name] = entry
         notify("slide", {name: entry.get(name) for name in ("slide", "status", "error")})
 
-    _encode(todo, config, tools, output, finish, notify)
+    _encode(todo, run, finish)
 
     slides = [(entries[task.name] or {}) | {"case": task.case} for task in tasks]
     results = {
         "research_use_only": True,
-        "synthetic": bool(tools.model.config.synthetic),
+        "synthetic": bool(run.model.config.synthetic),
         "model": {
-            "backbone": str(tools.model.config.backbone_name or ""),
-            "mpp": tools.model.config.mpp,
-            "fingerprint": tools.key,
+            "backbone": str(run.model.config.backbone_name or ""),
+            "mpp": run.model.config.mpp,
+            "fingerprint": run.key,
         },
-        "class_names": tools.class_names,
-        "slide_class_names": tools.slide_class_names,
+        "class_names": run.class_names,
+        "slide_class_names": run.slide_class_names,
         "settings": config.result_settings()
         | {name: _shared(slides, name) for name in ("tile_size", "tile_mpp")},
-        "pooling": _pooling_name(config, tools),
+        "pooling": _pooling_name(run),
         "slides": slides,
-        "cases": count_cases(slides, output, tools.class_names, tools.confusion),
+        "cases": count_cases(slides, output, run.class_names, run.confusion),
         "failed": sum(entry["status"] != "done" for entry in slides),
     }
     write_results(output, results)
@@ -173,23 +175,19 @@ def _plan(config: SlideConfig, output: Path) -> list[_Task]:
     case_of = {slide_name(path): config.case for path in paths}
     if config.cases:
         case_of = read_cases(Path(config.cases).expanduser(), case_of)
-    shown = {case: case for case in case_of.values() if case is not None}
+    shown: dict[str | None, str] = {case: case for case in case_of.values() if case is not None}
     if config.anonymise:
         shown = {case: f"case_{i:03d}" for i, case in enumerate(shown, start=1)}
-    tasks = []
-    for i, path in enumerate(paths, start=1):
-        real = slide_name(path)
-        case = case_of[real]
-        tasks.append(
-            _Task(
-                path=path,
-                name=f"slide_{i:03d}" if config.anonymise else real,
-                case=None if case is None else shown[case],
-                objects=_objects_of(config, real, len(paths)),
-                bag=output / "features" / f"{real}.h5",
-            )
+    return [
+        _Task(
+            path=path,
+            name=f"slide_{i:03d}" if config.anonymise else real,
+            case=shown.get(case_of[real]),
+            objects=_objects_of(config, real, len(paths)),
+            bag=output / "features" / f"{real}.h5",
         )
-    return tasks
+        for i, (path, real) in enumerate(zip(paths, map(slide_name, paths), strict=True), start=1)
+    ]
 
 
 def _objects_of(config: SlideConfig, name: str, n_slides: int) -> Path | None:
@@ -210,7 +208,7 @@ def _objects_of(config: SlideConfig, name: str, n_slides: int) -> Path | None:
     return given
 
 
-def _load_tools(config: SlideConfig) -> _Tools:
+def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
     results: Mapping[str, Any] | None = None
     aggregator = load_aggregator(config.aggregator) if config.aggregator else None
     try:
@@ -226,29 +224,33 @@ def _load_tools(config: SlideConfig) -> _Tools:
             "Objects are classified by what `glovlm train` wrote, and a backbone was given: leave "
             "--objects out, or give a classifier."
         )
-    names = [str(model.config.id2label[k]) for k in range(len(model.config.id2label))]
+    names = class_names(model.config)
     confusion = np.array((results or {}).get("confusion_matrix") or (), np.int64)
-    return _Tools(
+    return _Run(
+        config=config,
+        output=output,
         model=model,
         processor=processor,
         class_names=names if classified else [],
         confusion=confusion if confusion.shape == (len(names), len(names)) else None,
         aggregator=aggregator,
         key=encoder_fingerprint(model, processor),
+        notify=notify,
     )
 
 
-def _key(task: _Task, config: SlideConfig, tools: _Tools) -> str:
+def _key(task: _Task, run: _Run) -> str:
     """Hash of all that determines a slide's results."""
-    digest = hashlib.sha256(json.dumps([VERSION, tools.key, config.result_settings()]).encode())
-    if tools.confusion is not None:
-        digest.update(tools.confusion.tobytes())
+    settings = [VERSION, run.key, run.config.result_settings()]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    if run.confusion is not None:
+        digest.update(run.confusion.tobytes())
     for path in (task.path, task.objects):
         if path is not None and path.is_file():
             with path.open("rb") as file:
                 digest.update(f"{path.stat().st_size} ".encode() + file.read(HEAD_BYTES))
-    if config.aggregator:
-        folder = Path(config.aggregator).expanduser()
+    if run.config.aggregator:
+        folder = Path(run.config.aggregator).expanduser()
         for path in sorted(folder.rglob("*.safetensors")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -266,15 +268,9 @@ def _finished(output: Path, task: _Task, key: str) -> dict[str, Any] | None:
 # ------------------------------------------------------------------------------------- a slide
 
 
-def _encode(
-    tasks: Sequence[_Task],
-    config: SlideConfig,
-    tools: _Tools,
-    output: Path,
-    finish: Callable[[_Task, Outcome], None],
-    notify: Event,
-) -> None:
+def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome], None]) -> None:
     """Encode slides here or in several processes; each is finished as soon as it is encoded."""
+    config = run.config
     settings: dict[str, Any] = {
         "tile_size": config.tile_size,
         "mpp": config.tile_mpp,
@@ -288,7 +284,7 @@ def _encode(
         by_path = {task.path: task for task in tasks}
         encode_slides(
             list(by_path),
-            output / "features",
+            run.output / "features",
             config.model,
             workers=config.workers,
             on_done=lambda outcome: finish(by_path[outcome.slide], outcome),
@@ -299,11 +295,11 @@ def _encode(
     for task in tasks:
 
         def advance(done: int, total: int, name: str = task.name) -> None:
-            notify("tiles", {"slide": name, "done": done, "total": total})
+            run.notify("tiles", {"slide": name, "done": done, "total": total})
 
         try:
             encoded = encode_slide(
-                tools.model, tools.processor, task.path, task.bag, on_progress=advance, **settings
+                run.model, run.processor, task.path, task.bag, on_progress=advance, **settings
             )
             outcome = Outcome(task.path, encoded)
         except (GloVLMError, OSError, MemoryError) as error:
@@ -311,28 +307,21 @@ def _encode(
         finish(task, outcome)
 
 
-def _classify(
-    task: _Task,
-    outcome: Outcome,
-    config: SlideConfig,
-    tools: _Tools,
-    output: Path,
-    key: str,
-) -> dict[str, Any]:
+def _classify(task: _Task, outcome: Outcome, run: _Run, key: str) -> dict[str, Any]:
     """Entry of one slide in the results, its files in place; or the error of one that failed."""
     error = outcome.error
     if outcome.encoded is not None:
-        work = output / "slides" / f".{task.name}.part"
+        work = run.output / "slides" / f".{task.name}.part"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
         try:
-            with open_slide(task.path, mpp=config.mpp) as slide:
-                entry = _classify_encoded(task, slide, outcome.encoded, config, tools, work)
-            if config.anonymise:
+            with open_slide(task.path, mpp=run.config.mpp) as slide:
+                entry = _classify_encoded(task, slide, outcome.encoded, run, work)
+            if run.config.anonymise:
                 hide_name(task.bag, task.path, task.name)
             saved = {"key": key, "entry": entry}
             write_text(work / "slide.json", json.dumps(saved, indent=1, allow_nan=False))
-            move_over(work, output / "slides" / task.name)
+            move_over(work, run.output / "slides" / task.name)
             return entry
         except (GloVLMError, OSError, MemoryError) as caught:
             shutil.rmtree(work, ignore_errors=True)
@@ -341,48 +330,65 @@ def _classify(
         "slide": task.name,
         "status": "failed",
         "error": task.hide(error or ""),
-        "flags": [] if config.anonymise else name_flags(task.name),
+        "flags": [] if run.config.anonymise else name_flags(task.name),
         "counts": None,
     }
 
 
 def _classify_encoded(
-    task: _Task, slide: Slide, encoded: Encoded, config: SlideConfig, tools: _Tools, work: Path
+    task: _Task, slide: Slide, encoded: Encoded, run: _Run, work: Path
 ) -> dict[str, Any]:
     """Write a slide's files into a folder; returns its entry in the results."""
-    names = tools.class_names
+    config, names = run.config, run.class_names
     tiles = _read_tiles(encoded.path, names)
-    prediction = _predict_slide(tiles, encoded.path, config, tools)
-    target = config.heatmap_class or prediction.entry["label"]
-    heat = _heat(target, prediction.columns, config, tools)
+    entry, columns, notes = _predict_slide(tiles, encoded.path, run)
+    target = config.heatmap_class or entry["label"]
+    if run.aggregator is None:
+        heat, meaning, limits = columns[f"p_{target}"], f"probability of {target}", (0.0, 1.0)
+        threshold = config.threshold
+    else:
+        heat, meaning, threshold = columns[f"score_{target}"], f"evidence for {target}", 0.0
+        most = float(np.abs(heat).max()) or 1.0
+        limits = (-most, most)
     place: tuple[Any, int] = (tiles.coords, tiles.extent)
     called = [names[k] for k in tiles.probabilities.argmax(axis=1)] if names else None
-    tissue = _tissue_fraction(slide, tiles, config)
-    write_tiles(work / "tiles.parquet", *place, tissue, prediction.columns, called)
+    # The tissue fraction is not in the bag; it follows from the slide and its settings.
+    grid = lay_tiles(
+        slide,
+        find_tissue(slide),
+        tile_size=tiles.size,
+        mpp=tiles.mpp,
+        overlap=config.overlap,
+        min_tissue=config.min_tissue,
+    )
+    write_tiles(work / "tiles.parquet", *place, grid.tissue_fraction, columns, called)
     draw_heatmap(
         work / "heatmap.png",
         slide.thumbnail(HEATMAP_SIDE),
         slide.size,
         *place,
-        heat.values,
+        heat,
         title=f"{task.name}: {target}",
-        value_name=heat.meaning,
-        limits=heat.limits,
+        value_name=meaning,
+        limits=limits,
         mpp=slide.mpp,
     )
     squares = write_tile_geojson(
         work / "tiles.geojson",
         *place,
-        heat.values,
-        threshold=heat.threshold,
-        columns=prediction.columns,
-        labels=called or [target] * len(heat.values),
+        heat,
+        threshold=threshold,
+        columns=columns,
+        labels=called or [target] * len(heat),
     )
-    counts, notes = _count(task, slide, tiles.probabilities, config, tools, work)
+    counts, count_notes = _count(task, slide, tiles.probabilities, run, work)
+    # Where the name is hidden, so are the flags about it.
+    hidden = set(name_flags(slide_name(task.path))) if config.anonymise else set()
+    flags = [flag for flag in (*encoded.flags, *notes, *count_notes) if flag not in hidden]
     return {
         "slide": task.name,
         "status": "done",
-        **prediction.entry,
+        **entry,
         "n_tiles": len(tiles.coords),
         "tile_size": tiles.size,
         "tile_mpp": tiles.mpp,
@@ -393,61 +399,35 @@ def _classify_encoded(
         "heatmap_class": target,
         "squares": squares,
         "counts": counts,
-        "flags": _shown_flags([*encoded.flags, *prediction.notes, *notes], task, config),
+        "flags": list(dict.fromkeys(map(task.hide, flags))),
     }
 
 
-@dataclass(frozen=True)
-class _SlidePrediction:
-    """Slide-level prediction and columns of its tiles, by pooling or by an aggregator."""
-
-    entry: dict[str, Any]  # of the slide, as its results have it
-    columns: dict[str, NDArray[Any]]  # of the tiles
-    notes: Sequence[str] = ()
-
-
 def _predict_slide(
-    tiles: "_Tiles", bag: Path, config: SlideConfig, tools: _Tools
-) -> _SlidePrediction:
-    """Slide-level prediction: pooled tile scores, or an aggregator's where one is given."""
-    names = tools.class_names
+    tiles: "_Tiles", bag: Path, run: _Run
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]], Sequence[str]]:
+    """Slide-level prediction: pooled tile scores, or an aggregator's where one is given.
+
+    Returns:
+        Its part of the slide's entry, columns `[n]` of the tiles, and notes.
+    """
+    names = run.class_names
     columns: dict[str, NDArray[Any]] = {}
     columns |= {f"p_{name}": tiles.probabilities[:, k] for k, name in enumerate(names)}
-    entry = _pool(tiles, config, names) if names else {}
-    if tools.aggregator is None:
-        return _SlidePrediction(entry, columns)
-    prediction = tools.aggregator.predict(read_bag(bag))
+    entry = _pool(tiles, run.config, names) if names else {}
+    if run.aggregator is None:
+        return entry, columns, ()
+    prediction = run.aggregator.predict(read_bag(bag))
     if prediction.attention is not None:
         columns["attention"] = prediction.attention
-    for k, name in enumerate(tools.slide_class_names):
+    for k, name in enumerate(run.slide_class_names):
         columns[f"score_{name}"] = prediction.tile_scores[:, k]
     entry |= {
         "label": prediction.label,
         "probabilities": prediction.probabilities,
-        "pooling": tools.aggregator.aggregator.name,
+        "pooling": run.aggregator.aggregator.name,
     }
-    return _SlidePrediction(entry, columns, prediction.notes)
-
-
-@dataclass(frozen=True)
-class _Heat:
-    """Heat map values, one a tile, and how they are shown."""
-
-    values: NDArray[Any]
-    meaning: str
-    limits: tuple[float, float]
-    threshold: float  # of a tile that becomes a square
-
-
-def _heat(
-    target: str, columns: Mapping[str, NDArray[Any]], config: SlideConfig, tools: _Tools
-) -> _Heat:
-    if tools.aggregator is None:
-        values = columns[f"p_{target}"]
-        return _Heat(values, f"probability of {target}", (0.0, 1.0), config.threshold)
-    values = columns[f"score_{target}"]
-    most = float(np.abs(values).max()) or 1.0
-    return _Heat(values, f"evidence for {target}", (-most, most), 0.0)
+    return entry, columns, prediction.notes
 
 
 def _pool(tiles: "_Tiles", config: SlideConfig, names: Sequence[str]) -> dict[str, Any]:
@@ -468,15 +448,10 @@ def _pool(tiles: "_Tiles", config: SlideConfig, names: Sequence[str]) -> dict[st
 
 
 def _count(
-    task: _Task,
-    slide: Slide,
-    probabilities: NDArray[np.float64],
-    config: SlideConfig,
-    tools: _Tools,
-    work: Path,
+    task: _Task, slide: Slide, probabilities: NDArray[np.float64], run: _Run, work: Path
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Lesion counts of a slide's objects, else of its tiles, with notes."""
-    names = tools.class_names
+    config, names = run.config, run.class_names
     if not names:
         return None, []
     if task.objects is None:
@@ -484,8 +459,8 @@ def _count(
         notes = [] if config.objects is None else [missing]
         return count_classes(probabilities, names, unit="tiles")["all"], notes
     classified = classify_objects(
-        tools.model,
-        tools.processor,
+        run.model,
+        run.processor,
         slide,
         read_geojson(task.objects),
         margin=config.margin,
@@ -495,7 +470,7 @@ def _count(
     classified.save(work / "objects.parquet")
     classified.write_geojson(work / "objects.geojson")
     shown, ids = read_objects(work / "objects.parquet", task.name)
-    counts = count_classes(shown, names, ids=ids, confusion=tools.confusion)["all"]
+    counts = count_classes(shown, names, ids=ids, confusion=run.confusion)["all"]
     return counts, list(classified.notes)
 
 
@@ -529,33 +504,13 @@ def _read_tiles(path: Path, names: Sequence[str]) -> _Tiles:
     )
 
 
-def _tissue_fraction(slide: Slide, tiles: _Tiles, config: SlideConfig) -> NDArray[np.float32]:
-    """Tissue fraction of each tile; not in the bag, it follows from the slide and its settings."""
-    return lay_tiles(
-        slide,
-        find_tissue(slide),
-        tile_size=tiles.size,
-        mpp=tiles.mpp,
-        overlap=config.overlap,
-        min_tissue=config.min_tissue,
-    ).tissue_fraction
-
-
-def _shown_flags(flags: Sequence[str], task: _Task, config: SlideConfig) -> list[str]:
-    """Flags without the name where it is hidden, and without the flags about that name."""
-    hidden = set(name_flags(slide_name(task.path))) if config.anonymise else set()
-    return list(dict.fromkeys(task.hide(flag) for flag in flags if flag not in hidden))
-
-
-def _pooling_name(config: SlideConfig, tools: _Tools) -> str:
-    if tools.aggregator is not None:
-        return f"the trained aggregator {tools.aggregator.aggregator.name}"
-    how = (
-        f"the mean of the {config.top} highest tiles of each class"
-        if config.top
-        else "the mean of all tiles"
-    )
-    return f"{how}, smoothed over neighbours" if config.smooth else how
+def _pooling_name(run: _Run) -> str:
+    if run.aggregator is not None:
+        return f"the trained aggregator {run.aggregator.aggregator.name}"
+    top, how = run.config.top, "the mean of all tiles"
+    if top:
+        how = f"the mean of the {top} highest tiles of each class"
+    return f"{how}, smoothed over neighbours" if run.config.smooth else how
 
 
 def _shared(slides: Sequence[Mapping[str, Any]], name: str) -> Any:
