@@ -252,18 +252,9 @@ def test_siglip2_adapts_but_for_methods_inside_its_vision_tower(method: str, row
     inside = METHODS[method].family in ("image side", "both sides")
     refused = pytest.raises(GloVLMError, match="in a shape of its own") if inside else nullcontext()
     query = rows.select_columns(["image"])
+    config = AdaptConfig(max_steps=2) if isinstance(METHODS[method], TowerMethod) else None
     with refused:
-        adapt(
-            str(tiny_siglip2()),
-            method,
-            rows,
-            query=query,
-            config=AdaptConfig(max_steps=_two(method)),
-        )
-
-
-def _two(method: str) -> int | None:
-    return 2 if isinstance(METHODS[method], TowerMethod) else None
+        adapt(str(tiny_siglip2()), method, rows, query=query, config=config)
 
 
 def test_zero_shot_on_a_pair_is_refused(rows: Dataset) -> None:
