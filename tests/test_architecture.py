@@ -121,6 +121,12 @@ def safety(path: Path, tree: ast.Module) -> Iterator[str]:
             yield "torch.load needs weights_only=True"
         if function.endswith("_pickle") or keywords.get("allow_pickle") == "True":
             yield f"'{function}' pickles"
+        if (
+            function in ("os.replace", "os.rename")
+            and path.parts[1:] != ("files.py",)
+            and path.parts[0] == PACKAGE
+        ):
+            yield f"{function} is for files.py: write through it"
         if keywords.get("trust_remote_code") == "True":
             yield "trust_remote_code=True: models of others bring weights, never code"
 
@@ -236,6 +242,7 @@ BAD = [
     ("slides/files/wsi.py", "from joblib import load", "pickles"),
     ("slides/files/wsi.py", "import torch\ntorch.load('x')", "weights_only"),
     ("slides/files/wsi.py", "import numpy as np\nnp.load('x', allow_pickle=True)", "pickles"),
+    ("data/folder.py", "import os\nos.replace('a', 'b')", "write through it"),
     ("publish/upload.py", "_a = dict(trust_remote_code=True)", "never code"),
     ("publish/upload.py", "_a = {'trust_remote_code': True}", "never code"),
     ("publish/upload.py", "def push(): ...", "push has no docstring"),

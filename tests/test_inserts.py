@@ -574,7 +574,7 @@ def test_towers_without_a_plain_list_of_blocks_are_refused() -> None:
         with pytest.raises(ValueError, match=r"plain transformer: expected a list of .* blocks"):
             tower_blocks(tower)
     model, _ = loaded("clip")
-    with pytest.raises(ValueError, match="has 2 blocks, and 3 were asked for"):
+    with pytest.raises(ValueError, match="has 2 blocks, and 3 were requested"):
         model.add_adapter_modules({"vision": {"tokens": 2, "depth": 3}})
     with pytest.raises(ValueError, match=r"vision, text, bottleneck; found audio"):
         AdapterModules({"audio": {}}, model.backbone)

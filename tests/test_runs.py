@@ -163,7 +163,7 @@ def test_support_groups_are_hashed_and_on_no_other_side(images: Path, tmp_path: 
     assert learned == sorted(learned)
     assert learned
     assert set(learned) <= known - tested
-    assert not any(f"patient_{i}" in json.dumps(results) for i in range(4))
+    assert not any(f"patient_{i}" in json.dumps(results.to_dict()) for i in range(4))
 
 
 def test_predictions_are_those_of_the_test_rows_in_order(images: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_the_command_names_what_is_there(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--towers", "visoin"), "found 'visoin'"),
         (("--projections", "qx"), "found 'x'"),
@@ -49,7 +49,7 @@ def test_the_command_names_what_is_there(
     ],
 )
 def test_wrong_options_are_named(
-    options: tuple[str, ...], done: str, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["backbones", "modules", str(tiny_clip()), *options]) == 2
-    assert done in capsys.readouterr().err
+    assert message in capsys.readouterr().err

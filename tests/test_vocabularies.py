@@ -86,7 +86,7 @@ def test_where_clips_vocabulary_comes_from(
         (tmp_path / source).write_text("\n".join(lines))
         (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     cached = str(tmp_path / "elsewhere.json") if source == "cache" else None
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *names: cached)
+    monkeypatch.setattr(vocabularies, "try_to_load_from_cache", lambda *names: cached)
     if source != "open_clip":
         monkeypatch.setattr(vocabularies, "find_spec", lambda name: None)
     actual = vocabularies._clip_vocabulary(tmp_path)

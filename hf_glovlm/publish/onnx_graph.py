@@ -6,9 +6,6 @@ preprocessing. Research use only, not for diagnosis.
 
 import json
 import logging
-import os
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +23,7 @@ from torch import Tensor, nn
 from ..calibration.inputs import softmax
 from ..data.folder import column, open_image
 from ..errors import GloVLMError, nearest
+from ..files import replacing
 from ..inference import evaluation_mode, load_classifier
 from .licences import read_licence
 
@@ -174,7 +172,8 @@ def export_classifier(
     _check_request(model, format)
     target = _check_folder(Path(output_dir))
     sample = None if data is None else _images(model, data, data_name, synthetic)
-    with evaluation_mode(model), _whole_or_nothing(target) as work:
+    with evaluation_mode(model), replacing(target) as work:
+        work.mkdir()
         notify("exporting")
         plain = work / "model.onnx"
         images = [Image.new("RGB", (64, 64))] * 2 if sample is None else sample.images
@@ -321,20 +320,6 @@ def _check_folder(target: Path) -> Path:
             f"Expected a new or empty folder for the graph, found {target} in use: choose another."
         )
     return target
-
-
-@contextmanager
-def _whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place when all went well, and else goes."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield work
-        work.chmod(0o755)
-        os.replace(work, target)  # an empty folder gives way
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
 def _names(model: Any) -> list[str]:

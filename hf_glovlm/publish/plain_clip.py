@@ -1,11 +1,9 @@
 """Plain CLIP checkpoints: export of a run for code that knows transformers alone."""
 
-import os
-import shutil
 from pathlib import Path
 
 from ..errors import GloVLMError
-from ..files import write_text
+from ..files import replacing, write_text
 from ..rendering import render
 from .identifiers import read_json, read_run, without_places, write_json
 from .licences import check_publishing, describe_licence
@@ -66,29 +64,23 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
             "CLIP checkpoint would not answer as this model does: publish it as it is (glovlm "
             "push)."
         )
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
     try:
-        classifier.glovlm.backbone.save_pretrained(scratch)
-        # How texts were last cut and padded here is kept in the tokenizer; others begin afresh.
-        processor.tokenizer.backend_tokenizer.no_truncation()
-        processor.tokenizer.backend_tokenizer.no_padding()
-        CLIPProcessor(processor.image_processor, processor.tokenizer).save_pretrained(scratch)
-        for file in scratch.glob("*.json"):
-            plain = without_places(read_json(file), {"auto_map", *_LAST_CALL})
-            if plain.get("processor_class"):
-                plain["processor_class"] = "CLIPProcessor"
-            write_json(file, plain)
-        card = {
-            "classes": [[config.id2label[k], " · ".join(t)] for k, t in enumerate(texts)],
-            "terms": describe_licence(config, "export", reason),
-        }
-        write_text(scratch / "README.md", render("plain_clip_card.md.j2", card))
-        if target.is_dir():
-            target.rmdir()
-        os.replace(scratch, target)
+        with replacing(target) as scratch:
+            classifier.glovlm.backbone.save_pretrained(scratch)
+            # How texts were last cut and padded here is kept in the tokenizer; others begin afresh.
+            processor.tokenizer.backend_tokenizer.no_truncation()
+            processor.tokenizer.backend_tokenizer.no_padding()
+            CLIPProcessor(processor.image_processor, processor.tokenizer).save_pretrained(scratch)
+            for file in scratch.glob("*.json"):
+                plain = without_places(read_json(file), {"auto_map", *_LAST_CALL})
+                if plain.get("processor_class"):
+                    plain["processor_class"] = "CLIPProcessor"
+                write_json(file, plain)
+            card = {
+                "classes": [[config.id2label[k], " · ".join(t)] for k, t in enumerate(texts)],
+                "terms": describe_licence(config, "export", reason),
+            }
+            write_text(scratch / "README.md", render("plain_clip_card.md.j2", card))
     except OSError as error:
         raise GloVLMError(f"{target} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target

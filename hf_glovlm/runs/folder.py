@@ -4,7 +4,6 @@ So a former result stays until there is a new one, and a run that was stopped ca
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import GloVLMError
-from ..files import write_text
+from ..files import move_over, write_text
 
 UNFINISHED = "unfinished"  # there until the run is complete
 
@@ -107,12 +106,12 @@ def put_in_place(work: Path, output: Path, names: Sequence[str]) -> None:
     (output / "results.json").unlink(missing_ok=True)
     for name in names:
         place = output / name
-        if place.is_dir():
+        if (work / name).exists():
+            move_over(work / name, place)
+        elif place.is_dir():
             shutil.rmtree(place)
         else:
             place.unlink(missing_ok=True)
-        if (work / name).exists():
-            os.replace(work / name, place)
     shutil.rmtree(work)
 
 

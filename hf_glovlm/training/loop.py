@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GloVLMError
-from ..files import write_text
+from ..files import replacing, write_text
 from ..methods import Recipe
 
 if TYPE_CHECKING:
@@ -401,10 +400,8 @@ class _State:
                     tensors[f"moment.{i}.{key}"] = value.detach().cpu().clone()
         facts = {"log": log, "best_value": self.best_value, "stale": self.stale}
         facts |= {"recipe": asdict(recipe), "seed": seed}
-        self.write_to.mkdir(parents=True, exist_ok=True)
-        fresh = self.write_to / ".checkpoint.safetensors"
-        save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
-        os.replace(fresh, self.write_to / "checkpoint.safetensors")
+        with replacing(self.write_to / "checkpoint.safetensors") as fresh:
+            save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
         write_text(self.write_to / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
 
     def load(self, recipe: Recipe, seed: int) -> list[dict[str, Any]]:
