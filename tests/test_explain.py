@@ -837,7 +837,8 @@ def test_a_figure_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with Image.open(path) as image:
         assert image.format == "PNG"
     assert [p.name for p in path.parent.iterdir()] == ["map.png"]
-    text = " ".join(texts)
+    assert max(len(line) for text in texts for line in text.splitlines()) <= 110  # all fits
+    text = " ".join(" ".join(texts).split())
     for part in (
         f"{heat.target}: {heat.score:.2f}",
         f"evidence for {heat.target}",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from .maps import HEAT_MAPS, HeatMap, explain
 # Even steps of brightness, and the same to people who confuse red and green.
 COLORMAP = "cividis"
 DISCLAIMER = "Research use only, not for diagnosis."
+LINE = 110  # characters that fit below a figure
 
 
 def overlay(
@@ -100,7 +102,8 @@ def save_figure(
         axis.set_axis_off()
     scale = ScalarMappable(Normalize(low, high if high > low else low + 1), colormap)
     figure.colorbar(scale, ax=right, shrink=0.7, label=heat.legend)
-    figure.supxlabel("\n".join(describe_scores(heat)), fontsize=8)
+    lines = (fill(sentence, LINE) for sentence in describe_scores(heat))
+    figure.supxlabel("\n".join(lines), fontsize=8)
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=120, format="png")
     return path
