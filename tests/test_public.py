@@ -159,6 +159,15 @@ def test_data_in_memory_are_the_data_of_the_folder(images: Path, tmp_path: Path)
     assert result.metrics == plain.metrics
 
 
+def test_synthetic_images_stay_marked_in_memory(tmp_path: Path) -> None:
+    folder = tiny_images(tmp_path / "drawn", groups=6)
+    (folder / "DRAWINGS").write_text("")
+    rows = hf_glovlm.load_dataset(folder)["all"].shuffle(seed=1)
+    result = run(settings(rows, tmp_path / "run"))
+    assert result.synthetic
+    assert "(synthetic images)" in repr(result)
+
+
 def test_a_split_in_memory_is_respected(images: Path, tmp_path: Path) -> None:
     rows = hf_glovlm.load_dataset(images)["all"]
     groups = rows["group_id"] if "group_id" in rows.column_names else rows["patient_id"]

@@ -200,6 +200,7 @@ def evaluate(
     check_output(predictions)
 
     from ..data import check_dataset, group_rows, load_dataset
+    from ..data.folder import is_synthetic
     from ..environment import describe_environment
     from ..inference import resolve_device
     from ..inference.scale import check_scale
@@ -236,7 +237,7 @@ def evaluate(
         },
         **measure(predicted, n_resamples=n_resamples),
         "notes": [groups.note],
-        "synthetic": classifier.config.synthetic or bool(synthetic_mark(data)),
+        "synthetic": classifier.config.synthetic or is_synthetic(data),
         "environment": describe_environment(place),
     }
     if predictions is not None:

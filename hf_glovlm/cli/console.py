@@ -18,7 +18,9 @@ logger = logging.getLogger("hf_glovlm")
 
 def synthetic_mark(data: str) -> str:
     """Mark behind a title, if a folder is marked as holding synthetic images."""
-    return " (synthetic images)" if (Path(data).expanduser() / "DRAWINGS").is_file() else ""
+    from ..data.folder import is_synthetic
+
+    return " (synthetic images)" if is_synthetic(data) else ""
 
 
 def check_output(path: Path | None) -> None:

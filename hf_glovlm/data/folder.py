@@ -47,6 +47,7 @@ MANIFEST = (
     "reader",
 )
 FLOAT_COLUMNS = frozenset({"mpp", "section_um"})
+SYNTHETIC = "Synthetic images"  # in the description of data that were drawn
 CAPTION = "caption"  # a text about the image, not about its origin as the MANIFEST columns
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 MAX_PIXELS = 80_000_000
@@ -134,7 +135,22 @@ def load_dataset(
         tables = [_read_parquet(path)]
     else:
         tables = _read_hub(str(source), path, revision)
-    return _assemble(tables)
+    loaded = _assemble(tables)
+    if is_synthetic(path):
+        for part in loaded.values():  # stays with what is selected or shuffled in memory
+            part.info.description = SYNTHETIC
+    return loaded
+
+
+def is_synthetic(source: "str | Path | Dataset | DatasetDict") -> bool:
+    """Whether data are marked as synthetic: a folder by its file `DRAWINGS` (`write_cohort`).
+
+    Data in memory that were loaded from such a folder are marked in their description.
+    """
+    if isinstance(source, str | Path):
+        return (Path(source).expanduser() / "DRAWINGS").is_file()
+    parts = source.values() if isinstance(source, dict) else [source]
+    return any(SYNTHETIC in (part.info.description or "") for part in parts)
 
 
 def column(rows: "Dataset", name: str) -> list[Any]:

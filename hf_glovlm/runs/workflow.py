@@ -249,6 +249,8 @@ def _adapt(
     on_epoch: Callable[[dict[str, Any]], None],
 ) -> Adapted:
     """Adapt to the task and keep the scale of its images and whether they are synthetic."""
+    from ..data.folder import is_synthetic
+
     config = task.config
     support, groups = task.side("support")
     adapted = adapt(
@@ -267,7 +269,7 @@ def _adapt(
     )
     about = adapted.model.config
     about.mpp = known_scale(adapted.processor.image_processor, support)
-    about.synthetic = bool(about.synthetic or (config.folder and _synthetic(config.folder)))
+    about.synthetic = bool(about.synthetic or is_synthetic(config.data))
     return adapted
 
 
@@ -592,11 +594,6 @@ def _stains(rows: "Dataset") -> list[str]:
 
     named = column(rows, "stain") if "stain" in rows.column_names else ()
     return sorted({str(value) for value in named if value})
-
-
-def _synthetic(data: str) -> bool:
-    """Whether a folder is marked as synthetic, as `write_cohort` marks its own."""
-    return (Path(data).expanduser() / "DRAWINGS").is_file()
 
 
 def _in_order(parts: list[tuple[list[int], Predictions]]) -> Predictions:
