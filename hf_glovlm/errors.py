@@ -12,6 +12,10 @@ class GloVLMError(ValueError):
     """
 
 
+class WriteError(GloVLMError, OSError):
+    """Disk error: full, read-only, failing, or a path that it does not take. Nothing is left."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Near-miss suggestion for an unknown name.
 

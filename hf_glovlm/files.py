@@ -1,15 +1,35 @@
-"""Atomic writes: a file or folder appears whole or not at all; nothing else calls `os.replace`."""
+"""Files that are kept: written whole or not at all, by one writer, known by what they are made of.
+
+Whatever is used again (a run, a checkpoint, a bag, crops, the cells of a study) states what it was
+made from and a checksum of its content. Nothing else calls `os.replace`.
+"""
 
 import csv
+import errno
 import io
 import json
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .errors import GloVLMError, WriteError
+
+MANIFEST = "manifest.json"
+JOURNAL = "journal.json"
+LOCK = ".lock"
+_FRESH = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
+_WHOLE = 2**28  # bytes up to which a file is always known by all of them
+_BLOCK, _BLOCKS = 2**16, 256  # of a larger one, read where size and time have not changed
+
+
+# --------------------------------------------------------------------------- whole or not at all
 
 
 @contextmanager
@@ -21,24 +41,72 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: The target; the folder around it is made if need be.
+
+    Raises:
+        WriteError: The disk is full, read-only or failing, or does not take the path.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        yield fresh
-        os.replace(fresh, path)
+        with explaining_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield fresh
+            os.replace(fresh, path)
     finally:
-        if fresh.is_dir():
-            shutil.rmtree(fresh, ignore_errors=True)
-        else:
-            fresh.unlink(missing_ok=True)
+        with suppress(OSError):
+            remove(fresh)
+
+
+@contextmanager
+def explaining_disk(path: Path) -> Iterator[None]:
+    """Turn what a disk refuses into a sentence that names the place and what to do.
+
+    Raises:
+        WriteError: In place of an `OSError` about this place, and of what libraries make of one.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        reason = disk_reason(error)
+        at = getattr(error, "filename", None)
+        if reason is None or (isinstance(at, str | Path) and not _lies_near(Path(at), path)):
+            raise  # something else went wrong, or with what is read rather than written
+        raise WriteError(
+            f"'{path}' cannot be written ({reason}): free space there, or name another place."
+        ) from error
+
+
+def _lies_near(path: Path, target: Path) -> bool:
+    near, here = os.path.abspath(target), os.path.abspath(path)
+    return here.startswith(os.path.dirname(near)) or near.startswith(here)
+
+
+def disk_reason(error: BaseException) -> str | None:
+    """Reason that a disk gave, also where a library wraps it; `None` for any other error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        about = {errno.EFBIG: "no space for a file of this size"}
+        return about.get(error.errno, error.strerror or str(error))
+    # safetensors and h5py say it in words: "I/O error: ... (os error 28)", "errno = 28".
+    match = re.search(r"\(os error (\d+)\)|errno = (\d+)", str(error))
+    if match is not None:
+        return os.strerror(int(match[1] or match[2]))
+    return None
 
 
 def move_over(source: Path, target: Path) -> None:
     """Move a finished file or folder to where an earlier one may stand, which goes."""
-    if target.is_dir():
+    if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
     os.replace(source, target)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,6 +118,30 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, **options: Any) -> None:
     """Write a JSON file atomically; options are those of `json.dumps`, by default `indent=1`."""
     write_text(path, json.dumps(value, **{"indent": 1, **options}) + "\n")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Read a JSON file that one of our commands wrote.
+
+    Args:
+        path: The file.
+        kind: What stands at its top: `dict` or `list`.
+
+    Raises:
+        GloVLMError: It is missing, damaged, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise GloVLMError(f"'{path}' cannot be read ({error.strerror or error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise GloVLMError(
+            f"'{path}' is damaged or no JSON ({error}): write it again, or restore a copy."
+        ) from error
+    if not isinstance(content, kind):
+        expected = "keys and values" if kind is dict else "a list"
+        raise GloVLMError(f"'{path}': expected {expected}, found {type(content).__name__}.")
+    return content
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -74,3 +166,245 @@ def write_table(path: Path, columns: Mapping[str, Any], metadata: Any = None) ->
 
     with replacing(path) as fresh:
         pq.write_table(pa.table(dict(columns), metadata=metadata), fresh)
+
+
+# ------------------------------------------------------------------------------------ one writer
+
+
+@contextmanager
+def one_writer(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Lock of a folder: as long as it is held, no other command writes there.
+
+    The folder is made if need be, and what killed writers left in it goes: no other writes there
+    now. It goes again if it was made here and nothing came into it. On a network disk a lock may
+    hold on one machine only: let each machine write a folder of its own.
+
+    Args:
+        folder: The folder.
+        wait: Seconds to wait for another writer.
+
+    Raises:
+        GloVLMError: Another process writes there, or the folder cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    new = not folder.exists()
+    place = folder / LOCK
+    with explaining_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place, timeout=wait, poll_interval=0.1)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise GloVLMError(
+                f"Another process writes to '{folder}'{_holder(place)}: wait until it has "
+                "finished, or name another folder."
+            ) from None
+    try:
+        with suppress(OSError):
+            place.write_text(f"process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M')}")
+        _sweep(folder)
+        yield
+    finally:
+        lock.release()
+        if new and is_empty(folder):
+            with suppress(OSError):
+                place.unlink(missing_ok=True)
+                folder.rmdir()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing but a lock lies in a folder, or there is none."""
+    return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
+
+
+def _holder(place: Path) -> str:
+    with suppress(OSError, ValueError):
+        text = place.read_text("utf-8").strip()
+        return f" ({text})" if text else ""
+    return ""
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the fresh paths of writers that were killed."""
+    for base, folders, files in os.walk(folder):
+        for name in [*folders, *files]:
+            if _FRESH.match(name):
+                with suppress(OSError):
+                    remove(Path(base) / name)
+        folders[:] = [name for name in folders if not _FRESH.match(name)]
+
+
+# --------------------------------------------------------------------- a folder, moved into place
+
+
+def put_in_place(work: Path, output: Path, names: Sequence[str]) -> None:
+    """Move a finished folder's content where it belongs, as one step.
+
+    A journal is written first. From then on a kill loses nothing: `finish_move`, with which every
+    reader and writer of such a folder begins, does what is left.
+
+    Args:
+        work: The folder in which everything is complete; it lies in `output` and goes.
+        output: Where it belongs.
+        names: All that may lie in `output`; of these, what `work` lacks is removed there.
+    """
+    here = [name for name in names if (work / name).exists()]
+    write_json(work / JOURNAL, {"move": here, "remove": [n for n in names if n not in here]})
+    finish_move(work, output)
+
+
+def finish_move(work: Path, output: Path) -> bool:
+    """Finish a move that a kill interrupted; whether there was one."""
+    journal = work / JOURNAL
+    if not journal.is_file():
+        return False
+    planned = read_json(journal)
+    with explaining_disk(output):
+        for name in planned["remove"]:
+            remove(output / name)
+        for name in planned["move"]:
+            if (work / name).exists():
+                move_over(work / name, output / name)
+        remove(journal)  # before the rest: without it the folder is one of no run
+        shutil.rmtree(work, ignore_errors=True)
+    return True
+
+
+# -------------------------------------------------------------------------------------- manifests
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Manifest: what something kept was made from, and checksums of its content.
+
+    Attributes:
+        kind: What it is: `adaptation`, `mil`, `slide`, `crops`, `backbone`, ...
+        made_from: Digests and settings by name, plain values.
+        files: Checksum of each file by its path in the folder.
+    """
+
+    kind: str
+    made_from: Mapping[str, Any]
+    files: Mapping[str, str]
+
+
+def write_manifest(folder: Path, kind: str, made_from: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder that is complete: `manifest.json`."""
+    files = {
+        path.relative_to(folder).as_posix(): digest_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, JOURNAL, LOCK)
+    }
+    value = {"kind": kind, "made_from": dict(made_from), "files": files}
+    write_json(folder / MANIFEST, value)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Manifest of a folder; `None` where it has none.
+
+    Raises:
+        GloVLMError: It is damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    parts = (content.get("kind"), content.get("made_from"), content.get("files"))
+    if not isinstance(parts[0], str) or not all(isinstance(part, dict) for part in parts[1:]):
+        raise GloVLMError(f"'{path}' is damaged: expected kind, made_from and files.")
+    return Manifest(*parts)
+
+
+def damaged_files(
+    folder: Path, manifest: Manifest, names: Iterable[str] | None = None
+) -> list[str]:
+    """Files of a manifest that are missing or whose content has changed.
+
+    Args:
+        folder: The folder.
+        manifest: Its manifest.
+        names: Files, or beginnings of their paths, that matter; all by default.
+    """
+    chosen = tuple(names) if names is not None else ("",)
+    return [
+        name
+        for name, checksum in manifest.files.items()
+        if name.startswith(chosen)
+        and (not (folder / name).is_file() or digest_file(folder / name) != checksum)
+    ]
+
+
+def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two `made_from`: `"labels were 'a1' and are 'b2'"`, one text each.
+
+    Values go through JSON first, as what was read from a file did.
+    """
+    old, new = (json.loads(json.dumps(dict(part))) for part in (before, now))
+    return [
+        f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}"
+        for name in dict.fromkeys([*new, *old])
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def digest_file(path: Path) -> str:
+    """Digest of a file's bytes: 32 hexadecimal digits (xxh3, 128 bits)."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
+def digest_value(value: Any) -> str:
+    """Digest of plain values: 32 hexadecimal digits of their JSON with sorted keys."""
+    import xxhash
+
+    return str(xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest())
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Identity of a large input: size, time, digest of sampled blocks and of all bytes."""
+    status = path.stat()
+    whole = digest_file(path)
+    sample = whole if status.st_size <= _WHOLE else _digest_blocks(path, status.st_size)
+    return {
+        "bytes": status.st_size,
+        "modified": status.st_mtime_ns,
+        "sample": sample,
+        "digest": whole,
+    }
+
+
+def is_same_file(path: Path, known: Mapping[str, Any]) -> bool:
+    """Whether a file holds the bytes that `describe_file` saw.
+
+    All bytes are read, but of a file above 256 MiB whose size and time are as they were: of such a
+    one 256 blocks over its whole length.
+    """
+    status = path.stat()
+    if status.st_size != known.get("bytes"):
+        return False
+    if status.st_size > _WHOLE and status.st_mtime_ns == known.get("modified"):
+        return _digest_blocks(path, status.st_size) == known.get("sample")
+    return digest_file(path) == known.get("digest")
+
+
+def _digest_blocks(path: Path, size: int) -> str:
+    """Digest of blocks spread evenly over a file, the first and the last among them."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        for i in range(_BLOCKS):
+            stream.seek((size - _BLOCK) * i // (_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK))
+    return str(digest.hexdigest())
