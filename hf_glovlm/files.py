@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -120,20 +121,58 @@ def write_json(path: Path, value: Any, **options: Any) -> None:
     write_text(path, json.dumps(value, **{"indent": 1, **options}) + "\n")
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
+def read_text(path: Path, what: str = "a file", *, most: int = 2**26) -> str:
+    """Read a text file of a person or of ours, in UTF-8, without a byte order mark.
+
+    Args:
+        path: The file.
+        what: What it should be, with its article, for the sentence: `"a YAML file"`.
+        most: Most bytes; such a file is small.
+
+    Raises:
+        GloVLMError: It is missing, a folder, a device or pipe (which would never end), too large,
+            or not UTF-8.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or pipe"
+            raise GloVLMError(f"Expected {what} at {path}, found: {kind}.")
+        if status.st_size > most:
+            raise GloVLMError(
+                f"Expected {what} at {path}, found more than {most >> 20} MiB: that is no such "
+                "file."
+            )
+        content = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, GloVLMError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise GloVLMError(f"Expected {what} at {path}, found: {reason}.") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GloVLMError(
+            f"{path} is not UTF-8 text (byte {error.start}), so not a readable "
+            f"{path.suffix[1:].upper() or 'text'} file; save it as UTF-8."
+        ) from error
+
+
+def read_json(path: Path, kind: type = dict, *, most: int = 2**28) -> Any:
     """Read a JSON file that one of our commands wrote.
 
     Args:
         path: The file.
         kind: What stands at its top: `dict` or `list`.
+        most: Most bytes.
 
     Raises:
         GloVLMError: It is missing, damaged, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GloVLMError(f"'{path}' cannot be read ({error.strerror or error}).") from error
+        content = json.loads(read_text(path, "a JSON file", most=most))
+    except GloVLMError:
+        raise
     except (ValueError, RecursionError) as error:
         raise GloVLMError(
             f"'{path}' is damaged or no JSON ({error}): write it again, or restore a copy."

@@ -5,7 +5,6 @@ with `_test_` becomes a split, images without a row vanish), so the files are li
 decision is explicit. Nothing is decoded while loading; `open_image` is the one decoder.
 """
 
-import csv
 import hashlib
 import io
 import logging
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import GloVLMError, nearest
+from ..tables import column_name, read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -252,7 +252,8 @@ def _read_class_folders(root: Path, files: list[str], tops: list[str]) -> _Table
 
 def _read_metadata(root: Path, prefix: str, files: list[str], split: str | None) -> _Table:
     path = root / prefix / "metadata.csv"
-    header, rows = _read_csv(path)
+    table = read_table(path, "a table of images")
+    header, rows = table.names, table.rows
     columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
     for needed in ("file_name", "label"):
         if needed not in columns:
@@ -305,35 +306,6 @@ def _read_metadata(root: Path, prefix: str, files: list[str], split: str | None)
         splits=given,
         extra=_manifest_of(columns, str(path)),
     )
-
-
-def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            header = [_column_name(name) for name in next(reader, [])]
-            rows = []
-            for row in reader:
-                if len(row) > len(header):
-                    raise GloVLMError(
-                        f"{path}, line {reader.line_num}: expected {len(header)} fields, found "
-                        f"{len(row)}; put quotes around values that hold a comma."
-                    )
-                if any(value.strip() for value in row):
-                    rows.append(row + [""] * (len(header) - len(row)))
-    except UnicodeDecodeError:
-        raise GloVLMError(f"{path} is not UTF-8 text; save it as CSV in UTF-8.") from None
-    except csv.Error as error:
-        raise GloVLMError(f"{path} is not a readable CSV file ({error}); save it again.") from None
-    twice = [name for name, n in Counter(header).items() if n > 1 and name]
-    if twice:
-        raise GloVLMError(f"{path} has the column {twice[0]} twice; keep one of them.")
-    return header, rows
-
-
-def _column_name(name: str) -> str:
-    """Normalised column name: `Patient ID` and `patient-id` are `patient_id`."""
-    return re.sub(r"[\s-]+", "_", name.strip()).casefold()
 
 
 def _manifest_of(columns: Mapping[str, list[Any]], origin: str) -> dict[str, list[Any]]:
@@ -467,7 +439,7 @@ def _read_table(
         )
     names = features[label].names if isinstance(features[label], ClassLabel) else None
     labels = [_label_text(value, names, origin) for value in table.column(label).to_pylist()]
-    others = {_column_name(n): n for n in table.column_names if n not in (image, label)}
+    others = {column_name(n): n for n in table.column_names if n not in (image, label)}
     kept = {
         key: table.column(name).to_pylist()
         for key, name in others.items()

@@ -5,10 +5,8 @@ the table, and a question that names a class is refused. Captions may be wrong; 
 marks them as machine-written.
 """
 
-import csv
 import json
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from ..data.folder import column, load_dataset, open_image
 from ..data.terminology import match_key
 from ..errors import GloVLMError
 from ..files import write_csv, write_json, write_table, write_text
+from ..tables import column_name, read_table
 
 QUESTION = "Can you provide a concise description of the histopathology image shown?"
 _NO_QUESTION = ("blip", "git", "vision-encoder-decoder")  # models that take no question
@@ -330,13 +329,9 @@ class _CaptionTable:
 
 def _read_lines(path: Path) -> tuple[list[str], dict[str, list[str]]]:
     """Header and rows of a table by file name, cells as written."""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        header, *rows = [row for row in csv.reader(stream) if any(cell.strip() for cell in row)]
-    index = _column_index("file_name", header)
-    if index is None:
-        raise GloVLMError(f"{path} has no column file_name; found {', '.join(header)}.")
-    rows = [[*row, *[""] * (len(header) - len(row))] for row in rows]
-    return header, {_clean_name(row[index]): row for row in rows}
+    table = read_table(path, "a table of images", strip=False)
+    index = table.need("file_name")
+    return table.header, {_clean_name(row[index]): row for row in table.rows}
 
 
 def _known_captions(path: Path) -> dict[str, str]:
@@ -355,7 +350,7 @@ def _known_captions(path: Path) -> dict[str, str]:
 
 def _column_index(name: str, header: Sequence[str]) -> int | None:
     """Index of a column; case and blanks aside, as `load_dataset` reads a header."""
-    plain = [re.sub(r"[\s-]+", "_", cell.strip()).casefold() for cell in header]
+    plain = [column_name(cell) for cell in header]
     return plain.index(name) if name in plain else None
 
 

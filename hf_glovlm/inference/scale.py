@@ -5,7 +5,6 @@ which it shrinks. A scale that is not known stays `None` and is written as `unkn
 guessed.
 """
 
-import csv
 import io
 import math
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ..data.folder import column, positive
 from ..errors import GloVLMError
+from ..tables import read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -127,8 +127,7 @@ def _read_metadata(folder: Path) -> dict[str, float | None]:
     path = folder / "metadata.csv"
     if not path.is_file():
         return {}
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(path, "a table of images")
     return {str(row.get("file_name")): positive(row.get("mpp")) for row in rows}
 
 

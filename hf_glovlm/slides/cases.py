@@ -1,6 +1,5 @@
 """Case-level counts: the slides of one patient or specimen, counted together."""
 
-import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import GloVLMError
+from ..tables import read_table
 from .counting import count_classes
 from .files.wsi import slide_name
 from .objects import read_objects
@@ -24,20 +24,14 @@ def read_cases(path: Path, slides: Iterable[str]) -> dict[str, str | None]:
     Raises:
         GloVLMError: No such file or column, or a slide without a case.
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        raise GloVLMError(f"Expected a CSV file of slides and cases at {path}.") from None
-    header = list(rows[0]) if rows else []
-    slide = next((name for name in ("slide", "slide_id") if name in header), None)
-    case = next((name for name in ("case", "case_id", "patient_id") if name in header), None)
-    if slide is None or case is None:
-        raise GloVLMError(
-            f"{path} needs rows with the columns slide and case, found: {', '.join(header) or '-'}."
-        )
-    case_of = {slide_name(Path(row[slide] or "")): (row[case] or "").strip() for row in rows}
-    case_of |= {(row[slide] or "").strip(): (row[case] or "").strip() for row in rows}
+    table = read_table(path, "a CSV file of slides and cases")
+    places = table.index("slide", "slide_id"), table.index("case", "case_id", "patient_id")
+    if None in places or not table.rows:
+        header = ", ".join(table.header) or "-"
+        raise GloVLMError(f"{path} needs rows with the columns slide and case, found: {header}.")
+    pairs = [(row[places[0]], row[places[1]]) for row in table.rows]  # type: ignore[index]
+    case_of: dict[str, str | None] = {slide_name(Path(slide)): case for slide, case in pairs}
+    case_of |= dict(pairs)
     missing = [name for name in slides if not case_of.get(name)]
     if missing:
         raise GloVLMError(f"{path} names no case of {missing[0]}: add the row.")

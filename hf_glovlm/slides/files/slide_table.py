@@ -1,6 +1,5 @@
 """Slide table: `slides.csv` with the labels that slide-level tasks and MIL learn from."""
 
-import csv
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from ...data.folder import few, positive
 from ...errors import GloVLMError, nearest
+from ...tables import read_table
 
 COLUMNS = ("slide", "label", "patient_id", "case_id", "split", "mpp")
 _SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -163,27 +163,9 @@ def read_slide_table(path: Path, *, classes: Sequence[str] | None = None) -> Sli
 
 def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     """Header and rows, cells stripped; `NA` and the like are empty, save as a label."""
-    try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            header = [name.strip().casefold().replace(" ", "_") for name in next(reader, [])]
-            rows = []
-            for row in reader:
-                if not any(value.strip() for value in row):
-                    continue
-                if len(row) != len(header):
-                    raise GloVLMError(
-                        f"{path}, line {reader.line_num}: expected {len(header)} fields, found "
-                        f"{len(row)}; put quotes around values that hold a comma."
-                    )
-                values = [value.strip() for value in row]
-                rows.append(values)
-    except OSError as error:
-        reason = "a folder" if Path(path).is_dir() else (error.strerror or str(error))
-        raise GloVLMError(f"Expected a table of slides at {path}, found: {reason}.") from None
-    except (UnicodeDecodeError, csv.Error):
-        raise GloVLMError(f"{path} is not a readable CSV file; save it as CSV in UTF-8.") from None
-    header = ["slide" if name == "slide_id" else name for name in header]
+    table = read_table(path, "a table of slides", fill=False)
+    rows = table.rows
+    header = ["slide" if name == "slide_id" else name for name in table.names]
     for name, times in Counter(header).items():
         if name not in COLUMNS:
             raise GloVLMError(
