@@ -74,13 +74,20 @@ def explaining_disk(path: Path) -> Iterator[None]:
         if reason is None or (isinstance(at, str | Path) and not _lies_near(Path(at), path)):
             raise  # something else went wrong, or with what is read rather than written
         raise WriteError(
-            f"'{path}' cannot be written ({reason}): free space there, or name another place."
+            f"'{short_path(path)}' cannot be written ({reason}): free space there, or name another "
+            "place."
         ) from error
 
 
 def _lies_near(path: Path, target: Path) -> bool:
     near, here = os.path.abspath(target), os.path.abspath(path)
     return here.startswith(os.path.dirname(near)) or near.startswith(here)
+
+
+def short_path(path: Path | str) -> str:
+    """Path in a sentence: the middle of a very long one is left out."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:80]}...{text[-80:]}"
 
 
 def disk_reason(error: BaseException) -> str | None:
@@ -227,7 +234,7 @@ def one_writer(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    new = not folder.exists()
+    new = not os.path.exists(folder)  # Path.exists raises where a name is too long
     place = folder / LOCK
     with explaining_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)

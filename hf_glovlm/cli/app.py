@@ -1,7 +1,8 @@
 """Command line `glovlm`. Every command imports what it needs inside, so that help is instant.
 
 Exit codes: 0 done, 1 done in part (`predict` with unreadable images, `data check` with problems),
-2 bad input, 130 interrupted. Tables go to the standard output, all else to the error stream.
+2 bad input or no space, 130 interrupted, 143 terminated. Tables go to the standard output, all else
+to the error stream.
 """
 
 import json
@@ -22,9 +23,12 @@ from .. import __version__
 from ..environment import quiet_libraries
 from ..errors import GloVLMError, nearest
 from .console import (
+    INTERRUPTED,
+    TERMINATED,
     Notes,
     cell,
     check_output,
+    explain_failure,
     fail,
     is_main,
     note,
@@ -35,6 +39,7 @@ from .console import (
     show_progress,
     synthetic_mark,
     to_csv,
+    until_terminated,
     write_file,
 )
 from .options import (
@@ -82,23 +87,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if not any(isinstance(handler, Notes) for handler in logger.handlers):
         logger.addHandler(Notes())
+    with until_terminated() as ended:
+        code = _run(given)
+    code = TERMINATED if ended.is_set() else code
+    if code in (INTERRUPTED, TERMINATED):
+        word = "interrupted" if code == INTERRUPTED else "terminated"
+        note(f"{word}: the last complete result is kept")
+    return code
+
+
+def _run(given: list[str]) -> int:
+    """Run one command; its exit code, after a sentence where it failed."""
     try:
         command = typer.main.get_command(app)
         code = command.main(given, prog_name="glovlm", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
     except GloVLMError as error:
         return fail(str(error))
-    except (PermissionError, NotADirectoryError, IsADirectoryError) as error:
-        return fail(f"{error.filename} cannot be used ({error.strerror}): give another place.")
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
+    except (KeyboardInterrupt, typer.Abort):  # Typer turns the first into the second
+        return INTERRUPTED
+    except BrokenPipeError:  # `glovlm datasets | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
-        if not hasattr(error, "format_message"):  # all that Typer raises for a wrong command line
+        sentence = explain_failure(error)
+        if sentence is None:
             raise
-        path = getattr(getattr(error, "ctx", None), "command_path", "glovlm")
-        return fail(f"{error.format_message()} (see {path} --help)")
-    if code == 130:
-        note("interrupted: the last complete result is kept")
-    return code if isinstance(code, int) else 0
+        return fail(sentence)
 
 
 # ----------------------------------------------------------------------------- adapt and measure

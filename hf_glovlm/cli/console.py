@@ -7,11 +7,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..errors import GloVLMError
+from ..files import disk_reason, short_path
+
+if TYPE_CHECKING:
+    import threading
 
 logger = logging.getLogger("hf_glovlm")
 
@@ -49,6 +53,61 @@ def to_csv(rows: Iterable[Sequence[Any]]) -> str:
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows(rows)
     return stream.getvalue()
+
+
+INTERRUPTED, TERMINATED = 130, 143  # exit codes, as shells give them for SIGINT and SIGTERM
+
+
+@contextmanager
+def until_terminated() -> "Iterator[threading.Event]":
+    """End a command at SIGTERM as at Ctrl-C, so that all that is open is closed; set then.
+
+    Elsewhere than in the main thread, and where a program around us has a handler, it does nothing.
+    """
+    import signal
+    import threading
+
+    ended = threading.Event()
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)  # what is being closed now is closed in peace
+        ended.set()
+        raise KeyboardInterrupt
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show is no failure
+            stream.reconfigure(errors="replace")
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM) if here else None
+    if before is not signal.SIG_DFL:
+        yield ended
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield ended
+    except KeyboardInterrupt:  # it came between two lines of ours
+        ended.set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def explain_failure(error: Exception) -> str | None:
+    """Sentence for an error that is the command line's, the disk's or the memory's; else `None`."""
+    if hasattr(error, "format_message"):  # all that Typer raises for a wrong command line
+        path = getattr(getattr(error, "ctx", None), "command_path", "glovlm")
+        return f"{error.format_message()} (see {path} --help)"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"The memory does not suffice ({str(error).splitlines()[0] if str(error) else 'full'}):"
+            " give a smaller --batch-size, fewer --workers or smaller images."
+        )
+    reason = disk_reason(error)
+    if reason is None:
+        return None
+    place = getattr(error, "filename", None) or "A file"
+    return (
+        f"{short_path(place)} cannot be used ({reason}): free space there, or give another place."
+    )
 
 
 def is_main() -> bool:
