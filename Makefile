@@ -13,10 +13,10 @@ PYTEST_ARGS ?=
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
-.PHONY: help demo space test lint browser clean
+.PHONY: help demo space test test-long lint browser clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## the main job on synthetic images: no network and no data needed
 	@$(VENV)/bin/glovlm demo
@@ -26,6 +26,9 @@ space: $(READY)  ## the page of spaces/glomeruli, on this machine alone, with mi
 
 test: lint browser  ## the lint, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist worksteal --durations=10 $(PYTEST_ARGS)
+
+test-long: $(READY)  ## races, kills and hostile input: up to an hour
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -q -m long --durations=10 tests/long $(PYTEST_ARGS)
 
 lint: $(READY)  ## style and types
 	@$(RUN) ruff check
