@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import random
+import resource
 import signal
 import time
 import traceback
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT = 20  # seconds of one command
+MEMORY = 6 * 2**30  # bytes beyond what this process maps already
 
 TRAIN = {
     "data": "{nowhere}", "output_dir": "{out}", "backbone": "mini", "method": "lora", "shots": 4,
@@ -256,6 +258,7 @@ class Hostile:
         try:
             with (
                 _alarm(LIMIT),
+                _memory(MEMORY),
                 contextlib.redirect_stdout(printed),
                 contextlib.redirect_stderr(printed),
             ):
@@ -269,6 +272,8 @@ class Hostile:
             return Failure(number, arguments, f"took more than {LIMIT} s")
         if code not in (0, 1, 2):
             return Failure(number, arguments, f"exit code {code}: {text[-500:]}")
+        if "memory does not suffice" in text:
+            return Failure(number, arguments, f"more than {MEMORY >> 30} GiB: {text[-500:]}")
         if "Traceback" in text:
             return Failure(number, arguments, text[-1500:])
         if code == 2 and not any(line.startswith("error: ") for line in text.splitlines()):
@@ -290,3 +295,15 @@ def _alarm(seconds: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _memory(most: int) -> Iterator[None]:
+    """Let what takes the whole memory fail here, not the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
