@@ -1,8 +1,7 @@
 """User errors: what was expected, what was found, what to do."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Any
 
 
 class GloVLMError(ValueError):
@@ -32,25 +31,3 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return ""
     match = next(n for n in names if n.lower() == matches[0])
     return f" Did you mean '{match}'?"
-
-
-def check_settings(
-    values: Mapping[str, Any], known: Collection[str], required: Iterable[str]
-) -> None:
-    """Check a configuration for unknown and missing settings.
-
-    Args:
-        values: From YAML or flags.
-        known: All settings.
-        required: The required ones.
-
-    Raises:
-        GloVLMError: Names the first that is unknown or missing.
-    """
-    for key in values:
-        if key not in known:
-            raise GloVLMError(f"Unknown setting '{key}' in the configuration.{nearest(key, known)}")
-    for key in required:
-        if not values.get(key):
-            flag = key.replace("_", "-")
-            raise GloVLMError(f"A run needs {key}: give --{flag} or '{key}:' in the YAML file.")

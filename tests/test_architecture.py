@@ -17,8 +17,8 @@ PACKAGE = "hf_glovlm"
 # in NEIGHBOURS. On the top floor stand the doors: the package root names what is public and brings
 # it in when it is asked for; `lab` makes data and measures, and nothing but the doors imports it.
 FLOORS = {
-    1: {"environment", "errors", "files", "model"},
-    2: {"backbones", "calibration", "metrics", "tables"},
+    1: {"environment", "errors", "files", "lazy", "model"},
+    2: {"backbones", "calibration", "metrics", "settings", "tables"},
     3: {"data", "rendering"},
     4: {"methods"},
     5: {"inference"},
@@ -32,8 +32,9 @@ NEIGHBOURS = {"__main__": {"cli"}, "files": {"errors"}, "cli": {"lab"}, "train":
 ONLY: dict[str, set[str]] = {  # stricter than the floor
     "backbones": {"errors", "files", "model"},
     "calibration": {"errors"},
-    "data": {"errors", "files", "tables"},
+    "data": {"errors", "files", "settings", "tables"},
     "metrics": {"errors"},
+    "settings": {"errors"},
     "tables": {"errors", "files"},
 }
 CLOSURE = {"torch", "transformers", *sys.stdlib_module_names}

@@ -181,7 +181,7 @@ def test_how_settings_came_about_is_said(
         ({"conformal": "lac"}, "--calibration-groups 1 or more"),
         ({"conformal": "lap", "calibration_groups": 1}, "Did you mean 'lac'"),
         ({"max_risk": 0.1}, "max_risk is calibrated on groups"),
-        ({"alpha": 1.0}, "alpha between 0 and 1"),
+        ({"alpha": 1.0}, "alpha must be above 0 and below 1"),
         ({"prior": "most"}, "prior must be 'em' or a fraction"),
         ({"prior": "em", "conformal": "lac", "calibration_groups": 2}, "prior 'em' is found on"),
         ({"prior": {CLASSES[0]: 1.0}}, "no fraction for"),

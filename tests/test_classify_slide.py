@@ -285,8 +285,8 @@ def test_other_settings_do_not_pass_for_these(place: Path, tmp_path: Path) -> No
     [
         ({"tile_sise": 3}, "Did you mean 'tile_size'"),
         ({"slides": []}, "needs slides"),
-        ({"top": -1}, "--top must be at least 0"),
-        ({"threshold": 1.5}, "--threshold"),
+        ({"top": -1}, "top must be 0 or more"),
+        ({"threshold": 1.5}, "threshold must be at most 1"),
         ({"case": "A", "cases": "x.csv"}, "either --cases"),
         ({"cases": "missing.csv"}, "CSV file of slides and cases"),
         ({"objects": "missing.geojson"}, "Expected a GeoJSON file or a folder"),

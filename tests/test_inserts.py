@@ -539,10 +539,10 @@ def test_recipes_and_settings_are_the_published_ones(name: str, shots: int) -> N
 @pytest.mark.parametrize(
     ("name", "config", "sentence"),
     [
-        ("vpt", {"tokens": 0}, "'tokens' counts from 1; found 0"),
-        ("adapter", {"reduction": 0}, "'reduction' counts from 1"),
-        ("maple", {"depth": 0}, "'depth' counts from 1"),
-        ("cocoop", {"reduction": -1}, "'reduction' counts from 1"),
+        ("vpt", {"tokens": 0}, "'tokens' of method 'vpt' must be 1 or more; found 0"),
+        ("adapter", {"reduction": 0}, "'reduction' .* must be 1 or more"),
+        ("maple", {"depth": 0}, "'depth' .* must be 1 or more"),
+        ("cocoop", {"reduction": -1}, "'reduction' .* must be 1 or more"),
         ("maple", {"context_tokens": 5}, r"has 4 words: lower context_tokens \(found 5"),
         ("cocoop", {"context_tokens": 0}, "found 0"),
         ("cocoop", {"init": " "}, "has 0 words"),

@@ -22,6 +22,9 @@ from typer import Argument, Option
 from .. import __version__
 from ..environment import quiet_libraries
 from ..errors import GloVLMError, nearest
+from ..lab.pretraining_config import PretrainConfig
+from ..runs.config import TrainConfig
+from ..settings import read_yaml
 from .console import (
     INTERRUPTED,
     TERMINATED,
@@ -49,11 +52,9 @@ from .options import (
     ModelArgument,
     Real,
     ScaleFlag,
-    Switch,
     Text,
     Texts,
-    Whole,
-    read_config,
+    options_of,
 )
 from .publish import card, explain, explain_check, export, push
 from .slides import caption, crops, get, mil, slide
@@ -139,55 +140,11 @@ def glovlm(
 
 
 @app.command()
-def train(
-    context: typer.Context,
-    config: Annotated[Path | None, Option(help="YAML of these settings; flags win.")] = None,
-    data: Annotated[Text, Option(help="Folder of images, parquet file, or Hub id.")] = None,
-    output_dir: Annotated[Text, Option(help="Where the run is written.")] = None,
-    backbone: Annotated[Text, Option(help="Name, Hub id, folder, VISION+TEXT. (mini)")] = None,
-    method: Annotated[Text, Option(help="A name of `glovlm methods`. (linear_probe)")] = None,
-    shots: Annotated[Text, Option(help="Labels per class: N, or CLASS=N,CLASS=N. (8)")] = None,
-    seed: Annotated[Whole, Option(help="Of everything random. (0)")] = None,
-    episodes: Annotated[Text, Option(help="File of frozen splits and supports.")] = None,
-    draw: Annotated[Whole, Option(help="Which draw of that file, or of the seed. (0)")] = None,
-    shots_from: Annotated[Text, Option(help="spread, random or one_group. (spread)")] = None,
-    allow_fewer: Annotated[Switch, Option(help="Take what a rare class has.")] = None,
-    prompts: Annotated[Text, Option(help="auto, catalog, terminology, or a YAML. (auto)")] = None,
-    stain: Annotated[Text, Option(help="For --prompts terminology.")] = None,
-    validation_shots: Annotated[Whole, Option(help="More labels, for early stopping. (0)")] = None,
-    test_fraction: Annotated[Real, Option(help="Fraction of groups tested. (0.5)")] = None,
-    loss: Annotated[Text, Option(help="prototypes, infonce, infonce_published.")] = None,
-    settings: Annotated[Texts, Option("--set", metavar="KEY=VALUE", help="Of the method.")] = None,
-    epochs: Annotated[Whole, Option(help="Instead of the method's own.")] = None,
-    lr: Annotated[Real, Option(help="Instead of the method's own.")] = None,
-    weight_decay: Annotated[Real, Option(help="Instead of the method's own.")] = None,
-    batch_size: Annotated[Whole, Option(help="Over all processes, instead of its own.")] = None,
-    max_steps: Annotated[Whole, Option(help="Cut a longer recipe to so many steps.")] = None,
-    cross_validate: Annotated[Switch, Option(help="Choose settings, leaving groups out.")] = None,
-    calibration_groups: Annotated[Whole, Option(help="More groups, to calibrate on. (0)")] = None,
-    temperature: Annotated[Switch, Option(help="Fit one on these groups. (on)")] = None,
-    conformal: Annotated[Text, Option(help="Prediction sets: lac, aps or raps.")] = None,
-    alpha: Annotated[Real, Option(help="Share of sets that may miss. (0.1)")] = None,
-    per_class: Annotated[Switch, Option(help="Keep alpha within each class.")] = None,
-    max_risk: Annotated[Real, Option(help="Abstain above this error rate.")] = None,
-    prior: Annotated[Text, Option(help="Prevalence: CLASS=P,CLASS=P, or em.")] = None,
-    augment: Annotated[Switch, Option(help="Random flips, quarter turns and crops.")] = None,
-    mixed_precision: Annotated[Text, Option(help="no, fp16 or bf16. (no)")] = None,
-    accumulate: Annotated[Whole, Option(help="Parts of a batch, to save memory. (1)")] = None,
-    clip_norm: Annotated[Real, Option(help="Largest gradient norm.")] = None,
-    tracker: Annotated[Text, Option(help="An Accelerate tracker: tensorboard, ...")] = None,
-    device: Annotated[Text, Option(help="auto, cpu, cuda, cuda:N or mps. (auto)")] = None,
-    overwrite: Annotated[Switch, Option(help="Replace the run in the output folder.")] = None,
-    resume: Annotated[Switch, Option(help="Go on with the run in the output folder.")] = None,
-    cache: Annotated[Switch, Option(help="Keep features for later runs. (on)")] = None,
-    n_resamples: Annotated[Whole, Option(help="Bootstrap resamples. (2000)")] = None,
-    save_model: Annotated[Switch, Option(help="Write model/ and adapter/. (on)")] = None,
-    as_json: JsonFlag = False,
-) -> None:
+@options_of(TrainConfig, own="method_config")
+def train(checked: TrainConfig, as_json: JsonFlag = False) -> None:
     """Adapt a backbone from a few labelled images, measure it on other patients, save it."""
-    from ..runs import TrainConfig, run
+    from ..runs import run
 
-    checked = read_config(TrainConfig, context.params)
     quiet_libraries()
     with show_progress() as on_event:
         results = run(checked, on_event=on_event)
@@ -335,7 +292,6 @@ def study(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare methods, paired, over label draws. Exit code 1 if a cell failed."""
-    from ..data.terminology import read_yaml
     from ..runs.study import StudyConfig, render_report, run_study
 
     def report_cell(kind: str, what: Mapping[str, Any]) -> None:
@@ -393,34 +349,21 @@ def demo(
 
 
 @app.command()
-def pretrain(
-    output_dir: Annotated[str, Option(help="Takes weights, tokenizer and card.")],
-    seed: Annotated[int, Option(help="Of images, initialisation and order.")] = 0,
-    patients: Annotated[int, Option(min=1, help="Synthetic patients.")] = 800,
-    per_patient: Annotated[int, Option(min=1, help="Drawings of each.")] = 10,
-    epochs: Annotated[int, Option(min=1, help="Passes over the images.")] = 8,
-    batch_size: Annotated[int, Option(min=2, help="Drawings a step.")] = 64,
-    workers: Annotated[int, Option(min=1, help="Processes that draw.")] = 2,
-    resume: Annotated[bool, Option(help="Go on from the checkpoint there.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
+@options_of(PretrainConfig)
+def pretrain(checked: PretrainConfig, as_json: JsonFlag = False) -> None:
     """Train the embedded default `mini` again: a small CLIP, on synthetic images only."""
-    from ..lab.pretraining import PretrainConfig
     from ..lab.pretraining import pretrain as train_mini
 
     quiet_libraries()
-    config = PretrainConfig(
-        output_dir, seed, patients, per_patient, epochs, batch_size, workers=workers, resume=resume
-    )
     with show_progress() as on_event:
         facts = train_mini(
-            config,
+            checked,
             on_epoch=partial(on_event, "epoch"),
             on_stage=lambda name: on_event("stage", {"name": name}),
         )
     if as_json and is_main():
         print_json(facts)
-    note(f"the model, trained on synthetic images only, is in {output_dir}")
+    note(f"the model, trained on synthetic images only, is in {checked.output_dir}")
 
 
 # ------------------------------------------------------------------------------------- the tables

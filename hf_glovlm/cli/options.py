@@ -1,13 +1,19 @@
-"""Command-line options: their kinds, the YAML file under them, their values checked."""
+"""Command-line options: those of a command's own, and those made of a config's declarations.
 
+A command whose settings are a config class is decorated with `options_of(ItsConfig)`. It then has
+`--config FILE.yaml`, one option for each setting, and is called with the finished config.
+"""
+
+import inspect
 import re
-from collections.abc import Mapping
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
 
 from typer import Argument, Option
 
 from ..errors import GloVLMError
+from ..settings import GROUPS, Declared, Settings, declarations, read_yaml, read_yaml_value
 
 Text = str | None
 Texts = list[str] | None
@@ -19,103 +25,139 @@ DeviceFlag = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 BatchFlag = Annotated[int, Option(min=1, help="Images encoded at a time.")]
 ScaleFlag = Annotated[bool, Option(help="Accept images at a very different scale.")]
 ModelArgument = Annotated[str, Argument(help="A run's folder, its model/, or a Hub id.")]
+ConfigFlag = Annotated[Path | None, Option(help="YAML of these settings; options win over it.")]
 
 
-def read_config(kind: Any, given: Mapping[str, Any], own_key: str = "method_config") -> Any:
-    """Configuration of a command: its YAML file, the options over it, each value of its type.
+def options_of(
+    config: type[Settings], *, own: str = ""
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: give a command the options of a config.
+
+    Below `@options_of(TrainConfig)`, `def train(checked: TrainConfig, as_json: JsonFlag = False)`
+    becomes a command with an option for each setting of `TrainConfig`; the parameters behind the
+    first stay options of their own. No option has a default of its own, so that one in the YAML
+    file counts; the true default stands in the help.
 
     Args:
-        kind: A dataclass with `from_mapping`.
-        given: The command's parameters: `config` (the file), `settings` (`KEY=VALUE`, which go
-            under `own_key`), and fields of the configuration where they are not `None`.
-        own_key: The field of the method's own settings.
+        config: The config class.
+        own: The setting that holds settings of a method: `--set KEY=VALUE`.
     """
-    from ..data.terminology import read_yaml
 
-    values = read_yaml(given["config"]) if given["config"] else {}
-    beside = ("config", "settings", "as_json")
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        others = list(inspect.signature(command).parameters.values())[1:]
+        parameters = [*_parameters(config, own), *(_keyword(o.name, o) for o in others)]
+
+        def run(**given: Any) -> None:
+            beside = {other.name: given.pop(other.name) for other in others}
+            command(read_config(config, given, own), **beside)
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__module__ = command.__module__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
+        return run
+
+    return decorate
+
+
+def _parameters(config: type[Settings], own: str) -> Iterator[inspect.Parameter]:
+    """Parameters of a command, as Typer reads them: required ones first, then by group."""
+    table = declarations(config)
+    for declared in table.values():
+        if declared.argument:
+            yield _keyword(declared.name, _option(declared))
+    yield _keyword("config", ConfigFlag)
+    rest = [declared for declared in table.values() if not declared.argument]
+    for declared in sorted(rest, key=lambda d: (not d.required, GROUPS.index(d.group))):
+        name = "settings" if declared.name == own else declared.name
+        yield _keyword(name, _option(declared, own))
+
+
+def _option(declared: Declared, own: str = "") -> Any:
+    """Annotation of a command's parameter for a setting."""
+    text = declared.help
+    if declared.choices and not declared.form:
+        text += f" One of {', '.join(declared.choices)}."
+    if not declared.required and declared.name != own:
+        text += f" (default: {declared.default_text})"
+    text = text.replace("`", "")
+    hints = {get_origin(hint) or hint for hint in (declared.hint, *get_args(declared.hint))}
+    kind = next((k for k in (bool, int, float) if k in hints and not declared.form), str)
+    many = declared.name == own or list in hints
+    hint: Any = list[str] | None if many else kind | None
+    if declared.argument:
+        return Annotated[hint, Argument(help=text, show_default=False)]
+    options: dict[str, Any] = {"help": text, "show_default": False}
+    if not declared.required:
+        options["rich_help_panel"] = declared.group
+    if declared.name == own:
+        return Annotated[hint, Option("--set", metavar="KEY=VALUE", **options)]
+    return Annotated[hint, Option(**options)]
+
+
+def _keyword(name: str, like: Any) -> inspect.Parameter:
+    """Parameter by keyword, from another one or from an annotation; without a value it is None."""
+    if isinstance(like, inspect.Parameter):
+        return like.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=like)
+
+
+# --------------------------------------------------------------------------- from options to values
+
+
+def read_config(kind: type[Settings], given: Mapping[str, Any], own: str = "") -> Any:
+    """Config of a command: its YAML file, and the options over it.
+
+    Args:
+        kind: The config class.
+        given: The command's parameters: `config` (the file), `settings` (`KEY=VALUE`, which go
+            under `own`), and settings where they are not `None`.
+        own: The setting that holds settings of a method.
+    """
+    values = read_yaml(given["config"]) if given.get("config") else {}
+    beside = ("config", "settings")
     values |= {k: v for k, v in given.items() if k not in beside and v is not None}
-    if isinstance(values.get("shots"), str):
+    table = declarations(kind)
+    if "shots" in table and isinstance(values.get("shots"), str):
         values["shots"] = _shots(values["shots"])
-    if isinstance(values.get("prior"), str) and "=" in values["prior"]:
+    if "prior" in table and isinstance(values.get("prior"), str) and "=" in values["prior"]:
         values["prior"] = _fractions(values["prior"])
-    own = values.get(own_key) or {}
-    if isinstance(own, Mapping):  # if not, its type is refused below
-        own = {**own, **dict(map(_setting, given["settings"] or []))}
-        values[own_key] = {key: _number(value) for key, value in own.items()}
-    return kind.from_mapping(_typed(values, get_type_hints(kind)))
+    if given.get("settings"):
+        kept = values.get(own) or {}
+        if isinstance(kept, Mapping):  # if not, the config refuses it
+            values[own] = {**kept, **dict(map(_setting, given["settings"]))}
+    return kind.from_mapping(values)
 
 
 def _setting(text: str) -> tuple[str, Any]:
     """Read `KEY=VALUE`, the value as YAML."""
-    import yaml
-
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise GloVLMError(f"Expected --set KEY=VALUE, found '{text}'.")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise GloVLMError(f"The value of --set {text} is no YAML: put quotes around it.") from None
+    return key.strip(), read_yaml_value(value, f"--set {text}")
 
 
 def _shots(text: str) -> int | dict[str, int]:
     """Read `8`, or `viable=8,sclerosed=4`."""
-    if re.fullmatch(r"-?\d+", text.strip()):
+    if re.fullmatch(r"-?\d{1,18}", text.strip(), re.ASCII):
         return int(text)
-    shots: dict[str, int] = {}
-    for part in text.split(","):
-        name, _, number = part.rpartition("=")
-        if not name.strip() or not re.fullmatch(r"\d+", number.strip()) or name.strip() in shots:
-            raise GloVLMError(
-                f"Expected --shots N or --shots CLASS=N,CLASS=N with each class once, found "
-                f"'{text}'."
-            )
-        shots[name.strip()] = int(number)
-    return shots
+    return _by_class(
+        text, int, r"\d{1,18}", "Expected --shots N or --shots CLASS=N,CLASS=N with each class once"
+    )
 
 
 def _fractions(text: str) -> dict[str, float]:
     """Read `viable=0.8,sclerosed=0.2`."""
-    try:
-        parts = [part.rpartition("=") for part in text.split(",")]
-        return {name.strip(): float(number) for name, _, number in parts}
-    except ValueError:
-        raise GloVLMError(
-            f"Expected --prior CLASS=FRACTION,CLASS=FRACTION or em, found '{text}'."
-        ) from None
+    number = r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf)"
+    expected = "Expected --prior CLASS=FRACTION,CLASS=FRACTION with each class once, or em"
+    return _by_class(text, float, number, expected)
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; a person means the number."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value.strip()):
-        return float(value)
-    return value
-
-
-def _typed(values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """Check each value against the type of its field; unknown names are left to the config."""
-    return {k: _as(k, v, hints[k]) if k in hints else v for k, v in values.items()}
-
-
-def _as(name: str, value: Any, hint: Any) -> Any:
-    members = (hint,) if get_origin(hint) in (None, Literal, dict) else get_args(hint)
-    kinds = {get_origin(member) or member for member in members}
-    value = _number(value) if float in kinds else value
-    if Literal in kinds and value is False:  # YAML reads a bare `no` so
-        value = "no"
-    if float in kinds and type(value) is int:
-        return float(value)
-    if type(value) in kinds or (Literal in kinds and isinstance(value, str)):
-        numbers = value.values() if name == "shots" and isinstance(value, dict) else ()
-        if all(type(number) is int for number in numbers):
-            return value
-    words: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-    }
-    words |= {Literal: "text", dict: "a mapping of names to numbers", NoneType: "nothing"}
-    expected = " or ".join(words[kind] for kind in words if kind in kinds)
-    raise GloVLMError(f"Setting '{name}' must be {expected}; found {value!r}.")
+def _by_class(text: str, kind: Callable[[str], Any], number: str, expected: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, given = (piece.strip() for piece in part.rpartition("="))
+        if not name or name in values or not re.fullmatch(number, given, re.ASCII):
+            raise GloVLMError(f"{expected}, found '{text}'.")
+        values[name] = kind(given)
+    return values

@@ -8,6 +8,8 @@ import typer
 from typer import Argument, Option
 
 from ..environment import quiet_libraries
+from ..slides.config import SlideConfig
+from ..slides.mil.config import MilConfig
 from .console import (
     is_main,
     note,
@@ -20,14 +22,9 @@ from .options import (
     BatchFlag,
     DeviceFlag,
     JsonFlag,
-    ModelArgument,
     Real,
-    ScaleFlag,
-    Switch,
     Text,
-    Texts,
-    Whole,
-    read_config,
+    options_of,
 )
 
 __all__ = ["caption", "crops", "get", "mil", "slide"]
@@ -35,44 +32,17 @@ __all__ = ["caption", "crops", "get", "mil", "slide"]
 MppFlag = Annotated[Real, Option(help="Micrometres per pixel, if the file lacks it.")]
 
 
-def slide(
-    context: typer.Context,
-    model: ModelArgument,
-    slides: Annotated[list[Path], Argument(help="Slides: SVS, TIFF, QPTIFF, DICOM.")],
-    output_dir: Annotated[str, Option(help="Takes the results; a stopped run goes on there.")],
-    mpp: MppFlag = None,
-    tile_mpp: Annotated[Real, Option(help="Of the tiles. (the model's own)")] = None,
-    tile_size: Annotated[Whole, Option(help="In pixels. (the model's input)")] = None,
-    overlap: Annotated[float, Option(help="Part of its side a tile shares.")] = 0.0,
-    min_tissue: Annotated[float, Option(help="Least part of a tile that is tissue.")] = 0.25,
-    objects: Annotated[Text, Option(help="GeoJSON of outlined glomeruli, or a folder.")] = None,
-    margin: Annotated[float, Option(help="Side of their crops over their longer side.")] = 1.25,
-    aggregator: Annotated[Text, Option(help="Output of `glovlm mil`; labels slides.")] = None,
-    top: Annotated[int, Option(help="Tiles a class that are averaged; 0 for all.")] = 10,
-    smooth: Annotated[bool, Option(help="Average over neighbouring tiles before.")] = False,
-    heatmap_class: Annotated[Text, Option(help="Shown as heat. (the slide's label)")] = None,
-    threshold: Annotated[float, Option(help="Least probability of a written tile.")] = 0.5,
-    cases: Annotated[Text, Option(help="CSV with slide and case (or patient_id).")] = None,
-    case: Annotated[Text, Option(help="The case of all slides.")] = None,
-    workers: Annotated[int, Option(help="Slides encoded at a time.")] = 1,
-    batch_size: BatchFlag = 32,
-    device: DeviceFlag = "auto",
-    allow_scale: ScaleFlag = False,
-    anonymise: Annotated[bool, Option(help="Write slide_001, not names.")] = False,
-    as_json: JsonFlag = False,
-) -> None:
+@options_of(SlideConfig)
+def slide(checked: SlideConfig, as_json: JsonFlag = False) -> None:
     """Classify whole slides: label, counts, heat map, GeoJSON. Exit code 1 if a slide failed."""
     from ..slides.classify import classify_slides
-    from ..slides.config import SlideConfig
 
-    given = {k: v for k, v in context.params.items() if k != "as_json"}
-    config = SlideConfig.from_mapping(given | {"slides": [str(path) for path in slides]})
     quiet_libraries()
 
     def show(kind: str, what: Mapping[str, Any]) -> None:
         if kind == "tiles":
             ten = max(what["total"] // 10, 1)
-            if what["done"] == what["total"] or what["done"] % ten < batch_size:
+            if what["done"] == what["total"] or what["done"] % ten < checked.batch_size:
                 note(f"{what['slide']}: {what['done']} of {what['total']} tiles")
         elif kind == "slide":
             error = f" ({what['error']})" if what.get("error") else ""
@@ -80,7 +50,7 @@ def slide(
         else:
             note(f"{what['name']} ...")
 
-    results = classify_slides(config, on_event=show)
+    results = classify_slides(checked, on_event=show)
     if as_json:
         print_json(results)
     else:
@@ -99,41 +69,16 @@ def slide(
     for entry in results["slides"]:
         for sentence in [*entry.get("flags", ()), *entry.get("notes", ())]:
             note(f"{entry['slide']}: {sentence}")
-    note(f"tables, heat maps and GeoJSON are in {output_dir}")
+    note(f"tables, heat maps and GeoJSON are in {checked.output_dir}")
     if results["failed"]:
         raise typer.Exit(1)
 
 
-def mil(
-    context: typer.Context,
-    config: Annotated[Path | None, Option(help="YAML of these settings; flags win.")] = None,
-    features: Annotated[Text, Option(help="Folder of feature files, NAME.h5 a slide.")] = None,
-    labels: Annotated[Text, Option(help="CSV: slide, label[, patient_id][, split].")] = None,
-    output_dir: Annotated[Text, Option(help="Where the run is written.")] = None,
-    aggregator: Annotated[Text, Option(help="An unknown name lists all. (abmil)")] = None,
-    settings: Annotated[Texts, Option("--set", metavar="KEY=VALUE", help="Of it.")] = None,
-    epochs: Annotated[Whole, Option(help="Passes over the training slides.")] = None,
-    lr: Annotated[Real, Option(help="Learning rate. (2e-4)")] = None,
-    weight_decay: Annotated[Real, Option(help="Of AdamW. (1e-5)")] = None,
-    batch_size: Annotated[Whole, Option(help="Slides a step over all processes. (1)")] = None,
-    seed: Annotated[Whole, Option(help="Of everything random. (0)")] = None,
-    folds: Annotated[Whole, Option(help="Test every patient once, in so many folds.")] = None,
-    test_fraction: Annotated[Real, Option(help="Of the patients, without folds. (0.3)")] = None,
-    validation_fraction: Annotated[Real, Option(help="Chooses the epoch. (0: the last)")] = None,
-    max_tiles: Annotated[Whole, Option(help="Of a bag in a training step.")] = None,
-    balance: Annotated[Switch, Option(help="Rarer classes more often. (on)")] = None,
-    clip_norm: Annotated[Real, Option(help="Largest gradient norm.")] = None,
-    mixed_precision: Annotated[Text, Option(help="no, fp16 or bf16. (no)")] = None,
-    device: Annotated[Text, Option(help="auto or cpu. (auto)")] = None,
-    overwrite: Annotated[Switch, Option(help="Replace the run in the output folder.")] = None,
-    resume: Annotated[Switch, Option(help="Go on with the run in the output folder.")] = None,
-    n_resamples: Annotated[Whole, Option(help="Bootstrap resamples. (2000)")] = None,
-    as_json: JsonFlag = False,
-) -> None:
+@options_of(MilConfig, own="aggregator_config")
+def mil(checked: MilConfig, as_json: JsonFlag = False) -> None:
     """Learn slide labels from bags of tile features (`glovlm slide` writes them), by patient."""
-    from ..slides.mil import MilConfig, train_mil
+    from ..slides.mil import train_mil
 
-    checked = read_config(MilConfig, context.params, "aggregator_config")
     with show_progress() as on_event:
         results = train_mil(checked, on_event=on_event)
     if not is_main():

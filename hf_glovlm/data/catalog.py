@@ -13,15 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import GloVLMError, nearest
-from .terminology import (
-    Term,
-    find_stain,
-    find_term,
-    from_mapping,
-    match_key,
-    prompts_for,
-    read_yaml,
-)
+from ..settings import from_mapping, read_yaml
+from .terminology import Term, find_stain, find_term, match_key, prompts_for
 
 logger = logging.getLogger("hf_glovlm")
 _FOLDER = Path(__file__).with_name("catalog")

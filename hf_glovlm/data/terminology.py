@@ -8,135 +8,18 @@ show, and no stain that does not show the lesion.
 import logging
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, Literal, TypeVar
 
 from ..errors import GloVLMError, nearest
+from ..settings import from_mapping, read_yaml
 
 logger = logging.getLogger("hf_glovlm")
 _FILE = Path(__file__).with_name("terminology.yaml")
 T = TypeVar("T")
-
-
-# ------------------------------------------------------------------------------- strict YAML
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Strict YAML: keys are text as written (`no:`, `01:`), a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        mapping: dict[Hashable, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(
-                    problem="a key must be plain text", problem_mark=key_node.start_mark
-                )
-            if key_node.value in mapping:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key '{key_node.value}' stands there twice",
-                    problem_mark=key_node.start_mark,
-                )
-            mapping[key_node.value] = self.construct_object(value_node, deep=True)
-        return mapping
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file whose top level is a mapping.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content, keys as text.
-
-    Raises:
-        GloVLMError: The file is missing, not UTF-8, not YAML, no mapping, or names a key twice.
-    """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
-    except OSError as error:
-        actual = "a folder" if path.is_dir() else (error.strerror or str(error))
-        raise GloVLMError(f"Expected a YAML file at {path}, found: {actual}.") from error
-    except UnicodeDecodeError as error:
-        raise GloVLMError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
-        ) from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise GloVLMError(f"{path}{place}: not valid YAML: {problem}.") from error
-    if not isinstance(raw, dict):
-        raise GloVLMError(f"{path}: expected keys and values at the top, found {_kind(raw)}.")
-    return raw
-
-
-def from_mapping(cls: type[T], raw: object, where: str) -> T:
-    """Build a dataclass of text, booleans, choices and lists of text from parsed YAML.
-
-    Args:
-        cls: The dataclass; its fields are the allowed keys, those without a default are required.
-        raw: Content of the file.
-        where: The file, and the place in it, for the error's sentence.
-
-    Raises:
-        GloVLMError: Names the place and the key that is unknown, missing or of the wrong type.
-    """
-    if not isinstance(raw, Mapping):
-        raise GloVLMError(f"{where}: expected keys and values, found {_kind(raw)}.")
-    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    for key in raw:
-        if key not in known:
-            raise GloVLMError(
-                f"{where}: unknown key '{key}'.{nearest(str(key), known)} Keys: {', '.join(known)}."
-            )
-    for name, field in known.items():
-        optional = field.default is not MISSING or field.default_factory is not MISSING
-        if name not in raw and not optional:
-            raise GloVLMError(f"{where}: the key '{name}' is missing.")
-    hints = get_type_hints(cls)
-    return cls(**{key: _typed(hints[key], raw[key], f"{where}: '{key}'") for key in raw})
-
-
-def _typed(hint: Any, value: object, where: str) -> object:
-    if hint is bool and isinstance(value, bool):
-        return value
-    if get_origin(hint) in (dict, list) and isinstance(value, get_origin(hint)) and value:
-        return value
-    if hint is str and isinstance(value, str) and value.strip():
-        return value.strip()
-    if get_origin(hint) is Literal and value in get_args(hint):
-        return value
-    if get_origin(hint) is tuple:
-        item = get_args(hint)[0]
-        if item is not str and isinstance(value, tuple):  # parts that the caller has built
-            return value
-        if isinstance(value, list):
-            return tuple(_typed(item, v, f"{where}, item {i + 1}") for i, v in enumerate(value))
-    raise GloVLMError(f"{where}: expected {_expected(hint)}, found {_kind(value)}.")
-
-
-def _expected(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(get_args(hint))
-    if hint is bool:
-        return "true or false"
-    if hint is str:
-        return "text (in quotes if YAML reads it as something else)"
-    return "keys and values" if get_origin(hint) is dict else "a list of texts"
-
-
-def _kind(value: object) -> str:
-    if value is None or value == "":
-        return "nothing"
-    if isinstance(value, dict):
-        return "keys and values"
-    return "a list" if isinstance(value, list) else repr(value)
 
 
 # ------------------------------------------------------------------------------------- terms

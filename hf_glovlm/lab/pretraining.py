@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -23,44 +23,13 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTo
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..data import catalog_entries, catalog_entry
-from ..errors import GloVLMError
 from ..files import write_json, write_text
 from ..methods import Recipe
 from ..publish.card import render_backbone_card
 from ..training.loop import fit, gather, seed_everything
 from ..training.losses import infonce
 from .phantoms import CLASSES, render_cohort
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """Pretraining config of `mini`.
-
-    Args:
-        output_dir: Takes weights, tokenizer, image processor and card.
-        seed: Of images, initialisation and order.
-        patients: Synthetic patients.
-        per_patient: Images of each.
-        epochs: Passes over the images.
-        batch_size: Images per step over all processes.
-        lr: Peak learning rate.
-        image_size: Side of an image in pixels.
-        patch_size: Side of a patch in pixels.
-        workers: Processes that render.
-        resume: Go on from the checkpoint in `output_dir`.
-    """
-
-    output_dir: str
-    seed: int = 0
-    patients: int = 800
-    per_patient: int = 10
-    epochs: int = 8
-    batch_size: int = 64
-    lr: float = 1e-3
-    image_size: int = 96
-    patch_size: int = 12
-    workers: int = 2
-    resume: bool = False
+from .pretraining_config import PretrainConfig
 
 
 def pretrain(
@@ -80,17 +49,9 @@ def pretrain(
 
     Returns:
         The facts of the card, and the log.
-
-    Raises:
-        GloVLMError: The sizes do not fit.
     """
     import accelerate
 
-    if config.image_size % config.patch_size:
-        raise GloVLMError(
-            f"image_size must be a multiple of patch_size; found {config.image_size} and "
-            f"{config.patch_size}."
-        )
     notify = on_stage or (lambda name: None)
     folder = Path(config.output_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import GloVLMError
 from ..model.heads import CacheHead, linear_head, prototype_head
+from ..settings import Settings, setting
 from .contract import FeatureMethod, Fitted, Fold, Support, register
 
 # Tip-Adapter's search on ImageNet: 200 values of beta up to 7, 20 of alpha up to 3.
@@ -26,14 +27,15 @@ CELLS = 2**20  # numbers at a time in Tip-Adapter's search
 
 
 @dataclass(frozen=True)
-class ZeroShotConfig:
-    """Settings of `zero_shot`.
+class ZeroShotConfig(Settings):
+    """Settings of `zero_shot`."""
 
-    Args:
-        prompt_sets: Also draw this many sets of one prompt a class, whose spread is reported.
-    """
-
-    prompt_sets: int = 0
+    prompt_sets: int = setting(
+        0,
+        help="Also draw this many sets of one prompt a class, whose spread is reported.",
+        least=0,
+        most=10_000,
+    )
 
 
 @register
@@ -61,8 +63,6 @@ class ZeroShot(FeatureMethod):
 
     def _sample(self, support: Support, count: int) -> list[nn.Module]:
         features = support.prompt_features
-        if count < 0:
-            raise GloVLMError(f"prompt_sets is a number of sets, 0 for none; found {count}.")
         if features is None:
             raise GloVLMError(
                 "prompt_sets draws from the single prompts of each class, and only their averages "
@@ -147,20 +147,25 @@ class SSTextPlus(FeatureMethod):
 
 
 @dataclass(frozen=True)
-class GdaConfig:
+class GdaConfig(Settings):
     """Settings of `gda`.
 
-    Args:
-        alpha: Weight of the Gaussian log-likelihoods beside the text logits; the paper searches it.
-            A likelihood has no unit, so that 1 would be Bayes' rule were P the true precision; its
-            factor D counts every dimension as evidence of its own, while the features of an encoder
-            move in a few tens: (N - 1 + those) / D of it is due, 0.01 at 1 shot to 0.3 at 16.
-        support_prior: Whether class shares of the support are the prior. By default all classes are
-            equal: how many were labelled is no measure of how common a class is.
+    A Gaussian log-likelihood has no unit, so that alpha 1 would be Bayes' rule were the precision
+    the true one; its factor D counts every dimension as evidence of its own, while the features of
+    an encoder move in a few tens: (N - 1 + those) / D of it is due, 0.01 at 1 shot to 0.3 at 16.
     """
 
-    alpha: float = 0.1
-    support_prior: bool = False
+    alpha: float = setting(
+        0.1,
+        help="Weight of the Gaussian log-likelihoods beside the text logits; the paper searches "
+        "it.",
+        least=0,
+    )
+    support_prior: bool = setting(
+        False,
+        help="Whether class shares of the support are the prior. By default all classes are equal: "
+        "how many were labelled is no measure of how common a class is.",
+    )
 
 
 @register
@@ -227,19 +232,18 @@ def apply_precision(vectors: Tensor, residuals: Tensor, spread: Tensor) -> Tenso
 
 
 @dataclass(frozen=True)
-class TipAdapterConfig:
-    """Settings of `tip_adapter`.
+class TipAdapterConfig(Settings):
+    """Settings of `tip_adapter` and `tip_adapter_f`."""
 
-    Args:
-        alpha: Weight of the cache beside the class texts, as published for ImageNet.
-        beta: Sharpness of the affinity to a key, the same.
-        balance: Whether the values of a class with few images are raised, and of one with many
-            lowered, until every class has the same sum; on a balanced support nothing changes.
-    """
-
-    alpha: float = 1.17
-    beta: float = 1.0
-    balance: bool = True
+    alpha: float = setting(
+        1.17, help="Weight of the cache beside the class texts, as published for ImageNet.", least=0
+    )
+    beta: float = setting(1.0, help="Sharpness of the affinity to a key, the same.", least=0)
+    balance: bool = setting(
+        True,
+        help="Whether the values of a class with few images are raised, and of one with many "
+        "lowered, until every class has the same sum; on a balanced support nothing changes.",
+    )
 
 
 @register
@@ -412,20 +416,23 @@ def _best(
 
 
 @dataclass(frozen=True)
-class TransClipConfig:
+class TransClipConfig(Settings):
     """Settings of `transclip`.
 
-    Args:
-        text: Weight lambda of the zero-shot probabilities, as published with labelled images.
-        gamma: Weight of the labelled images; the paper searches it in {0.002, 0.01, 0.02, 0.2}. At
-            its largest value all of them together weigh as much as ten query images, still less
-            than one each in a support of more than ten, so that is the default.
-        neighbours: Of each query image in the graph, as published.
+    The paper searches gamma in {0.002, 0.01, 0.02, 0.2}. At its largest value all labelled images
+    together weigh as much as ten query images, still less than one each in a support of more than
+    ten, so that is the default.
     """
 
-    text: float = 0.5
-    gamma: float = 0.2
-    neighbours: int = 3
+    text: float = setting(
+        0.5,
+        help="Weight lambda of the zero-shot probabilities, as published with labelled images.",
+        least=0,
+    )
+    gamma: float = setting(0.2, help="Weight of the labelled images.", least=0)
+    neighbours: int = setting(
+        3, help="Of each query image in the graph, as published.", least=0, most=10_000
+    )
 
 
 @register

@@ -3,40 +3,40 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..data.catalog import ClassInfo
 from ..data.terminology import described_prompts, terms_of
-from ..errors import GloVLMError, nearest
+from ..errors import GloVLMError
+from ..settings import Settings, setting
 from .contract import Recipe, StepState, TowerMethod, coop_epochs, coop_recipe, register
 from .fine_tuning import save_and_merge, wrap_with_peft
-
-PROMPT_SOURCES = ("terminology", "classes")
-
 
 # --------------------------------------------------------------------------- what the methods share
 
 
 @dataclass(frozen=True)
-class ContextConfig:
-    """Settings of a learned context; by default CoOp's 16 random tokens, shared by all classes.
+class ContextConfig(Settings):
+    """Settings of a learned context; by default CoOp's 16 random tokens, shared by all classes."""
 
-    Args:
-        context_tokens: Number of learned tokens M; 0 takes as many as `init` has.
-        init: Words from whose token embeddings the last of these start ("a photo of a").
-        class_specific: Whether every class has its own context.
-        init_std: Standard deviation of the normal draw that the other tokens start from.
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    context_tokens: int = 16
-    init: str = ""
-    class_specific: bool = False
-    init_std: float = 0.02
-    projection_lr: float = 1e-3
+    context_tokens: int = setting(
+        16, help="Number of learned tokens M; 0 takes as many as `init` has.", least=0, most=10_000
+    )
+    init: str = setting(
+        "", help="Words from whose token embeddings the last of these start (a photo of a)."
+    )
+    class_specific: bool = setting(False, help="Whether every class has its own context.")
+    init_std: float = setting(
+        0.02,
+        help="Standard deviation of the normal draw that the other tokens start from.",
+        least=0,
+    )
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 class ContextMethod(TowerMethod):
@@ -123,15 +123,11 @@ class PromptTuning(ContextMethod):
 
 @dataclass(frozen=True)
 class KgCoOpConfig(ContextConfig):
-    """Settings of `kgcoop`: as many tokens as "a photo of a" has (4 for CLIP), started from it.
-
-    Args:
-        weight: Of the distance to the hand-made prompts, lambda.
-    """
+    """Settings of `kgcoop`: as many tokens as "a photo of a" has (4 for CLIP), started from it."""
 
     context_tokens: int = 0
     init: str = "a photo of a"
-    weight: float = 8.0
+    weight: float = setting(8.0, help="Of the distance to the hand-made prompts, lambda.", least=0)
 
 
 @register
@@ -158,15 +154,11 @@ class KgCoOp(AnchoredContextMethod):
 
 @dataclass(frozen=True)
 class ProGradConfig(ContextConfig):
-    """Settings of `prograd`: 16 tokens, as published: the last start from words, the others from 0.
-
-    Args:
-        temperature: Of both softmaxes in the reference loss, T.
-    """
+    """Settings of `prograd`: 16 tokens, the last started from words, the others from 0."""
 
     init: str = "a photo of a"
     init_std: float = 0.0
-    temperature: float = 1.0
+    temperature: float = setting(1.0, help="Of both softmaxes in the reference loss, T.", above=0)
 
 
 @register
@@ -200,20 +192,20 @@ class BiomedCoOpConfig(ContextConfig):
 
     The paper tunes both weights for each data set (0.25 to 1); here they are fixed at 0.5, its
     values for LC25000, so that no validation is needed.
-
-    Args:
-        consistency: Weight of the distance to the mean prompt, lambda 1.
-        distillation: Weight of the divergence from the zero-shot logits, lambda 2.
-        tau: Largest standardised score of a prompt that is kept.
-        prompts: Where the prompt sets come from: `terminology` or `classes`.
     """
 
     context_tokens: int = 0
     init: str = "a photo of a"
-    consistency: float = 0.5
-    distillation: float = 0.5
-    tau: float = 1.5
-    prompts: str = "terminology"
+    consistency: float = setting(
+        0.5, help="Weight of the distance to the mean prompt, lambda 1.", least=0
+    )
+    distillation: float = setting(
+        0.5, help="Weight of the divergence from the zero-shot logits, lambda 2.", least=0
+    )
+    tau: float = setting(1.5, help="Largest standardised score of a prompt that is kept.", least=0)
+    prompts: Literal["terminology", "classes"] = setting(
+        "terminology", help="Where the prompt sets come from."
+    )
 
 
 @register
@@ -282,15 +274,7 @@ def prompt_sets(classes: Sequence[ClassInfo], source: str) -> tuple[list[list[st
 
     Returns:
         At least one text a class, and sentences for the results.
-
-    Raises:
-        GloVLMError: The source is neither.
     """
-    if source not in PROMPT_SOURCES:
-        raise GloVLMError(
-            f"Setting 'prompts' of method 'biomedcoop' is one of {', '.join(PROMPT_SOURCES)}; "
-            f"found '{source}'.{nearest(source, PROMPT_SOURCES)}"
-        )
     if source == "classes":
         return [list(c.prompts) for c in classes], []
     known = terms_of([(c.name, c.display_name) for c in classes])

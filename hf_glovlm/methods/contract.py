@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError, nearest
 from ..model.heads import prototype_head
+from ..settings import Settings, read_values, setting
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,6 +31,8 @@ Validation = Literal["none", "search", "early stopping"]
 @dataclass(frozen=True)
 class Recipe:
     """Training recipe: optimiser, learning-rate schedule, epochs and batches.
+
+    A paper's numbers stand as they are; those that a user gives in their place are checked.
 
     Args:
         lr: Learning rate of a group that does not set its own.
@@ -53,20 +56,20 @@ class Recipe:
             replacement, each class as often as any other.
     """
 
-    lr: float
-    epochs: int
-    batch_size: int
-    weight_decay: float = 0.01
+    lr: float = setting(help="Learning rate.", above=0)
+    epochs: int = setting(help="Passes over the support.", above=0, most=10**6)
+    batch_size: int = setting(help="Images per step.", above=0, most=2**31 - 1)
+    weight_decay: float = setting(0.01, help="Of the optimiser.", least=0)
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     schedule: Literal["constant", "cosine", "steps"] = "constant"
-    final_lr: float = 0.0
-    warmup_epochs: int = 0
-    warmup_lr: float = 1e-5
-    patience: int = 7
-    min_delta: float = 0.001
-    steps: int | None = None
+    final_lr: float = setting(0.0, help="Fraction at the end of a cosine.", least=0, most=1)
+    warmup_epochs: int = setting(0, help="Epochs at `warmup_lr`.", least=0, most=10**6)
+    warmup_lr: float = setting(1e-5, help="The rate of these epochs.", least=0)
+    patience: int = setting(7, help="Epochs without a gain.", least=0, most=10**6)
+    min_delta: float = setting(0.001, help="The least gain that counts.", least=0)
+    steps: int | None = setting(None, help="Optimiser steps in all.", above=0, most=10**9)
     by_step: bool = False
-    eps: float = 1e-8
+    eps: float = setting(1e-8, help="Of Adam and AdamW.", above=0)
     sampling: Literal["shuffled", "class_balanced"] = "shuffled"
 
 
@@ -174,7 +177,7 @@ class StepState:
 
 
 @dataclass(frozen=True)
-class NoConfig:
+class NoConfig(Settings):
     """Settings of a method that has none."""
 
 
@@ -211,25 +214,11 @@ class Method(ABC):
         """Typed config from plain settings.
 
         Raises:
-            GloVLMError: A setting is unknown or of the wrong type.
+            GloVLMError: A setting is unknown, of the wrong type, or out of range.
         """
-        defaults = dataclasses.asdict(self.Config())
-        for key, value in settings.items():
-            if key not in defaults:
-                known = ", ".join(defaults) or "none"
-                raise GloVLMError(
-                    f"Method '{self.name}' has no setting '{key}' (it has: {known})."
-                    f"{nearest(key, defaults)}"
-                )
-            default = defaults[key]
-            if default is None or (isinstance(default, float) and type(value) is int):
-                continue
-            if type(value) is not type(default):
-                raise GloVLMError(
-                    f"Setting '{key}' of method '{self.name}' is a {type(default).__name__} "
-                    f"(default {default!r}); found {value!r}."
-                )
-        return self.Config(**settings)
+        about = f"of method '{self.name}'"
+        owner = f"Method '{self.name}'"
+        return self.Config(**read_values(self.Config, settings, about=about, unknown=owner))
 
     def prompts(self, classes: Sequence[ClassInfo], config: Any) -> list[list[str]]:
         """Prompts: the texts that stand for each class."""

@@ -3,73 +3,90 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..data.folder import column
-from ..errors import GloVLMError, nearest
+from ..errors import GloVLMError
 from ..model.context import ContextGuide, GuidedPass
 from ..model.prompts import tower_blocks
+from ..settings import Settings, setting
 from .contract import Recipe, StepState, TowerMethod, register
 from .fine_tuning import unused_parameters
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_CHOICES = {
-    "keep_schedule": ("constant", "cosine"),
-    "context": ("classes", "captions", "none"),
-    "target": ("final", "layer"),
-    "logits": ("raw", "cosine"),
-}
-
 
 @dataclass(frozen=True)
-class ConVLMConfig:
-    """Settings of `convlm`.
+class ConVLMConfig(Settings):
+    """Settings of `convlm`."""
 
-    Args:
-        layers: Blocks that are guided and drop patches, counted from 0. Empty: those a quarter,
-            half and three quarters down the tower, which of 12 blocks are the published 3, 6 and
-            9; with `blocks` all of these.
-        theta: Share of the class token's own query; 1 lets no text in.
-        keep: Share of the patches that go on at each of these layers; 1 drops none.
-        keep_schedule: `constant` as published; `cosine` (EViT, arXiv 2202.07800) keeps all patches
-            at first and falls to `keep` by the last step of training.
-        keep_start: Where the cosine begins, as a share of the steps (EViT: after 10 epochs).
-        fuse: Whether the dropped patches go on as one token.
-        renormalize: Whether its weights sum to one; as published they do not.
-        context: What guides: the text of the image's class, a `caption` column with one text an
-            image, or nothing (plain token pruning, and no further loss).
-        target: What is predicted from a text: the class token behind the `final` norm (published
-            code), or that which the `layer` itself reads (published figure).
-        weight_v: Of the loss between that token and the one made of the text.
-        weight_c: Of the loss between the text and the one made of the class token's query.
-        logits: `raw`: dot product of the projected class token with the unit class texts, as
-            published; or `cosine`, times the backbone's own scale.
-        blocks: 0: the whole tower trains. Else the tower stays frozen and this many trainable
-            blocks stand on its tokens.
-        projection_lr: Learning rate of the projection.
-    """
-
-    layers: list[int] = field(default_factory=list)
-    theta: float = 0.9
-    keep: float = 0.9
-    keep_schedule: str = "constant"
-    keep_start: float = 0.25
-    fuse: bool = True
-    renormalize: bool = False
-    context: str = "classes"
-    target: str = "final"
-    weight_v: float = 1.0
-    weight_c: float = 1.0
-    logits: str = "raw"
-    blocks: int = 0
-    projection_lr: float = 5e-3
+    layers: list[int] = setting(
+        factory=list,
+        help="Blocks that are guided and drop patches, counted from 0. Empty: those a quarter, "
+        "half and three quarters down the tower, which of 12 blocks are the published 3, 6 and 9; "
+        "with `blocks` all of these.",
+    )
+    theta: float = setting(
+        0.9, help="Share of the class token's own query; 1 lets no text in.", least=0, most=1
+    )
+    keep: float = setting(
+        0.9,
+        help="Share of the patches that go on at each of these layers; 1 drops none.",
+        above=0,
+        most=1,
+    )
+    keep_schedule: Literal["constant", "cosine"] = setting(
+        "constant",
+        help="`constant` as published; `cosine` (EViT, arXiv 2202.07800) keeps all patches at "
+        "first and falls to `keep` by the last step of training.",
+    )
+    keep_start: float = setting(
+        0.25,
+        help="Where the cosine begins, as a share of the steps (EViT: after 10 epochs).",
+        least=0,
+        below=1,
+    )
+    fuse: bool = setting(True, help="Whether the dropped patches go on as one token.")
+    renormalize: bool = setting(
+        False, help="Whether its weights sum to one; as published they do not."
+    )
+    context: Literal["classes", "captions", "none"] = setting(
+        "classes",
+        help="What guides: the text of the image's class, a `caption` column with one text an "
+        "image, or nothing (plain token pruning, and no further loss).",
+    )
+    target: Literal["final", "layer"] = setting(
+        "final",
+        help="What is predicted from a text: the class token behind the `final` norm (published "
+        "code), or that which the `layer` itself reads (published figure).",
+    )
+    weight_v: float = setting(
+        1.0, help="Of the loss between that token and the one made of the text.", least=0
+    )
+    weight_c: float = setting(
+        1.0,
+        help="Of the loss between the text and the one made of the class token's query.",
+        least=0,
+    )
+    logits: Literal["raw", "cosine"] = setting(
+        "raw",
+        help="`raw`: dot product of the projected class token with the unit class texts, as "
+        "published; or `cosine`, times the backbone's own scale.",
+    )
+    blocks: int = setting(
+        0,
+        help="0: the whole tower trains. Else the tower stays frozen and this many trainable "
+        "blocks stand on its tokens.",
+        least=0,
+        most=1000,
+    )
+    projection_lr: float = setting(5e-3, help="Learning rate of the projection.", least=0)
 
 
 @register
@@ -113,7 +130,6 @@ class ConVLM(TowerMethod):
 
     def build(self) -> None:
         model, config = self.model, self.config
-        _check(config)
         self.context = _add_context(model, config)
         self.raw_logits = config.logits == "raw"
         tower, pooler = model.backbone.vision_model, getattr(model.backbone, "vision_pooler", None)
@@ -246,19 +262,3 @@ def _add_context(model: Any, config: ConVLMConfig) -> ContextGuide:
     except ValueError as error:
         raise GloVLMError(str(error)) from None
     return guide
-
-
-def _check(config: ConVLMConfig) -> None:
-    """Check of the settings; what does not fit the tower, the model refuses."""
-    for name, known in _CHOICES.items():
-        value = getattr(config, name)
-        if value not in known:
-            raise GloVLMError(
-                f"Setting '{name}' of method 'convlm' is one of {', '.join(known)}; found "
-                f"'{value}'.{nearest(str(value), known)}"
-            )
-    for name in ("weight_v", "weight_c", "blocks"):
-        if getattr(config, name) < 0:
-            raise GloVLMError(f"Setting '{name}' is 0 or more; found {getattr(config, name)}.")
-    if not 0 <= config.keep_start < 1:
-        raise GloVLMError(f"Setting 'keep_start' is 0 to below 1; found {config.keep_start}.")

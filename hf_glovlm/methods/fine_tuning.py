@@ -4,14 +4,15 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GloVLMError
+from ..settings import Settings, setting
 from .contract import Recipe, StepState, TowerMethod, register
 from .peft_tuners import (
     AdaLoraBudget,
@@ -152,18 +153,14 @@ def _quiet_peft() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class VanillaConfig:
-    """Settings of `vanilla` (Glo-VLMs, CLIP and PLIP).
+class VanillaConfig(Settings):
+    """Settings of `vanilla` (Glo-VLMs, CLIP and PLIP)."""
 
-    Args:
-        vision_layers: Last vision blocks that train.
-        text_layers: Last text blocks that train.
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    vision_layers: int = 4
-    text_layers: int = 2
-    projection_lr: float = 1e-3
+    vision_layers: int = setting(4, help="Last vision blocks that train.", least=0, most=10_000)
+    text_layers: int = setting(2, help="Last text blocks that train.", least=0, most=10_000)
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 @register
@@ -196,14 +193,12 @@ class Vanilla(TowerMethod):
 
 
 @dataclass(frozen=True)
-class FullConfig:
-    """Settings of `full`.
+class FullConfig(Settings):
+    """Settings of `full`."""
 
-    Args:
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    projection_lr: float = 1e-3
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 @register
@@ -238,36 +233,47 @@ class Full(TowerMethod):
 
 
 @dataclass(frozen=True)
-class LoraSettings:
-    """Settings of `lora` (Glo-VLMs, CLIP and PLIP).
+class LoraSettings(Settings):
+    """Settings of `lora` (Glo-VLMs, CLIP and PLIP)."""
 
-    Args:
-        tuner: Any tuner of PEFT by name, in capitals or not: `LORA` (also `RSLORA`, `DORA`),
-            `VERA`, `ADALORA`, `IA3`, `OFT`, `BOFT`, `HRA`, `LOHA`, `LOKR`, `FOURIERFT`, ...
-        tuner_config: Further arguments of the tuner's config in PEFT; they win over the next three.
-        r: Rank, where the tuner adds something of a rank; of AdaLoRA the rank that remains, from
-            one and a half times as much.
-        alpha: Scaling numerator: LoRA's updates are multiplied by alpha / r.
-        dropout: On the input of the low-rank path.
-        towers: `both`, `vision` or `text`.
-        last: Blocks of each tower, counted from the end; 0 is all.
-        layers: Or their numbers, counted from 0, negative ones from the end; empty goes by `last`.
-        projections: Attention projections, letters of `qkvo`.
-        mlp: Whether the blocks' linear maps outside the attention are adapted too.
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    tuner: str = "LORA"
-    tuner_config: dict[str, Any] = field(default_factory=dict)
-    r: int = 4
-    alpha: int = 16
-    dropout: float = 0.1
-    towers: str = "both"
-    last: int = 1
-    layers: list[int] = field(default_factory=list)
-    projections: str = "qv"
-    mlp: bool = False
-    projection_lr: float = 1e-3
+    tuner: str = setting(
+        "LORA",
+        help="Any tuner of PEFT by name, in capitals or not: LORA (also RSLORA, DORA), VERA, "
+        "ADALORA, IA3, OFT, BOFT, HRA, LOHA, LOKR, FOURIERFT, ...",
+    )
+    tuner_config: dict[str, Any] = setting(
+        factory=dict,
+        help="Further arguments of the tuner's config in PEFT; they win over the next three.",
+    )
+    r: int = setting(
+        4,
+        help="Rank, where the tuner adds something of a rank; of AdaLoRA the rank that remains, "
+        "from one and a half times as much.",
+        least=1,
+        most=4096,
+    )
+    alpha: int = setting(
+        16,
+        help="Scaling numerator: LoRA's updates are multiplied by alpha / r.",
+        least=1,
+        most=10**6,
+    )
+    dropout: float = setting(0.1, help="On the input of the low-rank path.", least=0, below=1)
+    towers: Literal["both", "vision", "text"] = setting("both", help="Which towers adapt.")
+    last: int = setting(
+        1, help="Blocks of each tower, counted from the end; 0 is all.", least=0, most=10_000
+    )
+    layers: list[int] = setting(
+        factory=list,
+        help="Or their numbers, counted from 0, negative ones from the end; empty goes by `last`.",
+    )
+    projections: str = setting("qv", help="Attention projections, letters of qkvo.")
+    mlp: bool = setting(
+        False, help="Whether the blocks' linear maps outside the attention are adapted too."
+    )
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 @register
@@ -346,20 +352,20 @@ class Lora(TowerMethod):
 
 
 @dataclass(frozen=True)
-class ClipLoraSettings:
-    """Settings of `clip_lora`, as published.
+class ClipLoraSettings(Settings):
+    """Settings of `clip_lora`, as published."""
 
-    Args:
-        r: Rank.
-        alpha: Scaling numerator: updates are multiplied by alpha / sqrt(r).
-        dropout: On the input of the low-rank path.
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    r: int = 2
-    alpha: int = 1
-    dropout: float = 0.25
-    projection_lr: float = 1e-3
+    r: int = setting(2, help="Rank.", least=1, most=4096)
+    alpha: int = setting(
+        1,
+        help="Scaling numerator: updates are multiplied by alpha / sqrt(r).",
+        least=1,
+        most=10**6,
+    )
+    dropout: float = setting(0.25, help="On the input of the low-rank path.", least=0, below=1)
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 @register

@@ -17,6 +17,7 @@ from ..model.heads import (
     linear_head,
     prototype_head,
 )
+from ..settings import Settings, setting
 from .closed_form import TipAdapterConfig, cache_head, search_tip_adapter
 from .contract import (
     WARM_COSINE,
@@ -44,16 +45,15 @@ def place_texts(text: ClassWeights, support: Support) -> None:
 
 
 @dataclass(frozen=True)
-class LinearProbeConfig:
-    """Settings of `linear_probe`.
+class LinearProbeConfig(Settings):
+    """Settings of `linear_probe`."""
 
-    Args:
-        C: Inverse strength of the L2 penalty; fixed, since 8 shots cannot choose it.
-        max_iter: Limit of the solver.
-    """
-
-    C: float = 100.0
-    max_iter: int = 1000
+    C: float = setting(
+        100.0,
+        help="Inverse strength of the L2 penalty; fixed, since 8 shots cannot choose it.",
+        above=0,
+    )
+    max_iter: int = setting(1000, help="Limit of the solver.", least=1, most=10**6)
 
 
 @register
@@ -136,20 +136,24 @@ def fit_logistic(
 
 
 @dataclass(frozen=True)
-class LpPlusPlusConfig:
-    """Settings of `lp_plus_plus`.
+class LpPlusPlusConfig(Settings):
+    """Settings of `lp_plus_plus`."""
 
-    Args:
-        epochs: Full-batch steps; 0 is the start alone, which needs no training.
-        alpha_start: Every alpha starts at this times the mean cosine of a class's images and text.
-        alpha_every: Epochs from one step of alpha to the next.
-        momentum: Of the steps of weight and bias.
-    """
-
-    epochs: int = 300
-    alpha_start: float = 250.0
-    alpha_every: int = 10
-    momentum: float = 0.9
+    epochs: int = setting(
+        300,
+        help="Full-batch steps; 0 is the start alone, which needs no training.",
+        least=0,
+        most=10**6,
+    )
+    alpha_start: float = setting(
+        250.0,
+        help="Every alpha starts at this times the mean cosine of a class's images and text.",
+        least=0,
+    )
+    alpha_every: int = setting(
+        10, help="Epochs from one step of alpha to the next.", least=1, most=10**6
+    )
+    momentum: float = setting(0.9, help="Of the steps of weight and bias.", least=0, below=1)
 
 
 @register
@@ -274,16 +278,15 @@ class ShiftedPrototypes(nn.Module):
 
 
 @dataclass(frozen=True)
-class ZsLpConfig:
+class ZsLpConfig(Settings):
     """Settings of `zs_lp` and `clap`.
 
-    Args:
-        length: Of each class text while it trains. A cosine does not see it, but the published
-            rates are for what CLIP's text tower gives, about ten long; from unit vectors the same
-            rate makes steps a hundred times larger, and a class forgets its text in the first.
+    A cosine does not see the length of a text, but the published rates are for what CLIP's text
+    tower gives, about ten long; from unit vectors the same rate makes steps a hundred times larger,
+    and a class forgets its text in the first.
     """
 
-    length: float = 10.0
+    length: float = setting(10.0, help="Of each class text while it trains.", above=0)
 
 
 class PrototypeMethod(HeadMethod):
@@ -352,16 +355,10 @@ def zero_shot_confidence(features: Tensor, labels: Tensor, texts: Tensor, scale:
 
 
 @dataclass(frozen=True)
-class TaskResConfig:
-    """Settings of `taskres`.
+class TaskResConfig(ZsLpConfig):
+    """Settings of `taskres`."""
 
-    Args:
-        alpha: What the learned residual is multiplied by.
-        length: See `ZsLpConfig`.
-    """
-
-    alpha: float = 0.5
-    length: float = 10.0
+    alpha: float = setting(0.5, help="What the learned residual is multiplied by.", least=0)
 
 
 @register
@@ -386,16 +383,16 @@ class TaskRes(PrototypeMethod):
 
 
 @dataclass(frozen=True)
-class ClipAdapterConfig:
-    """Settings of `clip_adapter`.
+class ClipAdapterConfig(Settings):
+    """Settings of `clip_adapter`."""
 
-    Args:
-        reduction: The bottleneck is this many times narrower than the feature.
-        ratio: Share of the adapted feature.
-    """
-
-    reduction: int = 4
-    ratio: float = 0.2
+    reduction: int = setting(
+        4,
+        help="The bottleneck is this many times narrower than the feature.",
+        least=1,
+        most=65_536,
+    )
+    ratio: float = setting(0.2, help="Share of the adapted feature.", least=0, most=1)
 
 
 @register
@@ -460,15 +457,15 @@ class TipAdapterF(HeadMethod):
 
 
 @dataclass(frozen=True)
-class ProLipConfig:
-    """Settings of `prolip`.
+class ProLipConfig(Settings):
+    """Settings of `prolip`."""
 
-    Args:
-        strength: Of the pull towards the pretrained projection; one over the mean number of shots
-            of a class when `None`, which needs no validation.
-    """
-
-    strength: float | None = None
+    strength: float | None = setting(
+        None,
+        help="Of the pull towards the pretrained projection.",
+        least=0,
+        unset="one over the mean number of shots, which needs no validation",
+    )
 
 
 class Projection(nn.Module):
@@ -554,16 +551,11 @@ class ProLip(HeadMethod):
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
-    """Settings of `classifier`.
+class ClassifierConfig(Settings):
+    """Settings of `classifier`."""
 
-    Args:
-        hidden: Width of the hidden layer.
-        dropout: Probability of dropping a hidden unit.
-    """
-
-    hidden: int = 512
-    dropout: float = 0.5
+    hidden: int = setting(512, help="Width of the hidden layer.", least=1, most=65_536)
+    dropout: float = setting(0.5, help="Probability of dropping a hidden unit.", least=0, below=1)
 
 
 @register

@@ -11,23 +11,22 @@ from torch import Tensor, nn
 from ..data.catalog import ClassInfo
 from ..errors import GloVLMError
 from ..model.prompts import ConditionalPromptHead, LayerTokens, tower_blocks
+from ..settings import Settings, setting
 from .context_tokens import ContextEmbedding, find_embedding, unused_token_ids
 from .contract import Recipe, TowerMethod, coop_recipe, register
 
 
 @dataclass(frozen=True)
-class VisualPromptConfig:
-    """Settings of `vpt`.
+class VisualPromptConfig(Settings):
+    """Settings of `vpt`."""
 
-    Args:
-        tokens: Tokens before each block.
-        deep: Whether every block has tokens of its own, or the first alone.
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    tokens: int = 8
-    deep: bool = True
-    projection_lr: float = 1e-3
+    tokens: int = setting(8, help="Tokens before each block.", least=1, most=10_000)
+    deep: bool = setting(
+        True, help="Whether every block has tokens of its own, or the first alone."
+    )
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 @register
@@ -52,7 +51,6 @@ class VisualPrompts(TowerMethod):
 
     def build(self) -> None:
         config = self.config
-        _at_least_one("tokens", config.tokens)
         depth = len(_blocks(self.model, "vision_model")) if config.deep else 1
         modules = _insert(self.model, {"vision": {"tokens": config.tokens, "depth": depth}})
         self.groups = [{"params": list(modules.parameters())}]
@@ -60,16 +58,15 @@ class VisualPrompts(TowerMethod):
 
 
 @dataclass(frozen=True)
-class BottleneckConfig:
-    """Settings of `adapter`.
+class BottleneckConfig(Settings):
+    """Settings of `adapter`."""
 
-    Args:
-        reduction: Width of the tower over that of the bottleneck.
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    reduction: int = 12
-    projection_lr: float = 1e-3
+    reduction: int = setting(
+        12, help="Width of the tower over that of the bottleneck.", least=1, most=65_536
+    )
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 @register
@@ -92,7 +89,6 @@ class BottleneckAdapter(TowerMethod):
 
     def build(self) -> None:
         reduction = self.config.reduction
-        _at_least_one("reduction", reduction)
         layers = list(range(len(_blocks(self.model, "vision_model"))))
         width = max(1, self.model.backbone.vision_model.config.hidden_size // reduction)
         modules = _insert(self.model, {"bottleneck": {"layers": layers, "width": width}})
@@ -101,20 +97,25 @@ class BottleneckAdapter(TowerMethod):
 
 
 @dataclass(frozen=True)
-class MapleConfig:
-    """Settings of `maple`.
+class MapleConfig(Settings):
+    """Settings of `maple`."""
 
-    Args:
-        context_tokens: Learned tokens in each block of each tower.
-        depth: Blocks of each tower that have them; no more than the shallower tower has.
-        init: The words that the context starts from; those not learned stay as text.
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    context_tokens: int = 2
-    depth: int = 9
-    init: str = "a photo of a"
-    projection_lr: float = 1e-3
+    context_tokens: int = setting(
+        2, help="Learned tokens in each block of each tower.", least=1, most=10_000
+    )
+    depth: int = setting(
+        9,
+        help="Blocks of each tower that have them; no more than the shallower tower has.",
+        least=1,
+        most=10_000,
+    )
+    init: str = setting(
+        "a photo of a",
+        help="The words that the context starts from; those not learned stay as text.",
+    )
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 @register
@@ -144,7 +145,6 @@ class Maple(TowerMethod):
 
     def build(self) -> None:
         model, config, tokens = self.model, self.config, self.config.context_tokens
-        _at_least_one("depth", config.depth)
         words, _ = _split(config.init, tokens)
         blocks = [len(_blocks(model, tower)) for tower in ("vision_model", "text_model")]
         depth = min(config.depth, *blocks)
@@ -210,20 +210,22 @@ class CoupledTokens(nn.Module):
 
 
 @dataclass(frozen=True)
-class ConditionalPromptConfig:
-    """Settings of `cocoop`.
+class ConditionalPromptConfig(Settings):
+    """Settings of `cocoop`."""
 
-    Args:
-        context_tokens: Number of context tokens M.
-        init: The words that they start from; those not learned stay as text.
-        reduction: Width of the image feature over that of the hidden layer of the meta-net.
-        projection_lr: Learning rate of the projection of a pair of towers.
-    """
-
-    context_tokens: int = 4
-    init: str = "a photo of a"
-    reduction: int = 16
-    projection_lr: float = 1e-3
+    context_tokens: int = setting(4, help="Number of context tokens M.", least=1, most=10_000)
+    init: str = setting(
+        "a photo of a", help="The words that they start from; those not learned stay as text."
+    )
+    reduction: int = setting(
+        16,
+        help="Width of the image feature over that of the hidden layer of the meta-net.",
+        least=1,
+        most=65_536,
+    )
+    projection_lr: float = setting(
+        1e-3, help="Learning rate of the projection of a pair of towers.", least=0
+    )
 
 
 @register
@@ -252,7 +254,6 @@ class ConditionalPrompts(TowerMethod):
 
     def build(self) -> None:
         model, processor, config = self.model, self.processor, self.config
-        _at_least_one("reduction", config.reduction)
         words, rest = _split(config.init, config.context_tokens)
         _, embedding = find_embedding(model.backbone)
         texts = [[" ".join([*rest, f"{c.display_name}."])] for c in self.classes]
@@ -304,11 +305,6 @@ def _insert(model: Any, spec: dict[str, Any]) -> Any:
         return model.add_adapter_modules(spec)
     except ValueError as error:
         raise GloVLMError(str(error)) from None
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise GloVLMError(f"Setting '{name}' counts from 1; found {value}.")
 
 
 def _split(init: str, count: int) -> tuple[list[str], list[str]]:

@@ -1,98 +1,134 @@
 """Slide classification config, checked before anything is loaded."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
-from ..errors import GloVLMError, nearest
+from ..errors import GloVLMError
+from ..settings import Settings, setting
 
 
-@dataclass
-class SlideConfig:
-    """Config of one run over slides: the arguments and flags of `glovlm slide`.
+@dataclass(frozen=True)
+class SlideConfig(Settings):
+    """Config of one run over slides: the arguments and options of `glovlm slide`."""
 
-    Args:
-        model: A run's folder, its `model/`, or a Hub id; with an aggregator also a backbone, if
-            that encoded the aggregator's training slides.
-        slides: Slide files.
-        output_dir: Where the results are written; a run that stopped goes on there.
-        mpp: Micrometres per pixel of level 0, where the file's own is missing or wrong.
-        tile_mpp: Micrometres per pixel at which tiles are cut; the model's scale by default.
-        tile_size: Side of a tile in pixels; the model's input by default.
-        overlap: The part of its side that a tile shares with the next.
-        min_tissue: Least part of a tile that is tissue.
-        objects: GeoJSON of outlined glomeruli; for several slides a folder of `NAME.geojson`.
-        margin: Side of an object's crop over its longer side.
-        aggregator: Output folder of `glovlm mil`, which then gives the slide's label.
-        top: Tiles a class whose scores are averaged for the slide's label; 0 for all.
-        smooth: Average scores over neighbouring tiles before.
-        heatmap_class: Class whose probability the heat map shows, or with an aggregator each
-            tile's evidence for it; by default that of the slide's label.
-        threshold: Least probability of that class at which a tile is written as a square; with an
-            aggregator those are written with evidence for it.
-        cases: CSV with the columns `slide` and `case` (or `case_id`, `patient_id`).
-        case: The case of all slides, in place of such a file.
-        workers: Processes that encode slides.
-        batch_size: Tiles at a time.
-        device: Where to compute.
-        allow_scale: Accept tiles and objects at a scale far from the model's.
-        anonymise: Call slides `slide_001`, ... and cases `case_001`, ... in all that is written.
-            The feature file of a slide that is not done bears its name until it is.
-    """
+    _what: ClassVar[str] = "A run over slides"
 
-    model: str
-    slides: list[str]
-    output_dir: str
-    mpp: float | None = None
-    tile_mpp: float | None = None
-    tile_size: int | None = None
-    overlap: float = 0.0
-    min_tissue: float = 0.25
-    objects: str | None = None
-    margin: float = 1.25
-    aggregator: str | None = None
-    top: int = 10
-    smooth: bool = False
-    heatmap_class: str | None = None
-    threshold: float = 0.5
-    cases: str | None = None
-    case: str | None = None
-    workers: int = 1
-    batch_size: int = 32
-    device: str = "auto"
-    allow_scale: bool = False
-    anonymise: bool = False
+    model: str = setting(
+        help="A run's folder, its `model/`, or a Hub id; with an aggregator also a backbone, if "
+        "that encoded the aggregator's training slides.",
+        group="Data",
+        argument=True,
+    )
+    slides: list[str] = setting(
+        help="Slides: SVS, TIFF, QPTIFF, DICOM.", group="Data", argument=True
+    )
+    output_dir: str = setting(
+        help="Where the results are written; a run that stopped goes on there.", group="Output"
+    )
+    mpp: float | None = setting(
+        None,
+        help="Micrometres per pixel of level 0, where the file's own is missing or wrong.",
+        group="Tiles",
+        above=0,
+        unset="the file's own",
+    )
+    tile_mpp: float | None = setting(
+        None,
+        help="Micrometres per pixel at which tiles are cut.",
+        group="Tiles",
+        above=0,
+        unset="the model's own",
+    )
+    tile_size: int | None = setting(
+        None,
+        help="Side of a tile in pixels.",
+        group="Tiles",
+        above=0,
+        most=8192,
+        unset="the model's input",
+    )
+    overlap: float = setting(
+        0.0,
+        help="The part of its side that a tile shares with the next.",
+        group="Tiles",
+        least=0,
+        most=0.9,
+    )
+    min_tissue: float = setting(
+        0.25, help="Least part of a tile that is tissue.", group="Tiles", least=0, most=1
+    )
+    objects: str | None = setting(
+        None,
+        help="GeoJSON of outlined glomeruli; for several slides a folder of NAME.geojson.",
+        group="Objects",
+        unset="tiles alone",
+    )
+    margin: float = setting(
+        1.25,
+        help="Side of an object's crop over its longer side.",
+        group="Objects",
+        least=1,
+        below=100,
+    )
+    aggregator: str | None = setting(
+        None,
+        help="Output folder of `glovlm mil`, which then gives the slide's label.",
+        group="Slide label",
+        unset="mean of the top tiles",
+    )
+    top: int = setting(
+        10,
+        help="Tiles a class whose scores are averaged for the slide's label; 0 for all.",
+        group="Slide label",
+        least=0,
+        most=10**9,
+    )
+    smooth: bool = setting(
+        False, help="Average scores over neighbouring tiles before.", group="Slide label"
+    )
+    heatmap_class: str | None = setting(
+        None,
+        help="Class whose probability the heat map shows, or with an aggregator each tile's "
+        "evidence for it.",
+        group="Output",
+        unset="the slide's label",
+    )
+    threshold: float = setting(
+        0.5,
+        help="Least probability of that class at which a tile is written as a square; with an "
+        "aggregator those are written with evidence for it.",
+        group="Output",
+        least=0,
+        most=1,
+    )
+    cases: str | None = setting(
+        None,
+        help="CSV with the columns slide and case (or case_id, patient_id).",
+        group="Data",
+        unset="each slide its own",
+    )
+    case: str | None = setting(
+        None, help="The case of all slides, in place of such a file.", group="Data", unset="none"
+    )
+    workers: int = setting(
+        1, help="Processes that encode slides.", group="Machine", least=1, most=256
+    )
+    batch_size: int = setting(32, help="Tiles at a time.", group="Machine", least=1, most=65_536)
+    device: str = setting("auto", help="auto, cpu, cuda, cuda:N or mps.", group="Machine")
+    allow_scale: bool = setting(
+        False, help="Accept tiles and objects at a scale far from the model's.", group="Tiles"
+    )
+    anonymise: bool = setting(
+        False,
+        help="Call slides slide_001, ... and cases case_001, ... in all that is written. The "
+        "feature file of a slide that is not done bears its name until it is.",
+        group="Output",
+    )
 
-    def __post_init__(self) -> None:
-        self.slides = [str(slide) for slide in self.slides]
-        for name, least in (("top", 0), ("workers", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                flag = name.replace("_", "-")
-                raise GloVLMError(
-                    f"--{flag} must be at least {least}; found {getattr(self, name)}."
-                )
-        if not 0 <= self.threshold <= 1:
-            raise GloVLMError(f"--threshold must lie in 0 ... 1; found {self.threshold:g}.")
+    def check(self) -> None:
+        """Rules over several settings."""
         if self.cases and self.case:
             raise GloVLMError("Give either --cases (a file) or --case (one for all slides).")
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any]) -> "SlideConfig":
-        """Make a config from flags or YAML.
-
-        Raises:
-            GloVLMError: A key is unknown (names the nearest), or one that is needed is missing.
-        """
-        known = {f.name for f in fields(cls)}
-        for key in values:
-            if key not in known:
-                raise GloVLMError(
-                    f"Unknown setting '{key}' of a run over slides.{nearest(key, known)}"
-                )
-        for key in ("model", "slides", "output_dir"):
-            if not values.get(key):
-                raise GloVLMError(f"A run over slides needs {key.replace('_', ' ')}: give it.")
-        return cls(**values)
 
     def result_settings(self) -> dict[str, Any]:
         """Settings that determine the results of a slide."""

@@ -8,13 +8,14 @@ of each tile for each class.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import GloVLMError, nearest
+from ...settings import Settings, read_values, setting
 
 
 class BagOutput(NamedTuple):
@@ -38,69 +39,49 @@ class BagOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class InstanceConfig:
-    """Settings of `mean` and `max`.
+class InstanceConfig(Settings):
+    """Settings of `mean` and `max`."""
 
-    Args:
-        width: Size of a tile's embedding.
-        dropout: Of the embedding, while training.
-        layer_norm: Normalise each tile's feature over its dimensions too, behind `standardise`.
-    """
-
-    width: int = 256
-    dropout: float = 0.25
-    layer_norm: bool = False
-
-    def __post_init__(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if isinstance(setting.default, bool):
-                good, expected = isinstance(value, bool), "true or false"
-            elif isinstance(setting.default, int):
-                good, expected = type(value) is int and value >= 1, "a whole number of 1 or more"
-            else:
-                good = type(value) in (int, float) and 0 <= value < 1
-                expected = "a number from 0 to below 1"
-            if not good:
-                raise GloVLMError(
-                    f"Aggregator setting '{setting.name}' is {expected} (default "
-                    f"{setting.default!r}); found {value!r}."
-                )
+    width: int = setting(256, help="Size of a tile's embedding.", least=1, most=65_536)
+    dropout: float = setting(0.25, help="Of the embedding, while training.", least=0, below=1)
+    layer_norm: bool = setting(
+        False,
+        help="Normalise each tile's feature over its dimensions too, behind `standardise` (in no "
+        "paper).",
+    )
 
 
 @dataclass(frozen=True)
 class AbmilConfig(InstanceConfig):
-    """Settings of `abmil`.
+    """Settings of `abmil`; nothing is normalised behind the embedding."""
 
-    Args:
-        width: Size of a tile's embedding.
-        dropout: Of the embedding, while training; the attention has none.
-        layer_norm: Normalise each tile's feature over its dimensions too, behind `standardise`
-            (neither is in the paper); nothing is normalised behind the embedding.
-        hidden: Size of the attention's two hidden layers.
-    """
-
-    hidden: int = 256
+    hidden: int = setting(
+        256, help="Size of the attention's two hidden layers.", least=1, most=65_536
+    )
 
 
 @dataclass(frozen=True)
 class TransmilConfig(InstanceConfig):
-    """Settings of `transmil`.
-
-    Args:
-        width: Size of a token, a multiple of `heads`.
-        dropout: Of each attention layer's output, while training.
-        layer_norm: Normalise each tile's feature over its dimensions too, behind `standardise`
-            (neither is in the paper).
-        heads: Attention heads.
-        landmarks: Landmarks of the Nystrom approximation. A bag with fewer tokens is attended
-            exactly.
-    """
+    """Settings of `transmil`; `width` is that of a token, a multiple of `heads`."""
 
     width: int = 512
-    dropout: float = 0.1
-    heads: int = 8
-    landmarks: int = 256
+    dropout: float = setting(
+        0.1, help="Of each attention layer's output, while training.", least=0, below=1
+    )
+    heads: int = setting(8, help="Attention heads.", least=1, most=4096)
+    landmarks: int = setting(
+        256,
+        help="Landmarks of the Nystrom approximation. A bag with fewer tokens is attended exactly.",
+        least=1,
+        most=65_536,
+    )
+
+    def check(self) -> None:
+        """Rules over several settings."""
+        if self.width % self.heads:
+            raise GloVLMError(
+                f"width must be a multiple of heads; found {self.width} and {self.heads}."
+            )
 
 
 class Aggregator(nn.Module, ABC):
@@ -290,10 +271,6 @@ class TransformerPooling(Aggregator):
 
     def __init__(self, dim: int, num_classes: int, config: TransmilConfig) -> None:
         super().__init__(dim, num_classes, config)
-        if config.width % config.heads:
-            raise GloVLMError(
-                f"width must be a multiple of heads; found {config.width} and {config.heads}."
-            )
         self.class_token = nn.Parameter(torch.randn(1, config.width) * 0.02)
         self.first = _Attention(config)
         self.pyramid = _Pyramid(config.width)
@@ -417,17 +394,28 @@ def build_aggregator(
     Raises:
         GloVLMError: There is no such aggregator or setting, or a setting is out of range.
     """
+    return find_aggregator(name)(dim, num_classes, configure_aggregator(name, settings or {}))
+
+
+def find_aggregator(name: str) -> type[Aggregator]:
+    """Find an aggregator by its name.
+
+    Raises:
+        GloVLMError: There is none; names the nearest.
+    """
     if name not in AGGREGATORS:
         raise GloVLMError(
             f"Unknown aggregator '{name}': expected {', '.join(AGGREGATORS)}."
             f"{nearest(name, AGGREGATORS)}"
         )
-    kind = AGGREGATORS[name]
-    known = [f.name for f in fields(kind.Config)]
-    for key in settings or {}:
-        if key not in known:
-            raise GloVLMError(
-                f"Aggregator '{name}' has no setting '{key}' (it has: {', '.join(known)})."
-                f"{nearest(key, known)}"
-            )
-    return kind(dim, num_classes, kind.Config(**(settings or {})))
+    return AGGREGATORS[name]
+
+
+def configure_aggregator(name: str, settings: Mapping[str, Any]) -> Any:
+    """Typed config of an aggregator from plain settings.
+
+    Raises:
+        GloVLMError: There is no such aggregator or setting, or a setting is out of range.
+    """
+    kind, about = find_aggregator(name).Config, f"of aggregator '{name}'"
+    return kind(**read_values(kind, settings, about=about, unknown=f"Aggregator '{name}'"))
