@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
-.PHONY: help demo space test test-long lint browser clean
+.PHONY: help demo docs space test test-long lint browser clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ lint: $(READY)  ## style and types
 	@$(RUN) ruff check
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
+
+docs: $(READY)  ## docs/settings.md, from the declarations in the code
+	@$(RUN) hf_glovlm.cli.reference docs/settings.md
 
 # The page is tested in a real browser. Without one those tests say so and are skipped.
 browser:

@@ -242,7 +242,9 @@ def test_an_unknown_setting_names_the_nearest() -> None:
     ],
 )
 def test_a_setting_of_the_wrong_type_is_refused(name: str, settings: dict[str, Any]) -> None:
-    sentence = r"Setting '\w+' of method '\w+' must be (a whole number|a number|true or false); found"
+    sentence = (
+        r"Setting '\w+' of method '\w+' must be (a whole number|a number|true or false); found"
+    )
     with pytest.raises(GloVLMError, match=sentence):
         METHODS[name].configure(settings)
 

@@ -112,10 +112,8 @@ def test_a_run_leaves_model_results_predictions_and_how_to_repeat_it(
 @pytest.mark.parametrize("method", METHODS)
 def test_results_say_what_the_contract_says(method: str, images: Path, tmp_path: Path) -> None:
     shots = 0 if method == "zero_shot" else 2
-    config = make(images, tmp_path / "run", method=method, shots=shots)
-    if not isinstance(METHODS[method], FeatureMethod):
-        config.epochs = 1
-    results = run(config)
+    trained = {} if isinstance(METHODS[method], FeatureMethod) else {"epochs": 1}
+    results = run(make(images, tmp_path / "run", method=method, shots=shots, **trained))
     head = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["head"]
     assert set(results["metrics"]) == set(METRICS) - (set() if head.get("cosine") else OF_COSINES)
     if METHODS[method].transductive:

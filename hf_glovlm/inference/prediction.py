@@ -50,12 +50,14 @@ def resolve_device(device: "str | torch.device | None" = "auto") -> torch.device
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError, ValueError):
+        chosen = torch.device("meta")  # none to compute on
+    if chosen.type not in ("cpu", "cuda", "mps"):
         known = ("auto", "cpu", "cuda", "mps")
         raise GloVLMError(
             f"Unknown device '{device}': expected auto, cpu, cuda, cuda:N or mps."
             f"{nearest(str(device), known)}"
-        ) from None
+        )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
         raise GloVLMError(

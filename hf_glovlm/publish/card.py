@@ -53,6 +53,13 @@ _PRIVATE = re.compile(
     r"(?<![\w.:/])(?:~?/|[A-Za-z]:[\\/]|\\\\)\S|\w\.(?:png|jpe?g|tiff?|bmp|svs|ndpi|mrxs|scn)\b",
     re.I,
 )
+# Settings of a run that its card shows in another section, and those that name places or machines.
+NOT_IN_SETTINGS = {
+    *("data", "output_dir", "backbone", "episodes", "prompts", "stain", "shots", "tracker"),
+    *("method", "method_config", "epochs", "lr", "weight_decay", "batch_size", "loss", "max_steps"),
+    *("temperature", "conformal", "alpha", "per_class", "max_risk", "prior", "n_resamples"),
+    *("device", "overwrite", "resume", "cache", "save_model"),
+}
 # Results that not every run has.
 _OPTIONAL = ("calibration", "prior_correction", "sets", "abstention", "transductive")
 # Metric ids of the Hub, where it has one for ours.
@@ -377,19 +384,19 @@ def _compute(results: Mapping[str, Any]) -> list[list[Any]]:
 def _settings(results: Mapping[str, Any]) -> list[list[str]]:
     """The settings that shaped the model, in numbers and words; what names a place stays out."""
     config, training = results["config"], results["training"]
-    shown = (
-        "seed", "draw", "shots_from", "test_fraction", "validation_shots", "calibration_groups",
-        "augment", "accumulate", "mixed_precision", "clip_norm",
-    )  # fmt: skip
     recipe = training["recipe"] or {}
     given = {
         "method": config["method"],
         **results["method"]["settings"],
         **recipe,
         **({"loss": training["loss"], "epochs_run": training["epochs_run"]} if recipe else {}),
-        **{name: config.get(name) for name in shown},
     }
-    return [[name, code(value)] for name, value in given.items() if _is_plain(value)]
+    rest = {
+        f"{name} of the run" if name in given else name: value
+        for name, value in config.items()
+        if name not in NOT_IN_SETTINGS
+    }
+    return [[name, code(value)] for name, value in {**given, **rest}.items() if _is_plain(value)]
 
 
 def _is_plain(value: object) -> bool:

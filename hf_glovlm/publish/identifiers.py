@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GloVLMError
+from ..settings import read_yaml
 
 PARTS = "glovlm.json"  # config of a repository without the base's weights
 BESIDE = "head.safetensors"  # its weights: all that neither base nor adapter holds
@@ -133,8 +134,6 @@ def read_run(folder: Path) -> Run:
 
 
 def _identifiers(folder: Path, results: Mapping[str, Any]) -> Identifiers:
-    import yaml
-
     from ..inference import Predictions
 
     named: set[str] = set()
@@ -147,8 +146,7 @@ def _identifiers(folder: Path, results: Mapping[str, Any]) -> Identifiers:
             named |= set(_strings([draw.get(side) for side in sides]))
     named |= {Path(name).name for name in named} | {Path(name).stem for name in named}
     known = {*results["per_class"], results["data"]["group_column"], results["data"]["sampler"]}
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
-    places = [str(Path.home()), str(folder), *_strings(settings)]
+    places = [str(Path.home()), str(folder), *_strings(read_yaml(folder / "config.yaml"))]
     places = [place for place in places if Path(place).is_absolute() and len(place) > 1]
     return Identifiers(
         frozenset([*filter(is_identifying, named - known), *places]),

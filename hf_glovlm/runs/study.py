@@ -23,6 +23,7 @@ from ..files import write_text
 from ..inference import Predictions
 from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
+from ..settings import Settings, read_values, setting, shown
 from .config import TrainConfig
 from .workflow import Loader, run
 
@@ -30,6 +31,7 @@ __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "
 
 COMPARED = ("macro_auc", "balanced_accuracy")
 SUMMARISED = tuple(name for name, row in METRICS.items() if row.summarised)
+MOST_CELLS = 100_000
 RECALL_ROWS = 60  # of the table of groups in the report that people read
 RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
 _OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
@@ -70,24 +72,29 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class StudyConfig:
-    """Configuration of a study: the grid.
+class StudyConfig(Settings):
+    """Configuration of a study: the grid."""
 
-    Attributes:
-        data: Folder, parquet file, or Hub id.
-        methods: The lines of the report.
-        backbones: As `--backbone` takes them.
-        shots: Labelled images per class.
-        reference: The line that the others are compared with.
-        settings: Fields of `TrainConfig` for every cell (`episodes`, `seed`, `prompts`, ...).
-    """
-
-    data: str
-    methods: tuple[StudyMethod, ...]
-    backbones: tuple[str, ...] = ("mini",)
-    shots: tuple[int, ...] = (8,)
-    reference: str = "linear_probe"
-    settings: dict[str, Any] = field(default_factory=dict)
+    data: str = setting(help="Folder, parquet file, or Hub id.", group="Data")
+    methods: tuple[StudyMethod, ...] = setting(
+        help="The lines of the report: names of methods, or mappings of a `name`, a `label` for "
+        "the report, `draws` and settings of `train`.",
+        group="Method",
+        form="a list of methods",
+    )
+    backbones: tuple[str, ...] = setting(("mini",), help="As `train` takes one.", group="Method")
+    shots: tuple[int, ...] = setting(
+        (8,), help="Labelled images per class; one or a list.", group="Labels", least=0, most=10**6
+    )
+    reference: str = setting(
+        "linear_probe", help="The line that the others are compared with.", group="Method"
+    )
+    settings: dict[str, Any] = setting(
+        factory=dict,
+        help="In the YAML file beside these: settings of `train` for every cell (`episodes`, "
+        "`seed`, `prompts`, ...), and `draws`, the number of label draws or a list of them.",
+        group="Labels",
+    )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "StudyConfig":
@@ -102,12 +109,12 @@ class StudyConfig:
         Raises:
             GloVLMError: A key is unknown or missing, a value is wrong, a name comes twice.
         """
-        own = {key: _numbers(value) for key, value in values.items()}
+        own = dict(values)
         for key in ("data", "methods"):
             if not own.get(key):
                 raise GloVLMError(f"A study needs '{key}:'; its configuration has none.")
         data, methods, reference = own.pop("data"), own.pop("methods"), own.pop("reference", None)
-        backbones = [str(b) for b in _listed(own.pop("backbones", own.pop("backbone", "mini")))]
+        backbones = _listed(own.pop("backbones", own.pop("backbone", "mini")))
         frozen_shots, frozen = _read_frozen(own.get("episodes"))
         shots = _listed(own.pop("shots", frozen_shots or 8))
         draws = own.pop("draws", sorted(frozen) or 10)
@@ -119,7 +126,7 @@ class StudyConfig:
         lines = tuple(_read_method(given, draws, frozen) for given in _listed(methods))
         reference = str(reference or "linear_probe")
         names = [line.name for line in lines]
-        for listed in (names, [_short(b) for b in backbones]):
+        for listed in (names, [_short(str(b)) for b in backbones]):
             if len(set(listed)) < len(listed):
                 raise GloVLMError(f"A name comes twice in {', '.join(listed)}: give a 'label:'.")
         if reference not in names:
@@ -128,10 +135,19 @@ class StudyConfig:
                 f"{nearest(reference, names)}"
             )
         settings = _settings(own, {"data", "methods", "backbones", "shots", "draws", "reference"})
-        study = cls(str(data), lines, tuple(backbones), tuple(shots), reference, settings)
+        study = cls(data, lines, tuple(backbones), tuple(shots), reference, settings)
         for cell in study.cells():
             study.train_config(cell, "")
         return study
+
+    def check(self) -> None:
+        """Rules over several settings."""
+        runs = sum(len(line.draws) for line in self.methods) * len(self.backbones) * len(self.shots)
+        if runs > MOST_CELLS:
+            raise GloVLMError(
+                f"A study has at most {MOST_CELLS:,} cells, and these would be {runs:,}: leave "
+                "draws, shots, backbones or methods out."
+            )
 
     def cells(self) -> list[Cell]:
         """Every cell; all methods of a draw before the next draw, so that a part compares too."""
@@ -159,9 +175,8 @@ class StudyConfig:
         }
         try:
             return TrainConfig(**values)
-        except (TypeError, AttributeError) as error:
-            name = cell.method.name
-            raise GloVLMError(f"A setting of '{name}' has the wrong type: {error}.") from error
+        except GloVLMError as error:
+            raise GloVLMError(f"'{cell.method.name}' of the study: {error}") from None
 
 
 # ------------------------------------------------------------------------------------ running
@@ -605,6 +620,8 @@ def _read_method(given: Any, draws: Any, frozen: Mapping[int, Any]) -> StudyMeth
             f"Expected the name of a method, or 'name:' with a 'label:' of letters, digits, '-' "
             f"and '_'; found {given!r}."
         )
+    if type(numbers) is int and numbers > MOST_CELLS:
+        raise GloVLMError(f"A study has at most {MOST_CELLS:,} draws; found {shown(numbers)}.")
     chosen = list(range(numbers)) if type(numbers) is int else numbers
     good = isinstance(chosen, list) and all(type(n) is int and n >= 0 for n in chosen)
     if not good or not chosen or len(set(chosen)) < len(chosen):
@@ -621,23 +638,13 @@ def _read_method(given: Any, draws: Any, frozen: Mapping[int, Any]) -> StudyMeth
 def _settings(values: Mapping[str, Any], also: set[str]) -> dict[str, Any]:
     for key in values:
         if key not in _SETTINGS:
-            raise GloVLMError(f"A study has no setting '{key}'.{nearest(key, _SETTINGS | also)}")
-    return dict(values)
+            near = nearest(str(key), _SETTINGS | also)
+            raise GloVLMError(f"A study has no setting '{key}'.{near}")
+    return read_values(TrainConfig, values)
 
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _numbers(value: Any) -> Any:
-    """Numbers in exponential form, `1e-3`, which YAML 1.1 reads as text."""
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
 
 
 def _read_frozen(path: str | None) -> tuple[int | None, dict[int, dict[str, float]]]:

@@ -645,15 +645,16 @@ class _Processes:
     def __init__(self, config: TrainConfig, method: Method) -> None:
         self.cache = FeatureCache() if config.cache else None
         self.accelerator: Accelerator | None = None
-        if isinstance(method, FeatureMethod) and "LOCAL_RANK" not in os.environ:
-            self.device = resolve_device(config.device)
-        else:
+        self.device = resolve_device(config.device)
+        if not isinstance(method, FeatureMethod) or "LOCAL_RANK" in os.environ:
             import accelerate
 
+            if self.device.index and "LOCAL_RANK" not in os.environ:
+                torch.cuda.set_device(self.device)  # which Accelerate then takes
             try:
                 self.accelerator = accelerate.Accelerator(
                     mixed_precision=config.mixed_precision,
-                    cpu=config.device == "cpu",
+                    cpu=config.device != "auto" and self.device.type == "cpu",
                     log_with=config.tracker,
                     project_dir=config.output_dir if config.tracker else None,
                 )
