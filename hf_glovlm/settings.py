@@ -260,16 +260,22 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-@cache
 def declarations(cls: type) -> dict[str, Declared]:
     """Declarations of a config's settings, by name; also of a plain dataclass, without bounds.
 
     A subclass that gives a setting another default keeps its declaration.
     """
+    return _declarations(cls)
+
+
+@cache
+def _declarations(cls: Any) -> dict[str, Declared]:
     table = {}
-    for one in sorted(fields(cls), key=lambda one: one.kw_only):  # as they are given
+    for one in sorted(fields(cls), key=lambda one: one.kw_only is True):  # as they are given
         stated = [vars(k).get("__dataclass_fields__", {}).get(one.name) for k in cls.__mro__]
-        about = next((f.metadata for f in stated if f and "setting" in f.metadata), {})
+        about: Mapping[str, Any] = next(
+            (f.metadata for f in stated if f and "setting" in f.metadata), {}
+        )
         default = one.default
         if one.default_factory is not MISSING:
             default = one.default_factory()
@@ -314,7 +320,7 @@ def _words(hint: Any) -> str:
             of = {int: "whole numbers", float: "numbers", str: "texts"}
             parts.append(f"a list of {of.get(inner[0] if inner else Any, 'values')}")
         else:
-            parts.append(words.get(kind) or getattr(kind, "__name__", str(kind)))
+            parts.append(words.get(kind) or str(getattr(kind, "__name__", kind)))
     return " or ".join(parts)
 
 
@@ -384,10 +390,10 @@ class Settings:
         """Append the settings that a class declares to its docstring."""
         super().__init_subclass__(**options)
         inherited = (vars(base).get("__dataclass_fields__", {}) for base in reversed(cls.__mro__))
-        stated = {name: one for of_base in (*inherited, vars(cls)) for name, one in of_base.items()}
         declared = {
             name: one.metadata["setting"]["help"]
-            for name, one in stated.items()
+            for of_class in (*inherited, vars(cls))
+            for name, one in of_class.items()
             if isinstance(one, dataclasses.Field) and "setting" in one.metadata
         }
         if declared:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ def test_one_slide_fails_and_the_others_go_on(place: Path, tmp_path: Path) -> No
     (tmp_path / "in/broken.tiff").write_bytes(b"II*\0no slide")
     events: list[Any] = []
     config = configured(place, tmp_path / "out", "well")
-    config.slides = [str(tmp_path / "in/broken.tiff"), *config.slides]
+    config = replace(config, slides=[str(tmp_path / "in/broken.tiff"), *config.slides])
     results = classify_slides(config, on_event=lambda kind, what: events.append((kind, what)))
     assert [entry["status"] for entry in results["slides"]] == ["failed", "done"]
     assert results["failed"] == 1

@@ -79,19 +79,27 @@ class AdaptConfig(LearningSettings):
     """
 
     method_config: Mapping[str, Any] = setting(
-        factory=dict, help="Settings of the method (`glovlm methods --json` lists them)."
+        factory=dict,
+        help="Settings of the method (`glovlm methods --json` lists them).",
+        group="Method",
     )
     recipe: Mapping[str, Any] = setting(
         factory=dict,
         help="Fields of the method's `Recipe` to override (`epochs`, `lr`, `weight_decay`, "
         "`batch_size`, ...).",
+        group="Training",
     )
     output_dir: str | Path | None = setting(
-        None, help="Takes the log, the checkpoint and the adapter; `None` writes nothing."
+        None,
+        help="Takes the log, the checkpoint and the adapter.",
+        group="Output",
+        unset="nothing is written",
     )
-    resume: bool = setting(False, help="Go on from the checkpoint there.")
+    resume: bool = setting(False, help="Go on from the checkpoint there.", group="Output")
     replay: bool = setting(
-        True, help="Run blocks that no step changes once rather than at every step; same result."
+        True,
+        help="Run blocks that no step changes once rather than at every step; same result.",
+        group="Training",
     )
 
     def check(self) -> None:
