@@ -167,7 +167,7 @@ class Declared:
         read = {}
         for key, part in value.items():
             inside = f"{label}: {key}" if inner is Any else label
-            read[key] = self._as(inner, part, inside, depth + 1)
+            read[self._text(key, label)] = self._as(inner, part, inside, depth + 1)
         return _MISFIT if any(part is _MISFIT for part in read.values()) else read
 
     def _list(self, hint: Any, value: Any, label: str, depth: int) -> Any:
@@ -192,7 +192,13 @@ class Declared:
 
     def _text(self, value: str, label: str) -> str:
         if "\0" in value:
-            raise GloVLMError(f"{label} must be text without a null character; found {value!r}.")
+            raise GloVLMError(
+                f"{label} must be text without a null character; found {shown(value)}."
+            )
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # bytes of another encoding, which no file of a run can hold
+            raise GloVLMError(f"{label} must be text in UTF-8; found {shown(value)}.") from None
         if self.required and not value.strip():
             raise GloVLMError(f"{label} must not be empty: give it.")
         return value

@@ -87,6 +87,11 @@ TRAIN = [
     (["--prior", "viable=-.5,sclerosed=1,mesangial=.5"], "prior must be above 0; found -0.5"),
     (["--prior", "viable=nan,sclerosed=.5,mesangial=.5"], "prior must be a finite number"),
     (["--prior", "viable=2,sclerosed=.5,mesangial=.5"], "prior must be at most 1; found 2"),
+    # text that a file can hold
+    (["--stain", "\udcff"], "stain must be text in UTF-8"),
+    (["--stain", "a\0b"], "stain must be text without a null character"),
+    (["--shots", "\udcff=1"], "shots must be text in UTF-8"),
+    (["--shots", "9" * 5000], "Expected --shots N"),
     # one number, one reading
     (["--set", "max_iter=010"], "010 is one number to some readers and another to others"),
     (["--set", "C=[1"], "is no YAML"),

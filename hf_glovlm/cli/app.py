@@ -24,7 +24,7 @@ from ..environment import quiet_libraries
 from ..errors import GloVLMError, nearest
 from ..lab.pretraining_config import PretrainConfig
 from ..runs.config import TrainConfig
-from ..settings import read_yaml
+from ..settings import SEEDS, read_yaml
 from .console import (
     INTERRUPTED,
     TERMINATED,
@@ -324,7 +324,7 @@ for _command in ABOUT_DATA:
 @app.command()
 def demo(
     output_dir: Annotated[Path | None, Option(help="Empty; else glovlm-demo, replaced.")] = None,
-    seed: Annotated[int, Option(min=0, help="Of images, split and training.")] = 0,
+    seed: Annotated[int, Option(min=0, max=SEEDS, help="Of images, split and training.")] = 0,
     as_json: JsonFlag = False,
 ) -> None:
     """Do the main job on synthetic images: no network, no data, under two minutes."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_args, get_origin
 from typer import Argument, Option
 
 from ..errors import GloVLMError
-from ..settings import GROUPS, Declared, Settings, declarations, read_yaml, read_yaml_value
+from ..settings import GROUPS, Declared, Settings, declarations, read_yaml, read_yaml_value, shown
 
 Text = str | None
 Texts = list[str] | None
@@ -22,7 +22,7 @@ Whole = int | None
 Real = float | None
 JsonFlag = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 DeviceFlag = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
-BatchFlag = Annotated[int, Option(min=1, help="Images encoded at a time.")]
+BatchFlag = Annotated[int, Option(min=1, max=65_536, help="Images encoded at a time.")]
 ScaleFlag = Annotated[bool, Option(help="Accept images at a very different scale.")]
 ModelArgument = Annotated[str, Argument(help="A run's folder, its model/, or a Hub id.")]
 ConfigFlag = Annotated[Path | None, Option(help="YAML of these settings; options win over it.")]
@@ -133,8 +133,8 @@ def _setting(text: str) -> tuple[str, Any]:
     """Read `KEY=VALUE`, the value as YAML."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise GloVLMError(f"Expected --set KEY=VALUE, found '{text}'.")
-    return key.strip(), read_yaml_value(value, f"--set {text}")
+        raise GloVLMError(f"Expected --set KEY=VALUE, found {shown(text)}.")
+    return key.strip(), read_yaml_value(value, f"--set {shown(text)}")
 
 
 def _shots(text: str) -> int | dict[str, int]:
@@ -158,6 +158,6 @@ def _by_class(text: str, kind: Callable[[str], Any], number: str, expected: str)
     for part in text.split(","):
         name, _, given = (piece.strip() for piece in part.rpartition("="))
         if not name or name in values or not re.fullmatch(number, given, re.ASCII):
-            raise GloVLMError(f"{expected}, found '{text}'.")
+            raise GloVLMError(f"{expected}, found {shown(text)}.")
         values[name] = kind(given)
     return values

@@ -93,7 +93,9 @@ def caption(
     question: Annotated[Text, Option(help="What a chat model is asked; never the class.")] = None,
     output: Annotated[Path | None, Option(help="CSV or parquet; else metadata.csv.")] = None,
     batch_size: BatchFlag = 8,
-    max_new_tokens: Annotated[int, Option(min=1, help="Longest caption, in tokens.")] = 256,
+    max_new_tokens: Annotated[
+        int, Option(min=1, max=65_536, help="Longest caption, in tokens.")
+    ] = 256,
     device: DeviceFlag = "auto",
     overwrite: Annotated[bool, Option(help="Write captions anew.")] = False,
 ) -> None:

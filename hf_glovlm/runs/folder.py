@@ -19,8 +19,13 @@ UNFINISHED = "unfinished"  # there until the run is complete
 class Repeatable(Protocol):
     """Configuration that can be repeated: what the folder needs to know of it."""
 
-    overwrite: bool
-    resume: bool
+    @property
+    def overwrite(self) -> bool:
+        """Whether an earlier run there goes."""
+
+    @property
+    def resume(self) -> bool:
+        """Whether it goes on from what is there."""
 
     def to_repeat(self) -> dict[str, Any]:
         """Plain values that repeat this run."""
