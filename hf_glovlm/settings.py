@@ -10,7 +10,6 @@ import dataclasses
 import math
 import os
 import re
-import stat
 import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 from .errors import GloVLMError, nearest
+from .files import read_text
 
 T = TypeVar("T")
 GROUPS = (  # headings of settings, in the order of help and documentation
@@ -180,15 +180,21 @@ class Declared:
         return tuple(read) if get_origin(hint) is tuple else read
 
     def _anything(self, value: Any, label: str, depth: int) -> Any:
-        """Settings of somebody else, which checks them: here only that numbers are finite."""
+        """Settings of somebody else, which checks them: here only that YAML and JSON hold them."""
         if isinstance(value, Mapping):
             return self._mapping(dict[str, Any], value, label, depth)
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return self._list(list[Any], value, label, depth)
         value = _from_exponent(value)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise GloVLMError(f"{label} must be a finite number; found {value}.")
-        return value
+        if isinstance(value, bool | NoneType):
+            return value
+        if isinstance(value, int | float):
+            return self._number(value, label)
+        if isinstance(value, str):
+            return self._text(value, label)
+        raise GloVLMError(
+            f"{label} must be text, numbers, lists or mappings; found {type(value).__name__}."
+        )
 
     def _text(self, value: str, label: str) -> str:
         if "\0" in value:
@@ -371,7 +377,9 @@ def read_values(
     }
 
 
-def _check_names(values: Iterable[str], known: Iterable[str], owner: str) -> None:
+def _check_names(values: object, known: Iterable[str], owner: str) -> None:
+    if not isinstance(values, Mapping):
+        raise GloVLMError(f"Expected settings by their names, found {shown(values)}.")
     names = list(known)
     for key in values:
         if key not in names:
@@ -485,26 +493,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         GloVLMError: The file is missing, no regular file, too large, not UTF-8, not YAML, no
             mapping, names a key twice, or repeats too much by aliases.
     """
-    try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):
-            kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a pipe or a device"
-            raise GloVLMError(f"Expected a YAML file at {path}, found: {kind}.")
-        if about.st_size > _LARGEST:
-            raise GloVLMError(
-                f"Expected a YAML file of at most {_LARGEST:,} bytes at {path}, found "
-                f"{about.st_size:,}: is it another kind of file?"
-            )
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise GloVLMError(
-            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
-        ) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, GloVLMError):
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise GloVLMError(f"Expected a YAML file at {path}, found: {reason}.") from error
+    text = read_text(path, "a YAML file", most=_LARGEST)
     try:
         content = parse_yaml(text)
     except _Wrong as error:

@@ -14,27 +14,11 @@ from hf_glovlm.runs.config import TrainConfig
 from hf_glovlm.training import AdaptConfig, adapt
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"loss": "infonc"}, "loss must be one of .*Did you mean 'infonce'"),
-        ({"seed": -1}, "seed must be 0 or more; found -1"),
-        ({"accumulate": 0}, "accumulate must be 1 or more"),
-        ({"accumulate": 2, "loss": "infonce"}, "negatives are the whole batch; found 2"),
-        ({"max_steps": 0}, "max_steps must be above 0; found 0"),
-        ({"clip_norm": -1.0}, "clip_norm must be above 0"),
-        ({"recipe": {"lr": 0.0}}, "lr must be above 0"),
-        ({"recipe": {"epochs": 0}}, "epochs must be above 0"),
-        ({"recipe": {"batchsize": 4}}, "no 'batchsize' .*Did you mean 'batch_size'"),
-        ({"resume": True}, "give output_dir"),
-        ({"sed": 1}, "Unknown setting 'sed' .*Did you mean 'seed'"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_is_loaded(
-    given: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(GloVLMError, match=message):
-        adapt("no such backbone", "lora", None, config=given)  # type: ignore[arg-type]
+def test_what_cannot_be_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(GloVLMError, match=r"loss must be one of .*Did you mean 'infonce'"):
+        adapt("no such backbone", "lora", None, config={"loss": "infonc"})  # type: ignore[arg-type]
+    with pytest.raises(GloVLMError, match="Expected settings by their names"):
+        adapt("no such backbone", "lora", None, config=7)  # type: ignore[arg-type]
 
 
 def test_settings_are_those_of_the_method() -> None:

@@ -20,7 +20,7 @@ from tiny import tiny_clip, tiny_images
 
 import hf_glovlm
 from hf_glovlm import AdaptConfig, GloVLMError, MilConfig, SlideConfig, TrainConfig
-from hf_glovlm.methods import METHODS
+from hf_glovlm.methods import METHODS, FeatureMethod
 from hf_glovlm.slides.mil.aggregators import AGGREGATORS, build_aggregator
 
 ROOT = Path(hf_glovlm.__file__).parents[1]
@@ -184,7 +184,7 @@ YAML = {
     "deep nesting": ("a: " + "[" * 100_000, "nested more than 32 deep"),
     "deep blocks": ("".join(f"{'  ' * i}a:\n" for i in range(500)), "nested more than 32 deep"),
     "many values": ("".join(f"k{i}: 1\n" for i in range(70_000)), "more than 100,000 values"),
-    "large file": ("a: " + "x" * 2**20, "at most 1,048,576 bytes"),
+    "large file": ("a: " + "x" * 2**20, "found more than 1 MiB"),
     "key twice": ("data: d\ndata: e", "line 2: not valid YAML: the key 'data' stands there twice"),
     "key twice below": ("shots: {a: 1, a: 2}", "the key 'a' stands there twice"),
     "octal seed": ("seed: 010", "010 is one number to some readers and another to others"),
@@ -249,6 +249,26 @@ def test_only_a_regular_file_is_read(kind: str, glovlm: Glovlm, tmp_path: Path) 
     assert "Expected a YAML file" in done.errors[0]
 
 
+def test_frozen_episodes_are_a_regular_file(glovlm: Glovlm, data: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    for name in ("pipe.json", "deep.json"):
+        with seconds(20):
+            done = glovlm(
+                "train", "--data", data, "--output-dir", tmp_path / "o", "--backbone", tiny_clip(),
+                "--episodes", tmp_path / name,
+            )  # fmt: skip
+        assert done.code == 2, done
+        assert name in done.errors[0]
+    (tmp_path / "study.yaml").write_text(
+        f"data: d\nmethods: [linear_probe]\nepisodes: {tmp_path / 'pipe.json'}\n"
+    )
+    with seconds(20):
+        done = glovlm("study", "--config", tmp_path / "study.yaml", "--output-dir", tmp_path / "s")
+    assert done.code == 2, done
+    assert "a device or pipe" in done.errors[0]
+
+
 def test_classes_and_catalogue_are_read_by_the_same_rules(tmp_path: Path) -> None:
     path = tmp_path / "classes.yaml"
     path.write_text(f"classes:\n  a: {{prompts: [x]}}\n{BOMB}")
@@ -256,7 +276,7 @@ def test_classes_and_catalogue_are_read_by_the_same_rules(tmp_path: Path) -> Non
         hf_glovlm.load_classes(["a", "b"], prompts=path)
     path.unlink()
     os.mkfifo(path)
-    with seconds(5), pytest.raises(GloVLMError, match="a pipe or a device"):
+    with seconds(5), pytest.raises(GloVLMError, match="a device or pipe"):
         hf_glovlm.load_classes(["a", "b"], prompts=path)
 
 
@@ -380,6 +400,75 @@ def test_numbers_of_numpy_are_numbers() -> None:
     )  # fmt: skip
     assert yaml.safe_load(yaml.safe_dump(made.to_repeat())) == made.to_repeat()
     assert (made.seed, made.test_fraction, made.shots) == (3, 0.25, {"a": 2})
+
+
+RULES: list[tuple[type, dict[str, Any], str]] = [
+    (AdaptConfig, {"loss": "infonc"}, "loss must be one of .*Did you mean 'infonce'"),
+    (AdaptConfig, {"seed": -1}, "seed must be 0 or more; found -1"),
+    (AdaptConfig, {"accumulate": 0}, "accumulate must be 1 or more"),
+    (AdaptConfig, {"accumulate": 2, "loss": "infonce"}, "negatives are the whole batch; found 2"),
+    (AdaptConfig, {"max_steps": 0}, "max_steps must be above 0; found 0"),
+    (AdaptConfig, {"clip_norm": -1.0}, "clip_norm must be above 0"),
+    (AdaptConfig, {"recipe": {"lr": 0.0}}, "lr must be above 0"),
+    (AdaptConfig, {"recipe": {"epochs": 0}}, "epochs must be above 0"),
+    (AdaptConfig, {"recipe": {"batchsize": 4}}, "no 'batchsize' .*Did you mean 'batch_size'"),
+    (AdaptConfig, {"recipe": 3}, "recipe must be a mapping of names to values; found 3"),
+    (AdaptConfig, {"resume": True}, "give output_dir"),
+    (AdaptConfig, {"sed": 1}, "Unknown setting 'sed' .*Did you mean 'seed'"),
+    (TrainConfig, {"data": ""}, "needs data: give --data"),
+    (TrainConfig, {"data": 7}, "data must be a folder, .* or a DatasetDict; found int"),
+    (TrainConfig, {"output_dir": " "}, "output_dir must not be empty"),
+    (
+        TrainConfig,
+        {"method": "linear_probe", "lr": 0.1, "epochs": 3},
+        "it has no epochs, lr to set",
+    ),
+    (TrainConfig, {"method": "linear_probe", "lr": 0.0}, "lr must be above 0"),
+    (SlideConfig, {"slides": "one.svs"}, "slides must be a list of texts; found 'one.svs'"),
+    (SlideConfig, {"slides": []}, "A run over slides needs slides: give SLIDES or 'slides:'"),
+    (SlideConfig, {"case": "a", "cases": "b"}, "Give either --cases"),
+    (
+        MilConfig,
+        {"aggregator": "transmil", "aggregator_config": {"width": 20}},
+        "multiple of heads",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "given", "sentence"), RULES, ids=str)
+def test_rules_of_each_config(config: Any, given: dict[str, Any], sentence: str) -> None:
+    required = next(known for kind, known in CONFIGS if kind is config)
+    with pytest.raises(GloVLMError, match=sentence):
+        config.from_mapping({**required, **given})
+
+
+@pytest.mark.parametrize("config", [AdaptConfig, TrainConfig, MilConfig, SlideConfig])
+@pytest.mark.parametrize("given", [7, "seed", [("seed", 1)], {7: 1}])
+def test_settings_are_given_by_name(config: Any, given: Any) -> None:
+    with pytest.raises(GloVLMError, match=r"by their names|Unknown setting '7'"):
+        config.from_mapping(given)
+    with pytest.raises(GloVLMError, match=r"by their names|has no setting '7'"):
+        METHODS["lora"].configure(given)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_solved_has_no_recipe_and_what_is_trained_has_one(method: str) -> None:
+    base: dict[str, Any] = {"data": "d", "output_dir": "o", "method": method}
+    base["shots"] = 0 if method == "zero_shot" else 2
+    given = {"epochs": 2, "lr": 1e-3, "weight_decay": 0.0, "batch_size": 4}
+    if not isinstance(METHODS[method], FeatureMethod):
+        assert TrainConfig(**base, **given).adaptation("o").recipe == given
+        return
+    assert TrainConfig(**base).adaptation("o").recipe == {}
+    for name, value in given.items():
+        with pytest.raises(GloVLMError, match=f"'{method}' is solved, .* it has no {name} to set"):
+            TrainConfig(**base, **{name: value})
+
+
+@pytest.mark.parametrize("wrong", [object(), {1, 2}, b"x", lambda: 0, {"a": {"b": object()}}])
+def test_settings_of_others_are_values_that_a_file_can_hold(wrong: Any) -> None:
+    with pytest.raises(GloVLMError, match="tuner_config"):
+        METHODS["lora"].configure({"tuner_config": {"x": wrong}})
 
 
 def test_a_recipe_in_part_is_checked_like_the_rest() -> None:

@@ -781,7 +781,7 @@ def test_files_that_are_no_episodes(tmp_path: Path, text: str) -> None:
     (tmp_path / "e.json").write_text(text)
     with pytest.raises(GloVLMError, match="is not a file of frozen episodes"):
         load_episode(tmp_path / "e.json", 0, cohort())
-    with pytest.raises(GloVLMError, match="cannot be read"):
+    with pytest.raises(GloVLMError, match="Expected a file of frozen episodes at"):
         load_episode(tmp_path / "nowhere.json", 0, cohort())
 
 

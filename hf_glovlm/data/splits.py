@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import GloVLMError, nearest
-from ..files import write_text
+from ..files import read_text, write_text
 from .folder import SPLIT_ORDER, ImageValue, column, in_threads, logger, open_image
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ShotsFrom = Literal["spread", "random", "one_group"]
 Indices = NDArray[np.int64]
 
+EPISODES = "a file of frozen episodes"
 NEAR_DUPLICATE = "near_duplicate"
 GROUP_COLUMNS = {
     "patient_id": "groups are patients",
@@ -797,7 +798,7 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
     """
     path = Path(path).expanduser()
     try:
-        frozen = json.loads(path.read_text(encoding="utf-8"))
+        frozen = json.loads(read_text(path, EPISODES))
         draws = {int(entry["draw"]): entry for entry in frozen["draws"]}
         group_column, shots = str(frozen["group_column"]), int(frozen["shots"])
         sampler = str(frozen["sampler"])
@@ -812,11 +813,9 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
             for side in ("support", "validation", "calibration")
         }
         test_groups = {str(group) for group in entry["test_groups"]}
-    except OSError as error:
-        raise GloVLMError(f"episodes file {path} cannot be read ({error.strerror}).") from None
     except GloVLMError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise GloVLMError(
             f"{path} is not a file of frozen episodes ({type(error).__name__}: {error}); expected "
             "JSON with shots, sampler, group_column and draws of draw, support and test_groups."

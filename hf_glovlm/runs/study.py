@@ -17,9 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..data.splits import EPISODES
 from ..environment import quiet_libraries
 from ..errors import GloVLMError, nearest
-from ..files import write_text
+from ..files import read_text, write_text
 from ..inference import Predictions
 from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
@@ -652,10 +653,10 @@ def _read_frozen(path: str | None) -> tuple[int | None, dict[int, dict[str, floa
     if path is None:
         return None, {}
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(read_text(Path(path).expanduser(), EPISODES))
         draws = {int(d["draw"]): d.get(RECORDED) or {} for d in content["draws"]}
         return int(content["shots"]), draws
-    except OSError as error:
-        raise GloVLMError(f"Episodes file {path} cannot be read ({error.strerror}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except GloVLMError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise GloVLMError(f"{path} is not a file of frozen episodes as a run writes it.") from None
