@@ -454,7 +454,9 @@ class Settings:
                 raise GloVLMError(
                     f"{cls._what} needs {name}: give {flag} or '{name}:' in the YAML file."
                 )
-        return cls(**values)
+        # `method_config:` with nothing below it has none.
+        empty = {k for k, v in values.items() if v is None and isinstance(table[k].default, dict)}
+        return cls(**{key: value for key, value in values.items() if key not in empty})
 
 
 # ------------------------------------------------------------------------------------------- YAML

@@ -108,7 +108,7 @@ SLIDE = [
     (["--mpp", "0"], "mpp must be above 0"),
     (["--tile-mpp", "-1"], "tile_mpp must be above 0"),
     (["--tile-size", "10000000"], "tile_size must be at most 8,192; found 10000000"),
-    (["--workers", "1000000"], "workers must be at most 256"),
+    (["--workers", "1000000"], "workers must be at most 1,024"),
     (["--batch-size", str(10**12)], "batch_size must be at most"),
     (["--top", str(10**20)], "top must be at most"),
 ]
@@ -124,17 +124,17 @@ MIL = [
     (["--n-resamples", str(10**12)], "n_resamples must be at most"),
     (["--set", "dropout=.nan"], "dropout must be a finite number"),
     (["--set", f"width={10**12}"], "'width' of aggregator 'abmil' must be at most"),
-    (["--device", "cuda:7"], "device must be one of auto, cpu; found 'cuda:7'"),
+    (["--device", "cuda:99"], "device must be one of auto, cpu; found 'cuda:99'"),
 ]
 PRETRAIN = [
     (["--patients", str(10**12)], "patients must be at most"),
-    (["--workers", "1000000"], "workers must be at most 256"),
+    (["--workers", "1000000"], "workers must be at most 1,024"),
     (["--seed", "-1"], "seed must be 0 or more"),
     (["--seed", str(2**63)], "seed must be at most"),
     (["--epochs", str(10**15)], "epochs must be at most"),
 ]
 COMMANDS: dict[str, list[Any]] = {
-    "train": ["--data", "DATA", "--output-dir", "OUT"],
+    "train": ["--data", "DATA", "--output-dir", "OUT", "--backbone", "TINY", "--shots", 1],
     "slide": ["nowhere", "a.svs", "--output-dir", "OUT"],
     "mil": ["--features", "nowhere", "--labels", "no.csv", "--output-dir", "OUT"],
     "pretrain": ["--output-dir", "OUT"],
@@ -147,7 +147,7 @@ REFUSED = [(name, *case) for name, cases in TABLES.items() for case in cases]
 def test_a_value_without_sense_is_refused_before_any_work(
     command: str, given: list[str], sentence: str, glovlm: Glovlm, data: Path, tmp_path: Path
 ) -> None:
-    places = {"DATA": data, "OUT": tmp_path / "out"}
+    places = {"DATA": data, "OUT": tmp_path / "out", "TINY": tiny_clip()}
     base = [places.get(word, word) for word in COMMANDS[command]]
     with seconds(20):
         done = glovlm(command, *base, *given)
@@ -157,7 +157,7 @@ def test_a_value_without_sense_is_refused_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "cuda:-1", "meta", "xpu", "gpu", "7"])
+@pytest.mark.parametrize("device", ["cuda:99", "cuda:-1", "meta", "xpu", "gpu", "7"])
 @pytest.mark.parametrize("method", ["linear_probe", "classifier"])
 def test_a_device_that_is_not_there_is_refused_with_and_without_accelerate(
     method: str, device: str, glovlm: Glovlm, data: Path, tmp_path: Path
@@ -287,6 +287,7 @@ def test_a_study_is_read_by_the_same_rules(glovlm: Glovlm, tmp_path: Path) -> No
         ("lr: .nan", "lr must be a finite number"),
         (f"draws: {10**12}", "at most 100,000 draws"),
         (f"seed: {2**70}", "seed must be at most"),
+        ("device: cuda:99", "Device 'cuda:99' was asked for"),
         (
             "methods: [{name: gda, method_config: {alpha: .nan}}]\nreference: gda",
             "alpha must be a finite number",
@@ -299,6 +300,11 @@ def test_a_study_is_read_by_the_same_rules(glovlm: Glovlm, tmp_path: Path) -> No
         assert done.code == 2, done
         assert sentence in done.errors[0]
     assert not (tmp_path / "o").exists()
+
+
+def test_an_empty_mapping_is_none(tmp_path: Path) -> None:
+    given = {"data": "d", "output_dir": "o", "method_config": None}
+    assert TrainConfig.from_mapping(given).method_config == {}
 
 
 def test_words_are_read_as_a_person_means_them(tmp_path: Path) -> None:

@@ -288,7 +288,7 @@ def predict(
 def study(
     config: Annotated[Path, Option(help="YAML: data, methods, backbones, shots, draws, ...")],
     output_dir: Annotated[Path, Option(help="Takes the cells and the report; resumed if there.")],
-    workers: Annotated[int, Option(min=1, max=256, help="Cells at a time.")] = 1,
+    workers: Annotated[int, Option(min=1, max=1024, help="Cells at a time.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare methods, paired, over label draws. Exit code 1 if a cell failed."""

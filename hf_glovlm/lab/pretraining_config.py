@@ -32,7 +32,7 @@ class PretrainConfig(Settings):
     patch_size: int = setting(
         12, help="Side of a patch in pixels.", group="Images", least=1, most=1024
     )
-    workers: int = setting(2, help="Processes that render.", group="Machine", least=1, most=256)
+    workers: int = setting(2, help="Processes that render.", group="Machine", least=1, most=1024)
     resume: bool = setting(
         False, help="Go on from the checkpoint in the output folder.", group="Output"
     )

@@ -21,7 +21,7 @@ from ..data.splits import EPISODES
 from ..environment import quiet_libraries
 from ..errors import GloVLMError, nearest
 from ..files import read_text, write_text
-from ..inference import Predictions
+from ..inference import Predictions, resolve_device
 from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
 from ..settings import Settings, read_values, setting, shown
@@ -137,8 +137,8 @@ class StudyConfig(Settings):
             )
         settings = _settings(own, {"data", "methods", "backbones", "shots", "draws", "reference"})
         study = cls(data, lines, tuple(backbones), tuple(shots), reference, settings)
-        for cell in study.cells():
-            study.train_config(cell, "")
+        for device in {study.train_config(cell, "").device for cell in study.cells()}:
+            resolve_device(device)
         return study
 
     def check(self) -> None:

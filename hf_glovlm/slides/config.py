@@ -111,7 +111,7 @@ class SlideConfig(Settings):
         None, help="The case of all slides, in place of such a file.", group="Data", unset="none"
     )
     workers: int = setting(
-        1, help="Processes that encode slides.", group="Machine", least=1, most=256
+        1, help="Processes that encode slides.", group="Machine", least=1, most=1024
     )
     batch_size: int = setting(32, help="Tiles at a time.", group="Machine", least=1, most=65_536)
     device: str = setting("auto", help="auto, cpu, cuda, cuda:N or mps.", group="Machine")
