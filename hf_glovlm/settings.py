@@ -158,7 +158,8 @@ class Declared:
             return self._list(hint, value, label, depth)
         if hint is Any:
             return self._anything(value, label, depth)
-        return value if isinstance(value, kind) else _MISFIT
+        # A type that cannot be asked, of a config that others made, is theirs to check.
+        return _MISFIT if isinstance(kind, type) and not isinstance(value, kind) else value
 
     def _mapping(self, hint: Any, value: Any, label: str, depth: int) -> Any:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -300,7 +301,10 @@ def _hint(cls: type, one: dataclasses.Field[Any]) -> Any:
     if not isinstance(one.type, str):
         return one.type
     owner = next(k for k in cls.__mro__ if one.name in vars(k).get("__annotations__", {}))
-    return typing.get_type_hints(owner)[one.name]
+    try:
+        return typing.get_type_hints(owner)[one.name]
+    except NameError:  # of a name that is imported for type checkers alone
+        return object
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -383,11 +387,11 @@ def _check_names(values: object, known: Iterable[str], owner: str) -> None:
     names = list(known)
     for key in values:
         if key not in names:
-            near = nearest(str(key), names)
+            name, near = str(key)[:60], nearest(str(key)[:60], names)
             if owner:
                 listed = ", ".join(names) or "none"
-                raise GloVLMError(f"{owner} has no setting '{key}' (it has: {listed}).{near}")
-            raise GloVLMError(f"Unknown setting '{key}' in the configuration.{near}")
+                raise GloVLMError(f"{owner} has no setting '{name}' (it has: {listed}).{near}")
+            raise GloVLMError(f"Unknown setting '{name}' in the configuration.{near}")
 
 
 @dataclass(frozen=True)
@@ -497,7 +501,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     text = read_text(path, "a YAML file", most=_LARGEST)
     try:
-        content = parse_yaml(text)
+        content = _parse(text)
     except _Wrong as error:
         place = f", line {error.line}" if error.line else ""
         raise GloVLMError(f"{path}{place}: not valid YAML: {error}.") from error
@@ -517,14 +521,14 @@ def read_yaml_value(text: str, where: str) -> Any:
         GloVLMError: It is no YAML.
     """
     try:
-        return parse_yaml(text)
+        return _parse(text)
     except _Wrong as error:
         raise GloVLMError(
             f"The value of {where} is no YAML: put quotes around it ({error})."
         ) from error
 
 
-def parse_yaml(text: str) -> Any:
+def _parse(text: str) -> Any:
     """Plain values of a YAML text: from its events, so that neither depth nor aliases explode."""
     import yaml
 
@@ -536,6 +540,8 @@ def parse_yaml(text: str) -> Any:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         line = mark.line + 1 if mark else None
         raise _Wrong(" ".join(str(problem).split()).rstrip("."), line) from error
+    except UnicodeEncodeError as error:  # bytes of another encoding on the command line
+        raise _Wrong("it is not UTF-8 text") from error
 
 
 @dataclass
@@ -567,7 +573,7 @@ def _build(events: Any) -> Any:
         elif scalar is None:
             raise _Wrong("a key must be plain text", line)
         elif scalar in parent.value:
-            raise _Wrong(f"the key '{scalar}' stands there twice", line)
+            raise _Wrong(f"the key {shown(scalar)} stands there twice", line)
         else:
             parent.key = scalar
 
@@ -606,7 +612,7 @@ def _build(events: Any) -> Any:
 def _check_tag(event: Any, line: int) -> None:
     known = ("str", "int", "float", "bool", "null", "seq", "map")
     if event.tag not in (None, "!", *(_CORE + name for name in known)):
-        raise _Wrong(f"the tag '{event.tag}' is not read: write plain values", line)
+        raise _Wrong(f"the tag {shown(event.tag)} is not read: write plain values", line)
 
 
 def _scalar(event: Any, line: int) -> Any:
@@ -621,8 +627,8 @@ def _scalar(event: Any, line: int) -> Any:
         return word in _YES
     if _OCTAL.fullmatch(word):
         raise _Wrong(
-            f"{word} is one number to some readers and another to others: write it without the "
-            "leading 0, or in quotes if it is text",
+            f"{word[:40]} is one number to some readers and another to others: write it without "
+            "the leading 0, or in quotes if it is text",
             line,
         )
     try:
@@ -701,4 +707,4 @@ def _kind(value: object) -> str:
         return "nothing"
     if isinstance(value, dict):
         return "keys and values"
-    return "a list" if isinstance(value, list) else repr(value)
+    return "a list" if isinstance(value, list) else shown(value)

@@ -253,13 +253,12 @@ def test_names_are_hidden_everywhere(place: Path, tmp_path: Path) -> None:
     source = tmp_path / "in" / "S21-12345.tiff"
     source.parent.mkdir()
     source.write_bytes((place / "well.tiff").read_bytes())
-    shown = configured(place, tmp_path / "shown")
-    shown.slides = [str(source)]
+    shown = replace(configured(place, tmp_path / "shown"), slides=[str(source)])
     flags = classify_slides(shown)["slides"][0]["flags"]
     assert any("accession" in flag for flag in flags)
 
     hidden = configured(place, tmp_path / "hidden", anonymise=True, case="Jane Doe")
-    hidden.slides = [str(source)]
+    hidden = replace(hidden, slides=[str(source)])
     results = classify_slides(hidden)
     assert [entry["slide"] for entry in results["slides"]] == ["slide_001"]
     assert results["cases"][0]["case"] == "case_001"

@@ -89,6 +89,11 @@ TRAIN = [
     (["--prior", "viable=2,sclerosed=.5,mesangial=.5"], "prior must be at most 1; found 2"),
     # text that a file can hold
     (["--stain", "\udcff"], "stain must be text in UTF-8"),
+    (["--set", "C=\udcff"], "it is not UTF-8 text"),
+    (["--set", "\udcff=1"], "method_config must be text in UTF-8"),
+    (["--method", "\udcff"], "method must be text in UTF-8"),
+    (["--data", "\udcff"], "data must be text in UTF-8"),
+    (["--output-dir", "\udcff"], "output_dir must be text in UTF-8"),
     (["--stain", "a\0b"], "stain must be text without a null character"),
     (["--shots", "\udcff=1"], "shots must be text in UTF-8"),
     (["--shots", "9" * 5000], "Expected --shots N"),

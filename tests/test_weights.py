@@ -648,7 +648,7 @@ def test_target_modules_names_every_map_of_every_block(
     ("settings", "message"),
     [
         ({"projections": "qz"}, "are q, k, v and o; found 'z'"),
-        ({"towers": "image"}, r"Towers are both, vision, text; found 'image'"),
+        ({"towers": "image"}, r"'towers' .* one of both, vision, text; found 'image'"),
         ({"layers": [0, 2]}, r"vision_model has blocks 0 to 1; found 2 in `layers`"),
         ({"projections": ""}, r"It cannot be built so|nothing"),
     ],
