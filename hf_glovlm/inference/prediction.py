@@ -58,6 +58,8 @@ def resolve_device(device: "str | torch.device | None" = "auto") -> torch.device
             f"Unknown device '{device}': expected auto, cpu, cuda, cuda:N or mps."
             f"{nearest(str(device), known)}"
         )
+    if chosen.type == "cpu":
+        return torch.device("cpu")  # there is one, whatever its number
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if chosen.type == "cuda" and (chosen.index or 0) >= gpus:
         raise GloVLMError(

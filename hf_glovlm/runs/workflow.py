@@ -649,7 +649,7 @@ class _Processes:
         if not isinstance(method, FeatureMethod) or "LOCAL_RANK" in os.environ:
             import accelerate
 
-            if self.device.index and "LOCAL_RANK" not in os.environ:
+            if self.device.type == "cuda" and self.device.index and "LOCAL_RANK" not in os.environ:
                 torch.cuda.set_device(self.device)  # which Accelerate then takes
             try:
                 self.accelerator = accelerate.Accelerator(
