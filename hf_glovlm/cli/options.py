@@ -66,11 +66,11 @@ def _parameters(config: type[Settings], own: str) -> Iterator[inspect.Parameter]
     for declared in table.values():
         if declared.argument:
             yield _keyword(declared.name, _option(declared))
-    yield _keyword("config", ConfigFlag)
     rest = [declared for declared in table.values() if not declared.argument]
     for declared in sorted(rest, key=lambda d: (not d.required, GROUPS.index(d.group))):
         name = "settings" if declared.name == own else declared.name
         yield _keyword(name, _option(declared, own))
+    yield _keyword("config", ConfigFlag)
 
 
 def _option(declared: Declared, own: str = "") -> Any:
@@ -78,7 +78,9 @@ def _option(declared: Declared, own: str = "") -> Any:
     text = declared.help
     if declared.choices and not declared.form:
         text += f" One of {', '.join(declared.choices)}."
-    if not declared.required and declared.name != own:
+    if declared.required and not declared.argument:
+        text += " (required, here or in the YAML)"
+    elif not declared.required and declared.name != own:
         text += f" (default: {declared.default_text})"
     text = text.replace("`", "")
     hints = {get_origin(hint) or hint for hint in (declared.hint, *get_args(declared.hint))}

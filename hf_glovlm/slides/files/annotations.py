@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ...errors import GloVLMError
-from ...files import write_text
+from ...files import read_text, write_text
 
 logger = logging.getLogger("hf_glovlm")
 
@@ -39,6 +39,7 @@ PALETTE: tuple[Colour, ...] = (
     (0, 0, 0),
 )
 _WITHOUT_AREA = frozenset({"Point", "MultiPoint", "LineString", "MultiLineString"})
+MOST_BYTES = 2**30  # of a file of outlines: some millions of polygons
 _RASTER = 256  # pixels along the longer side, when the overlap of two outlines is measured
 
 
@@ -226,12 +227,10 @@ def overlap(one: SlideObject, other: SlideObject) -> float:
 
 
 def _parse(path: Path) -> Any:
+    text = read_text(path, "a GeoJSON file", most=MOST_BYTES)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        reason = "a folder" if path.is_dir() else (error.strerror or str(error))
-        raise GloVLMError(f"Expected a GeoJSON file at {path}, found: {reason}.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise GloVLMError(
             f"{path} is not JSON ({error}); export the annotations as GeoJSON again."
         ) from None
