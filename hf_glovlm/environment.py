@@ -36,3 +36,23 @@ def quiet_libraries() -> None:
 
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
+
+
+def end_with_parent() -> None:
+    """End this worker process as soon as its parent has ended, even by `kill -9`.
+
+    What a pool's processes begin with: none goes on to write for a command that is no more.
+    """
+    import multiprocessing
+    import os
+    import threading
+
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

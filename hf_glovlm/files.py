@@ -25,6 +25,16 @@ from .errors import GloVLMError, WriteError
 MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
 LOCK = ".lock"
+UNFINISHED = "unfinished"  # in a run's folder until the run is complete
+KINDS = {  # of results, by the `kind` that they state
+    "adaptation": "a run of `glovlm train`",
+    "evaluation": "an evaluation of `glovlm evaluate`",
+    "mil": "a slide classifier of `glovlm mil`",
+    "slides": "slides of `glovlm slide`",
+    "study": "a study of `glovlm study`",
+    "pretraining": "a backbone of `glovlm pretrain`",
+}
+_NO_NAME = r"/\\:*?\"<>|\x00-\x1f"
 _FRESH = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
 _WHOLE = 2**28  # bytes up to which a file is always known by all of them
 _BLOCK, _BLOCKS = 2**16, 256  # of a larger one, read where size and time have not changed
@@ -242,10 +252,7 @@ def one_writer(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
         try:
             lock.acquire()
         except Timeout:
-            raise GloVLMError(
-                f"Another process writes to '{folder}'{_holder(place)}: wait until it has "
-                "finished, or name another folder."
-            ) from None
+            raise _other_writer(folder) from None
     try:
         with suppress(OSError):
             place.write_text(f"process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M')}")
@@ -259,9 +266,35 @@ def one_writer(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
                 folder.rmdir()
 
 
+def refuse_other_writer(folder: Path) -> None:
+    """Refuse a folder that another process writes to; nothing is made or changed there.
+
+    Raises:
+        GloVLMError: It does.
+    """
+    from filelock import FileLock, Timeout
+
+    place = folder / LOCK
+    if place.is_file():
+        try:
+            with FileLock(place, timeout=0), suppress(OSError):
+                return
+        except Timeout:
+            raise _other_writer(folder) from None
+
+
+def _other_writer(folder: Path) -> GloVLMError:
+    return GloVLMError(
+        f"Another process writes to '{folder}'{_holder(folder / LOCK)}: wait until it has "
+        "finished, or name another folder."
+    )
+
+
 def is_empty(folder: Path) -> bool:
-    """Whether nothing but a lock lies in a folder, or there is none."""
-    return not folder.exists() or all(path.name == LOCK for path in folder.iterdir())
+    """Whether there is no folder, or nothing but a lock and what killed writers left in it."""
+    if not folder.exists():
+        return True
+    return all(path.name == LOCK or _FRESH.match(path.name) for path in folder.iterdir())
 
 
 def _holder(place: Path) -> str:
@@ -301,20 +334,63 @@ def put_in_place(work: Path, output: Path, names: Sequence[str]) -> None:
 
 
 def finish_move(work: Path, output: Path) -> bool:
-    """Finish a move that a kill interrupted; whether there was one."""
+    """Finish a move that a kill interrupted; whether there was one.
+
+    Raises:
+        GloVLMError: The journal is damaged, or names something outside of the folder.
+    """
     journal = work / JOURNAL
     if not journal.is_file():
         return False
     planned = read_json(journal)
+    moved, removed = planned.get("move"), planned.get("remove")
+    plain = isinstance(moved, list) and isinstance(removed, list)
+    if not plain or not all(is_plain_name(name) for name in (*moved, *removed)):
+        raise GloVLMError(f"'{journal}' is damaged: remove '{work}' and run the command again.")
     with explaining_disk(output):
-        for name in planned["remove"]:
+        if moved and (work / moved[-1]).exists():
+            remove(output / moved[-1])  # the last one means that all is there
+        for name in removed:
             remove(output / name)
-        for name in planned["move"]:
+        for name in moved:
             if (work / name).exists():
                 move_over(work / name, output / name)
-        remove(journal)  # before the rest: without it the folder is one of no run
-        shutil.rmtree(work, ignore_errors=True)
+        gone = work.with_name(f".{work.name}.{uuid.uuid4().hex[:12]}.tmp")  # as `replacing` names
+        os.replace(work, gone)  # at once, with its journal
+        shutil.rmtree(gone, ignore_errors=True)
     return True
+
+
+def finish_interrupted(output: Path) -> None:
+    """Finish a move into a run's folder that a kill interrupted: readers of one begin with this.
+
+    A live writer is not disturbed; while it moves, this waits.
+
+    Raises:
+        GloVLMError: The folder cannot be written, or its writer takes too long.
+    """
+    if (output / UNFINISHED / JOURNAL).is_file():
+        with one_writer(output, wait=60):
+            finish_move(output / UNFINISHED, output)
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a text names a file or folder directly in another one, on every system."""
+    if not isinstance(name, str) or not re.fullmatch(rf"[^.{_NO_NAME}][^{_NO_NAME}]*", name):
+        return False
+    reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name)
+    return reserved is None and not name.endswith((".", " "))
+
+
+def remove_below(root: Path, path: Path) -> None:
+    """Remove a file or folder that lies below a root, and nothing that lies elsewhere.
+
+    Raises:
+        GloVLMError: It lies elsewhere, also behind a link.
+    """
+    if root.resolve() not in path.resolve().parents:
+        raise GloVLMError(f"'{path}' does not lie below '{root}', so it is not removed.")
+    remove(path)
 
 
 # -------------------------------------------------------------------------------------- manifests
@@ -335,11 +411,22 @@ class Manifest:
     files: Mapping[str, str]
 
 
-def write_manifest(folder: Path, kind: str, made_from: Mapping[str, Any]) -> None:
-    """Write the manifest of a folder that is complete: `manifest.json`."""
+def write_manifest(
+    folder: Path, kind: str, made_from: Mapping[str, Any], names: Sequence[str] | None = None
+) -> None:
+    """Write the manifest of a folder that is complete: `manifest.json`.
+
+    Args:
+        folder: The folder.
+        kind: What it is.
+        made_from: Digests and settings by name, plain values.
+        names: Files and folders in it that belong to it; all by default.
+    """
+    places = list(folder.iterdir()) if names is None else [folder / name for name in names]
     files = {
         path.relative_to(folder).as_posix(): digest_file(path)
-        for path in sorted(folder.rglob("*"))
+        for place in sorted(places)
+        for path in (sorted(place.rglob("*")) if place.is_dir() else [place])
         if path.is_file() and path.name not in (MANIFEST, JOURNAL, LOCK)
     }
     value = {"kind": kind, "made_from": dict(made_from), "files": files}
@@ -382,16 +469,29 @@ def damaged_files(
 
 
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two `made_from`: `"labels were 'a1' and are 'b2'"`, one text each.
+    """What differs between two `made_from`: "the labels have changed", "lr was 0.1 and is 0.2".
 
-    Values go through JSON first, as what was read from a file did.
+    Values go through JSON first, as what was read from a file did; of nested ones each part is
+    compared by itself.
     """
-    old, new = (json.loads(json.dumps(dict(part))) for part in (before, now))
-    return [
-        f"{name} was {_short(old.get(name))} and is {_short(new.get(name))}"
-        for name in dict.fromkeys([*new, *old])
-        if old.get(name) != new.get(name)
-    ]
+    old, new = (json.loads(json.dumps(dict(part), default=str)) for part in (before, now))
+    changed = []
+    for name in dict.fromkeys([*new, *old]):
+        was, is_now = old.get(name), new.get(name)
+        if was == is_now:
+            continue
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            inner = changed_inputs(was, is_now)
+            changed += [text.replace("the ", f"the {name} ", 1) for text in inner]
+        elif _is_digest(was) or _is_digest(is_now):
+            changed.append(f"the {name} {'have' if name.endswith('s') else 'has'} changed")
+        else:
+            changed.append(f"{name} was {_short(was)} and is {_short(is_now)}")
+    return changed
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", value) is not None
 
 
 def _short(value: Any) -> str:
@@ -415,6 +515,19 @@ def digest_value(value: Any) -> str:
     import xxhash
 
     return str(xxhash.xxh3_128(json.dumps(value, sort_keys=True).encode()).hexdigest())
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Any]]) -> str:
+    """Digest of named tensors of torch: names, types, shapes and every byte, in this order."""
+    import torch
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
+    return str(digest.hexdigest())
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -454,3 +567,117 @@ def _digest_blocks(path: Path, size: int) -> str:
             stream.seek((size - _BLOCK) * i // (_BLOCKS - 1))
             digest.update(stream.read(_BLOCK))
     return str(digest.hexdigest())
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def read_results(path: str | Path, *kinds: str) -> dict[str, Any]:
+    """Read the results that a command wrote, and check what they are of.
+
+    Args:
+        path: The file, or the folder that holds it.
+        kinds: The kinds of `KINDS` that will do.
+
+    Raises:
+        GloVLMError: There are none, they are damaged, or of another kind, which is named.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        finish_interrupted(place)
+        place = _results_file(place) or place / "results.json"
+    if not place.is_file():
+        raise GloVLMError(
+            f"Expected {_titles(kinds)}, found no finished results in '{path}': give the folder "
+            "that was its --output-dir."
+        )
+    content: dict[str, Any] = read_json(place)
+    _check_kind(results_kind(content), kinds, path)
+    return content
+
+
+def results_kind(results: Mapping[str, Any]) -> str | None:
+    """Kind of results; of those without one, from before it was stated, by what they hold."""
+    kind = results.get("kind")
+    if isinstance(kind, str):
+        return kind
+    marks = {
+        "mil": "aggregator",
+        "study": "sections",
+        "slides": "slides",
+        "adaptation": "method",
+        "pretraining": "test_patients",
+        "evaluation": "metrics",
+    }
+    return next((name for name, mark in marks.items() if mark in results), None)
+
+
+def model_folder(path: str | Path, *kinds: str) -> Path:
+    """Folder of a run's model, once no file in it is damaged.
+
+    Args:
+        path: The run's folder, its `model/`, or any other folder, which is returned as it is.
+        kinds: Kinds of `KINDS` whose model will do.
+
+    Raises:
+        GloVLMError: It is of another kind, or a file is not the one that the run wrote.
+    """
+    folder = Path(path).expanduser()
+    run = folder.parent if folder.name == "model" else folder
+    check_kind(run, *kinds)
+    if (folder / "model" / "config.json").is_file():
+        folder = folder / "model"
+    manifest = read_manifest(run)
+    if manifest is not None and (folder != run or manifest.kind == "pretraining"):
+        among = "" if folder == run else "model/"
+        read = [name for name in manifest.files if name.startswith(among)]
+        refuse_damage(run, manifest, [n for n in read if not n.endswith((".py", ".md"))])
+    return folder
+
+
+def check_kind(folder: Path, *kinds: str) -> None:
+    """Refuse a folder of another command, where it can be known.
+
+    Raises:
+        GloVLMError: It is of another kind, which is named.
+    """
+    finish_interrupted(folder)
+    file, kind = _results_file(folder), None
+    with suppress(GloVLMError):  # no results of ours
+        kind = results_kind(read_json(file)) if file is not None else None
+    if kind in KINDS and kind != "evaluation":  # which may lie beside any model
+        _check_kind(kind, kinds, folder)
+
+
+def refuse_damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:
+    """Refuse a folder of which a file is not as it was when it was finished.
+
+    Raises:
+        GloVLMError: Names the first such file.
+    """
+    damaged = damaged_files(folder, manifest, names)
+    if damaged:
+        more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+        what = "has changed" if (folder / damaged[0]).exists() else "is missing"
+        raise GloVLMError(
+            f"'{folder / damaged[0]}'{more} {what} since it was written: restore a copy, or make "
+            "it again (--overwrite)."
+        )
+
+
+def _results_file(folder: Path) -> Path | None:
+    known = (folder / f"{name}.json" for name in ("results", "report", "pretraining"))
+    return next((file for file in known if file.is_file()), None)
+
+
+def _titles(kinds: Iterable[str]) -> str:
+    return " or ".join(KINDS[kind] for kind in kinds)
+
+
+def _check_kind(kind: str | None, kinds: Sequence[str], path: str | Path) -> None:
+    if kind not in kinds:
+        actual = KINDS.get(kind or "", "something else")
+        raise GloVLMError(
+            f"Expected {_titles(kinds)}, found {actual}: '{path}'. Give the --output-dir of the "
+            "former."
+        )

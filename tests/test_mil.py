@@ -172,7 +172,7 @@ def test_every_aggregator_makes_a_whole_run(small: Cohort, tmp_path: Path, aggre
     made = {p.name for p in (tmp_path / "run").iterdir()}
     assert made == {
         *("model", "attention", "predictions.parquet", "config.yaml", "log.jsonl", "README.md"),
-        "results.json",
+        *("manifest.json", "results.json", ".lock"),
     }
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     assert results["environment"]["num_processes"] == 1
@@ -269,7 +269,7 @@ def test_what_is_no_classifier_of_slides_is_refused(
         (folder / "model" / "config.json").write_text('{"model_type": "glovlm"}')
     if harm == "torn":
         (folder / "model" / "model.safetensors").write_bytes(b"\x10")
-    with pytest.raises(GloVLMError, match="Expected a slide classifier in"):
+    with pytest.raises(GloVLMError, match=r"Expected a slide classifier in|since it was written"):
         load_aggregator(folder)
 
 
@@ -484,7 +484,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_very_same_table(
     broken = replace(config, output_dir=str(tmp_path / "broken"))
     with pytest.raises(Killed):
         train_mil(broken, on_event=kill_at(1, 2))
-    assert [p.name for p in (tmp_path / "broken").iterdir()] == ["unfinished"]
+    assert {p.name for p in (tmp_path / "broken").iterdir()} == {".lock", "unfinished"}
     with pytest.raises(GloVLMError, match="already holds a run"):
         train_mil(broken)
     with pytest.raises(GloVLMError, match=r"other settings \(lr was 0.002 and is 0.1\)"):
@@ -511,9 +511,38 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path: Path) -> None:
         train_mil(config, on_event=kill_at(0, 1))
     (made[0] / "s00.h5").unlink()
     write_bag(made[0] / "s00.h5", np.ones((3, DIM), np.float32))
-    with pytest.raises(GloVLMError, match="have changed since the run"):
+    with pytest.raises(
+        GloVLMError, match=r"Since the run in .* was begun, the features have changed"
+    ):
         train_mil(replace(config, resume=True))
     assert train_mil(replace(config, overwrite=True))["n"] == 2
+
+
+def test_a_finished_run_is_not_taken_up_with_other_labels_or_patients(tmp_path: Path) -> None:
+    made = make_cohort(tmp_path / "features", slides=8, tiles=3, planted=1)
+    config = settings(made, tmp_path / "run", epochs=1)
+    results = train_mil(config)
+    assert train_mil(replace(config, resume=True)) == results
+    table = made[1].read_text()
+    rows = table.splitlines()
+    for what, changed in (
+        ("labels", [rows[0], *(row.replace("normal", "new") for row in rows[1:])]),
+        ("groups", [rows[0], *(f"{row}9" for row in rows[1:])]),
+    ):
+        made[1].write_text("\n".join(changed) + "\n")
+        with pytest.raises(GloVLMError, match=rf"the {what} have changed.*--overwrite"):
+            train_mil(replace(config, resume=True))
+    made[1].write_text(table)
+    weights = tmp_path / "run" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for act in (
+        lambda: load_aggregator(tmp_path / "run"),
+        lambda: train_mil(replace(config, resume=True)),
+    ):
+        with pytest.raises(GloVLMError, match=r"model\.safetensors' has changed"):
+            act()
 
 
 # ------------------------------------------------------------------------------------ bad input

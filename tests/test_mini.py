@@ -1,6 +1,7 @@
 """`mini` on synthetic images: a known-answer test of the whole chain, never a result."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,33 @@ def test_pretraining_makes_a_loadable_folder_and_repeats_itself(tmp_path: Path) 
     model, processor = load_backbone(str(tmp_path / "a"))
     assert processor.tokenizer("a glomerulus")["input_ids"][-1] == processor.tokenizer.eos_token_id
     assert model.has_joint_space
+
+
+def test_pretraining_goes_on_with_its_own_images_and_settings_alone(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(row: dict[str, Any]) -> None:
+        raise Killed
+
+    config = PretrainConfig(
+        str(tmp_path / "out"), seed=3, patients=4, per_patient=5, epochs=2, batch_size=10,
+        image_size=32, patch_size=8, workers=1,
+    )  # fmt: skip
+    with pytest.raises(Killed):
+        pretrain(config, on_epoch=kill)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    with pytest.raises(GloVLMError, match=r"the images have changed.*--overwrite"):
+        pretrain(replace(config, resume=True, patients=5))
+    epochs: list[int] = []
+    pretrain(replace(config, resume=True), on_epoch=lambda row: epochs.append(row["epoch"]))
+    assert epochs == [2]
+    facts = json.loads((tmp_path / "out" / "pretraining.json").read_text())
+    assert facts["kind"] == "pretraining"
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(GloVLMError, match=r"model\.safetensors' has changed"):
+        load_backbone(str(tmp_path / "out"))
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ from hf_glovlm.data import (
 )
 from hf_glovlm.data.folder import column
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.files import UNFINISHED
 from hf_glovlm.inference import Predictions, predict, prediction
 from hf_glovlm.methods import METHODS, FeatureMethod
 from hf_glovlm.metrics import METRICS
 from hf_glovlm.model import GloVLMProcessor
 from hf_glovlm.runs import OWN_FILES, run
 from hf_glovlm.runs.config import TrainConfig
-from hf_glovlm.runs.folder import UNFINISHED
 
 OF_COSINES = {name for name, row in METRICS.items() if row.of_similarities}
 
@@ -50,14 +50,14 @@ def make(images: Path, output: Path, **settings: Any) -> TrainConfig:
 
 
 def held(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {".lock"}
 
 
 def content(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 

@@ -3,16 +3,22 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny import tiny_clip, tiny_images
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions
 from hf_glovlm.metrics import PairedRun, paired_differences, recall_by_group
+from hf_glovlm.runs import workflow
 from hf_glovlm.runs.study import StudyConfig, render_report, run_study, write_report
 
 DRAWS = 3
@@ -321,3 +327,146 @@ def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> N
     with pytest.raises(GloVLMError, match="is no study of ours"):
         run_study(grid(data), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ------------------------------------------------------------- what its cells are made of
+
+
+def change_weight(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["visual_projection.weight"] += 0.5
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_a_study_on_other_weights_is_refused(data: Path, tmp_path: Path) -> None:
+    backbone, output = tiny_clip(tmp_path), tmp_path / "O"
+    run_study(grid(data, backbone=str(backbone), methods=["linear_probe"], draws=1), output)
+    change_weight(backbone)
+    with pytest.raises(GloVLMError, match=r"the backbone weights have changed"):
+        run_study(grid(data, backbone=str(backbone), draws=1), output)
+    assert not list(output.rglob("zero_shot"))
+
+
+def test_a_study_on_other_data_is_refused(data: Path, tmp_path: Path) -> None:
+    own, output = Path(shutil.copytree(data, tmp_path / "own")), tmp_path / "O"
+    run_study(grid(own, methods=["linear_probe"], draws=1), output)
+    table = own / "metadata.csv"
+    table.write_text(table.read_text().replace("patient_5", "patient_6"))
+    with pytest.raises(GloVLMError, match=r"the groups have changed"):
+        run_study(grid(own, draws=1), output)
+
+
+def test_a_damaged_cell_is_refused(
+    data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(finished[0], tmp_path / "O"))
+    path = cell(output, "zero_shot", 1) / "predictions.parquet"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    for act in (run_study, write_report):
+        with pytest.raises(GloVLMError, match=r"draw-01/predictions\.parquet.* has changed"):
+            act(grid(data), output)
+
+
+def test_a_finished_study_reads_data_and_backbone_once(
+    data: Path, finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    for name in ("load_backbone", "describe_weights"):
+        real = getattr(workflow, name)
+
+        def count(*given: Any, _name: str = name, _real: Any = real) -> Any:
+            loads.append(_name)
+            return _real(*given)
+
+        monkeypatch.setattr(workflow, name, count)
+    _, events = run_recorded(grid(data), finished[0])
+    assert statuses(events) == ["skipped"] * 2 * DRAWS
+    assert loads == ["load_backbone", "describe_weights"]
+
+
+def test_a_second_study_into_the_same_folder_is_refused(data: Path, tmp_path: Path) -> None:
+    refused: list[str] = []
+
+    def second(kind: str, what: dict[str, Any]) -> None:
+        try:
+            run_study(grid(data, draws=1), tmp_path / "O")
+        except GloVLMError as error:
+            refused.append(str(error))
+
+    run_study(grid(data, draws=1), tmp_path / "O", on_event=second)
+    assert len(refused) == 2
+    assert all("Another process writes to" in sentence for sentence in refused)
+
+
+@pytest.mark.parametrize("label", ["..", ".", "a/../../x", "/tmp/x", "", "CON", "a.", "a b"])
+def test_a_label_that_is_no_folder_is_refused(label: str, data: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "O" / "cells" / tiny_clip().name / "mine.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    (tmp_path / "O" / "study.json").write_text("{}")
+    line = {"name": "linear_probe", "label": label}
+    with pytest.raises(GloVLMError, match=r"'label:' of letters"):
+        run_study(grid(data, methods=[line], reference=label, draws=1), tmp_path / "O")
+    assert kept.read_text() == "mine"
+
+
+@pytest.mark.parametrize("backbone", ["x/..", "..", ".", "x/../..", "~"])
+def test_a_backbone_of_any_path_removes_nothing_elsewhere(
+    backbone: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tiny_clip(tmp_path)
+    (place / "x").mkdir()
+    (place / "x" / "y").mkdir()
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.chdir(
+        place / "x" if backbone == ".." else place / "x" / "y" if "/../" in backbone else place
+    )
+    output = tmp_path / "O"
+    kept = output / "cells" / "linear_probe" / "2" / "draw-00" / "mine.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    (output / "study.json").write_text("{}")
+    with suppress(GloVLMError):
+        run_study(grid(data, backbone=backbone, methods=["linear_probe"], draws=1), output)
+    assert kept.is_file()
+
+
+def test_names_that_differ_by_case_alone_are_refused(data: Path, tmp_path: Path) -> None:
+    lines = [{"name": "linear_probe", "label": label} for label in ("a", "A")]
+    with pytest.raises(GloVLMError, match="would share a folder"):
+        run_study(grid(data, methods=lines, reference="a", draws=1), tmp_path / "O")
+    assert not (tmp_path / "O").exists()
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from hf_glovlm.environment import end_with_parent
+
+def write(path):
+    while True:
+        with open(path, "a") as file:
+            file.write(".")
+        time.sleep(0.02)
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
+    pool.submit(write, sys.argv[1])
+    while not os.path.exists(sys.argv[1]):
+        time.sleep(0.02)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    script, written = tmp_path / "orphan.py", tmp_path / "written"
+    script.write_text(ORPHAN)
+    done = subprocess.run([sys.executable, str(script), str(written)], check=False, timeout=60)
+    assert done.returncode == -9
+    time.sleep(0.5)
+    size = written.stat().st_size
+    time.sleep(0.3)
+    assert written.stat().st_size == size

@@ -1,6 +1,6 @@
 """Pretrained backbones: their table, loading and conversion."""
 
-from .loading import DUAL_ENCODERS, MINI, convert_backbone, load_backbone
+from .loading import DUAL_ENCODERS, MINI, convert_backbone, describe_weights, load_backbone
 from .table import (
     BACKBONES,
     CLIP_MEAN,
@@ -26,6 +26,7 @@ __all__ = [
     "NOT_VERIFIED",
     "Backbone",
     "convert_backbone",
+    "describe_weights",
     "known_rows",
     "load_backbone",
     "pretraining_notes",

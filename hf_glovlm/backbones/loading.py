@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GloVLMError, nearest
+from ..files import digest_tensors, digest_value, model_folder
 from .checkpoints import Checkpoint, cannot_load, convert_folder, read_origin, write_origin
 from .table import BACKBONES, Backbone
 
@@ -60,6 +61,48 @@ def load_backbone(
         model, processor = _load_dual(_locate(name, revision))
     _warn_restrictions(model.config)
     return model.eval(), processor
+
+
+def describe_weights(model: Any, processor: Any) -> dict[str, str]:
+    """Digests of what a backbone computes with: one changed weight, token or pixel size shows.
+
+    Args:
+        model: A `GloVLMModel`.
+        processor: Its processor.
+
+    Returns:
+        Of `weights`, `configuration`, `tokenizer` and `transform` (of images), 32 hexadecimal
+        digits each.
+    """
+    tokenizer, images = processor.tokenizer, processor.image_processor
+    words: Any = sorted(tokenizer.get_vocab().items())
+    if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        words = json.loads(fast.to_str())
+        words = {k: v for k, v in words.items() if k not in ("truncation", "padding")}
+    texts = (processor.max_length, processor.pad_to_max, processor.context_token_ids)
+    transform = (type(images).__name__, processor.torchvision_crop, _plain(images.to_dict()))
+    return {
+        "weights": digest_tensors(model.state_dict().items()),
+        "configuration": digest_value(_plain(model.config.to_dict())),
+        "tokenizer": digest_value([words, texts, str(tokenizer.special_tokens_map)]),
+        "transform": digest_value(transform),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A configuration without where it came from, as JSON takes it."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if k not in _ORIGIN}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+_ORIGIN = frozenset({
+    "_attn_implementation", "_name_or_path", "_processor_class", "architectures", "auto_map",
+    "attn_implementation", "backbone_license", "backbone_name", "backbone_restrictions",
+    "backbone_revision", "dtype", "processor_class", "torch_dtype", "transformers_version",
+})  # fmt: skip
 
 
 def convert_backbone(
@@ -176,7 +219,7 @@ def _resolve(name: str) -> tuple[str, Backbone | None]:
         return (str(MINI) if row.hub_id is None else row.hub_id), row
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return str(folder), None
+        return str(model_folder(folder, "adaptation", "pretraining")), None
     by_id = next((row for row in BACKBONES.values() if row.hub_id == name), None)
     if by_id is None and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise GloVLMError(

@@ -1,15 +1,17 @@
 """Data set checks before any training: labels, groups, duplicates, readable images."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GloVLMError
-from .folder import column, content_hash, fingerprint_of, in_threads, open_image
+from ..files import digest_value
+from .folder import MANIFEST, column, content_hash, fingerprint_of, in_threads, open_image
 from .splits import GROUP_COLUMNS, Groups, all_rows, assert_disjoint, group_rows
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
 
 @dataclass
@@ -26,6 +28,8 @@ class DataReport:
         notes: Remarks, one sentence each.
         duplicates: File names of identical images, one list for each content.
         fingerprint: See `dataset_fingerprint`; None if a file could not be read.
+        digests: Of what decides a run, by file name and in the order of the rows: `images`,
+            `labels`, `groups` and the other `columns` (split, stain, ...).
     """
 
     classes: list[str]
@@ -37,6 +41,7 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
     fingerprint: str | None = None
+    digests: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable dictionary."""
@@ -94,6 +99,7 @@ def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
     if all(contents):
         pairs = [(c, names[k]) for c, k in zip(contents, labels, strict=True) if c]
         report.fingerprint = fingerprint_of(pairs)
+        report.digests = _digest_rows(rows, contents, names, files)
     groups = None
     if broken or not (decode or any(name in rows.column_names for name in GROUP_COLUMNS)):
         report.notes.append("groups were not determined, since the images were not all decoded.")
@@ -104,6 +110,24 @@ def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
         _compare_sides(report, sides, labels, groups)
     _compare_duplicates(report, contents, labels, files, groups)
     return report
+
+
+def _digest_rows(
+    rows: "Dataset", contents: list[str | None], names: list[str], files: list[str]
+) -> dict[str, str]:
+    """Digests of what decides a run, so that a change can be named."""
+    by_group = {*GROUP_COLUMNS, "glomerulus_id"}
+    others = sorted({*MANIFEST, "split"} - by_group)
+
+    def columns(among: Iterable[str]) -> dict[str, list[Any]]:
+        return {name: column(rows, name) for name in among if name in rows.column_names}
+
+    return {
+        "images": digest_value([files, contents]),
+        "labels": digest_value([files, names, column(rows, "label")]),
+        "groups": digest_value([files, columns(sorted(by_group))]),
+        "columns": digest_value([files, columns(others)]),
+    }
 
 
 def _check_image(image: Any, decode: bool) -> tuple[str | None, str | None]:

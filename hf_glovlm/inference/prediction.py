@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..calibration.inputs import softmax
 from ..data.folder import open_image
 from ..errors import GloVLMError, nearest
-from ..files import write_table
+from ..files import model_folder, read_json, results_kind, write_table
 from .cache import FeatureCache, encoder_key
 
 if TYPE_CHECKING:
@@ -464,15 +464,15 @@ def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
 
     folder, run = Path(name).expanduser(), None
     if folder.is_dir():
-        if (folder / "model" / "config.json").is_file():
-            folder = folder / "model"
+        folder = model_folder(name, "adaptation")
         if not (folder / "config.json").is_file():
             raise GloVLMError(
                 f"{name} holds no model: expected the --output-dir of `glovlm train`."
             )
         results = (folder.parent if folder.name == "model" else folder) / "results.json"
         if results.is_file():
-            run = json.loads(results.read_text(encoding="utf-8"))
+            beside = read_json(results)
+            run = beside if results_kind(beside) == "adaptation" else None
     elif folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         actual = "a file" if folder.exists() else "nothing"
         raise GloVLMError(

@@ -5,9 +5,9 @@ It has never seen a patient, and no number made with it says anything about one.
 """
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -23,13 +23,34 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTo
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..data import catalog_entries, catalog_entry
-from ..files import write_json, write_text
+from ..environment import end_with_parent
+from ..errors import GloVLMError
+from ..files import (
+    UNFINISHED,
+    digest_tensors,
+    digest_value,
+    finish_move,
+    is_empty,
+    one_writer,
+    put_in_place,
+    remove,
+    write_json,
+    write_manifest,
+    write_text,
+)
 from ..methods import Recipe
 from ..publish.card import render_backbone_card
+from ..runs.folder import CODE_VERSION, make_accelerator, on_main
 from ..training.loop import fit, gather, seed_everything
 from ..training.losses import infonce
 from .phantoms import CLASSES, render_cohort
 from .pretraining_config import PretrainConfig
+
+OWN_FILES = (
+    "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "README.md", "manifest.json",
+    "pretraining.json",
+)  # fmt: skip
 
 
 def pretrain(
@@ -49,12 +70,43 @@ def pretrain(
 
     Returns:
         The facts of the card, and the log.
-    """
-    import accelerate
 
-    notify = on_stage or (lambda name: None)
+    Raises:
+        GloVLMError: The folder holds something else or is written to, or the checkpoint is
+            damaged or of other settings.
+    """
+    accelerator = make_accelerator(None, cpu=False)
     folder = Path(config.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            _check_place(folder)
+            stack.enter_context(one_writer(folder))
+            finish_move(folder / UNFINISHED, folder)
+            _check_place(folder)
+            if not config.resume:
+                remove(folder / UNFINISHED)
+
+        on_main(accelerator, begin)
+        facts = _pretrain(config, folder, accelerator, on_epoch, on_stage or (lambda name: None))
+    accelerator.wait_for_everyone()
+    return facts
+
+
+def _check_place(folder: Path) -> None:
+    ours = any((folder / name).exists() for name in (UNFINISHED, "pretraining.json"))
+    if folder.exists() and not (folder.is_dir() and (ours or is_empty(folder))):
+        raise GloVLMError(f"'{folder}' holds something else: give an empty or a new folder.")
+
+
+def _pretrain(
+    config: PretrainConfig,
+    folder: Path,
+    accelerator: Any,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+    notify: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train in `unfinished/`, then put weights, tokenizer and card in place."""
     notify("rendering")
     pixels, captions = render_pairs(
         config.patients, config.per_patient, config.seed, config.image_size, config.workers
@@ -64,7 +116,6 @@ def pretrain(
     seed_everything(config.seed)
     model = build_clip(tokenizer, config.image_size, config.patch_size)
     encoded = tokenizer(distinct, padding=True, return_tensors="pt")
-    accelerator = accelerate.Accelerator()
     step = ContrastiveStep(model, encoded["input_ids"], encoded["attention_mask"])
     step.to(accelerator.device)
     number_of = {caption: i for i, caption in enumerate(distinct)}
@@ -81,6 +132,14 @@ def pretrain(
         warmup_epochs=1,
         warmup_lr=config.lr / 5,
     )
+    incidental = ("output_dir", "workers", "resume")
+    made_from = {
+        "code": CODE_VERSION,
+        "images": digest_tensors([("pixels", pixels)]),
+        "captions": digest_value(captions),
+        "settings": {k: v for k, v in asdict(config).items() if k not in incidental},
+    }
+    work = folder / UNFINISHED
     notify("training")
     log = fit(
         step,
@@ -90,15 +149,17 @@ def pretrain(
         accelerator=accelerator,
         seed=config.seed,
         clip_norm=1.0,
-        output_dir=folder,
+        output_dir=work,
         resume=config.resume,
+        made_from=made_from,
         on_epoch=on_epoch,
     )
     facts: dict[str, Any] = {}
     if accelerator.is_main_process:
         notify("testing on unseen synthetic patients")
-        facts = _save(folder, model.eval(), tokenizer, config, log, len(pixels))
-    accelerator.wait_for_everyone()
+        facts = _save(work, model.eval(), tokenizer, config, log, len(pixels))
+        write_manifest(work, "pretraining", made_from, OWN_FILES)
+        put_in_place(work, folder, OWN_FILES)
     return facts
 
 
@@ -112,6 +173,7 @@ def _save(
 ) -> dict[str, Any]:
     patients, per_patient = 40, 10
     facts = {
+        "kind": "pretraining",
         **asdict(config),
         "output_dir": None,
         "images": images,
@@ -121,18 +183,11 @@ def _save(
         "accuracy": zero_shot_accuracy(model, tokenizer, config, patients, per_patient),
         "log": log,
     }
-    fresh = folder / ".weights"
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.half().save_pretrained(fresh)  # fp16 on disk; load_backbone brings it back to fp32
-    tokenizer.save_pretrained(fresh)
-    image_processor(config.image_size).save_pretrained(fresh)
-    for file in fresh.iterdir():
-        file.replace(folder / file.name)
-    fresh.rmdir()
+    model.half().save_pretrained(folder)  # fp16 on disk; load_backbone brings it back to fp32
+    tokenizer.save_pretrained(folder)
+    image_processor(config.image_size).save_pretrained(folder)
     write_text(folder / "README.md", render_backbone_card(facts))
-    write_json(folder / "pretraining.json", facts)
-    for done in ("checkpoint.safetensors", "log.jsonl"):  # the log is in pretraining.json
-        (folder / done).unlink(missing_ok=True)
+    write_json(folder / "pretraining.json", facts)  # with the log
     return facts
 
 
@@ -150,7 +205,8 @@ def render_pairs(
         for first in range(0, patients, chunk)
     ]
     if workers > 1 and len(jobs) > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        spawn = get_context("spawn")
+        with ProcessPoolExecutor(workers, spawn, end_with_parent) as pool:
             parts = list(pool.map(_render_part, jobs))
     else:
         parts = [_render_part(job) for job in jobs]

@@ -14,6 +14,7 @@ _CHOICES = {
     "vision_projection": PROJECTIONS,
     "text_projection": PROJECTIONS,
 }
+_LABELS = "_labels"  # the class names that prompts, calibration, ... are of
 PAIR_TYPE = "vision-text-dual-encoder"
 
 # Every saved folder names all of its classes, whichever of them was saved.
@@ -163,13 +164,30 @@ class GloVLMConfig(PreTrainedConfig):
         width = int(self._backbone().vision_config.hidden_size)
         return 2 * width if self.vision_pooling == "cls_mean" else width
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        if key == "id2label":  # also what `num_labels` sets
+            self._match_labels()
+
+    def _match_labels(self) -> None:
+        """Reset what belongs to other classes than the present ones: it would not fit them."""
+        labels = self.__dict__.get("id2label")
+        names = None if labels is None else [str(name) for name in labels.values()]
+        before = self.__dict__.get(_LABELS)
+        self.__dict__[_LABELS] = names
+        if before is not None and names != before:
+            self.prompts = self.prior_shift = self.calibration = None
+            self.temperature = 1.0
+
     def to_dict(self) -> dict[str, Any]:
         """All fields, without the path of the backbone on this disk (private)."""
-        return _without_path(super().to_dict())
+        self._match_labels()  # the names may have been changed in place
+        return _without_private(super().to_dict())
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Fields that differ from the defaults, as a saved folder holds them."""
-        return _without_path(super().to_diff_dict())
+        self._match_labels()
+        return _without_private(super().to_diff_dict())
 
     def _backbone(self) -> PreTrainedConfig:
         assert isinstance(self.backbone_config, PreTrainedConfig)  # made so by __post_init__
@@ -183,11 +201,11 @@ def _attention(config: PreTrainedConfig) -> dict[str, Any]:
     return {"": config._attn_implementation, **below}
 
 
-def _without_path(fields: dict[str, Any]) -> dict[str, Any]:
+def _without_private(fields: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: _without_path(value) if isinstance(value, dict) else value
+        key: _without_private(value) if isinstance(value, dict) else value
         for key, value in fields.items()
-        if key != "_name_or_path"
+        if key not in ("_name_or_path", _LABELS)
     }
 
 

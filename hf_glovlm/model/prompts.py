@@ -298,9 +298,11 @@ class ConditionalPromptHead(Head):
         }
 
     def reset(self) -> None:
-        """Normal context tokens of standard deviation 0.02."""
+        """Normal context tokens of standard deviation 0.02, and empty class texts."""
         init.normal_(self.context, std=0.02)
         init.ones_(self.scale)
+        init.zeros_(self.input_ids)
+        init.ones_(self.attention_mask)
 
     def forward(self, features: Tensor, model: Any) -> Tensor:
         """Map features `[n, dim]` to logits `[n, K]`.

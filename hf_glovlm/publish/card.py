@@ -18,6 +18,7 @@ from jinja2 import UndefinedError
 
 from ..backbones import MINI, NOT_VERIFIED, known_rows
 from ..errors import GloVLMError
+from ..files import check_kind
 from ..metrics import METRICS
 from ..rendering import (
     SYNTHETIC,
@@ -151,6 +152,7 @@ def write_card(run_folder: str | Path, output: str | Path | None = None) -> Path
         if output is None:
             raise GloVLMError("The card of 'mini' needs a file to go to: give --output mini.md.")
         folder = MINI
+    check_kind(folder, "adaptation", "pretraining")
     pretrained = not (folder / "results.json").exists() and (folder / "pretraining.json").is_file()
     source = folder / ("pretraining.json" if pretrained else "results.json")
     try:

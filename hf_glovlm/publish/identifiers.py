@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GloVLMError
+from ..files import check_kind, read_manifest, refuse_damage
 from ..settings import read_yaml
 
 PARTS = "glovlm.json"  # config of a repository without the base's weights
@@ -111,6 +112,10 @@ def read_run(folder: Path) -> Run:
     """
     from ..model import GloVLMConfig
 
+    check_kind(folder, "adaptation")
+    if (manifest := read_manifest(folder)) is not None:
+        weights = [name for name in manifest.files if name.endswith(".safetensors")]
+        refuse_damage(folder, manifest, weights)
     if not (folder / "results.json").is_file() or not (folder / "config.yaml").is_file():
         raise GloVLMError(
             f"Expected the --output-dir of a finished `glovlm train`, found none at {folder}."

@@ -4,6 +4,7 @@ For methods on frozen features alone: every image is encoded once and kept in me
 many adaptations as there are patients take seconds.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -101,6 +102,7 @@ def leave_patients_out(
     if reason or patients is None:
         return LeftOut(NO_ESTIMATE + reason)
     store = MemoryCache() if cache is None else cache
+    processor = copy.copy(processor)  # `adapt` drops the learned context of a former task
     order = sorted(set(patients))
     group = np.array([order.index(patient) for patient in patients])
     probabilities = np.empty((len(rows), len(names)))

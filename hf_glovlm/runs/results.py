@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import finish_interrupted, read_manifest, refuse_damage
+
 if TYPE_CHECKING:
     import pandas
 
@@ -77,6 +79,9 @@ class RunResult(Mapping[str, Any]):
         """Probabilities, labels and groups of the test images."""
         from ..inference import Predictions
 
+        finish_interrupted(self.folder)
+        if (manifest := read_manifest(self.folder)) is not None:
+            refuse_damage(self.folder, manifest, ["predictions.parquet"])
         return Predictions.load(self.folder / "predictions.parquet")
 
     def __repr__(self) -> str:

@@ -7,7 +7,6 @@ run again, so a study that was killed goes on where it stopped, and one that gre
 import json
 import os
 import re
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,9 +17,23 @@ from statistics import median
 from typing import Any
 
 from ..data.splits import EPISODES
-from ..environment import quiet_libraries
+from ..environment import end_with_parent, quiet_libraries
 from ..errors import GloVLMError, nearest
-from ..files import read_text, write_text
+from ..files import (
+    changed_inputs,
+    check_kind,
+    is_empty,
+    is_plain_name,
+    one_writer,
+    read_json,
+    read_manifest,
+    read_results,
+    read_text,
+    refuse_damage,
+    remove_below,
+    write_json,
+    write_text,
+)
 from ..inference import Predictions, resolve_device
 from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
@@ -37,7 +50,8 @@ RECALL_ROWS = 60  # of the table of groups in the report that people read
 RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
 _OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
 _OF_CELL |= {"overwrite", "resume", "save_model"}
-_INCIDENTAL = {"output_dir", "overwrite", "resume", "save_model", "cache"}  # change no number
+# Change no number.
+_INCIDENTAL = {"output_dir", "overwrite", "resume", "save_model", "cache", "device", "tracker"}
 _SETTINGS = {f.name for f in fields(TrainConfig)} - _OF_CELL
 
 
@@ -207,15 +221,25 @@ def run_study(
     Raises:
         GloVLMError: The data are bad, a finished cell has other settings, or a worker was killed.
     """
-    from ..data import check_dataset, load_dataset
-
     output = Path(output_dir).expanduser()
     if workers < 1:
         raise GloVLMError(f"Expected 1 or more workers, found {workers}.")
-    fresh = not output.exists() or (output.is_dir() and not any(output.iterdir()))
-    if not fresh and not (output / "study.json").is_file():
-        raise GloVLMError(f"'{output}' is no study of ours: give an empty or a new folder.")
     cells = config.cells()
+    _check_names(cells)
+    _check_place(output)
+    with one_writer(output):
+        _check_place(output)
+        return _run_study(config, output, cells, workers, on_event)
+
+
+def _run_study(
+    config: StudyConfig,
+    output: Path,
+    cells: Sequence[Cell],
+    workers: int,
+    on_event: Callable[[str, dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    """Run what is not finished, and report."""
     done = 0
 
     def notify(cell: Cell, status: str, error: str | None = None, seconds: float = 0.0) -> None:
@@ -225,55 +249,91 @@ def run_study(
         if on_event is not None:
             on_event("cell", {**event, "done": done, "total": len(cells)})
 
+    loader = Loader(keep=workers == 1)
     todo = []
     for cell in cells:
         settings = config.train_config(cell, output)
-        if _finished(settings):
+        if _finished(settings, loader):
             notify(cell, "skipped")
         else:
             todo.append((cell, settings))
     if todo:
-        check_dataset(load_dataset(config.data)).raise_problems()
-        output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "study.json", json.dumps(asdict(config), indent=1) + "\n")
-    for cell, error, seconds in _run_cells(todo, workers):
+        loader.data(config.data)  # what is wrong with it is wrong for every cell
+        write_json(output / "study.json", asdict(config))
+    for cell, error, seconds in _run_cells(todo, workers, loader, output / "cells"):
         notify(cell, "failed" if error else "done", error, seconds)
     return write_report(config, output)
 
 
-def _finished(config: TrainConfig) -> bool:
-    """Whether a cell is finished, with these very settings."""
-    results = Path(config.output_dir) / "results.json"
-    if not results.is_file():
+def _check_names(cells: Sequence[Cell]) -> None:
+    """Refuse names that are no folder below `cells/`, or one folder for two lines."""
+    for cell in cells:
+        for name in (_short(cell.backbone), cell.method.name):
+            if not is_plain_name(name):
+                raise GloVLMError(
+                    f"The study keeps its cells in folders of these names, and '{name}' cannot be "
+                    "one: give a 'label:' of letters, digits, '-' and '_', or a backbone's folder "
+                    "by another path."
+                )
+    if len({cell.name.casefold() for cell in cells}) < len(cells):
+        raise GloVLMError("Two lines of the study would share a folder: give them a 'label:' each.")
+
+
+def _check_place(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise GloVLMError(f"--output-dir must be a folder; '{output}' is a file.")
+    if not is_empty(output) and not (output / "study.json").is_file():
+        check_kind(output, "study")
+        raise GloVLMError(f"'{output}' is no study of ours: give an empty or a new folder.")
+
+
+def _finished(config: TrainConfig, loader: Loader) -> bool:
+    """Whether a cell is finished: with these very settings, data and weights, and undamaged."""
+    folder = Path(config.output_dir)
+    if not (folder / "results.json").is_file():
         return False
-    finished = json.loads(results.read_text(encoding="utf-8"))["config"]
-    for key, value in json.loads(json.dumps(asdict(config))).items():
-        if key not in _INCIDENTAL and finished.get(key, value) != value:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise GloVLMError(
+            f"The finished cell {folder} does not state what it was made from: give another "
+            "output folder, or remove that cell."
+        )
+    before = dict(manifest.made_from)
+    kept: dict[str, Any] = before.pop("settings", {})
+    for key, value in json.loads(json.dumps(config.to_repeat(), default=str)).items():
+        if key not in _INCIDENTAL and kept.get(key, value) != value:
             raise GloVLMError(
-                f"The finished cell {results.parent} was run with {key} = {finished[key]!r}, and "
-                f"the study now says {value!r}: give another output folder, or remove that cell."
+                f"The finished cell {folder} was run with {key} = {kept[key]!r}, and the study "
+                f"now says {value!r}: give another output folder, or remove that cell."
             )
+    before.pop("split", None)  # what decides it is compared
+    changed = changed_inputs(before, loader.inputs(config))
+    if changed:
+        raise GloVLMError(
+            f"Since the cell {folder} was finished, {', '.join(changed)}: give another output "
+            "folder, or remove that cell."
+        )
+    refuse_damage(folder, manifest, [name for name in manifest.files if name != "README.md"])
     return True
 
 
 def _run_cells(
-    todo: Sequence[tuple[Cell, TrainConfig]], workers: int
+    todo: Sequence[tuple[Cell, TrainConfig]], workers: int, loader: Loader, cells: Path
 ) -> Iterator[tuple[Cell, str | None, float]]:
     """Run cells here, or in processes that each import anew and share nothing."""
     if workers == 1 or len(todo) < 2:
-        loader = Loader(keep=True)
         for cell, config in todo:
-            yield (cell, *_run_cell(config, loader))
+            yield (cell, *_run_cell(config, cells, loader))
         return
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
     from multiprocessing import get_context
 
     threads = max(1, (os.cpu_count() or 1) // workers)
-    pool = ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), quiet_libraries)
+    pool = ProcessPoolExecutor(min(workers, len(todo)), get_context("spawn"), _start_worker)
     try:
         with _threads(threads):
-            futures = {pool.submit(_run_cell, config): cell for cell, config in todo}
+            futures = {pool.submit(_run_cell, config, cells): cell for cell, config in todo}
             for future in as_completed(futures):
                 yield (futures[future], *future.result())
     except BrokenProcessPool:
@@ -288,20 +348,26 @@ def _run_cells(
 _WORKERS_LOADER = Loader(keep=True)  # each worker process has its own
 
 
-def _run_cell(config: TrainConfig, loader: Loader | None = None) -> tuple[str | None, float]:
+def _start_worker() -> None:
+    quiet_libraries()
+    end_with_parent()
+
+
+def _run_cell(
+    config: TrainConfig, cells: Path, loader: Loader | None = None
+) -> tuple[str | None, float]:
     """Run one cell; return why it failed, if it did, and its seconds."""
     loader = loader or _WORKERS_LOADER
     start, folder, error = time.perf_counter(), Path(config.output_dir), None
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left
+    remove_below(cells, folder)  # what a killed run left
     try:
         run(config, loader=loader)
     except Exception as reason:  # whatever it is, it must not take the other cells with it
         known = isinstance(reason, GloVLMError)
         error = str(reason) if known else f"{type(reason).__name__}: {reason}"
         failure = {"error": error, "traceback": None if known else traceback.format_exc()}
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        write_text(folder / "failure.json", json.dumps(failure, indent=1) + "\n")
+        remove_below(cells, folder)
+        write_json(folder / "failure.json", failure)
     return error, round(time.perf_counter() - start, 2)
 
 
@@ -320,6 +386,7 @@ def _threads(number: int) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------- report
 
+_DATA = ("images", "labels", "groups", "columns")
 _Runs = dict[int, tuple[dict[str, Any], Predictions]]  # draw -> results, predictions
 
 
@@ -336,35 +403,35 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
         `recorded`), `failures`, `missing`, `notes`, `environment`.
 
     Raises:
-        GloVLMError: No cell is finished, or cells were run on different data.
+        GloVLMError: No cell is finished, cells were run on different data or weights, or one is
+            damaged.
     """
     output = Path(output_dir).expanduser()
+    _check_names(config.cells())
     table: dict[tuple[str, int], dict[str, _Runs]] = {}
     every: list[dict[str, Any]] = []
-    failures, missing = [], []
+    failures, missing, made_from = [], [], list[tuple[Cell, Mapping[str, Any]]]()
     for cell in config.cells():
         folder = output / "cells" / cell.name
         if (folder / "results.json").is_file():
-            every.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
+            every.append(read_results(folder, "adaptation"))
+            made_from.append((cell, _made_from(folder)))
             lines = table.setdefault((cell.backbone, cell.shots), {})
             predictions = Predictions.load(folder / "predictions.parquet")
             lines.setdefault(cell.method.name, {})[cell.draw] = (every[-1], predictions)
         elif (folder / "failure.json").is_file():
-            failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
-            failures.append({"cell": cell.name, "error": failure["error"]})
+            failure = read_json(folder / "failure.json")
+            failures.append({"cell": cell.name, "error": str(failure.get("error"))})
         else:
             missing.append(cell.name)
     if not every:
         reason = f": {failures[0]['error']}" if failures else ", so there is nothing to report."
         raise GloVLMError(f"No cell of the study in '{output}' is finished{reason}")
-    if len({r["data"]["fingerprint"] for r in every}) > 1:
-        raise GloVLMError(
-            f"The cells in '{output}' were run on different versions of {config.data}: their "
-            "numbers cannot be compared. Give another output folder."
-        )
+    _refuse_mixture(output, made_from)
     first = every[0]
     unit = group_unit(first["data"]["group_column"])
     report = {
+        "kind": "study",
         "data": {k: first["data"][k] for k in ("name", "fingerprint", "group_column")},
         "reference": config.reference,
         "synthetic": any(r["synthetic"] for r in every),
@@ -385,9 +452,32 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
         ],
         "environment": first["environment"],
     }
-    write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
+    write_json(output / "report.json", report)
     write_text(output / "report.md", render_report(report))
     return report
+
+
+def _made_from(folder: Path) -> Mapping[str, Any]:
+    """What a finished cell states that it was made from, once its results are undamaged."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return {}
+    refuse_damage(folder, manifest, ["results.json", "predictions.parquet"])
+    return manifest.made_from
+
+
+def _refuse_mixture(output: Path, cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
+    """Refuse to compare cells of other data, or of other weights under one backbone's name."""
+    first: dict[str, tuple[Cell, Mapping[str, Any]]] = {}
+    for cell, made_from in cells:
+        for name, keys in (("", _DATA), (f"backbone {cell.backbone}", ("code", "backbone"))):
+            known, before = first.setdefault(name, (cell, made_from))
+            pair = ({key: part.get(key) for key in keys} for part in (before, made_from))
+            if changed := changed_inputs(*pair):
+                raise GloVLMError(
+                    f"The cells in '{output}' cannot be compared: between {known.name} and "
+                    f"{cell.name}, {', '.join(changed)}. Give another output folder."
+                )
 
 
 def _section(
@@ -606,7 +696,8 @@ def _spread(row: Mapping[str, Any]) -> str:
 
 def _short(backbone: str) -> str:
     """Name a backbone for folders and headings: the last part of each path or Hub id."""
-    return "+".join(part.rstrip("/").rsplit("/", 1)[-1] for part in backbone.split("+"))
+    places = [os.path.abspath(Path(part).expanduser()) for part in backbone.split("+")]
+    return "+".join(Path(place).name for place in places)
 
 
 # ------------------------------------------------------------------------- reading the settings
@@ -616,7 +707,8 @@ def _read_method(given: Any, draws: Any, frozen: Mapping[int, Any]) -> StudyMeth
     line = dict(given) if isinstance(given, dict) else {"name": given}
     method, numbers = line.pop("name", None), line.pop("draws", draws)
     name = line.pop("label", method)
-    if not isinstance(method, str) or not re.fullmatch(r"[\w.-]+", str(name)):
+    plain = is_plain_name(str(name)) and re.fullmatch(r"[\w.-]+", str(name))
+    if not isinstance(method, str) or not plain:
         raise GloVLMError(
             f"Expected the name of a method, or 'name:' with a 'label:' of letters, digits, '-' "
             f"and '_'; found {given!r}."

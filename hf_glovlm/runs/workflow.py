@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..backbones import known_rows, load_backbone, pretraining_notes
+from ..backbones import describe_weights, known_rows, load_backbone, pretraining_notes
 from ..calibration import (
     Calibration,
     ConformalThresholds,
@@ -32,14 +32,14 @@ from ..calibration import (
 from ..calibration.inputs import softmax
 from ..environment import describe_environment
 from ..errors import GloVLMError
-from ..files import write_text
+from ..files import digest_file, digest_value, write_text
 from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
 from ..inference.scale import describe_scale, known_scale
 from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import SUBGROUPS, render_card
 from ..training import Adapted, adapt
 from .config import TrainConfig
-from .folder import check_output, put_in_place, unfinished
+from .folder import CODE_VERSION, RunFolder, make_accelerator
 from .results import RunResult
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 OWN_FILES = (  # in the order in which they are put in place
     "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "log.jsonl",
-    "README.md", "results.json",
+    "README.md", "manifest.json", "results.json",
 )  # fmt: skip
 _INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast, not what
 
@@ -67,6 +67,10 @@ class Loader:
     def __init__(self, keep: bool = False) -> None:
         self.keep = keep
         self._kept: dict[str, Any] = {}
+        # Small, so these are kept in any case.
+        self._digests: dict[str, dict[str, str]] = {}
+        self._reports: dict[Any, DataReport] = {}
+        self._inputs: dict[Any, dict[str, Any]] = {}
 
     def data(self, source: "str | Dataset | DatasetDict") -> tuple["DatasetDict", "DataReport"]:
         """A data set without problems, and what is known of it.
@@ -87,8 +91,39 @@ class Loader:
 
     def backbone(self, name: str) -> tuple[Any, Any]:
         """A model and its processor, which the caller may change."""
-        loaded: tuple[Any, Any] = self._get(f"backbone {name}", lambda: load_backbone(name))
+        loaded = self._load(name)
         return copy.deepcopy(loaded) if self.keep else loaded
+
+    def inputs(self, config: TrainConfig) -> dict[str, Any]:
+        """What a run would be made from beside its settings and split; no image is decoded."""
+        from ..data import check_dataset, load_classes, load_dataset
+
+        if config.data not in self._reports:
+            report = check_dataset(load_dataset(config.data), decode=False)
+            self._reports[config.data] = report
+        report = self._reports[config.data]
+        key = (config.data, config.prompts, config.stain, config.episodes, config.backbone)
+        if key not in self._inputs:
+            classes = load_classes(
+                report.classes, source=config.folder, prompts=config.prompts, stain=config.stain
+            )
+            self._inputs[key] = describe_inputs(config, report.digests, classes, self)
+        return self._inputs[key]
+
+    def describe_backbone(self, name: str) -> dict[str, str]:
+        """Digests of a backbone, computed once; see `describe_weights`."""
+        if name not in self._digests:
+            self._load(name)
+        return self._digests[name]
+
+    def _load(self, name: str) -> tuple[Any, Any]:
+        def read() -> tuple[Any, Any]:
+            loaded = load_backbone(name)
+            self._digests[name] = describe_weights(*loaded)
+            return loaded
+
+        loaded: tuple[Any, Any] = self._get(f"backbone {name}", read)
+        return loaded
 
     def _get(self, key: str, read: Callable[[], Any]) -> Any:
         if not self.keep:
@@ -117,28 +152,46 @@ def run(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
+    processes = _Processes(config, get_method(config.method))
+    output = Path(config.output_dir).expanduser()
+    accelerator = processes.accelerator
+    folder = RunFolder(output, config, "adaptation", OWN_FILES, _INCIDENTAL, accelerator)
+    folder.check()
+    results = _run(config, loader or Loader(), folder, processes, on_event)
+    processes.wait()
+    return RunResult(results, output)
+
+
+def _run(
+    config: TrainConfig,
+    loader: Loader,
+    folder: RunFolder,
+    processes: "_Processes",
+    on_event: Callable[[str, dict[str, Any]], None] | None,
+) -> dict[str, Any]:
+    """Run one adaptation into a folder, and return its results."""
     report = on_event or (lambda kind, what: None)
     clock = _Clock()
-    output = Path(config.output_dir).expanduser()
-    finished = check_output(output, config, _INCIDENTAL)
-    if finished is not None:
-        return RunResult(finished, output)
-
     report("stage", {"name": "checking the data"})
-    loader = loader or Loader()
     task = _read_task(config, loader)
     report("episode", task.summary)
     clock.lap("data")
 
     report("stage", {"name": "loading the backbone"})
-    processes = _Processes(config, task.method)
     model, processor = loader.backbone(config.backbone)
+    inputs = describe_inputs(config, task.report.digests, task.classes, loader)
+    made_from = {**inputs, "split": _digest_split(task), "settings": folder.settings()}
+    finished = folder.finished(made_from)
+    if finished is not None:
+        return finished
     model.to(processes.device)
     clock.lap("load")
 
     report("stage", {"name": f"adapting: {config.method}"})
-    with unfinished(output, config, processes.main) as work:
-        adapted = _adapt(model, processor, task, processes, work, partial(report, "epoch"))
+    with folder.unfinished(made_from) as work:
+        processes.start_trackers()
+        on_epoch = partial(report, "epoch")
+        adapted = _adapt(model, processor, task, processes, work, made_from, on_epoch)
         clock.lap("adapt")
 
         report("stage", {"name": "predicting the test images"})
@@ -154,6 +207,7 @@ def run(
 
         facts = calibrated and {"temperature": calibrated.temperature, **calibrated.facts}
         results = {
+            "kind": folder.kind,
             "config": config.to_repeat(),
             "data": _describe_data(task) | {"mpp": describe_scale(adapted.model.config.mpp)},
             **measured,
@@ -168,9 +222,29 @@ def run(
         }
         if processes.main:
             _write_run(work, adapted, predictions, results, task)
-            put_in_place(work, output, OWN_FILES)
-    processes.wait()
-    return RunResult(results, output)
+            folder.put_in_place(made_from)
+    return results
+
+
+def describe_inputs(
+    config: TrainConfig, data: Mapping[str, str], classes: Sequence["ClassInfo"], loader: Loader
+) -> dict[str, Any]:
+    """What a run is made from beside its settings and its split.
+
+    Args:
+        config: What to do.
+        data: Digests of the data, as `DataReport` has them.
+        classes: Names and prompts, in label order.
+        loader: Has the backbone.
+    """
+    episodes = config.episodes and digest_file(Path(config.episodes).expanduser())
+    return {
+        "code": CODE_VERSION,
+        **data,
+        "classes": digest_value([asdict(c) for c in classes]),
+        "episodes": episodes,
+        "backbone": loader.describe_backbone(config.backbone),
+    }
 
 
 @dataclass(frozen=True)
@@ -246,6 +320,7 @@ def _adapt(
     task: _Task,
     processes: "_Processes",
     work: Path,
+    made_from: Mapping[str, Any],
     on_epoch: Callable[[dict[str, Any]], None],
 ) -> Adapted:
     """Adapt to the task and keep the scale of its images and whether they are synthetic."""
@@ -266,6 +341,7 @@ def _adapt(
         accelerator=processes.accelerator,
         cache=processes.cache,
         on_epoch=on_epoch,
+        made_from=made_from,
     )
     about = adapted.model.config
     about.mpp = known_scale(adapted.processor.image_processor, support)
@@ -588,6 +664,15 @@ def _describe_data(task: _Task) -> dict[str, Any]:
     }
 
 
+def _digest_split(task: _Task) -> str:
+    """Digest of the side on which each row stands."""
+    from ..data.folder import column
+
+    names, episode = column(task.rows, "file_name"), task.episode
+    sides = ("support", "validation", "calibration", "test")
+    return digest_value([sorted(names[i] for i in getattr(episode, side)) for side in sides])
+
+
 def _stains(rows: "Dataset") -> list[str]:
     """The stains that the rows name."""
     from ..data.folder import column
@@ -647,25 +732,24 @@ class _Processes:
         self.accelerator: Accelerator | None = None
         self.device = resolve_device(config.device)
         if not isinstance(method, FeatureMethod) or "LOCAL_RANK" in os.environ:
-            import accelerate
-
             if self.device.type == "cuda" and self.device.index and "LOCAL_RANK" not in os.environ:
                 torch.cuda.set_device(self.device)  # which Accelerate then takes
-            try:
-                self.accelerator = accelerate.Accelerator(
-                    mixed_precision=config.mixed_precision,
-                    cpu=config.device != "auto" and self.device.type == "cpu",
-                    log_with=config.tracker,
-                    project_dir=config.output_dir if config.tracker else None,
-                )
-            except ValueError as error:  # fp16 on a CPU, a tracker that is none, ...
-                raise GloVLMError(f"Accelerate cannot run with these settings: {error}") from error
+            self.accelerator = make_accelerator(
+                config.mixed_precision,
+                cpu=config.device != "auto" and self.device.type == "cpu",
+                log_with=config.tracker,
+                project_dir=config.output_dir if config.tracker else None,
+            )
             self.device = self.accelerator.device
         self.count = self.accelerator.num_processes if self.accelerator else 1
         self.rank = self.accelerator.process_index if self.accelerator else 0
         self.main = self.rank == 0
-        if self.accelerator is not None and config.tracker:
-            self.accelerator.init_trackers("glovlm", config={"method": config.method})
+        self.config = config
+
+    def start_trackers(self) -> None:
+        """Begin to log to the tracker, if there is one."""
+        if self.accelerator is not None and self.config.tracker:
+            self.accelerator.init_trackers("glovlm", config={"method": self.config.method})
 
     def wait(self) -> None:
         """Meet the other processes, and close the trackers."""

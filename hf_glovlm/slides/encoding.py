@@ -22,6 +22,7 @@ import torch
 import xxhash
 
 from ..backbones import load_backbone
+from ..environment import end_with_parent
 from ..errors import GloVLMError
 from ..inference import encoder_key, exact_inference, load_classifier, resolve_device
 from ..inference.prediction import class_names, move_inputs, to_array
@@ -468,7 +469,7 @@ def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Ou
 
     def encode_alone(job: _Job) -> Outcome:
         if getattr(mine, "pool", None) is None:
-            mine.pool = ProcessPoolExecutor(1, spawn)
+            mine.pool = ProcessPoolExecutor(1, spawn, end_with_parent)
             pools.append(mine.pool)
         try:
             outcome: Outcome = mine.pool.submit(_work, model, threads, job).result()

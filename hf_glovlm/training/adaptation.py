@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones import load_backbone
+from ..backbones import describe_weights, load_backbone
 from ..errors import GloVLMError
+from ..files import digest_value
 from ..inference import FeatureCache, embed_images, embed_prompts
 from ..methods import (
     METHODS,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
     from ..data import ClassInfo
 
+_INCIDENTAL = ("output_dir", "resume", "replay")  # where and how fast, not what
 MIN_GROUPS_TO_CHOOSE = 4  # a class; leave-one-out on fewer was measured not to help
 
 
@@ -113,6 +115,7 @@ class _Training:
     device: torch.device
     accelerator: "Accelerator | None" = None
     on_epoch: Callable[[dict[str, Any]], None] | None = None
+    made_from: Mapping[str, Any] | None = None
 
     @property
     def output_dir(self) -> Path | None:
@@ -130,6 +133,7 @@ class _Training:
             "accumulate": config.accumulate,
             "output_dir": self.output_dir,
             "resume": config.resume,
+            "made_from": self.made_from,
             "on_epoch": self.on_epoch,
         }
 
@@ -229,11 +233,13 @@ def adapt(
     accelerator: "Accelerator | None" = None,
     cache: FeatureCache | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    made_from: Mapping[str, Any] | None = None,
 ) -> Adapted:
     """Few-shot adaptation of a backbone to a task. No test label can be passed in.
 
     Args:
-        model: A `GloVLMModel`, which is changed and taken over, or a backbone's name.
+        model: A `GloVLMModel`, which is changed and taken over, or a backbone's name. If it was
+            adapted before, its weights stay; head, prompts and calibration of that task go.
         method: A name of `METHODS`.
         support: Labelled rows with `image` and `label` (a `ClassLabel`).
         processor: The model's processor; loaded with it when `model` is a name.
@@ -246,6 +252,8 @@ def adapt(
         accelerator: For many processes or mixed precision; made when needed.
         cache: Keeps features of the frozen tower.
         on_epoch: Called with the log row of every epoch.
+        made_from: Digests by name of what this starts from, for a checkpoint in `output_dir`; by
+            default of the images given, their labels, and the model's weights.
 
     Returns:
         The adapted model with its head, and how it came about.
@@ -267,6 +275,11 @@ def adapt(
     labels = _labels(support)
     _check_support(chosen, labels, [c.name for c in classes])
     _check_config(chosen, model, config)
+    if made_from is None and config.output_dir is not None:
+        made_from = _describe_inputs(
+            model, processor, support, validation, classes, (method, config)
+        )
+    _forget_task(model.config, processor)
 
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
     model.to(device).requires_grad_(False)
@@ -274,13 +287,46 @@ def adapt(
     images = _Images(
         model, processor, classes, support, labels, validation, query, config.augment, device, cache
     )
-    training = _Training(config, device, accelerator, on_epoch)
+    training = _Training(config, device, accelerator, on_epoch, made_from)
     if isinstance(chosen, TowerMethod):
         result = _adapt_towers(images, chosen, settings, training)
     else:
         left_out = groups if config.cross_validate else None
         result = _adapt_on_features(images, chosen, settings, training, left_out)
     return _put_together(images, result)
+
+
+def _describe_inputs(
+    model: Any,
+    processor: Any,
+    support: "Dataset",
+    validation: "Dataset | None",
+    classes: Sequence["ClassInfo"],
+    how: tuple[str, AdaptConfig],
+) -> dict[str, Any]:
+    """What a checkpoint is made from beside its recipe."""
+    from ..data.folder import column, content_hash, in_threads
+
+    def digest(rows: "Dataset") -> str:
+        images, labels = column(rows, "image"), column(rows, "label")
+        return digest_value([in_threads(content_hash, images), labels])
+
+    return {
+        "labelled images": digest(support),
+        "validation images": None if validation is None else digest(validation),
+        "classes": digest_value([asdict(c) for c in classes]),
+        "backbone": describe_weights(model, processor),
+        "method": how[0],
+        "settings": {k: v for k, v in asdict(how[1]).items() if k not in _INCIDENTAL},
+    }
+
+
+def _forget_task(config: Any, processor: Any) -> None:
+    """Drop what a model has of a task that it was adapted to before; its weights stay."""
+    for name in ("head", "prompts", "prior_shift", "calibration", "mpp", "problem_type"):
+        setattr(config, name, None)
+    config.temperature = 1.0
+    processor.context_token_ids = None
 
 
 def _has_image_shapes(model: Any) -> bool:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GloVLMError
-from ..files import replacing, write_text
+from ..files import changed_inputs, digest_tensors, digest_value, replacing, write_text
 from ..methods import Recipe
 
 if TYPE_CHECKING:
@@ -188,6 +188,7 @@ def fit(
     validate: Callable[[], float] | None = None,
     output_dir: Path | None = None,
     resume: bool = False,
+    made_from: Mapping[str, Any] | None = None,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
     begin: Callable[[int], None] | None = None,
     after_step: Callable[[int], None] | None = None,
@@ -212,6 +213,8 @@ def fit(
         output_dir: Takes `log.jsonl` and, after every epoch (of more than 100, about a hundred
             times), `checkpoint.safetensors`.
         resume: Go on from that checkpoint.
+        made_from: Digests and settings by name, which the checkpoint states: it is refused where
+            they have changed.
         on_epoch: Called with every epoch's log row.
         begin: Called with the number of steps in all before the first.
         after_step: Called with the number of every optimiser step, counted from 1.
@@ -220,13 +223,15 @@ def fit(
         The log, one row an epoch.
 
     Raises:
-        GloVLMError: The loss became NaN or infinite.
+        GloVLMError: The loss became NaN or infinite; the checkpoint is damaged, or of a training
+            from other data, weights or settings.
     """
     processes = accelerator.num_processes if distributed else 1
     rank = accelerator.process_index if distributed else 0
     optimizer = _optimizer(groups, recipe)
-    state = _State(step, optimizer, output_dir if rank == 0 else None, output_dir)
-    log = state.load(recipe, seed) if resume else []
+    about = {"recipe": asdict(recipe), "seed": seed, "made_from": dict(made_from or {})}
+    state = _State(step, optimizer, about, output_dir if rank == 0 else None, output_dir)
+    log = state.load() if resume else []
     takes_rows = bool(getattr(step, "takes_rows", False))
     wrapped = accelerator.prepare(step) if processes > 1 else step
     if accelerator.scaler is not None:  # fp16: the scaled gradient is taken back by its step
@@ -279,7 +284,7 @@ def fit(
         log.append(row)
         # Short epochs by the hundred need not all go to disk.
         due = epoch + 1 == epochs or (epoch + 1) % max(1, epochs // 100) == 0
-        state.after_epoch(row, log, recipe, seed, write=due)
+        state.after_epoch(row, log, recipe, write=due)
         if accelerator.trackers:
             accelerator.log({k: v for k, v in row.items() if k != "epochs"}, step=epoch + 1)
         if on_epoch is not None and rank == 0:
@@ -345,17 +350,20 @@ def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Opti
 class _State:
     """Checkpoint: trained tensors, optimiser moments, the log, the best epoch.
 
-    One safetensors file, replaced as a whole, so that it is never half-written.
+    One safetensors file, replaced as a whole, so that it is never half-written. It states what the
+    training is made from, and a checksum of all that it holds.
     """
 
     def __init__(
         self,
         step: nn.Module,
         optimizer: torch.optim.Optimizer,
+        about: dict[str, Any],
         write_to: Path | None,
         read_from: Path | None,
     ) -> None:
         self.optimizer = optimizer
+        self.about = about
         self.write_to, self.read_from = write_to, read_from
         trained = {id(p) for g in optimizer.param_groups for p in g["params"]}
         named = dict(step.named_parameters())
@@ -366,12 +374,7 @@ class _State:
         self.stale = 0
 
     def after_epoch(
-        self,
-        row: dict[str, Any],
-        log: list[dict[str, Any]],
-        recipe: Recipe,
-        seed: int,
-        write: bool = True,
+        self, row: dict[str, Any], log: list[dict[str, Any]], recipe: Recipe, write: bool = True
     ) -> None:
         value = row.get("validation_macro_auc")
         if value is not None:
@@ -381,14 +384,14 @@ class _State:
             else:
                 self.stale += 1
         if self.write_to is not None and write:
-            self._save(log, recipe, seed)
+            self._save(log)
 
     def restore_best(self) -> None:
         with torch.no_grad():
             for name, tensor in self.best.items():
                 self.tensors[name].copy_(tensor)
 
-    def _save(self, log: list[dict[str, Any]], recipe: Recipe, seed: int) -> None:
+    def _save(self, log: list[dict[str, Any]]) -> None:
         from safetensors.torch import save_file
 
         assert self.write_to is not None
@@ -398,32 +401,23 @@ class _State:
             for key, value in moments.items():
                 if isinstance(value, Tensor):
                     tensors[f"moment.{i}.{key}"] = value.detach().cpu().clone()
-        facts = {"log": log, "best_value": self.best_value, "stale": self.stale}
-        facts |= {"recipe": asdict(recipe), "seed": seed}
+        facts = {"log": log, "best_value": self.best_value, "stale": self.stale, **self.about}
+        text = json.dumps(facts, default=str)
+        metadata = {"facts": text, "checksum": _checksum(tensors, text)}
         with replacing(self.write_to / "checkpoint.safetensors") as fresh:
-            save_file(tensors, fresh, metadata={"facts": json.dumps(facts)})
+            save_file(tensors, fresh, metadata=metadata)
         write_text(self.write_to / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
 
-    def load(self, recipe: Recipe, seed: int) -> list[dict[str, Any]]:
-        from safetensors import safe_open
-
+    def load(self) -> list[dict[str, Any]]:
         path = self.read_from / "checkpoint.safetensors" if self.read_from else None
         if path is None or not path.is_file():
             return []
-        with safe_open(path, framework="pt") as stored:
-            facts = json.loads(stored.metadata()["facts"])
-            parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "moment": {}}
-            for key in stored.keys():  # noqa: SIM118
-                kind, _, name = key.partition(".")
-                parts[kind][name] = stored.get_tensor(key)
-        # A field that is younger than the checkpoint has its default, which changes nothing.
-        written = asdict(Recipe(lr=0.0, epochs=0, batch_size=1)) | facts["recipe"]
-        if written != asdict(recipe) or facts["seed"] != seed:
-            raise GloVLMError(
-                f"The checkpoint in '{self.read_from}' was written with other settings: expected "
-                f"{asdict(recipe)}, seed {seed}; found {facts['recipe']}, seed {facts['seed']}. "
-                "Repeat the run's own settings (its config.yaml), or use --overwrite."
-            )
+        facts, tensors = _read_checkpoint(path)
+        self._check_same(facts, path)
+        parts: dict[str, dict[str, Tensor]] = {"now": {}, "best": {}, "moment": {}}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition(".")
+            parts[kind][name] = tensor
         now, ours = parts["now"], self.tensors
         if {n: t.shape for n, t in now.items()} != {n: t.shape for n, t in ours.items()}:
             raise GloVLMError(
@@ -444,6 +438,49 @@ class _State:
         self.best_value, self.stale = facts["best_value"], facts["stale"]
         log: list[dict[str, Any]] = facts["log"]
         return log
+
+    def _check_same(self, facts: dict[str, Any], path: Path) -> None:
+        """Refuse a checkpoint of other settings, data or weights."""
+        # A field that is younger than the checkpoint has its default, which changes nothing.
+        written = asdict(Recipe(lr=0.0, epochs=0, batch_size=1)) | facts["recipe"]
+        recipe, seed = self.about["recipe"], self.about["seed"]
+        if written != recipe or facts["seed"] != seed:
+            raise GloVLMError(
+                f"The checkpoint in '{path.parent}' was written with other settings: expected "
+                f"{recipe}, seed {seed}; found {facts['recipe']}, seed {facts['seed']}. "
+                "Repeat the run's own settings (its config.yaml), or use --overwrite."
+            )
+        changed = changed_inputs(facts["made_from"], self.about["made_from"])
+        if changed:
+            raise GloVLMError(
+                f"The checkpoint in '{path.parent}' is of a training from something else "
+                f"({'; '.join(changed)}): begin again (--overwrite, or without resume), or name "
+                "another folder."
+            )
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors of a checkpoint that is whole and undamaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+        if metadata["checksum"] == _checksum(tensors, metadata["facts"]):
+            return json.loads(metadata["facts"]), tensors
+        reason = "its checksum does not match"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip()}"
+    raise GloVLMError(
+        f"'{path}' is damaged, or no checkpoint of this version ({reason}): begin again "
+        "(--overwrite, or without resume), or restore a copy."
+    )
+
+
+def _checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
+    """Checksum of everything in a checkpoint."""
+    return digest_value([digest_tensors(sorted(tensors.items())), facts])
 
 
 def seed_everything(seed: int, *more: int) -> None:

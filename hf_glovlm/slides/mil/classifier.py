@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ...errors import GloVLMError
-from ...files import replacing, write_json
+from ...files import model_folder, replacing, write_json
 from ..files.bags import Bag
 from .aggregators import Aggregator, build_aggregator
 
@@ -132,10 +132,9 @@ def load_aggregator(folder: str | Path) -> SlideClassifier:
         folder: The output folder of a run, or its `model/`.
 
     Raises:
-        GloVLMError: There is no classifier of slides, or it is damaged.
+        GloVLMError: There is no classifier of slides, it is damaged, or of another kind.
     """
-    folder = Path(folder).expanduser()
-    place = folder / "model" if (folder / "model").is_dir() else folder
+    place = model_folder(folder, "mil")
     try:
         facts = json.loads((place / "config.json").read_text(encoding="utf-8"))
         aggregator = build_aggregator(

@@ -14,8 +14,7 @@ import pyarrow as pa
 from torch import Tensor, nn
 
 from ...environment import describe_environment
-from ...errors import GloVLMError
-from ...files import write_json, write_table, write_text
+from ...files import digest_value, write_json, write_table, write_text
 from ...methods import Recipe
 from ...metrics import compute_metrics
 from ...rendering import (
@@ -28,7 +27,7 @@ from ...rendering import (
     metric_rows,
     render,
 )
-from ...runs.folder import check_output, put_in_place, unfinished
+from ...runs.folder import CODE_VERSION, RunFolder, make_accelerator
 from ...training.loop import fit, seed_everything, world_size
 from .aggregators import Aggregator, build_aggregator
 from .classifier import SlideClassifier, SlidePrediction
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
 OWN_FILES = (  # in the order in which they are put in place
     "model", "attention", "predictions.parquet", "config.yaml", "log.jsonl", "README.md",
-    "results.json",
+    "manifest.json", "results.json",
 )  # fmt: skip
 _INCIDENTAL = ("output_dir", "device")  # where and how fast, not what
 LEAST_EPOCHS, LEAST_STEPS = 20, 1000  # unless the number of epochs is given
@@ -80,29 +79,40 @@ def train_mil(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
-    notify = on_event or (lambda kind, what: None)
-    clock = [time.perf_counter()]
-    accelerator = _accelerate(config)
+    accelerator = make_accelerator(config.mixed_precision, cpu=config.device == "cpu")
     output = Path(config.output_dir).expanduser()
-    finished = check_output(output, config, _INCIDENTAL)
+    folder = RunFolder(output, config, "mil", OWN_FILES, _INCIDENTAL, accelerator)
+    folder.check()
+    results = _train_mil(config, folder, accelerator, on_event or (lambda kind, what: None))
     accelerator.wait_for_everyone()
-    if finished is not None:
-        return finished
+    return results
+
+
+def _train_mil(
+    config: MilConfig,
+    folder: RunFolder,
+    accelerator: "Accelerator",
+    notify: Callable[[str, dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Make one run in its folder, and return its results."""
+    clock = [time.perf_counter()]
     notify("stage", {"name": "reading the bags"})
     cohort = read_cohort(config)
     parts = split_cohort(cohort, config)
+    made_from = _describe_inputs(cohort, parts) | {"settings": folder.settings()}
+    finished = folder.finished(made_from)
+    if finished is not None:
+        return finished
     clock.append(time.perf_counter())
-    accelerator.wait_for_everyone()
-    with unfinished(output, config, accelerator.is_main_process) as work:
-        accelerator.wait_for_everyone()
-        _keep_inputs(work, cohort.fingerprint, accelerator)
+    with folder.unfinished(made_from) as work:
         predictions: dict[int, tuple[int, SlidePrediction]] = {}
         logs: list[list[dict[str, Any]]] = []
         for k, sides in enumerate(parts):
             part = f" ({k + 1} of {len(parts)})" if len(parts) > 1 else ""
             notify("stage", {"name": f"training {config.aggregator}{part}"})
             place = work / "training" / str(k)
-            classifier, log = _train(cohort, sides, config, accelerator, k, place, notify)
+            made = made_from | {"training": k}
+            classifier, log = _train(cohort, sides, config, accelerator, k, place, made, notify)
             logs.append(log)
             predictions |= {i: (k, classifier.predict(cohort.bags[i])) for i in sides.test}
         clock.append(time.perf_counter())
@@ -119,6 +129,7 @@ def train_mil(
         clock.append(time.perf_counter())
         laps = zip(("data", "train", "metrics"), np.diff(clock).round(3).tolist(), strict=True)
         results = {
+            "kind": folder.kind,
             "config": config.to_repeat(),
             "data": _describe_data(cohort, parts, config),
             **measured,
@@ -137,20 +148,21 @@ def train_mil(
             write_text(work / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
             write_text(work / "README.md", render_card(results))
             write_json(work / "results.json", results)
-            put_in_place(work, output, OWN_FILES)
-    accelerator.wait_for_everyone()
+            folder.put_in_place(made_from)
     return results
 
 
-def _accelerate(config: MilConfig) -> "Accelerator":
-    import accelerate
-
-    try:
-        return accelerate.Accelerator(
-            mixed_precision=config.mixed_precision, cpu=config.device == "cpu"
-        )
-    except ValueError as error:  # fp16 on a CPU, ...
-        raise GloVLMError(f"Accelerate cannot run with these settings: {error}") from error
+def _describe_inputs(cohort: Cohort, parts: list[Sides]) -> dict[str, Any]:
+    """What a run is made from beside its settings."""
+    labels = [cohort.classes[k] for k in cohort.labels]
+    return {
+        "code": CODE_VERSION,
+        "features": cohort.fingerprint,  # with labels and groups
+        "labels": digest_value(sorted(zip(cohort.names, labels, strict=True))),
+        "groups": digest_value(sorted(zip(cohort.names, cohort.groups, strict=True))),
+        "classes": digest_value(cohort.classes),
+        "split": cohort.hash_split(parts),
+    }
 
 
 def _train(
@@ -160,6 +172,7 @@ def _train(
     accelerator: "Accelerator",
     k: int,
     place: Path,
+    made_from: dict[str, Any],
     notify: Callable[[str, dict[str, Any]], None],
 ) -> tuple[SlideClassifier, list[dict[str, Any]]]:
     """Train on one side; returns the classifier of the last epoch, or of the best, and the log."""
@@ -194,6 +207,7 @@ def _train(
         validate=validate if sides.validation else None,
         output_dir=place,
         resume=config.resume,
+        made_from=made_from,
         on_epoch=lambda row: notify("epoch", row | {"training": k}),
     )
     return classifier, log
@@ -340,20 +354,3 @@ def render_card(results: dict[str, Any]) -> str:
         ],
     }
     return render("slide_classifier_card.md.j2", values)
-
-
-# ------------------------------------------------------------------------------ the output folder
-
-
-def _keep_inputs(work: Path, fingerprint: str, accelerator: "Accelerator") -> None:
-    """Refuse to go on with a run whose features or labels have changed since it was begun."""
-    place = work / "inputs.txt"
-    known = place.read_text(encoding="utf-8") if place.is_file() else fingerprint
-    accelerator.wait_for_everyone()  # all have read before one writes
-    if known != fingerprint:
-        raise GloVLMError(
-            f"The features or labels have changed since the run in '{work}' was begun: give "
-            "--overwrite to start again, or another folder."
-        )
-    if accelerator.is_main_process:
-        write_text(place, fingerprint)
