@@ -28,7 +28,8 @@ FLOORS = {
     9: {"__init__", "__main__", "cli", "lab", "train"},
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
-NEIGHBOURS = {"__main__": {"cli"}, "files": {"errors"}, "cli": {"lab"}, "train": {"cli"}}
+NEIGHBOURS = {"__main__": {"cli"}, "cli": {"lab"}, "train": {"cli"}}
+NEIGHBOURS |= {"environment": {"errors"}, "files": {"errors"}}
 ONLY: dict[str, set[str]] = {  # stricter than the floor
     "backbones": {"errors", "files", "model"},
     "calibration": {"errors"},

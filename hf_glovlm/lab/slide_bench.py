@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ..environment import peak_memory
 from ..errors import GloVLMError
 from ..inference import embed_prompts
 from ..model import GloVLMForImageClassification
@@ -160,6 +161,8 @@ def bench_slide(
         reason = (process.stderr.strip() or "no message").splitlines()[-1]
         raise GloVLMError(f"Encoding the synthetic slide of {side:,} pixels failed: {reason}")
     quarter, whole = json.loads(process.stdout.splitlines()[-1])
+    if whole["peak"] is None:
+        raise GloVLMError("`bench slide` measures memory, which this system does not state.")
     if whole["peak"] > MAX_MEMORY:
         raise GloVLMError(
             f"Encoding a slide of {side:,} pixels took {whole['peak'] / 2**30:.2f} GiB of memory, "
@@ -207,21 +210,8 @@ def measure(
             model, processor, slide, bag, tile_size=tile_size, batch_size=batch_size
         )
         seconds = time.perf_counter() - start
-        rows.append({"tiles": done.tiles, "seconds": seconds, "peak": _peak_memory()})
+        rows.append({"tiles": done.tiles, "seconds": seconds, "peak": peak_memory()})
     return rows
-
-
-def _peak_memory() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    # Linux hands ru_maxrss of the parent down to a child, so the process's own record comes first.
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = status.read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _draw_blobs(rng: np.random.Generator, width: int, height: int, n: int) -> NDArray[Any]:

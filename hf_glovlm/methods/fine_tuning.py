@@ -133,6 +133,11 @@ def save_and_merge(model: Any, peft_model: Any, folder: Path | None) -> None:
     """
     with _quiet_peft():
         if folder is not None:
+            # PEFT keeps names in sets, whose order changes from process to process.
+            for config in peft_model.peft_config.values():
+                for name, value in vars(config).items():
+                    if isinstance(value, set | frozenset):
+                        setattr(config, name, sorted(value, key=str))
             peft_model.save_pretrained(str(folder), save_embedding_layers=False)
         model.backbone = peft_model.merge_and_unload()
 

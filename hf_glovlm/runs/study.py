@@ -505,7 +505,10 @@ def _section(
                 "text_means_nothing": results[0]["training"]["facts"].get("joint_space") is False,
                 "trainable_parameters": results[0]["training"]["trainable_parameters"],
                 "median_seconds": median(r["timing"]["total"] for r in results),
-                "peak_memory_mib": max(r["timing"]["peak_memory_mib"] for r in results),
+                "peak_memory_mib": max(
+                    (mib for r in results if (mib := r["timing"]["peak_memory_mib"]) is not None),
+                    default=None,  # on Windows
+                ),
             }
         )
     return {
