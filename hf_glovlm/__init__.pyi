@@ -35,6 +35,7 @@ from .model import GloVLMForImageClassification as GloVLMForImageClassification
 from .model import GloVLMModel as GloVLMModel
 from .model import GloVLMProcessor as GloVLMProcessor
 from .publish.adapter_only import load_published as load_published
+from .publish.licences import check_publishing as check_publishing
 from .publish.onnx_graph import export_model as export_model
 from .publish.upload import push as push
 from .runs import RunResult as RunResult
@@ -42,6 +43,7 @@ from .runs import TrainConfig as TrainConfig
 from .runs import run as run
 from .runs.cross_validation import frozen_methods as frozen_methods
 from .runs.cross_validation import leave_patients_out as leave_patients_out
+from .runs.evaluation import evaluate as evaluate
 from .runs.study import StudyConfig as StudyConfig
 from .runs.study import run_study as run_study
 from .slides.classify import classify_slides as classify_slides
@@ -75,6 +77,7 @@ __all__ = [
     "adapt_features",
     "build_zero_shot",
     "check_dataset",
+    "check_publishing",
     "classify_slides",
     "compute_metrics",
     "copy_sharing_weights",
@@ -85,6 +88,7 @@ __all__ = [
     "draw_episode",
     "embed_images",
     "embed_prompts",
+    "evaluate",
     "evaluate_metric",
     "explain",
     "export_model",

@@ -14,7 +14,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +56,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: The disk is full, read-only or failing, or does not take the path.
     """
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    fresh = _fresh_path(path)
     try:
         with explaining_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +65,10 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             remove(fresh)
+
+
+def _fresh_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 @contextmanager
@@ -200,6 +204,34 @@ def read_json(path: Path, kind: type = dict, *, most: int = 2**28) -> Any:
     return content
 
 
+_WORDS = {dict: "names and values", list: "a list", str: "text", bool: "true or false"}
+_WORDS |= {int: "a whole number", float: "a number", type(None): "nothing"}
+
+
+def check_fields(path: Path, content: Any, fields: Mapping[str, Sequence[type]]) -> None:
+    """Check the fields of what a file of ours holds.
+
+    Args:
+        path: The file, for the sentence.
+        content: What it holds.
+        fields: Kinds of value by name; `data.name` is the field `name` of `data`. A whole number
+            serves as a number. A field that may be absent may be `NoneType`.
+
+    Raises:
+        GloVLMError: One is missing or of another kind.
+    """
+    for name, kinds in fields.items():
+        value = content
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if type(value) not in kinds and not (type(value) is int and float in kinds):
+            expected = " or ".join(_WORDS[kind] for kind in kinds)
+            raise GloVLMError(
+                f"'{path}' is damaged: expected '{name}' to be {expected}, found {_short(value)}; "
+                "restore a copy, or make it again."
+            )
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a CSV file atomically; `None` becomes an empty field."""
     text = io.StringIO()
@@ -222,6 +254,109 @@ def write_table(path: Path, columns: Mapping[str, Any], metadata: Any = None) ->
 
     with replacing(path) as fresh:
         pq.write_table(pa.table(dict(columns), metadata=metadata), fresh)
+
+
+# --------------------------------------------------------------------------- where output may go
+
+# What readers of a folder of images take for part of the data.
+_TABLES = frozenset(
+    ["metadata.csv", "metadata.jsonl", "metadata.parquet", "labels.csv", "classes.yaml", "DRAWINGS"]
+)
+
+
+def check_target(
+    path: str | Path,
+    what: str,
+    is_ours: Callable[[Path], bool],
+    inputs: Iterable[str | Path] = (),
+) -> None:
+    """Check, before any work, that a file may be written where a person asks for it.
+
+    An earlier output of the same kind is replaced; no input of the command, and no file, link or
+    device of others, ever is.
+
+    Args:
+        path: The file to write.
+        what: What it is, in words, such as `a table of predictions`.
+        is_ours: Whether an existing file is an earlier output of this kind; may raise anything.
+        inputs: Files and folders that the command reads, and its other outputs.
+
+    Raises:
+        GloVLMError: It may not; the sentence says why, and what to do.
+    """
+    path = Path(path)
+    instead = "name another file"
+    given = [Path(place).expanduser() for place in inputs]
+    if any(_is_same_place(path, place) for place in given if not os.path.isdir(place)):
+        raise GloVLMError(f"'{path}' is read or written by this same command: {instead}.")
+    try:
+        # The fresh file beside it has a longer name, which must fit, too.
+        with suppress(FileNotFoundError):
+            os.lstat(_fresh_path(path))
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        folder = path.parent
+        if path.name in _TABLES and any(_lies_in(folder, place) for place in given):
+            raise GloVLMError(
+                f"'{path}' would be read as part of the data in that folder: {instead}."
+            ) from None
+        _check_folder(path)
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise GloVLMError(f"'{path}' cannot be written ({reason}): {instead}.") from None
+    if stat.S_ISDIR(mode):
+        raise GloVLMError(
+            f"Expected a file to write, found the folder '{path}': name a file in it."
+        )
+    if stat.S_ISLNK(mode) and (os.path.isfile(path) or not os.path.exists(path)):
+        raise GloVLMError(
+            f"'{path}' is a link to '{os.path.realpath(path)}', and links are not replaced: name "
+            "the file itself, or another one."
+        )
+    if not stat.S_ISREG(mode):
+        raise GloVLMError(
+            f"'{path}' is a device, a pipe, a socket or a link, and output is a file: {instead}."
+        )
+    ours = False
+    with suppress(Exception):  # a reader's, of what may be anything
+        ours = is_ours(path)
+    if not ours:
+        raise GloVLMError(
+            f"'{path}' is there already and is not {what} that was written here before, so it is "
+            f"not replaced: {instead}, or remove it."
+        )
+
+
+def first_line(path: Path, size: int = 4096) -> str:
+    """First line of a text file, without a mark of byte order; cut at so many bytes."""
+    with path.open("rb") as stream:
+        return stream.read(size).decode("utf-8-sig", "replace").partition("\n")[0]
+
+
+def _check_folder(path: Path) -> None:
+    """Check the folder around a file that is not there yet: the nearest that exists."""
+    folder = next(filter(os.path.exists, path.absolute().parents), None)
+    if folder is not None and not folder.is_dir():
+        raise GloVLMError(f"'{path}' cannot be written: '{folder}' is a file, not a folder.")
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        raise GloVLMError(
+            f"'{path}' cannot be written: the folder '{folder}' is read-only; name another file."
+        )
+
+
+def _is_same_place(path: Path, other: Path) -> bool:
+    """Whether two paths are one file: by links of either kind, or by names that differ in case."""
+    with suppress(OSError, ValueError):
+        if os.path.samefile(path, other):
+            return True
+    names = [os.path.realpath(place).casefold() for place in (path, other)]
+    return names[0] == names[1]
+
+
+def _lies_in(folder: Path, other: Path) -> bool:
+    base = os.path.realpath(other)
+    return os.path.isdir(other) and Path(os.path.realpath(folder)).is_relative_to(base)
 
 
 # ------------------------------------------------------------------------------------ one writer

@@ -481,7 +481,7 @@ def test_groups_are_named_for_people(column: str, unit: str) -> None:
 def test_a_card_is_written_from_results_alone(tmp_path: Path) -> None:
     results = make_results()
     (tmp_path / "results.json").write_text(json.dumps(results))
-    (tmp_path / "README.md").write_text("an old card")
+    (tmp_path / "README.md").write_text("---\nlibrary_name: hf-glovlm\n---\nan old card")
     card = write_card(tmp_path)
     assert card == tmp_path / "README.md"
     assert card.read_text() == render_card(results)
@@ -493,8 +493,8 @@ def test_a_card_is_written_from_results_alone(tmp_path: Path) -> None:
     ("content", "words"),
     [
         (None, "found no results.json"),
-        ("{", "cannot be read"),
-        ("[]", "a card cannot be made from"),
+        ("{", "is damaged"),
+        ("[]", "expected keys and values, found list"),
         ('{"config": {}}', "a card cannot be made from"),
     ],
 )

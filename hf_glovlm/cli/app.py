@@ -5,23 +5,21 @@ Exit codes: 0 done, 1 done in part (`predict` with unreadable images, `data chec
 to the error stream.
 """
 
-import json
 import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer import Argument, Option
 
 from .. import __version__
 from ..environment import quiet_libraries
-from ..errors import GloVLMError, nearest
+from ..errors import GloVLMError
 from ..lab.pretraining_config import PretrainConfig
 from ..runs.config import TrainConfig
 from ..settings import SEEDS, read_yaml
@@ -41,9 +39,7 @@ from .console import (
     print_table,
     show_progress,
     synthetic_mark,
-    to_csv,
     until_terminated,
-    write_file,
 )
 from .options import (
     BatchFlag,
@@ -58,12 +54,6 @@ from .options import (
 )
 from .publish import card, explain, explain_check, export, push
 from .slides import caption, crops, get, mil, slide
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-
-    from ..data import Groups
-    from ..inference import Predictions
 
 app = typer.Typer()
 data_app = typer.Typer(help="Look at labelled images.")
@@ -169,54 +159,31 @@ def evaluate(
     as_json: JsonFlag = False,
 ) -> None:
     """Measure a trained model on labelled images, with intervals over patients."""
-    check_output(output)
-    check_output(predictions)
+    check_output(output, "results", [data, model])
+    check_output(predictions, "predictions", [data, model, output])
 
-    from ..data import check_dataset, group_rows, load_dataset
-    from ..data.folder import is_synthetic
-    from ..environment import describe_environment
-    from ..inference import resolve_device
-    from ..inference.scale import check_scale
-    from ..publish.adapter_only import load_model
-    from ..runs import measure
+    from ..files import write_json
+    from ..runs.evaluation import UNKNOWN
+    from ..runs.evaluation import evaluate as measure
 
     quiet_libraries()
-    place = resolve_device(device)
-    rows = _choose_split(load_dataset(data), split)
-    classifier, processor, run = load_model(model)
-    known = _check_labels(classifier, rows)
-    report = check_dataset({"all": rows})
-    report.raise_problems()
-    groups = group_rows(rows)
-    seen = _check_unseen(run, rows, groups, allow=allow_seen)
-    scale = check_scale(classifier, processor, rows, allow=allow_scale)
-    predicted = _classify((classifier, processor), rows, batch_size, place, groups.ids)
-    results = {
-        "config": {
-            "model": model,
-            "data": data,
-            "split": split,
-            "allow_seen": allow_seen,
-            "allow_scale": allow_scale,
-        },
-        "data": {
-            "name": Path(data).name,
-            "fingerprint": report.fingerprint,
-            "classes": known,
-            "counts": report.counts["all"],
-            "group_column": groups.column,
-            "groups_seen_in_training": seen,
-            "mpp": scale,
-        },
-        **measure(predicted, n_resamples=n_resamples),
-        "notes": [groups.note],
-        "synthetic": classifier.config.synthetic or is_synthetic(data),
-        "environment": describe_environment(place),
-    }
+    results = measure(
+        model,
+        data,
+        split=split,
+        allow_seen=allow_seen,
+        allow_scale=allow_scale,
+        batch_size=batch_size,
+        device=device,
+        n_resamples=n_resamples,
+        progress=sys.stderr.isatty(),
+    )
     if predictions is not None:
-        predicted.save(predictions)
-    write_file(output, json.dumps(results, indent=1) + "\n")
+        results.predictions.save(predictions)
+    write_json(output, results.to_dict())
     print_metrics(results, as_json)
+    if as_json and UNKNOWN in results["notes"]:
+        note(UNKNOWN)
     note(f"results are in {output}")
 
 
@@ -232,33 +199,39 @@ def predict(
     as_json: JsonFlag = False,
 ) -> None:
     """Classify images. Unreadable ones are named and left out; the exit code is then 1."""
-    check_output(output)
-    if mpp is not None and not mpp > 0:
-        raise GloVLMError(f"--mpp must be above 0; found {mpp:g}.")
-    places = _list_images(images)
+    check_output(output, "table", [*images, model])
+    if mpp is not None and not 0 < mpp < float("inf"):
+        raise GloVLMError(f"--mpp must be a number above 0; found {mpp:g}.")
 
-    from ..inference import resolve_device
+    from ..files import write_csv
+    from ..inference import FeatureCache, resolve_device
+    from ..inference import predict as classify
     from ..inference.scale import check_scale, describe_scale
     from ..inference.sentences import calibration_columns
     from ..publish.adapter_only import load_model
+    from ..runs.evaluation import image_rows, list_images, readable_images
 
+    places = list_images(images)
     quiet_libraries()
-    place = resolve_device(device)
+    options: dict[str, Any] = {"batch_size": batch_size, "device": resolve_device(device)}
+    options |= {"cache": FeatureCache(), "progress": sys.stderr.isatty()}
     loaded = load_model(model)[:2]
-    readable, rows_of_images = places, _image_rows(places, mpp)
+    readable, rows_of_images = places, image_rows(places, mpp)
     scale, adapted = check_scale(*loaded, rows_of_images, allow=allow_scale), loaded[0].config.mpp
     if (scale == "unknown") != (adapted is None):
         adapted_at = describe_scale(adapted)
         note(f"micrometres per input pixel: {scale}; the model was adapted at {adapted_at}")
     try:
-        predictions = _classify(loaded, rows_of_images, batch_size, place)
+        predictions = classify(*loaded, rows_of_images, **options)
     except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone
-        readable = _readable(places)
-        if len(readable) == len(places):
+        readable, unreadable = readable_images(places)
+        for sentence in unreadable:
+            note(sentence)
+        if not unreadable:
             raise
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
-        predictions = _classify(loaded, _image_rows(readable, mpp), batch_size, place)
+        predictions = classify(*loaded, image_rows(readable, mpp), **options)
     answers = calibration_columns(predictions, loaded[0].config.calibration or {})
     shares = [f"p_{name}" for name in predictions.class_names]
     header = ["file_name", "predicted", *shares, *answers]
@@ -268,7 +241,7 @@ def predict(
         for name, label, p, *more in zip(*each, *answers.values(), strict=True)
     ]
     if output is not None:
-        write_file(output, to_csv([header, *rows]))
+        write_csv(output, header, rows)
     synthetic = " (learned from synthetic images)" if loaded[0].config.synthetic else ""
     title = f"Predictions{synthetic}"
     if as_json:
@@ -578,118 +551,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except OSError:
         return None
-
-
-# --------------------------------------------------------------------------------- what comes in
-
-
-def _choose_split(dataset: "DatasetDict", split: str | None) -> "Dataset":
-    if "all" in dataset:
-        if split not in (None, "all"):
-            raise GloVLMError(f"These data are not split, so there is no split '{split}'.")
-        return dataset["all"]
-    from ..data import all_rows
-
-    if split == "all":
-        return all_rows(dataset).remove_columns("split")
-    if (split or "test") not in dataset:
-        known = ", ".join([*dataset, "all"])
-        raise GloVLMError(f"These data have no split '{split or 'test'}': give --split {known}.")
-    return dataset[split or "test"]
-
-
-def _classify(
-    loaded: tuple[Any, Any], rows: "Dataset", batch_size: int, device: Any, groups: Any = None
-) -> "Predictions":
-    from ..inference import FeatureCache, predict
-
-    bar, cache = sys.stderr.isatty(), FeatureCache()
-    options = {"batch_size": batch_size, "device": device, "groups": groups}
-    return predict(*loaded, rows, cache=cache, progress=bar, **options)
-
-
-def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
-    """The classes of a model; refuses rows with a label that is none of them."""
-    known = [str(name) for name in classifier.config.id2label.values()]
-    unknown = next((name for name in rows.features["label"].names if name not in known), None)
-    if unknown:
-        raise GloVLMError(
-            f"The label '{unknown}' is no class of this model, which knows {', '.join(known)}."
-            f"{nearest(unknown, known)}"
-        )
-    return known
-
-
-def _check_unseen(
-    run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups", *, allow: bool
-) -> int:
-    """Number of groups that a model has learned from, by its results; refuses any not allowed."""
-    from ..data import group_rows
-
-    learned = (run or {}).get("data", {})
-    column, hashes = learned.get("group_column"), set(learned.get("support_groups_sha256", ()))
-    if not hashes or column not in (groups.column, "near_duplicate", *rows.column_names):
-        note("whether the model learned from some of these groups cannot be known")
-        return 0
-    ids = groups.ids if column == groups.column else group_rows(rows, group_column=column).ids
-    seen = sum(sha256(name.encode()).hexdigest() in hashes for name in set(ids))
-    if seen and not allow:
-        raise GloVLMError(
-            f"The model learned from {seen} of the {len(set(groups.ids))} groups in these data, so "
-            "the numbers would flatter it: leave them out, or give --allow-seen."
-        )
-    return seen
-
-
-def _list_images(places: Sequence[Path]) -> dict[str, Path]:
-    """Images by name: relative to the folder if one is given, else as given."""
-    from ..data.folder import SUFFIXES
-
-    paths: dict[str, Path] = {}
-    for place in places:
-        if not place.exists():
-            raise GloVLMError(f"Expected an image or a folder of images, found nothing at {place}.")
-        if place.is_file():
-            paths[place.as_posix()] = place
-            continue
-        inside = [
-            path
-            for path in sorted(place.rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(place).parts)
-        ]
-        if not inside:
-            kinds = ", ".join(sorted(SUFFIXES))
-            raise GloVLMError(f"Expected images ({kinds}) in {place}, found none.")
-        base = place if len(places) == 1 else Path()
-        paths |= {os.path.relpath(path, base).replace(os.sep, "/"): path for path in inside}
-    return paths
-
-
-def _image_rows(paths: Mapping[str, Path], mpp: float | None) -> "Dataset":
-    from datasets import Dataset, Features, Image, Value
-
-    from ..inference.scale import listed_mpp
-
-    types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
-    scales = listed_mpp(paths.values()) if mpp is None else [mpp] * len(paths)
-    columns = {"image": [*map(str, paths.values())], "file_name": [*paths], "mpp": scales}
-    return Dataset.from_dict(columns, Features(types))
-
-
-def _readable(paths: Mapping[str, Path]) -> dict[str, Path]:
-    """The images that can be decoded; the others are named."""
-    from ..data import open_image
-
-    readable: dict[str, Path] = {}
-    for name, path in paths.items():
-        try:
-            open_image(path)
-            readable[name] = path
-        except GloVLMError as error:
-            note(str(error))
-    return readable
 
 
 if __name__ == "__main__":

@@ -27,32 +27,50 @@ def synthetic_mark(data: str) -> str:
     return " (synthetic images)" if is_synthetic(data) else ""
 
 
-def check_output(path: Path | None) -> None:
-    """Refuse, before any work, what is no file or a file of a run."""
+def check_output(path: Path | None, kind: str, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse, before any work, a place where a file must not be written.
+
+    Args:
+        path: The file, if one is to be written.
+        kind: `results`, `predictions` (parquet) or `table` (CSV of predictions).
+        inputs: What the command reads, and its other outputs.
+    """
+    from ..files import check_target
+
     if path is None:
         return
-    if path.is_dir():
-        raise GloVLMError(f"Expected a file to write, found the folder {path}: name a file in it.")
-    if path.name in ("results.json", "predictions.parquet") and (path.parent / "model").is_dir():
+    beside = [path.parent / name for name in ("model", "config.yaml", "unfinished")]
+    if path.name in _OF_A_RUN and any(map(os.path.exists, beside)):
         raise GloVLMError(f"{path} belongs to a run: give another --output.")
+    check_target(path, *_OUTPUTS[kind], inputs)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all, in a folder that is made if need be."""
-    from ..files import write_text
+def _is_evaluation(path: Path) -> bool:
+    from ..files import read_json
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    content = read_json(path)
+    known = "metrics" in content and "model" in content["config"]  # before there were kinds
+    return known or content.get("kind") == "evaluation"
 
 
-def to_csv(rows: Iterable[Sequence[Any]]) -> str:
-    """Rows as CSV text."""
-    import csv
-    import io
+def _is_predictions(path: Path) -> bool:
+    import pyarrow.parquet as pq
 
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows(rows)
-    return stream.getvalue()
+    return b"hf_glovlm" in (pq.read_schema(path).metadata or {})
+
+
+def _is_table(path: Path) -> bool:
+    from ..files import first_line
+
+    return first_line(path).startswith("file_name,predicted,p_")
+
+
+_OF_A_RUN = ("results.json", "predictions.parquet", "episodes.json", "log.jsonl", "config.yaml")
+_OUTPUTS = {
+    "results": ("results of `glovlm evaluate`", _is_evaluation),
+    "predictions": ("predictions of `glovlm evaluate`", _is_predictions),
+    "table": ("a table of `glovlm predict`", _is_table),
+}
 
 
 INTERRUPTED, TERMINATED = 130, 143  # exit codes, as shells give them for SIGINT and SIGTERM

@@ -1,6 +1,5 @@
 """Commands that publish or explain a model: card, push, export, heat maps."""
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -107,6 +106,7 @@ def export(
         data=rows,
         data_name=Path(data).name if data else "synthetic images",
         synthetic=data is None,
+        reason=reason,
         on_stage=note,
     )
     if as_json:
@@ -178,25 +178,24 @@ def explain_check(
     from ..inference import resolve_device
     from ..publish.adapter_only import load_model
     from ..rendering import interval, number
+    from ..runs.evaluation import unlearned_rows
 
     quiet_libraries()
+    place = resolve_device(device)
     classifier, processor, run = load_model(model)
-    classifier.to(resolve_device(device))
+    classifier.to(place)
     rows = all_rows(load_dataset(data))
-    seen = set((run or {}).get("data", {}).get("support_groups_sha256", ()))
-    groups = group_rows(rows).ids
-    unseen = [i for i, g in enumerate(groups) if sha256(g.encode()).hexdigest() not in seen]
-    if len(unseen) < len(rows):
-        note(f"{len(rows) - len(unseen)} images of groups that the model learned from: left out")
-    if not unseen:
-        raise GloVLMError("The model learned from every group in these data: give others.")
-    rows = rows.select(unseen)
+    groups = group_rows(rows)
+    kept, sentence = unlearned_rows(run, rows, groups)
+    if sentence:
+        note(sentence)
+    rows = rows.select(kept)
     measured = evaluate_maps(
         classifier,
         processor,
         column(rows, "image"),
         load_masks(masks, column(rows, "file_name")),
-        [groups[i] for i in unseen],
+        [groups.ids[i] for i in kept],
         methods=methods,
         curves=curves,
         window=window,

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..data.folder import column, load_dataset, open_image
 from ..data.terminology import match_key
 from ..errors import GloVLMError
-from ..files import write_csv, write_json, write_table, write_text
+from ..files import check_target, write_csv, write_json, write_table, write_text
 from ..tables import column_name, read_table
 
 QUESTION = "Can you provide a concise description of the histopathology image shown?"
@@ -221,6 +221,8 @@ def write_captions(
     target = output or dataset / "metadata.csv"
     if target.suffix not in (".csv", ".parquet"):
         raise GloVLMError(f"Expected an output ending in .csv or .parquet, found {target.name}.")
+    own = dataset / "metadata.csv"  # gets a column more; nothing else of somebody's does
+    check_target(target, "a table of captions", lambda path: path == own or _is_captions(path))
     table = _CaptionTable(dataset, target)
     _check_question(question, table.classes)
     known = {} if overwrite else dict(table.known)
@@ -346,6 +348,15 @@ def _known_captions(path: Path) -> dict[str, str]:
     header, lines = _read_lines(path)
     index = _column_index("caption", header)
     return {} if index is None else {name: line[index].strip() for name, line in lines.items()}
+
+
+def _is_captions(path: Path) -> bool:
+    """Whether a file is a table as `write_captions` writes it."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        return list(pq.read_schema(path).names) == ["file_name", "caption"]
+    return {"file_name", "caption"} <= {*read_table(path).names}
 
 
 def _column_index(name: str, header: Sequence[str]) -> int | None:

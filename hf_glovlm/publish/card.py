@@ -5,8 +5,6 @@ leads to a patient or to a disk: no path, no file name, no group id. Every numbe
 the results, as it is there or rounded to three decimals (four in the front matter).
 """
 
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from jinja2 import UndefinedError
 
 from ..backbones import MINI, NOT_VERIFIED, known_rows
 from ..errors import GloVLMError
-from ..files import check_kind
+from ..files import check_kind, check_target, read_json, write_text
 from ..metrics import METRICS
 from ..rendering import (
     SYNTHETIC,
@@ -46,6 +44,7 @@ _LICENSES = frozenset(
     }
 )
 _FOLDER = "a local folder"
+_FRONT = 2**16  # characters of front matter at most
 _SHOWN = 3  # classes that it misses, pairs that it confuses
 _TAGS = ("few-shot", "vision-language", "not-for-diagnosis")
 SUBGROUPS = ("stain", "scanner")  # an institution or a reader is somebody's name
@@ -65,7 +64,7 @@ NOT_IN_SETTINGS = {
 _OPTIONAL = ("calibration", "prior_correction", "sets", "abstention", "transductive")
 # Metric ids of the Hub, where it has one for ours.
 _HUB_METRICS = {name: row.hub_name for name, row in METRICS.items() if row.hub_name}
-_MALFORMED = (KeyError, TypeError, AttributeError, UndefinedError)  # values that are not there
+_MALFORMED = (KeyError, TypeError, AttributeError, ValueError, OverflowError, UndefinedError)
 
 
 @dataclass(frozen=True)
@@ -155,25 +154,28 @@ def write_card(run_folder: str | Path, output: str | Path | None = None) -> Path
     check_kind(folder, "adaptation", "pretraining")
     pretrained = not (folder / "results.json").exists() and (folder / "pretraining.json").is_file()
     source = folder / ("pretraining.json" if pretrained else "results.json")
-    try:
-        facts = json.loads(source.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not source.exists():
         raise GloVLMError(
             f"Expected the output folder of `glovlm train`, found no results.json in {folder}: "
             "give the folder that was its --output-dir."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise GloVLMError(f"{source} cannot be read ({error}): run the training again.") from None
-    text = render_backbone_card(facts) if pretrained else render_card(facts)
+        )
     card = Path(output).expanduser() if output is not None else folder / "README.md"
-    temporary = card.with_name(f".{card.name}.{os.getpid()}")
+    check_target(card, "a card of ours", _is_card, [source])
+    facts = read_json(source)
     try:
-        card.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(card)
-    except OSError as error:
-        raise GloVLMError(f"The card cannot be written to {card} ({error.strerror}).") from None
+        text = render_backbone_card(facts) if pretrained else render_card(facts)
+    except GloVLMError as error:
+        raise GloVLMError(f"'{source}': {error}") from error
+    write_text(card, text)
     return card
+
+
+def _is_card(path: Path) -> bool:
+    """Whether a file is a card of ours, by its front matter."""
+    front = path.read_text(encoding="utf-8")[:_FRONT].split("\n---", 1)[0]
+    return (
+        front.startswith("---") and re.search(r"^library_name: hf-glovlm$", front, re.M) is not None
+    )
 
 
 def _card_values(results: Mapping[str, Any], publication: Publication | None) -> dict[str, Any]:
@@ -379,6 +381,7 @@ def _compute(results: Mapping[str, Any]) -> list[list[Any]]:
     rows = [
         [f"{name}, s" if name != "peak_memory_mib" else "peak memory, MiB", n]
         for name, n in results["timing"].items()
+        if n is not None
     ]
     return [*rows, ["trainable parameters", results["training"]["trainable_parameters"]]]
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..backbones import BACKBONES, NOT_VERIFIED, Backbone, known_rows
+from ..backbones import BACKBONES, NOT_VERIFIED, Backbone
 from ..errors import GloVLMError
 
 __all__ = ["Licence", "Part", "check_publishing", "describe_licence", "read_licence"]
@@ -61,11 +61,11 @@ def read_licence(config: Any) -> Licence:
     Args:
         config: A `GloVLMConfig`: `backbone_name`, `backbone_license`, `backbone_restrictions`.
     """
-    name = config.backbone_name or ""
+    name = str(config.backbone_name or "")
     parts = [part for part in name.split("+") if part]
     rows = [row for part in parts for row in _rows(part)]
-    names = [part.strip() for part in (config.backbone_license or "").split(" + ")]
-    stated = [part for part in names if part and part != NOT_VERIFIED]
+    names = [part.strip() for part in str(config.backbone_license or "").split(" + ")]
+    stated = [part for part in names if part and part.lower() != NOT_VERIFIED]
     forbids = {*(config.backbone_restrictions or []), *_forbidden(" ".join(stated))}
     forbids |= {word for row in rows for word in row.restrictions}
     return Licence(
@@ -79,7 +79,10 @@ def read_licence(config: Any) -> Licence:
 
 
 def check_publishing(config: Any, what: Part, reason: str | None = None) -> None:
-    """Check that the licence of the base allows a publication.
+    """Check that the licence of the base allows a publication: the one rule of every door.
+
+    The models' own `push_to_hub` has the short form of it that stands without this package, for
+    `full` and no reason.
 
     Nothing opens a gated base or one that forbids derivatives: its weights stay here, merged,
     converted or not. What was learned beside them (an adapter, a head) may leave for a written
@@ -146,15 +149,14 @@ def describe_licence(config: Any, what: Part, reason: str | None = None) -> list
 
 
 def _rows(part: str) -> list[Backbone]:
-    """Rows that a tower's name may mean; a folder's name is compared with the last part of ids."""
-    if "/" in part:
-        return known_rows(part)
+    """Rows that a tower's name may mean, whatever its case: ids, short names, names of folders."""
     low = part.lower()
-    return [
-        row
-        for row in BACKBONES.values()
-        if low in (row.name, (row.hub_id or "").rpartition("/")[2].lower())
-    ]
+    return [row for row in BACKBONES.values() if low in _names(row)]
+
+
+def _names(row: Backbone) -> set[str]:
+    hub_id = (row.hub_id or "").lower()
+    return {row.name, hub_id, hub_id.rpartition("/")[2]}
 
 
 def _forbidden(names: str) -> set[str]:

@@ -25,7 +25,7 @@ from ..data.folder import column, open_image
 from ..errors import GloVLMError, nearest
 from ..files import replacing
 from ..inference import evaluation_mode, load_classifier
-from .licences import read_licence
+from .licences import check_publishing
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -113,6 +113,7 @@ def export_model(
     data_name: str = "",
     synthetic: bool = False,
     tolerance: float = TOLERANCE,
+    reason: str | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Export what `glovlm train` wrote: a run's folder, its `model/`, or a Hub id.
@@ -129,6 +130,7 @@ def export_model(
         data_name=data_name,
         synthetic=synthetic,
         tolerance=tolerance,
+        reason=reason,
         on_stage=on_stage,
     )
 
@@ -143,6 +145,7 @@ def export_classifier(
     data_name: str = "",
     synthetic: bool = False,
     tolerance: float = TOLERANCE,
+    reason: str | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write a classifier as an ONNX graph with its preprocessing, or leave nothing.
@@ -162,6 +165,8 @@ def export_classifier(
         data_name: What to call these.
         synthetic: Whether these are synthetic images.
         tolerance: Most that a logit of the fp32 graph may differ from the model's.
+        reason: Why, where the licence of the base asks for one: a graph holds its weights in a form
+            that is easily passed on.
         on_stage: Called with the name of each stage.
 
     Raises:
@@ -169,7 +174,7 @@ def export_classifier(
             one graph, its logits differ by more than the tolerance, or the folder is in use.
     """
     notify = on_stage or (lambda text: None)
-    _check_request(model, format)
+    _check_request(model, format, reason)
     target = _check_folder(Path(output_dir))
     sample = None if data is None else _images(model, data, data_name, synthetic)
     with evaluation_mode(model), replacing(target) as work:
@@ -273,20 +278,14 @@ def describe_input(
 # ------------------------------------------------------------------------------ what can be done
 
 
-def _check_request(model: Any, format: str) -> None:
+def _check_request(model: Any, format: str, reason: str | None) -> None:
     if format not in get_args(Format):
         raise GloVLMError(
             f"Unknown format '{format}': expected {' or '.join(get_args(Format))}."
             f"{nearest(format, get_args(Format))}"
         )
     config = model.config
-    licence = read_licence(config)
-    if licence.locked:
-        why = "gated" if licence.gated else f"licensed {licence.stated}, without derivatives"
-        raise GloVLMError(
-            f"'{licence.base}' is {why}, and a graph holds its weights in a form that is easily "
-            "passed on: use the model where it is. No option overrides this."
-        )
+    check_publishing(config, "export", reason)
     if getattr(model.head, "needs_model", False):
         raise GloVLMError(
             "This head reads every class text anew for each image (method cocoop), so the text "

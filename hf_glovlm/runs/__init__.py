@@ -6,8 +6,9 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .config import TrainConfig
+    from .evaluation import measure
     from .results import RunResult
-    from .workflow import OWN_FILES, measure, run
+    from .workflow import OWN_FILES, run
 
 __all__ = ["OWN_FILES", "RunResult", "TrainConfig", "measure", "run"]
 
@@ -17,7 +18,7 @@ __getattr__ = lazy_names(
         "OWN_FILES": "workflow",
         "RunResult": "results",
         "TrainConfig": "config",
-        "measure": "workflow",
+        "measure": "evaluation",
         "run": "workflow",
     },
 )

@@ -19,6 +19,7 @@ from ..inference.sentences import copy_sharing_weights
 from ..methods import METHODS, FeatureMethod, HeadMethod
 from ..metrics import compute_metrics
 from ..training import AdaptConfig, adapt
+from .evaluation import check_unlearned, hash_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -114,6 +115,8 @@ def leave_patients_out(
             copy_sharing_weights(model), method, rows.select(kept),
             processor=processor, classes=classes, config=config, cache=store,
         )  # fmt: skip
+        learned = hash_groups(patients[int(i)] for i in kept)
+        check_unlearned(learned, [patients[int(i)] for i in left])
         predictions = predict(adapted.model, processor, rows.select(left), cache=store)
         probabilities[left], logits[left] = predictions.probabilities, predictions.logits
         if on_patient is not None:

@@ -30,7 +30,7 @@ from ..calibration import (
     prior_shift,
 )
 from ..calibration.inputs import softmax
-from ..environment import describe_environment
+from ..environment import check_tracker, describe_environment, peak_memory
 from ..errors import GloVLMError
 from ..files import digest_file, digest_value, write_text
 from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
@@ -39,6 +39,7 @@ from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import SUBGROUPS, render_card
 from ..training import Adapted, adapt
 from .config import TrainConfig
+from .evaluation import check_unlearned, hash_groups, measure
 from .folder import CODE_VERSION, RunFolder, make_accelerator
 from .results import RunResult
 
@@ -152,6 +153,7 @@ def run(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
+    check_tracker(config.tracker)
     processes = _Processes(config, get_method(config.method))
     output = Path(config.output_dir).expanduser()
     accelerator = processes.accelerator
@@ -202,7 +204,9 @@ def _run(
         clock.lap("predict")
 
         report("stage", {"name": "measuring"})
-        measured = measure(predictions, n_resamples=config.n_resamples, seed=config.seed)
+        measured = measure(
+            predictions, learned=task.learned(), n_resamples=config.n_resamples, seed=config.seed
+        )
         clock.lap("metrics")
 
         facts = calibrated and {"temperature": calibrated.temperature, **calibrated.facts}
@@ -220,6 +224,7 @@ def _run(
             "timing": clock.report(),
             "environment": describe_environment(processes.device, processes.count),
         }
+        processes.log(results)
         if processes.main:
             _write_run(work, adapted, predictions, results, task)
             folder.put_in_place(made_from)
@@ -279,6 +284,12 @@ class _Task:
         """The rows on one side of the split, and the group of each."""
         index = getattr(self.episode, name)
         return self.rows.select(index), [self.groups[i] for i in index]
+
+    def learned(self, *, calibrated: bool = True) -> set[str]:
+        """Hashes of the groups that the model learned from; also those of its calibration."""
+        sides = [self.episode.support, self.episode.validation]
+        sides += [self.episode.calibration] if calibrated else []
+        return hash_groups(self.groups[i] for index in sides for i in index)
 
 
 def _read_task(config: TrainConfig, loader: Loader) -> _Task:
@@ -387,22 +398,6 @@ def _write_run(
     save_episodes(work / "episodes.json", [task.episode], task.rows, results["data"]["name"])
 
 
-def measure(predictions: Predictions, *, n_resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Compute every metric of labelled predictions, with intervals over their groups."""
-    from ..metrics import compute_metrics
-
-    assert predictions.labels is not None  # callers predict labelled rows
-    return compute_metrics(
-        predictions.labels,
-        predictions.probabilities,
-        groups=predictions.groups,
-        class_names=predictions.class_names,
-        similarities=predictions.similarities,
-        n_resamples=n_resamples,
-        seed=seed,
-    )
-
-
 def _subgroups(
     predictions: Predictions, test: "Dataset", config: TrainConfig
 ) -> dict[str, dict[str, Any]]:
@@ -432,6 +427,7 @@ def _calibrate(adapted: Adapted, task: _Task, processes: "_Processes") -> Calibr
     config, model, calibration = task.config, adapted.model.config, None
     if task.episode.calibration:
         rows, groups = task.side("calibration")
+        check_unlearned(task.learned(calibrated=False), groups)
         predictions = processes.predict(adapted, rows, groups)
         assert predictions.labels is not None  # rows of a labelled set
         calibration = calibrate(
@@ -630,13 +626,10 @@ def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -
 
 def _describe_data(task: _Task) -> dict[str, Any]:
     """Where the rows come from and how they are split, as the results state it."""
-    from hashlib import sha256
-
     from ..data import split_hash
 
     config, episode, classes = task.config, task.episode, task.classes
     labels, groups = task.labels, task.groups
-    learned = (*episode.support, *episode.validation, *episode.calibration)
     sides = {
         "support": episode.support,
         "validation": episode.validation,
@@ -659,7 +652,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
         "shots": episode.shots,
         "sampler": episode.sampler,
         "support": task.summary,
-        "support_groups_sha256": sorted({sha256(groups[i].encode()).hexdigest() for i in learned}),
+        "support_groups_sha256": sorted(task.learned()),
         "notes": list(task.report.notes),
     }
 
@@ -710,28 +703,25 @@ class _Clock:
         self.laps[name] = round(now - self.last, 3)
         self.last = now
 
-    def report(self) -> dict[str, float]:
-        import resource
-        import sys
-
-        # Kilobytes on Linux, bytes on macOS.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        mib = peak / (2**20 if sys.platform == "darwin" else 2**10)
+    def report(self) -> dict[str, float | None]:
+        peak = peak_memory()
+        mib = None if peak is None else round(peak / 2**20, 1)
         total = round(time.perf_counter() - self.start, 3)
-        return {**self.laps, "total": total, "peak_memory_mib": round(mib, 1)}
+        return {**self.laps, "total": total, "peak_memory_mib": mib}
 
 
 class _Processes:
-    """Processes of a run: one or many, their device, their feature cache.
+    """Processes of a run: one or many, their device, their feature cache, their trackers.
 
-    Accelerate is only brought in for methods that train.
+    Accelerate is only brought in for methods that train, and for trackers.
     """
 
     def __init__(self, config: TrainConfig, method: Method) -> None:
         self.cache = FeatureCache() if config.cache else None
         self.accelerator: Accelerator | None = None
         self.device = resolve_device(config.device)
-        if not isinstance(method, FeatureMethod) or "LOCAL_RANK" in os.environ:
+        alone = isinstance(method, FeatureMethod) and "LOCAL_RANK" not in os.environ
+        if not alone or config.tracker is not None:
             if self.device.type == "cuda" and self.device.index and "LOCAL_RANK" not in os.environ:
                 torch.cuda.set_device(self.device)  # which Accelerate then takes
             self.accelerator = make_accelerator(
@@ -750,6 +740,18 @@ class _Processes:
         """Begin to log to the tracker, if there is one."""
         if self.accelerator is not None and self.config.tracker:
             self.accelerator.init_trackers("glovlm", config={"method": self.config.method})
+
+    def log(self, results: Mapping[str, Any]) -> None:
+        """Log the test metrics, the training's facts and times to the trackers, for any method."""
+        if self.accelerator is None or not self.accelerator.trackers:
+            return
+        values = {f"test/{name}": entry["value"] for name, entry in results["metrics"].items()}
+        values |= {f"training/{name}": value for name, value in results["training"].items()}
+        values |= {f"training/{k}": v for k, v in results["training"]["facts"].items()}
+        values |= {f"timing/{name}": value for name, value in results["timing"].items()}
+        numbers = {k: v for k, v in values.items() if type(v) in (int, float)}
+        # Behind the epochs: a tracker may ignore a step that is not above the last.
+        self.accelerator.log(numbers, step=results["training"]["epochs_run"] + 1)
 
     def wait(self) -> None:
         """Meet the other processes, and close the trackers."""

@@ -1,0 +1,374 @@
+"""Evaluation: a trained model measured on labelled images that it did not learn from.
+
+What a model learned from is never measured: the groups (patients, cases, slides) of its support,
+validation and calibration images are known by their hashes, and every command that measures asks
+`check_unlearned` or leaves `learned_rows` out.
+"""
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..environment import describe_environment
+from ..errors import GloVLMError, nearest
+from ..files import check_fields
+from ..inference import FeatureCache, Predictions, predict, resolve_device
+from ..inference.prediction import class_names
+from ..inference.scale import check_scale, listed_mpp
+from .config import IN_MEMORY
+from .results import RunResult
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+    from ..data import Groups
+
+_FIELDS: dict[str, tuple[type, ...]] = {  # of a run's results.json
+    "data": (dict,),
+    "data.group_column": (str, type(None)),
+    "data.support_groups_sha256": (list, type(None)),
+}
+UNKNOWN = "Whether the model learned from some of these groups cannot be known."
+
+
+class Evaluation(RunResult):
+    """Results of an evaluation: what `glovlm evaluate` writes, and the predictions.
+
+    Attributes:
+        predictions: Of the measured images, in the order of the rows.
+    """
+
+    def __init__(self, content: Mapping[str, Any], folder: Path, predictions: Predictions) -> None:
+        super().__init__(content, folder)
+        self.predictions = predictions
+
+    def load_predictions(self) -> Predictions:
+        """Probabilities, labels and groups of the measured images."""
+        return self.predictions
+
+    def __repr__(self) -> str:
+        kind = " (synthetic images)" if self["synthetic"] else ""
+        title = f"{self['n']} images of {self['n_groups']} groups{kind}"
+        table = self.to_frame().to_string(float_format="{:.3f}".format)
+        return "\n".join([title, table, *self["notes"]])
+
+
+def evaluate(
+    model: str | Path | RunResult,
+    data: "str | Path | Dataset | DatasetDict",
+    *,
+    split: str | None = None,
+    allow_seen: bool = False,
+    allow_scale: bool = False,
+    batch_size: int = 32,
+    device: str = "auto",
+    n_resamples: int = 2000,
+    cache: bool = True,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a trained model on labelled images, with intervals over their groups.
+
+    Args:
+        model: A run's folder, its `model/`, a Hub id, or what `run` returned.
+        data: Folder, parquet file, Hub id, or a data set in memory.
+        split: Of the data; by default `test` where they are split, else all.
+        allow_seen: Accept groups that the model learned from.
+        allow_scale: Accept images at a very different scale.
+        batch_size: Images encoded at a time, 1 or more.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        n_resamples: Bootstrap resamples, 1 or more.
+        cache: Whether features are looked up and stored.
+        progress: Whether to show a progress bar on the terminal.
+
+    Returns:
+        A mapping like a run's results (`kind` is `evaluation`; `metrics`, `per_class`, `data`,
+        `notes`, ...). `data["groups_seen_in_training"]` is `None` where that cannot be known.
+
+    Raises:
+        GloVLMError: The data have problems or labels that are no class of the model, the model
+            learned from some of their groups, or their scale is another.
+    """
+    from ..data import check_dataset, group_rows, load_dataset
+    from ..data.folder import is_synthetic
+    from ..publish.adapter_only import load_model
+
+    for name, value in (("batch_size", batch_size), ("n_resamples", n_resamples)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise GloVLMError(f"{name} must be a whole number of 1 or more; found {value!r}.")
+    place = resolve_device(device)
+    source = str(model.folder if isinstance(model, RunResult) else model)
+    rows = choose_split(load_dataset(data), split)
+    classifier, processor, run = load_model(source)
+    known = _check_labels(classifier, rows)
+    report = check_dataset({"all": rows})
+    report.raise_problems()
+    groups = group_rows(rows)
+    learned = learned_rows(run, rows, groups)
+    seen = None
+    if learned is not None:
+        seen = len({group for group, one in zip(groups.ids, learned, strict=True) if one})
+        if seen and not allow_seen:
+            raise _flattering(seen, len(set(groups.ids)))
+    scale = check_scale(classifier, processor, rows, allow=allow_scale)
+    predictions = predict(
+        classifier, processor, rows,
+        batch_size=batch_size, device=place, groups=groups.ids, progress=progress,
+        cache=FeatureCache() if cache else None,
+    )  # fmt: skip
+    named = str(data) if isinstance(data, str | Path) else None
+    results = {
+        "kind": "evaluation",
+        "config": {
+            "model": source,
+            "data": named,
+            "split": split,
+            "allow_seen": allow_seen,
+            "allow_scale": allow_scale,
+        },
+        "data": {
+            "name": IN_MEMORY if named is None else Path(named).name,
+            "fingerprint": report.fingerprint,
+            "classes": known,
+            "counts": report.counts["all"],
+            "group_column": groups.column,
+            "groups_seen_in_training": seen,
+            "mpp": scale,
+        },
+        **measure(predictions, n_resamples=n_resamples),
+        "notes": [groups.note, *([UNKNOWN] if seen is None else [])],
+        "synthetic": classifier.config.synthetic or is_synthetic(data),
+        "environment": describe_environment(place),
+    }
+    return Evaluation(results, Path(source), predictions)
+
+
+def measure(
+    predictions: Predictions,
+    *,
+    learned: Collection[str] = (),
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compute every metric of labelled predictions, with intervals over their groups.
+
+    Args:
+        predictions: Of labelled images.
+        learned: Hashes of the groups that the model learned from, see `hash_groups`.
+        n_resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Raises:
+        GloVLMError: The model learned from one of the groups.
+    """
+    from ..metrics import compute_metrics
+
+    assert predictions.labels is not None  # callers predict labelled rows
+    check_unlearned(learned, predictions.groups or ())
+    return compute_metrics(
+        predictions.labels,
+        predictions.probabilities,
+        groups=predictions.groups,
+        class_names=predictions.class_names,
+        similarities=predictions.similarities,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+
+
+# --------------------------------------------------------------------------- what was learned from
+
+
+def hash_groups(groups: Iterable[str]) -> set[str]:
+    """Hashes by which results know the groups that a model learned from (SHA-256)."""
+    return {sha256(group.encode()).hexdigest() for group in groups}
+
+
+def check_unlearned(learned: Collection[str], groups: Iterable[str]) -> None:
+    """Check that a model learned from none of the groups that are to be measured.
+
+    Args:
+        learned: Hashes of the groups that it learned from.
+        groups: Group of each measured image.
+
+    Raises:
+        GloVLMError: It learned from some.
+    """
+    measured = hash_groups(groups)
+    if seen := len(measured & set(learned)):
+        raise _flattering(seen, len(measured))
+
+
+def learned_rows(
+    run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups"
+) -> list[bool] | None:
+    """Which rows a model learned from, by the results of its run.
+
+    Args:
+        run: The results, as `load_model` returns them.
+        rows: Images as `load_dataset` makes them.
+        groups: Their groups.
+
+    Returns:
+        One value a row; `None` where it cannot be known: there are no results beside the model, or
+        the rows lack the column that its groups came from.
+    """
+    from ..data import group_rows
+
+    if run is None:
+        return None
+    check_fields(Path("results.json"), run, _FIELDS)
+    group_column = run["data"].get("group_column")
+    hashes = run["data"].get("support_groups_sha256")
+    if not hashes or group_column not in (groups.column, "near_duplicate", *rows.column_names):
+        return None
+    if group_column != groups.column:
+        groups = group_rows(rows, group_column=group_column)
+    learned = {str(value) for value in hashes}
+    return [bool(hash_groups([group]) & learned) for group in groups.ids]
+
+
+def unlearned_rows(
+    run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups"
+) -> tuple[list[int], str | None]:
+    """Rows that may be measured: without those of groups that a model learned from.
+
+    Args:
+        run: See `learned_rows`.
+        rows: See `learned_rows`.
+        groups: See `learned_rows`.
+
+    Returns:
+        Their numbers, and a sentence where rows are left out or nothing is known.
+
+    Raises:
+        GloVLMError: Nothing is left.
+    """
+    learned = learned_rows(run, rows, groups)
+    if learned is None:
+        return list(range(len(rows))), UNKNOWN
+    kept = [row for row, one in enumerate(learned) if not one]
+    if not kept:
+        raise GloVLMError("The model learned from every group in these data: give others.")
+    left = len(rows) - len(kept)
+    what = f"{left} images of groups that the model learned from are left out."
+    return kept, what if left else None
+
+
+def _flattering(seen: int, total: int) -> GloVLMError:
+    return GloVLMError(
+        f"The model learned from {seen} of the {total} groups in these data, so the numbers would "
+        "flatter it: leave them out, or give --allow-seen."
+    )
+
+
+# ------------------------------------------------------------------------------- what is measured
+
+
+def choose_split(dataset: "DatasetDict", split: str | None) -> "Dataset":
+    """Rows of one split; `test` by default, and all where nothing is split.
+
+    Raises:
+        GloVLMError: There is no such split.
+    """
+    if "all" in dataset:
+        if split not in (None, "all"):
+            raise GloVLMError(f"These data are not split, so there is no split '{split}'.")
+        return dataset["all"]
+    from ..data import all_rows
+
+    if split == "all":
+        return all_rows(dataset).remove_columns("split")
+    if (split or "test") not in dataset:
+        known = [*dataset, "all"]
+        raise GloVLMError(
+            f"These data have no split '{split or 'test'}': give --split {', '.join(known)}."
+            f"{nearest(split or 'test', known)}"
+        )
+    return dataset[split or "test"]
+
+
+def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
+    """The classes of a model; refuses rows with a label that is none of them."""
+    known = class_names(classifier.config)
+    unknown = next((name for name in rows.features["label"].names if name not in known), None)
+    if unknown:
+        raise GloVLMError(
+            f"The label '{unknown}' is no class of this model, which knows {', '.join(known)}."
+            f"{nearest(unknown, known)}"
+        )
+    return known
+
+
+def list_images(places: Sequence[Path]) -> dict[str, Path]:
+    """List image files by name: relative to the folder if one is given, else as given.
+
+    Args:
+        places: Images, and folders of images.
+
+    Raises:
+        GloVLMError: There is nothing, something else than a file or folder, or no image.
+    """
+    from ..data.folder import SUFFIXES
+
+    paths: dict[str, Path] = {}
+    for place in places:
+        if place.is_file():
+            paths[place.as_posix()] = place
+            continue
+        if not place.is_dir():
+            actual = "a device or pipe" if place.exists() else "nothing"
+            raise GloVLMError(
+                f"Expected an image or a folder of images, found {actual} at {place}."
+            )
+        inside = [
+            path
+            for path in sorted(place.rglob("*"))
+            if path.suffix.lower() in SUFFIXES
+            and path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(place).parts)
+        ]
+        if not inside:
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise GloVLMError(f"Expected images ({kinds}) in {place}, found none.")
+        base = place if len(places) == 1 else Path()
+        paths |= {_relative(path, base): path for path in inside}
+    return paths
+
+
+def _relative(path: Path, base: Path) -> str:
+    try:
+        return os.path.relpath(path, base).replace(os.sep, "/")
+    except ValueError:  # on another drive of Windows
+        return path.as_posix()
+
+
+def image_rows(paths: Mapping[str, Path], mpp: float | None = None) -> "Dataset":
+    """Rows of image files without labels: `image`, `file_name`, `mpp`.
+
+    Args:
+        paths: Files by name.
+        mpp: Micrometres per pixel of all; by default from a metadata.csv beside each.
+    """
+    from datasets import Dataset, Features, Image, Value
+
+    types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
+    scales = listed_mpp(paths.values()) if mpp is None else [mpp] * len(paths)
+    columns = {"image": [*map(str, paths.values())], "file_name": [*paths], "mpp": scales}
+    return Dataset.from_dict(columns, Features(types))
+
+
+def readable_images(paths: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
+    """The images that can be decoded, and a sentence about each of the others."""
+    from ..data import open_image
+
+    readable: dict[str, Path] = {}
+    unreadable: list[str] = []
+    for name, path in paths.items():
+        try:
+            open_image(path)
+            readable[name] = path
+        except GloVLMError as error:
+            unreadable.append(str(error))
+    return readable, unreadable
