@@ -1,5 +1,6 @@
 """Model configuration: the two towers, their pooling, and the classification task."""
 
+import re
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -16,6 +17,15 @@ _CHOICES = {
 }
 _LABELS = "_labels"  # the class names that prompts, calibration, ... are of
 PAIR_TYPE = "vision-text-dual-encoder"
+
+# Bases that are gated or forbid derivatives, by every name that a config may give them.
+LOCKED_BASES = frozenset(
+    {
+        *("conch", "mahmoodlab/conch", "pathgen-clip", "jamessyx/pathgen-clip", "medsiglip"),
+        *("medsiglip-448", "google/medsiglip-448", "uni", "mahmoodlab/uni", "virchow2"),
+        "paige-ai/virchow2",
+    }
+)
 
 # Every saved folder names all of its classes, whichever of them was saved.
 AUTO_MAP = {
@@ -178,6 +188,32 @@ class GloVLMConfig(PreTrainedConfig):
         if before is not None and names != before:
             self.prompts = self.prior_shift = self.calibration = None
             self.temperature = 1.0
+
+    def check_publishing(self) -> None:
+        """Check that the licence of the base allows to publish the model's weights.
+
+        Raises:
+            ValueError: The base is gated or forbids derivatives, or its licence is not known.
+        """
+        name = str(self.backbone_name or "")
+        bases = [part for part in name.lower().split("+") if part]
+        stated = [part.strip() for part in str(self.backbone_license or "").lower().split(" + ")]
+        stated = [part for part in stated if part not in ("", "not verified")]
+        forbidden = {*(self.backbone_restrictions or ())} & {"no-derivatives"}
+        forbidden |= {part for part in stated if re.search(r"\bnd\b|no-?derivatives", part)}
+        if forbidden or LOCKED_BASES & {*bases}:
+            raise ValueError(
+                f"The base '{name}' is gated, or its licence ({self.backbone_license}) allows no "
+                "derivatives, so its weights cannot be published. `save_pretrained` keeps them "
+                "here; `glovlm push --adapter-only` publishes what was learned beside them, if the "
+                "terms allow that."
+            )
+        if len(stated) < max(len(bases), 1):
+            raise ValueError(
+                f"The licence of the base '{name or 'unnamed'}' is not known, so its weights "
+                "cannot be published: read its terms, then state the licence in the config's "
+                "`backbone_license`, or use `glovlm push --reason`, which states why on the card."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, without the path of the backbone on this disk (private)."""

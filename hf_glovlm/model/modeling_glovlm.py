@@ -77,6 +77,31 @@ class GloVLMPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Upload the model, where the licence of its base allows that.
+
+        Args:
+            *args: As `PreTrainedModel.push_to_hub` takes them.
+            **kwargs: As `PreTrainedModel.push_to_hub` takes them.
+
+        Raises:
+            ValueError: It does not, see `GloVLMConfig.check_publishing`.
+        """
+        self.config.check_publishing()
+        return super().push_to_hub(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model, which is always allowed; with `push_to_hub`, see there.
+
+        Args:
+            save_directory: Where to write.
+            *args: As `PreTrainedModel.save_pretrained` takes them.
+            **kwargs: As `PreTrainedModel.save_pretrained` takes them.
+        """
+        if kwargs.get("push_to_hub") or any(args[2:3]):
+            self.config.check_publishing()
+        super().save_pretrained(save_directory, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Only what is ours: the towers are transformers models and initialise themselves.

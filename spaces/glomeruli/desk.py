@@ -309,6 +309,9 @@ class Desk:
     ) -> dict[str, Any]:
         """Adapt a model to labelled images: leave-one-patient-out metrics and the model as a zip.
 
+        Where the licence of the base does not allow a download, `model` is empty and `limits` says
+        so.
+
         Args:
             files: Images, each by `handle_file`.
             labels: Class of each image.
@@ -326,14 +329,18 @@ class Desk:
         for image, label in zip(images, labels, strict=True):
             support.setdefault(label, []).append(image)
         adapted = adapt_classifier(self.shelf.get(model), support, method)
-        path = zip_model(adapted, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
         measured = adapted.results["metrics"] if adapted.results else None
-        file = gr.FileData(path=str(path), orig_name=path.name).model_dump()
+        file, limits = None, describe_limits(adapted.loaded.ask().config)
+        try:
+            path = zip_model(adapted, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
+            file = gr.FileData(path=str(path), orig_name=path.name).model_dump()
+        except GloVLMError as error:
+            limits = [str(error), *limits]
         return {
             "estimate": adapted.estimate,
             "metrics": measured,
             "notes": adapted.notes,
-            "limits": describe_limits(adapted.loaded.ask().config),
+            "limits": limits,
             "model": file,
         }
 

@@ -24,6 +24,7 @@ from hf_glovlm import (
     __version__,
     adapt,
     build_zero_shot,
+    check_publishing,
     copy_sharing_weights,
     describe_image_scale,
     describe_limits,
@@ -258,15 +259,16 @@ def zip_model(adapted: AdaptedModel, folder: Path, settings: Settings) -> Path:
         settings: On a page of one's own, nothing leaves the machine.
 
     Raises:
-        GloVLMError: The licence of the base forbids to pass on what is made of it.
+        GloVLMError: The licence of the base forbids to pass on what is made of it, or is not known.
     """
-    config = adapted.loaded.ask().config
-    if "no-derivatives" in (config.backbone_restrictions or ()) and not settings.folders:
-        raise GloVLMError(
-            f"The licence of '{config.backbone_name}' ({config.backbone_license}) forbids to pass "
-            "on what is made from its weights, so there is no download here: run the page on your "
-            "own machine."
-        )
+    if not settings.folders:
+        try:
+            check_publishing(adapted.loaded.ask().config, "full")
+        except GloVLMError as error:
+            raise GloVLMError(
+                "There is no download here, as the licence of the base forbids to pass its weights "
+                f"on, or is not known: run the page on your own machine. ({error})"
+            ) from error
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
