@@ -14,7 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from ..errors import GloVLMError
-from ..files import replacing
+from ..files import check_fields, read_json, replacing
+from .saved import loading_reason
 
 ORIGIN = "backbone.json"  # beside converted weights: which checkpoint and commit they come from
 _CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
@@ -142,7 +143,9 @@ def read_origin(folder: Path) -> tuple[str | None, str | None]:
     """Origin (Hub id, commit) of the converted weights in a folder, where it is written."""
     if not (folder / ORIGIN).is_file():
         return None, None
-    origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    origin = read_json(folder / ORIGIN)
+    kinds = (str, type(None))
+    check_fields(folder / ORIGIN, origin, {"hub_id": kinds, "revision": kinds})
     return origin.get("hub_id"), origin.get("revision")
 
 
@@ -162,7 +165,7 @@ def cannot_load(name: str, place: str, error: Exception, *, gated: bool = False)
             f"Backbone '{name}' is gated, and you have no access to it: ask for access at "
             f"https://huggingface.co/{place} and run `hf auth login`."
         )
-    what = str(error).strip().splitlines()[0]
+    what = loading_reason(error, Path(place))
     for cause in _causes(error):
         if isinstance(cause, RevisionNotFoundError):
             what = f"{place} has no such revision."

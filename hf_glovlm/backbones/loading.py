@@ -3,18 +3,23 @@
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import GloVLMError, nearest
-from ..files import digest_tensors, digest_value, model_folder
+from ..files import digest_tensors, digest_value, model_folder, read_json
 from .checkpoints import Checkpoint, cannot_load, convert_folder, read_origin, write_origin
+from .saved import check_processor, read_config
 from .table import BACKBONES, Backbone
 
 MINI = Path(__file__).parents[1] / "mini"
 DUAL_ENCODERS = ("clip", "siglip", "siglip2")
 _NATIVE = ("transformers", "dinov2_with_registers")  # layouts that need no conversion
+
+_HUB_CACHE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([^/]+)$")
 
 logger = logging.getLogger("hf_glovlm")
 _warned: set[str] = set()  # names whose restrictions were logged in this process
@@ -59,6 +64,7 @@ def load_backbone(
         )
     else:
         model, processor = _load_dual(_locate(name, revision))
+    check_processor(processor, model.config, name)
     _warn_restrictions(model.config)
     return model.eval(), processor
 
@@ -190,11 +196,16 @@ def _locate(name: str, revision: str | None = None) -> _Source:
 def _locate_folder(folder: Path, name: str, row: Backbone | None) -> _Source:
     public = row.name if row else folder.resolve().name
     hub_id, commit = read_origin(folder)
+    if cached := _HUB_CACHE.search(folder.resolve().as_posix()):
+        # The Hub's own cache names a folder by its commit: what lies there keeps its name.
+        public, commit = f"{cached[1]}/{cached[2]}", cached[3]
+        row = next((row for row in BACKBONES.values() if row.hub_id == public), row)
     if hub_id is not None:
         row = next((row for row in BACKBONES.values() if row.hub_id == hub_id), None)
         return _Source(name, str(folder), row, hub_id, commit, converted=True)
     if (folder / "config.json").is_file() and _is_native(folder / "config.json"):
-        return _Source(name, str(folder), row, public)
+        read_config(folder / "config.json", f"Backbone '{name}'")
+        return _Source(name, str(folder), row, public, commit)
     converted = convert_folder(folder)
     if converted is None:
         raise GloVLMError(
@@ -234,9 +245,11 @@ def _is_native(config: Path) -> bool:
     from transformers import CONFIG_MAPPING
 
     try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+        kind = read_json(config).get("model_type")
+    except GloVLMError:
         return True
+    if not isinstance(kind, str):
+        return kind is not None
     return kind == "glovlm" or kind in CONFIG_MAPPING
 
 
@@ -389,7 +402,6 @@ def _assign_weights(auto_class: Any, source: _Source, config: Any) -> Any:
     split or half-precision tensors, and errors about a file. `None` then.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers.initialization import no_init_weights
 
@@ -400,7 +412,7 @@ def _assign_weights(auto_class: Any, source: _Source, config: Any) -> Any:
         tensors = load_file(file)
         with no_init_weights():  # every weight is assigned below
             model = auto_class.from_config(config, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError):
+    except Exception:
         return None
     expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
     if expected != {key: (value.shape, value.dtype) for key, value in tensors.items()}:
@@ -424,16 +436,17 @@ def _load_processor(source: _Source, config: Any, text: _Source | None = None) -
     if texts.converted and not (Path(texts.place) / "tokenizer.json").is_file():
         raise _no_tokenizer(texts)
     tokenizer = _from_hub(AutoTokenizer, texts, **_added_tokens(Path(texts.place)))
-    if set(tokenizer("glomerulus")["input_ids"]) <= set(tokenizer.all_special_ids):
-        # transformers makes up an empty one where the files are missing.
-        raise _no_tokenizer(texts)
     context = int(getattr(backbone.text_config, "max_position_embeddings", 77))
-    return GloVLMProcessor(
-        images,
-        tokenizer,
-        max_length=min(context, 256),
-        pad_to_max="siglip" in backbone.model_type,
-    )
+    with _explaining(texts):
+        if set(tokenizer("glomerulus")["input_ids"]) <= set(tokenizer.all_special_ids):
+            # transformers makes up an empty one where the files are missing.
+            raise _no_tokenizer(texts)
+        return GloVLMProcessor(
+            images,
+            tokenizer,
+            max_length=min(context, 256),
+            pad_to_max="siglip" in backbone.model_type,
+        )
 
 
 def _added_tokens(folder: Path) -> dict[str, Any]:
@@ -450,7 +463,7 @@ def _added_tokens(folder: Path) -> dict[str, Any]:
             return {}
         tokens = json.JSONDecoder().raw_decode(text, match.end())[0]
         return {"added_tokens_decoder": {token.pop("id"): token for token in tokens}}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:
         return {}  # missing or broken: the tokenizer's own loading reports it
 
 
@@ -496,12 +509,19 @@ def _from_hub(
     auto_class: Any, source: _Source, *, method: str = "from_pretrained", **kwargs: Any
 ) -> Any:
     """`from_pretrained`; its errors become one sentence."""
-    from safetensors import SafetensorError
-
     if source.commit is not None and not Path(source.place).is_dir():
         kwargs["revision"] = source.commit
-    try:
+    with _explaining(source):
         return getattr(auto_class, method)(source.place, **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
+
+
+@contextmanager
+def _explaining(source: _Source) -> Iterator[None]:
+    """Turn what libraries raise about a backbone's files into one sentence."""
+    try:
+        yield
+    except GloVLMError:
+        raise
+    except Exception as error:  # of whatever library reads it
         gated = source.row is not None and source.row.gated
         raise cannot_load(source.name, source.place, error, gated=gated) from error

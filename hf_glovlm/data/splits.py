@@ -104,7 +104,7 @@ def group_rows(ds: "Dataset", *, group_column: str | None = None) -> Groups:
         note += "; patients are unknown"
         links = _near_duplicates(column(ds, "image"))
         lower: list[str] = []
-    elif group_column in ds.column_names:
+    elif getattr(ds.features.get(group_column), "dtype", "") == "string":
         ids = column(ds, group_column)
         note = GROUP_COLUMNS.get(group_column, f"groups are values of {group_column}")
         links = []
@@ -813,9 +813,17 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
             for side in ("support", "validation", "calibration")
         }
         test_groups = {str(group) for group in entry["test_groups"]}
+        name, seed = str(entry.get("name", path.stem)), int(entry.get("seed", 0))
     except GloVLMError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise GloVLMError(
             f"{path} is not a file of frozen episodes ({type(error).__name__}: {error}); expected "
             "JSON with shots, sampler, group_column and draws of draw, support and test_groups."
@@ -832,10 +840,10 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
     sides["test"] = _rows_of(test_groups, rows, groups, f"draw {draw} of {path}")
     assert_disjoint(groups.ids, **sides)
     return Episode(
-        name=str(entry.get("name", path.stem)),
+        name=name,
         draw=draw,
         shots=shots,
-        seed=int(entry.get("seed", 0)),
+        seed=seed,
         sampler=sampler,
         group_column=group_column,
         **sides,

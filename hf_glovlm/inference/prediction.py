@@ -17,6 +17,12 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 
+from ..backbones.saved import (
+    check_config,
+    check_processor,
+    loading_reason,
+    read_config,
+)
 from ..calibration.inputs import softmax
 from ..data.folder import open_image
 from ..errors import GloVLMError, nearest
@@ -406,13 +412,17 @@ class Predictions:
             GloVLMError: The file is missing, or no predictions of this package.
         """
         try:
-            table = pq.read_table(path)
-            about = json.loads((table.schema.metadata or {})[_METADATA])
-        except (OSError, pa.ArrowException, KeyError, ValueError):
+            return cls._read(pq.read_table(path))
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
             raise GloVLMError(
                 f"{path} is no predictions file: expected the predictions.parquet that "
-                "`glovlm train` or `glovlm evaluate` wrote."
+                "`glovlm train` or `glovlm evaluate` wrote, found none that can be read "
+                f"({type(error).__name__})."
             ) from None
+
+    @classmethod
+    def _read(cls, table: pa.Table) -> "Predictions":
+        about = json.loads((table.schema.metadata or {})[_METADATA])
         names = [str(name) for name in about["class_names"]]
         index = {name: k for k, name in enumerate(names)}
         true = [index.get(name, -1) for name in table["label"].to_pylist()]
@@ -457,7 +467,6 @@ def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
     Raises:
         GloVLMError: There is nothing, or something else.
     """
-    from safetensors import SafetensorError
     from transformers import PreTrainedConfig
 
     from ..model import GloVLMForImageClassification, GloVLMProcessor
@@ -481,7 +490,11 @@ def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
         )
     source = str(folder) if folder.is_dir() else name
     try:
-        about, _ = PreTrainedConfig.get_config_dict(source)
+        if folder.is_dir():
+            about = read_config(folder / "config.json", f"The model {name}")
+        else:
+            about, _ = PreTrainedConfig.get_config_dict(source)
+            check_config(about, f"{name}/config.json")
         if about.get("architectures") != ["GloVLMForImageClassification"]:
             kind = ", ".join(about.get("architectures") or []) or "no known kind"
             raise GloVLMError(
@@ -489,12 +502,14 @@ def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
                 "A backbone goes into `glovlm train --backbone`."
             )
         classifier = GloVLMForImageClassification.from_pretrained(source).float().eval()
-        return classifier, GloVLMProcessor.from_pretrained(source), run
+        processor = GloVLMProcessor.from_pretrained(source)
+        check_processor(processor, classifier.config, source)
+        return classifier, processor, run
     except GloVLMError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise GloVLMError(f"The model {name} cannot be loaded: {first}") from error
+    except Exception as error:  # of whatever library reads it
+        reason = loading_reason(error, folder)
+        raise GloVLMError(f"The model {name} cannot be loaded: {reason}") from error
 
 
 def predict(

@@ -6,9 +6,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..backbones.saved import check_config, loading_reason
 from ..errors import GloVLMError
+from ..files import read_json, write_json
 from .hub_errors import refusal
-from .identifiers import BESIDE, PARTS, Run, check_repo_id, read_json, without_places, write_json
+from .identifiers import BESIDE, PARTS, Run, check_repo_id, without_places
 from .licences import Part
 
 if TYPE_CHECKING:
@@ -57,10 +59,9 @@ def load_published(
         kwargs: dict[str, Any] = {"revision": revision, "token": token}
         classifier = GloVLMForImageClassification.from_pretrained(source, **kwargs)
         return classifier.float().eval(), GloVLMProcessor.from_pretrained(source, **kwargs)
-    except (OSError, ValueError) as error:
-        raise GloVLMError(
-            f"{name} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+    except Exception as error:  # of whatever library reads it
+        reason = loading_reason(error, Path(source))
+        raise GloVLMError(f"{name} cannot be loaded: {reason}") from error
 
 
 def load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
@@ -105,7 +106,7 @@ def stage_parts(stage: Path, run: Run, what: Part) -> None:
     if what == "adapter":
         fields = without_places(read_json(adapter / "adapter_config.json"))
         fields |= {"base_model_name_or_path": base, "revision": revision}
-        write_json(stage / "adapter_config.json", fields)
+        write_json(stage / "adapter_config.json", fields, ensure_ascii=False)
         shutil.copyfile(adapter / "adapter_model.safetensors", stage / "adapter_model.safetensors")
     classifier, processor, _ = load_classifier(str(run.folder / "model"))
     towers, _ = _load_base(run.config, stage if what == "adapter" else None)
@@ -129,7 +130,7 @@ def stage_parts(stage: Path, run: Run, what: Part) -> None:
     save_file(beside, stage / BESIDE, metadata={"format": "pt"})
     config = without_places(run.config.to_dict(), {"auto_map"})
     config["context_token_ids"] = processor.context_token_ids
-    write_json(stage / PARTS, config)
+    write_json(stage / PARTS, config, ensure_ascii=False)
 
 
 def _base_on_hub(config: Any, what: Part) -> tuple[str, str]:
@@ -170,9 +171,15 @@ def _load_base(config: Any, adapter: Path | None) -> tuple[dict[str, "Tensor"], 
     if adapter is not None:
         from peft import PeftModel
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's own warnings
-            backbone = PeftModel.from_pretrained(backbone, str(adapter)).merge_and_unload()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT's own warnings
+                backbone = PeftModel.from_pretrained(backbone, str(adapter)).merge_and_unload()
+        except Exception as error:  # of PEFT, about whatever its files hold
+            raise GloVLMError(
+                f"The adapter of '{config.backbone_name}' cannot be loaded: "
+                f"{loading_reason(error, adapter)}"
+            ) from error
     return dict(backbone.state_dict()), processor
 
 
@@ -185,11 +192,15 @@ def _assemble(folder: Path) -> tuple[Any, Any]:
 
     try:
         fields = read_json(folder / PARTS)
+        check_config(fields, folder / PARTS)
         context = fields.pop("context_token_ids", None)
         config = GloVLMConfig.from_dict(fields)
         beside = load_file(folder / BESIDE)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GloVLMError(f"{folder} cannot be read: {error}") from error
+    except GloVLMError:
+        raise
+    except Exception as error:  # of whatever library reads it
+        reason = loading_reason(error, folder)
+        raise GloVLMError(f"{folder} cannot be loaded: {reason}") from error
     has_adapter = (folder / "adapter_config.json").is_file()
     towers, processor = _load_base(config, folder if has_adapter else None)
     with no_init_weights():  # every weight is loaded below

@@ -1,8 +1,7 @@
 """Identifiers of patients, slides, files and places; the files of a published model."""
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,8 +9,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..backbones.saved import first_line_of, read_config
 from ..errors import GloVLMError
-from ..files import check_kind, read_manifest, refuse_damage
+from ..files import check_fields, check_kind, read_json, read_manifest, refuse_damage
 from ..settings import read_yaml
 
 PARTS = "glovlm.json"  # config of a repository without the base's weights
@@ -26,6 +26,22 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _PLACES = {  # keys under which transformers notes where files lay
     "_name_or_path", "name_or_path", "tokenizer_file", "special_tokens_map_file", "vocab_file",
     "merges_file", "is_local", "local_files_only",
+}  # fmt: skip
+
+
+_FIELDS: dict[str, Sequence[type]] = {  # of results.json: what publishing reads of it
+    **dict.fromkeys(("config", "data", "backbone", "per_class", "metrics", "training"), (dict,)),
+    **dict.fromkeys(("config.method", "data.name", "data.group_column", "data.sampler"), (str,)),
+    "data.classes": (list,),
+    "data.support_groups_sha256": (list, type(None)),
+    "backbone.name": (str, type(None)),
+    "backbone.license": (str, type(None)),
+    "subgroups": (dict, type(None)),
+}
+
+
+_CLASS_FIELDS: dict[str, Sequence[type]] = {
+    "name": (str,), "display_name": (str,), "prompts": (list,),
 }  # fmt: skip
 
 
@@ -127,12 +143,19 @@ def read_run(folder: Path) -> Run:
             f"{folder / 'model'} holds merged weights and an adapter, which would be applied "
             "twice: remove adapter_config.json from it."
         )
+    results = read_json(folder / "results.json")
+    check_fields(folder / "results.json", results, _FIELDS)
+    for row in results["data"]["classes"]:
+        check_fields(folder / "results.json", {"a class": row}, {"a class": (dict,)})
+        check_fields(folder / "results.json", row, _CLASS_FIELDS)
+    read_config(folder / "model" / "config.json", f"The model of the run in {folder}")
     try:
-        results = read_json(folder / "results.json")
         config = GloVLMConfig.from_pretrained(folder / "model")
         identifiers = _identifiers(folder, results)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GloVLMError(f"The run in {folder} cannot be read: {error}") from error
+    except GloVLMError:
+        raise
+    except Exception as error:  # of whatever library reads it
+        raise GloVLMError(f"The run in {folder} cannot be read: {first_line_of(error)}") from error
     stays = ("predictions.parquet", "episodes.json", "config.yaml", "log.jsonl")
     left = [f"{name} stays here." for name in stays if (folder / name).exists()]
     return Run(folder, results, config, identifiers, left)
@@ -147,11 +170,16 @@ def _identifiers(folder: Path, results: Mapping[str, Any]) -> Identifiers:
         named |= {*predictions.file_names, *(predictions.groups or ())}
     if (folder / "episodes.json").is_file():
         sides = ("support", "validation", "calibration", "test_groups", "calibration_groups")
-        for draw in read_json(folder / "episodes.json").get("draws") or []:
+        content = read_json(folder / "episodes.json")
+        check_fields(folder / "episodes.json", content, {"draws": (list,)})
+        for draw in content["draws"]:
+            check_fields(folder / "episodes.json", {"draws": draw}, {"draws": (dict,)})
             named |= set(_strings([draw.get(side) for side in sides]))
     named |= {Path(name).name for name in named} | {Path(name).stem for name in named}
     known = {*results["per_class"], results["data"]["group_column"], results["data"]["sampler"]}
-    places = [str(Path.home()), str(folder), *_strings(read_yaml(folder / "config.yaml"))]
+    settings = read_yaml(folder / "config.yaml")
+    check_fields(folder / "config.yaml", settings, {"data": (str,), "output_dir": (str,)})
+    places = [str(Path.home()), str(folder), *_strings(settings)]
     places = [place for place in places if Path(place).is_absolute() and len(place) > 1]
     return Identifiers(
         frozenset([*filter(is_identifying, named - known), *places]),
@@ -173,13 +201,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
             yield from _strings(part)
-
-
-def read_json(file: Path) -> Any:
-    """Plain values of a JSON file."""
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write plain values; the file is in a folder that nobody else reads yet."""
-    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from ..errors import GloVLMError
-from ..files import replacing, write_text
+from ..files import read_json, replacing, write_json, write_text
 from ..rendering import render
-from .identifiers import read_json, read_run, without_places, write_json
+from .identifiers import read_run, without_places
 from .licences import check_publishing, describe_licence
 
 _LAST_CALL = (
@@ -75,7 +75,7 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
                 plain = without_places(read_json(file), {"auto_map", *_LAST_CALL})
                 if plain.get("processor_class"):
                     plain["processor_class"] = "CLIPProcessor"
-                write_json(file, plain)
+                write_json(file, plain, ensure_ascii=False)
             card = {
                 "classes": [[config.id2label[k], " · ".join(t)] for k, t in enumerate(texts)],
                 "terms": describe_licence(config, "export", reason),

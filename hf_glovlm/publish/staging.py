@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GloVLMError
+from ..files import check_fields, read_json, write_json
 from .adapter_only import stage_parts
 from .card import SUBGROUPS, Publication, render_card
 from .identifiers import (
@@ -18,9 +19,7 @@ from .identifiers import (
     SHARD,
     Identifiers,
     Run,
-    read_json,
     without_places,
-    write_json,
 )
 from .licences import Part, describe_licence
 
@@ -84,7 +83,7 @@ def _stage(stage: Path, run: Run, repo_id: str, what: Part, reason: str | None) 
     else:
         stage_parts(stage, run, what)
     results = _publishable(run)
-    write_json(stage / "results.json", results)
+    write_json(stage / "results.json", results, ensure_ascii=False)
     classes = {
         c["name"]: {"display_name": c["display_name"], "prompts": list(c["prompts"])}
         for c in results["data"]["classes"]
@@ -110,7 +109,7 @@ def _stage_model(stage: Path, model: Path) -> None:
         if file.name not in MODEL_FILES and not SHARD.fullmatch(file.name):
             continue
         if file.suffix == ".json" and file.name.endswith("config.json"):
-            write_json(stage / file.name, without_places(read_json(file)))
+            write_json(stage / file.name, without_places(read_json(file)), ensure_ascii=False)
         else:
             shutil.copyfile(file, stage / file.name)
     _stage_code(stage, model)
@@ -120,7 +119,11 @@ def _stage_code(stage: Path, model: Path) -> None:
     """Copy the modules of `auto_map` and what these import from each other."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
-    named = [read_json(file).get("auto_map") or {} for file in stage.glob("*config.json")]
+    named: list[dict[str, Any]] = []
+    for file in stage.glob("*config.json"):
+        content = read_json(file)
+        check_fields(model / file.name, content, {"auto_map": (dict, type(None))})
+        named.append(content.get("auto_map") or {})
     for module in sorted({str(name).split(".")[0] for row in named for name in row.values()}):
         file = model / f"{module}.py"
         if not file.is_file():
@@ -137,7 +140,7 @@ def _publishable(run: Run) -> dict[str, Any]:
     prompts = config.get("prompts")
     public = {key: config[key] for key in _CONFIG_KEYS if key in config} | {
         "data": results["data"]["name"],
-        "backbone": results["backbone"]["name"],
+        "backbone": results["backbone"].get("name"),
         "episodes": "frozen" if config.get("episodes") else None,
         "prompts": prompts if prompts in ("auto", "catalog", "terminology") else "classes.yaml",
     }
@@ -180,12 +183,19 @@ def clean(value: Any, forbidden: Identifiers, dropped: list[str]) -> Any:
 
 def _scan(stage: Path, forbidden: Identifiers) -> None:
     """Scan the staged files for identifiers, and refuse if there are any."""
+    from safetensors import SafetensorError, safe_open
+
     for file in sorted(path for path in stage.rglob("*") if path.is_file()):
         name = file.relative_to(stage).as_posix()
         if file.suffix == ".safetensors":
-            with file.open("rb") as stream:
-                size = int.from_bytes(stream.read(8), "little")
-                text = json.dumps(json.loads(stream.read(size)).get("__metadata__"))
+            try:
+                with safe_open(file, framework="np") as stream:
+                    text = json.dumps(stream.metadata())
+            except (OSError, SafetensorError) as error:
+                raise GloVLMError(
+                    f"Nothing was published: {name} of the run is damaged ({error}): restore a "
+                    "copy, or train it again."
+                ) from error
         elif file.suffix in (".png", ".txt") or file.name in ("tokenizer.json", "vocab.json"):
             continue  # the words of a vocabulary are nobody's; a figure of ours holds no words
         else:
