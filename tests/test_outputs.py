@@ -63,6 +63,12 @@ class Place(NamedTuple):
         shutil.copyfile(self.run / source, self.here / name)
         return self.here / name
 
+    def own_run(self) -> Path:
+        """A run without its model."""
+        for name in ("results.json", "config.yaml", "predictions.parquet"):
+            self.own(name, name)
+        return self.here
+
     def predict(self, output: Path, images: Path | None = None) -> list[Any]:
         return ["predict", self.run, images or self.image(), "--output", output]
 
@@ -99,6 +105,10 @@ REFUSED: dict[str, Case] = {
     "a name that is too long": (lambda p: p.predict(p.here / f"{'x' * 240}.csv"), "too long"),
     "below a file": (lambda p: p.predict(p.text("x") / "y.csv"), "Not a directory"),
     "results of somebody": (lambda p: p.evaluate(p.text("r.json", "{}")), "glovlm evaluate"),
+    "predictions of a run": (
+        lambda p: p.evaluate(p.here / "r", "--predictions", p.own_run() / "predictions.parquet"),
+        "belongs to a run",
+    ),
     "results that are no JSON": (lambda p: p.evaluate(p.text("r.json")), "not replaced"),
     "results of a run": (lambda p: p.evaluate(p.own("x.json", "results.json")), "not replaced"),
     "a table over results": (lambda p: p.evaluate(p.data / "metadata.csv"), "not replaced"),
@@ -164,7 +174,8 @@ def test_an_earlier_output_is_replaced(
     data: Path, run_folder: Path, tmp_path: Path, glovlm: Glovlm
 ) -> None:
     place = Place(run_folder, data, tmp_path)
-    table, results, rows = tmp_path / "x.csv", tmp_path / "r.json", tmp_path / "p.parquet"
+    place.text("config.yaml", "data: images\n")  # for runs that are yet to be
+    table, results, rows = (tmp_path / n for n in ("x.csv", "results.json", "p.parquet"))
     for images in (place.image(), data):
         assert glovlm(*place.predict(table, images)).code == 0
     assert len(table.read_text().splitlines()) == 13

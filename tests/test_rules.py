@@ -212,6 +212,17 @@ def test_a_model_is_always_saved_here(run_folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
+def test_a_gated_base_in_the_hubs_own_cache_stays_gated(tmp_path: Path) -> None:
+    place = tmp_path / "models--google--medsiglip-448" / "snapshots" / "0123abcd"
+    shutil.copytree(tiny_clip(), place)
+    config = hf_glovlm.load_backbone(str(place))[0].config
+    with pytest.raises(GloVLMError, match="no option overrides"):
+        check_publishing(config, "full", REASON)
+    assert (config.backbone_name, config.backbone_revision) == (
+        *("google/medsiglip-448", "0123abcd"),
+    )
+
+
 INVENTED: list[tuple[Any, Any, Any]] = [
     *BASES.values(),
     *((row.name, row.license, row.restrictions) for row in BACKBONES.values()),

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,18 +39,27 @@ def check_output(path: Path | None, kind: str, inputs: Iterable[str | Path] = ()
 
     if path is None:
         return
-    beside = [path.parent / name for name in ("model", "config.yaml", "unfinished")]
-    if path.name in _OF_A_RUN and any(map(os.path.exists, beside)):
+    if path.name in _OF_A_RUN and _holds_run(path.parent):
         raise GloVLMError(f"{path} belongs to a run: give another --output.")
     check_target(path, *_OUTPUTS[kind], inputs)
 
 
+def _holds_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, finished or not."""
+    from ..files import UNFINISHED, read_json, results_kind
+
+    if any(os.path.isdir(folder / name) for name in ("model", UNFINISHED)):
+        return True
+    with suppress(GloVLMError):
+        return results_kind(read_json(folder / "results.json")) not in (None, "evaluation")
+    return False
+
+
 def _is_evaluation(path: Path) -> bool:
-    from ..files import read_json
+    from ..files import read_json, results_kind
 
     content = read_json(path)
-    known = "metrics" in content and "model" in content["config"]  # before there were kinds
-    return known or content.get("kind") == "evaluation"
+    return results_kind(content) == "evaluation" and "config" in content
 
 
 def _is_predictions(path: Path) -> bool:
