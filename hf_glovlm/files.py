@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 JOURNAL = "journal.json"
 LOCK = ".lock"
 UNFINISHED = "unfinished"  # in a run's folder until the run is complete
+UNFINISHED_DATA = ".unfinished"  # in a folder of images, whose readers skip hidden ones
 KINDS = {  # of results, by the `kind` that they state
     "adaptation": "a run of `glovlm train`",
     "evaluation": "an evaluation of `glovlm evaluate`",
@@ -480,7 +481,7 @@ def finish_move(work: Path, output: Path) -> bool:
     planned = read_json(journal)
     moved, removed = planned.get("move"), planned.get("remove")
     plain = isinstance(moved, list) and isinstance(removed, list)
-    if not plain or not all(is_plain_name(name) for name in (*moved, *removed)):
+    if not plain or not all(map(_is_inside, (*moved, *removed))):
         raise GloVLMError(f"'{journal}' is damaged: remove '{work}' and run the command again.")
     with explaining_disk(output):
         if moved and (work / moved[-1]).exists():
@@ -489,6 +490,7 @@ def finish_move(work: Path, output: Path) -> bool:
             remove(output / name)
         for name in moved:
             if (work / name).exists():
+                (output / name).parent.mkdir(parents=True, exist_ok=True)
                 move_over(work / name, output / name)
         gone = work.with_name(f".{work.name}.{uuid.uuid4().hex[:12]}.tmp")  # as `replacing` names
         os.replace(work, gone)  # at once, with its journal
@@ -497,16 +499,41 @@ def finish_move(work: Path, output: Path) -> bool:
 
 
 def finish_interrupted(output: Path) -> None:
-    """Finish a move into a run's folder that a kill interrupted: readers of one begin with this.
+    """Finish a move into a folder that a kill interrupted: readers of one begin with this.
 
     A live writer is not disturbed; while it moves, this waits.
 
     Raises:
         GloVLMError: The folder cannot be written, or its writer takes too long.
     """
-    if (output / UNFINISHED / JOURNAL).is_file():
-        with one_writer(output, wait=60):
-            finish_move(output / UNFINISHED, output)
+    for name in (UNFINISHED, UNFINISHED_DATA):
+        if (output / name / JOURNAL).is_file():
+            with one_writer(output, wait=60):
+                finish_move(output / name, output)
+
+
+@contextmanager
+def staging(output: Path, name: str = UNFINISHED) -> Iterator[Path]:
+    """Folder inside another one in which is made what `put_in_place` moves there.
+
+    Of an earlier command's, a move that was begun is finished and the rest goes. After an error
+    this one goes too, unless its move has begun.
+
+    Args:
+        output: The folder; the caller is its one writer.
+        name: Of the folder inside.
+    """
+    work = output / name
+    finish_move(work, output)
+    with explaining_disk(output):
+        remove(work)
+        work.mkdir(parents=True)
+        try:
+            yield work
+        except BaseException:
+            if not (work / JOURNAL).exists():
+                remove(work)
+            raise
 
 
 def is_plain_name(name: Any) -> bool:
@@ -515,6 +542,10 @@ def is_plain_name(name: Any) -> bool:
         return False
     reserved = re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name)
     return reserved is None and not name.endswith((".", " "))
+
+
+def _is_inside(name: Any) -> bool:
+    return isinstance(name, str) and all(map(is_plain_name, name.split("/")))
 
 
 def remove_below(root: Path, path: Path) -> None:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import GloVLMError, nearest
+from ..files import finish_interrupted
 from ..tables import column_name, read_table
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def load_dataset(
         return _assemble(_read_memory(source))
     path = Path(source).expanduser()
     if path.is_dir():
+        finish_interrupted(path)
         tables = _read_folder(path)
     elif path.is_file():
         if path.suffix.lower() != ".parquet":

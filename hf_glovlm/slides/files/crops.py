@@ -1,15 +1,17 @@
 """Crops of outlined objects: from a slide and its annotations to a folder to train on.
 
 Run once per slide into the same folder: rows of other slides stay, rows of the same slide are
-replaced. The result is an ImageFolder with `metadata.csv`, as `load_dataset` reads it.
+replaced, all files with `metadata.csv` as one step. The result is an ImageFolder, as `load_dataset`
+reads it; `manifest.json` states which files the slides were, by their content.
 """
 
 import csv
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,21 @@ from scipy.spatial import ConvexHull
 
 from ...data.folder import open_image
 from ...errors import GloVLMError
-from ...files import replacing, write_csv
+from ...files import (
+    LOCK,
+    MANIFEST,
+    UNFINISHED_DATA,
+    Manifest,
+    digest_file,
+    one_writer,
+    put_in_place,
+    read_manifest,
+    staging,
+    write_csv,
+    write_json,
+)
 from .annotations import SlideObject, overlap, read_geojson
-from .wsi import Slide, open_slide
+from .wsi import Slide, describe_slide, is_same_slide, open_slide
 
 Bounds = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of level 0
 
@@ -33,6 +47,8 @@ _COLUMNS = (
     "file_name", "label", "slide_id", "patient_id", "object_id", "mpp", "x", "y", "width",
     "height", "flags",
 )  # fmt: skip
+VERSION = 1  # of what the manifest says; raise it when its readers would understand it otherwise
+WAIT = 600.0  # seconds for another process that cuts crops into the same folder
 _SAME = 0.5  # intersection over union above which two outlines are one object
 _SOLID = 0.9  # area over convex hull below which a blob of a mask looks like two that touch
 _STRANGE = 0.001  # share of pixels whose colour is neither a class nor black or white
@@ -153,7 +169,6 @@ def cut_crops(
     if not 1 <= margin < 100:
         raise GloVLMError(f"Expected a margin of at least 1, found {margin:g}.")
     slide, annotations, output_dir = Path(slide), Path(annotations), Path(output_dir)
-    before = _read_metadata(output_dir / "metadata.csv")
     is_mask = annotations.suffix.lower() in _MASKS
     if is_mask != (colours is not None):
         raise GloVLMError(
@@ -162,11 +177,12 @@ def cut_crops(
         )
     is_region = slide.suffix.lower() in _PLAIN
     source: Slide | _Region = _Region(slide, mpp) if is_region else open_slide(slide, mpp=mpp)
-    with source as opened:
+    with source as opened, _adding_to(output_dir) as (work, known, before):
         summary = CropSummary(slide_id or opened.name, mpp=opened.mpp, notes=list(opened.flags))
         kept = [row for row in before if row["slide_id"] != summary.slide]
+        described = _check_slide(slide, patient_id, summary, known, before, output_dir)
         for other in {row["slide_id"] for row in kept}:
-            if _file_part(other) == _file_part(summary.slide):
+            if _file_part(other).casefold() == _file_part(summary.slide).casefold():
                 raise GloVLMError(
                     f"The slides '{other}' and '{summary.slide}' would share file names in "
                     f"{output_dir}; give this one another slide_id."
@@ -181,15 +197,21 @@ def cut_crops(
             candidates = [item for item in candidates if not item.flags]
         rows = []
         for number, item in enumerate(candidates, start=1):
-            row = _cut(opened, item, number, output_dir, summary, margin, max_side)
+            row = _cut(opened, item, number, work, summary, margin, max_side)
             rows.append(row | {"patient_id": patient_id or ""})
             if on_progress is not None:
                 on_progress(number, len(candidates))
-    summary.counts = dict(sorted(Counter(str(item.label) for item in candidates).items()))
-    _write_metadata(output_dir, [*kept, *rows])
-    for name in {row["file_name"] for row in before} - {row["file_name"] for row in [*kept, *rows]}:
-        if ".." not in Path(name).parts and not Path(name).is_absolute():
-            (output_dir / name).unlink(missing_ok=True)  # of the last run on this slide
+        summary.counts = dict(sorted(Counter(str(item.label) for item in candidates).items()))
+        made_from = {
+            "slide": described,
+            "annotations": digest_file(annotations),
+            "patient_id": patient_id,
+            "margin": margin,
+            "max_side": max_side,
+            "mpp": mpp,
+        }
+        _write_metadata(work, [*kept, *rows])
+        _put_in_place(work, output_dir, known, summary.slide, made_from, before, rows)
     return summary
 
 
@@ -345,11 +367,102 @@ def _solidity(blob: NDArray[np.bool_]) -> float:
 # ---------------------------------------------------------------------------------- writing
 
 
+@contextmanager
+def _adding_to(folder: Path) -> Iterator[tuple[Path, Manifest, list[dict[str, Any]]]]:
+    """The one writer of a folder of crops: where to work, and the manifest and rows so far.
+
+    Raises:
+        GloVLMError: The folder holds something else, which `metadata.csv` would hide.
+    """
+    with one_writer(folder, wait=WAIT), staging(folder, UNFINISHED_DATA) as work:
+        known = read_manifest(folder)
+        empty = {path.name for path in folder.iterdir()} <= {LOCK, UNFINISHED_DATA}
+        before = _read_metadata(folder / "metadata.csv")
+        of_earlier_version = before and {*_COLUMNS} - {"patient_id"} <= {*before[0]}
+        if not empty and (known.kind != "crops" if known else not of_earlier_version):
+            raise GloVLMError(
+                f"{folder} holds files that are no crops of ours, and metadata.csv would hide "
+                "them from training: choose another folder."
+            )
+        yield work, known or Manifest("crops", {"version": VERSION, "slides": {}}, {}), before
+
+
+def _check_slide(
+    slide: Path,
+    patient: str | None,
+    summary: CropSummary,
+    known: Manifest,
+    before: list[dict[str, Any]],
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Identity of a slide; refuses another file of a name that has crops, and notes a copy."""
+    name, slides = summary.slide, dict(known.made_from["slides"])
+    rows = [row for row in before if row["slide_id"] == name]
+    patients = {row.get("patient_id") or None for row in rows}
+    there = slides.pop(name, None)
+    if there is not None:
+        same = is_same_slide(slide, there["slide"])
+    else:  # crops of an earlier version, which did not keep what they were cut from
+        same = not rows or patients == {patient}
+    if rows and not same:
+        whose = ", ".join(sorted(filter(None, patients))) or "none given"
+        raise GloVLMError(
+            f"{folder} holds crops of another file of the name '{name}' (patient: {whose}) than "
+            f"{slide} (patient: {patient or 'none given'}): give this one a name of its own "
+            "(--slide-id NAME), or cut it into another folder."
+        )
+    if rows and patients != {patient}:
+        before_that = ", ".join(sorted(filter(None, patients))) or "none"
+        summary.notes.append(f"The patient was {before_that} and is {patient or 'none'}.")
+    copies = [other for other, row in slides.items() if is_same_slide(slide, row["slide"])]
+    if copies:
+        summary.notes.append(
+            f"The same file was cut as '{copies[0]}' before, so its objects are there twice."
+        )
+    return describe_slide(slide)
+
+
+def _put_in_place(
+    work: Path,
+    folder: Path,
+    known: Manifest,
+    name: str,
+    made_from: Mapping[str, Any],
+    before: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+) -> None:
+    """Move a slide's new crops to those of others and remove its old ones, as one step."""
+    old = [str(row["file_name"]) for row in before if row["slide_id"] == name]
+    # Of a table that a person may have edited, only what was written here.
+    old = [
+        file
+        for file in old
+        if (file in known.files or not known.files)
+        and not {"..", "/"} & {*PurePosixPath(file).parts}
+    ]
+    new = [str(row["file_name"]) for row in rows]
+    foreign = [file for file in new if file not in old and (folder / file).exists()]
+    if foreign:
+        raise GloVLMError(
+            f"{folder / foreign[0]} is there and no crop of '{name}': move it, or choose another "
+            "folder."
+        )
+    slides = {**known.made_from["slides"], name: made_from}
+    files = {file: value for file, value in known.files.items() if file not in old}
+    files |= {file: digest_file(work / file) for file in new}
+    manifest = Manifest("crops", {"version": VERSION, "slides": slides}, files)
+    write_json(work / MANIFEST, asdict(manifest))
+    put_in_place(work, folder, [*dict.fromkeys([*old, *new]), MANIFEST, "metadata.csv"])
+    for file in old:
+        with suppress(OSError):  # of a class that has crops
+            (folder / file).parent.rmdir()
+
+
 def _cut(
     slide: Slide | _Region,
     item: _Candidate,
     number: int,
-    output_dir: Path,
+    work: Path,
     summary: CropSummary,
     margin: float,
     max_side: int,
@@ -358,10 +471,9 @@ def _cut(
     x, y, side = crop_square(item.bounds, margin)
     downsample = max(side / max_side, 1.0)
     image = slide.read(x, y, side, side, downsample=downsample)
-    folder = _file_part(str(item.label))
-    name = f"{folder}/{_file_part(summary.slide)}_{number:04d}.png"
-    with replacing(output_dir / name) as fresh:
-        image.save(fresh, "PNG")
+    name = f"{_file_part(str(item.label))}/{_file_part(summary.slide)}_{number:04d}.png"
+    (work / name).parent.mkdir(exist_ok=True)
+    image.save(work / name, "PNG")
     return {
         "file_name": name,
         "label": item.label,
@@ -390,7 +502,7 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_metadata(output_dir: Path, rows: list[dict[str, Any]]) -> None:
+def _write_metadata(folder: Path, rows: list[dict[str, Any]]) -> None:
     """`metadata.csv`; `patient_id` only if any is known, columns of others after ours."""
     names = {name for row in rows for name in row}
     header = [name for name in _COLUMNS if name != "patient_id"]
@@ -398,7 +510,7 @@ def _write_metadata(output_dir: Path, rows: list[dict[str, Any]]) -> None:
         header.insert(3, "patient_id")
     header += sorted(names - {*_COLUMNS})
     cells = [[row.get(name, "") for name in header] for row in rows]
-    write_csv(output_dir / "metadata.csv", header, cells)
+    write_csv(folder / "metadata.csv", header, cells)
 
 
 def _file_part(text: str) -> str:
