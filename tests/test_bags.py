@@ -79,7 +79,7 @@ def test_a_run_cut_at_any_byte_resumes_to_the_same_file(
     with bag.part.open("r+b") as file:
         file.truncate(size)
     again = writer(folder)
-    record = 2 * 8 + 5 * 4 + 2 * 4
+    record = 2 * 8 + 5 * 4 + 2 * 4 + 8
     assert again.rows == (size - head) // record
     assert np.array_equal(again.read_coords(), rows(first)[1][: again.rows])
     again.append(*rows(10 - again.rows, again.rows))

@@ -88,8 +88,9 @@ def output(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a run but the features, whose container holds times."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".h5"]
+    """Every file of a run but the features, whose container holds times, and the lock."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in files if path.suffix != ".h5" and path.name != ".lock"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

@@ -142,20 +142,45 @@ def test_a_run_with_other_settings_is_not_resumed(
             call()
 
 
-def test_a_slide_that_changed_is_not_resumed(tmp_path: Path, slide: Path, classifier: Any) -> None:
-    def halt(done: int, total: int) -> None:
-        if done:
-            raise Stop
+def stop_behind_the_first_batch(done: int, total: int) -> None:
+    if done:
+        raise Stop
 
-    path = tmp_path / "a.h5"
-    with pytest.raises(Stop):
-        encode_slide(*classifier, slide, path, on_progress=halt)
-    part = path.with_name("a.h5.part")
-    content = bytearray(part.read_bytes())
-    content[content.index(b"\n") + 1] ^= 1  # the first coordinate
-    part.write_bytes(content)
-    with pytest.raises(GloVLMError, match="other tiles"):
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("spoiled", ["the slide", "a number"])
+def test_what_is_of_another_slide_or_damaged_is_encoded_again(
+    tmp_path: Path, classifier: Any, finished: bool, spoiled: str
+) -> None:
+    """Also a slide of the same name, length, time of change and tiles."""
+    slide, path, fresh = tmp_path / "S1.tif", tmp_path / "a.h5", tmp_path / "fresh.h5"
+    write_slide(slide, 400, 300, compression="none")
+    if finished:
         encode_slide(*classifier, slide, path)
+    else:
+        with pytest.raises(Stop):
+            encode_slide(*classifier, slide, path, on_progress=stop_behind_the_first_batch)
+    if spoiled == "the slide":
+        status, content = slide.stat(), slide.read_bytes()
+        k = len(content) // 2
+        slide.write_bytes(content[:k] + content[k:-4096].replace(b"\xc8", b"\xc7") + content[-4096:])
+        os.utime(slide, ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        place = path if finished else path.with_name("a.h5.part")
+        bags = bytearray(place.read_bytes())
+        encode_slide(*classifier, slide, fresh)
+        row = table(fresh)[1][1].tobytes()  # the features of the second tile
+        at = bags.index(row)
+        bags[at + 1] ^= 1
+        place.write_bytes(bags)
+        fresh.unlink()
+    again = encode_slide(*classifier, slide, path)
+    assert again.resumed_at == 0
+    encode_slide(*classifier, slide, fresh)
+    for one, other in zip(table(path), table(fresh), strict=True):
+        assert np.array_equal(one, other)
+    assert len(again.notes) == 1
+    assert [place.name for place in tmp_path.iterdir() if "part" in place.name] == []
 
 
 # ---------------------------------------------------------------------------------- scale

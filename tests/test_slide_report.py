@@ -20,7 +20,6 @@ from hf_glovlm.slides.report import (
     bar_length,
     clean_text,
     draw_heatmap,
-    hide_name,
     write_results,
     write_tile_geojson,
     write_tiles,
@@ -238,24 +237,3 @@ def test_tables_and_page_say_the_same(tmp_path: Path) -> None:
 )
 def test_a_place_and_a_name_leave_the_text(text: str, expected: str) -> None:
     assert clean_text(text, Path("/data/secret/S21-1.svs"), "slide_001") == expected
-
-
-def test_a_hidden_name_is_nowhere_in_the_bag(tmp_path: Path) -> None:
-    from hf_glovlm.slides.files.bags import BagWriter, read_bag
-
-    bag = tmp_path / "S21-12345.h5"
-    about = {"name": "S21-12345", "slide_file": "S21-12345.svs", "classes": ["S21-12345"]}
-    writer = BagWriter(bag, dim=3, n_scores=2, attributes=about)
-    writer.append(np.ones((4, 3)), np.arange(8).reshape(4, 2), np.zeros((4, 2)))
-    writer.complete()
-    before = read_bag(bag, scores=True)
-    hide_name(bag, Path("/x/S21-12345.svs"), "slide_001")
-    after = read_bag(tmp_path / "slide_001.h5", scores=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["slide_001.h5"]
-    assert after.name == "slide_001"
-    assert after.attributes["slide_file"] == "slide_001.svs"
-    assert after.attributes["classes"] == ["S21-12345"]  # a class stays a class
-    for name in ("features", "coords", "scores"):
-        assert np.array_equal(getattr(before, name), getattr(after, name))
-    content = (tmp_path / "slide_001.h5").read_bytes().replace(b'["S21-12345"]', b"")
-    assert b"S21-12345" not in content

@@ -2,12 +2,13 @@
 
 A slide's files are made in a folder of their own and moved into place when they are complete, so a
 run that was killed goes on with the slides that are not there yet, and within a slide at the tile
-where it stopped. A slide that fails is an entry of the results and does not stop the others.
+where it stopped. A finished slide is known by its content and by all that its results were made
+from: of another one, or damaged, they are made again. A slide that fails is an entry of the results
+and does not stop the others.
 """
 
-import hashlib
 import json
-import shutil
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,25 @@ from numpy.typing import NDArray
 
 from ..calibration.inputs import softmax
 from ..errors import GloVLMError, nearest
-from ..files import move_over, write_text
+from ..files import (
+    LOCK,
+    UNFINISHED,
+    changed_inputs,
+    damaged_files,
+    digest_file,
+    digest_value,
+    finish_move,
+    is_empty,
+    one_writer,
+    put_in_place,
+    read_json,
+    read_manifest,
+    remove,
+    replacing,
+    staging,
+    write_json,
+    write_manifest,
+)
 from ..inference import load_classifier, resolve_device
 from ..inference.prediction import class_names
 from .cases import count_cases, read_cases
@@ -28,31 +47,33 @@ from .counting import count_classes
 from .encoding import (
     Encoded,
     Outcome,
+    describe_error,
     encode_slide,
     encode_slides,
     encoder_fingerprint,
     load_encoder,
 )
 from .files.annotations import read_geojson
-from .files.bags import read_bag
+from .files.bags import find_damage, read_bag
 from .files.tiles import find_tissue, lay_tiles
-from .files.wsi import Slide, name_flags, open_slide, slide_name
+from .files.wsi import Slide, is_same_slide, name_flags, open_slide, slide_name
 from .mil import SlideClassifier, load_aggregator
+from .numbering import NUMBERS, Numbers
 from .objects import classify_objects, read_objects
 from .pooling import NEIGHBOURS, pool_slide, pool_ways
 from .report import (
     HEATMAP_SIDE,
+    RESULT_FILES,
     clean_text,
     draw_heatmap,
-    hide_name,
     write_results,
     write_tile_geojson,
     write_tiles,
 )
 
-VERSION = 1  # of what is written for a slide; raise it when an old one may not stand in for a new
-HEAD_BYTES = 2**20  # of a slide's file that distinguish it from another of its name
+VERSION = 2  # of what is written for a slide; raise it when an old one may not stand in for a new
 
+logger = logging.getLogger("hf_glovlm")
 Event = Callable[[str, dict[str, Any]], None]
 
 
@@ -85,7 +106,7 @@ class _Run:
     class_names: list[str]  # of tiles and objects; none where the model is a backbone
     confusion: NDArray[np.int64] | None  # that was measured with the classifier
     aggregator: SlideClassifier | None
-    key: str
+    made_from: Mapping[str, Any]  # what determines the results of every slide
     notify: Event
 
     @property
@@ -117,36 +138,55 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
         GloVLMError: The model, the aggregator or a table cannot be read, or two slides share a
             name. What is wrong with one slide stands in the results.
     """
-    notify = on_event or (lambda kind, what: None)
     output = Path(config.output_dir).expanduser()
-    tasks = _plan(config, output)
+    with one_writer(output):
+        finish_move(output / UNFINISHED, output)
+        remove(output / UNFINISHED)
+        return _classify_all(config, output, on_event or (lambda kind, what: None))
+
+
+def _classify_all(config: SlideConfig, output: Path, notify: Event) -> dict[str, Any]:
+    """All slides, once no other process writes there."""
+    _check_output(config, output)
+    numbers = Numbers.read(output) if config.anonymise else None
+    tasks = _plan(config, output, numbers)
     notify("stage", {"name": "loading the model"})
     run = _prepare(config, output, notify)
     target, known = config.heatmap_class, run.slide_class_names
     if target is not None and target not in known:
         raise GloVLMError(f"There is no class '{target}' of slides.{nearest(target, known)}")
-    (output / "slides").mkdir(parents=True, exist_ok=True)
+    if numbers is not None:
+        numbers.write(output)  # before any file bears one
 
-    keys = {task.name: _key(task, run) for task in tasks}
-    entries = {task.name: _finished(output, task, keys[task.name]) for task in tasks}
+    entries = {task.name: _finished(task, run) for task in tasks}
     todo = [task for task in tasks if entries[task.name] is None]
     notify("stage", {"name": f"encoding {len(todo)} of {len(tasks)} slides"})
 
     def finish(task: _Task, outcome: Outcome) -> None:
-        entry = _classify(task, outcome, run, keys[task.name])
+        entry = _classify(task, outcome, run)
         entries[task.name] = entry
         notify("slide", {name: entry.get(name) for name in ("slide", "status", "error")})
 
-    _encode(todo, run, finish)
+    try:
+        _encode(todo, run, finish)
+    except KeyboardInterrupt:
+        done = sum(entry is not None for entry in entries.values())
+        logger.warning(
+            "%d of %d slides are done; the same command goes on with the others, also within one.",
+            done,
+            len(tasks),
+        )
+        raise
 
     slides = [(entries[task.name] or {}) | {"case": task.case} for task in tasks]
     results = {
+        "kind": "slides",
         "research_use_only": True,
         "synthetic": bool(run.model.config.synthetic),
         "model": {
             "backbone": str(run.model.config.backbone_name or ""),
             "mpp": run.model.config.mpp,
-            "fingerprint": run.key,
+            "fingerprint": run.made_from["model"],
         },
         "class_names": run.class_names,
         "slide_class_names": run.slide_class_names,
@@ -157,14 +197,37 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
         "cases": count_cases(slides, output, run.class_names, run.confusion),
         "failed": sum(entry["status"] != "done" for entry in slides),
     }
-    write_results(output, results)
+    with staging(output) as work:
+        write_results(work, results)
+        put_in_place(work, output, RESULT_FILES)
     return results
+
+
+def _check_output(config: SlideConfig, output: Path) -> None:
+    """Refuse a folder that holds something else, and inputs where results are written."""
+    given = (*config.slides, config.objects, config.cases, config.aggregator, config.model)
+    inputs = {Path(path).expanduser().resolve() for path in given if path}
+    for name in (*RESULT_FILES, NUMBERS):
+        if (output / name).resolve() in inputs:
+            raise GloVLMError(
+                f"'{output / name}' is an input, and this run would replace it: give another "
+                "--output-dir."
+            )
+    own = {"features", "slides", NUMBERS, LOCK}  # of a run that was killed before it had results
+    if own.issuperset(path.name for path in output.iterdir()):
+        return
+    results = read_json(output / "results.json") if (output / "results.json").is_file() else {}
+    if results.get("kind") != "slides" and "slide_class_names" not in results:
+        raise GloVLMError(
+            f"Output folder '{output}' holds files that are no run over slides: give an empty or a "
+            "new folder."
+        )
 
 
 # ---------------------------------------------------------------------------------- what to do
 
 
-def _plan(config: SlideConfig, output: Path) -> list[_Task]:
+def _plan(config: SlideConfig, output: Path, numbers: Numbers | None) -> list[_Task]:
     """Tasks of the run: slides with their names, cases and outlined objects."""
     paths = [Path(slide).expanduser() for slide in config.slides]
     twice = [name for name, n in Counter(map(slide_name, paths)).items() if n > 1]
@@ -175,19 +238,21 @@ def _plan(config: SlideConfig, output: Path) -> list[_Task]:
     case_of = {slide_name(path): config.case for path in paths}
     if config.cases:
         case_of = read_cases(Path(config.cases).expanduser(), case_of)
-    shown: dict[str | None, str] = {case: case for case in case_of.values() if case is not None}
-    if config.anonymise:
-        shown = {case: f"case_{i:03d}" for i, case in enumerate(shown, start=1)}
-    return [
-        _Task(
-            path=path,
-            name=f"slide_{i:03d}" if config.anonymise else real,
-            case=shown.get(case_of[real]),
-            objects=_objects_of(config, real, len(paths)),
-            bag=output / "features" / f"{real}.h5",
-        )
-        for i, (path, real) in enumerate(zip(paths, map(slide_name, paths), strict=True), start=1)
-    ]
+    tasks = []
+    for path in paths:
+        real = slide_name(path)
+        name, case = real, case_of[real]
+        if numbers is not None:
+            name, case = numbers.of_slide(path), case and numbers.of_case(case)
+        folder = output / "slides" / name
+        if not is_empty(folder) and not (folder / "slide.json").is_file():
+            raise GloVLMError(
+                f"'{folder}' holds files that are no results of a slide, and this run would "
+                "replace it: give another --output-dir."
+            )
+        bag = output / "features" / f"{name}.h5"
+        tasks.append(_Task(path, name, case, _objects_of(config, real, len(paths)), bag))
+    return tasks
 
 
 def _objects_of(config: SlideConfig, name: str, n_slides: int) -> Path | None:
@@ -234,35 +299,54 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
         class_names=names if classified else [],
         confusion=confusion if confusion.shape == (len(names), len(names)) else None,
         aggregator=aggregator,
-        key=encoder_fingerprint(model, processor),
+        made_from={
+            "version": VERSION,
+            "model": encoder_fingerprint(model, processor),
+            "classes": names if classified else [],
+            "model_mpp": model.config.mpp,
+            "confusion": digest_value(confusion.tolist()),
+            "aggregator": aggregator and aggregator.digest(),
+            **config.result_settings(),
+        },
         notify=notify,
     )
 
 
-def _key(task: _Task, run: _Run) -> str:
-    """Hash of all that determines a slide's results."""
-    settings = [VERSION, run.key, run.config.result_settings()]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    if run.confusion is not None:
-        digest.update(run.confusion.tobytes())
-    for path in (task.path, task.objects):
-        if path is not None and path.is_file():
-            with path.open("rb") as file:
-                digest.update(f"{path.stat().st_size} ".encode() + file.read(HEAD_BYTES))
-    if run.config.aggregator:
-        folder = Path(run.config.aggregator).expanduser()
-        for path in sorted(folder.rglob("*.safetensors")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
+def _made_from(task: _Task, run: _Run) -> dict[str, Any]:
+    """All that determines a slide's results, but the slide itself."""
+    return {**run.made_from, "objects": task.objects and digest_file(task.objects)}
 
 
-def _finished(output: Path, task: _Task, key: str) -> dict[str, Any] | None:
-    """Entry of a slide that an earlier run of the same settings completed."""
-    try:
-        saved = json.loads((output / "slides" / task.name / "slide.json").read_text("utf-8"))
-    except (OSError, ValueError):
+def _finished(task: _Task, run: _Run) -> dict[str, Any] | None:
+    """Entry of a slide that an earlier run finished, if nothing has changed since."""
+    folder = run.output / "slides" / task.name
+    if is_empty(folder):
         return None
-    return saved["entry"] if saved.get("key") == key else None
+    try:
+        again = _changes(folder, task, _made_from(task, run))
+        entry: dict[str, Any] = read_json(folder / "slide.json")
+    except GloVLMError as error:
+        again = [task.hide(str(error))]
+    if not again:
+        return entry
+    logger.warning("%s is done again: %s", task.name, "; ".join(again))
+    return None
+
+
+def _changes(folder: Path, task: _Task, now: Mapping[str, Any]) -> list[str]:
+    """Why the results of a slide cannot stand, in sentences."""
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.kind != "slide":
+        return ["its results are of an earlier version"]
+    before = dict(manifest.made_from)
+    same = is_same_slide(task.path, before.pop("slide", None))
+    damage = find_damage(task.bag)
+    return [
+        *([] if same else ["the slide's file has changed"]),
+        *changed_inputs(before, now),
+        *(f"{name} is damaged or missing" for name in damaged_files(folder, manifest)),
+        *([] if damage is None else [f"{task.bag.name} {damage}"]),
+    ]
 
 
 # ------------------------------------------------------------------------------------- a slide
@@ -287,6 +371,7 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
             run.output / "features",
             config.model,
             workers=config.workers,
+            names=[task.name for task in tasks] if config.anonymise else None,
             on_done=lambda outcome: finish(by_path[outcome.slide], outcome),
             device=config.device,
             **settings,
@@ -299,33 +384,39 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
 
         try:
             encoded = encode_slide(
-                run.model, run.processor, task.path, task.bag, on_progress=advance, **settings
+                run.model,
+                run.processor,
+                task.path,
+                task.bag,
+                name=task.name if config.anonymise else None,
+                on_progress=advance,
+                **settings,
             )
             outcome = Outcome(task.path, encoded)
-        except (GloVLMError, OSError, MemoryError) as error:
-            outcome = Outcome(task.path, error=str(error) or type(error).__name__)
+        except Exception as error:  # whatever is wrong with one slide stays with it
+            outcome = Outcome(task.path, error=describe_error(error))
         finish(task, outcome)
 
 
-def _classify(task: _Task, outcome: Outcome, run: _Run, key: str) -> dict[str, Any]:
+def _classify(task: _Task, outcome: Outcome, run: _Run) -> dict[str, Any]:
     """Entry of one slide in the results, its files in place; or the error of one that failed."""
-    error = outcome.error
-    if outcome.encoded is not None:
-        work = run.output / "slides" / f".{task.name}.part"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
+    error, encoded = outcome.error, outcome.encoded
+    if encoded is not None:
+        if encoded.notes:
+            logger.warning("%s is encoded again: %s", task.name, "; ".join(encoded.notes))
+        folder = run.output / "slides" / task.name
         try:
-            with open_slide(task.path, mpp=run.config.mpp) as slide:
-                entry = _classify_encoded(task, slide, outcome.encoded, run, work)
-            if run.config.anonymise:
-                hide_name(task.bag, task.path, task.name)
-            saved = {"key": key, "entry": entry}
-            write_text(work / "slide.json", json.dumps(saved, indent=1, allow_nan=False))
-            move_over(work, run.output / "slides" / task.name)
+            made_from = _made_from(task, run) | {"slide": encoded.source}
+            with replacing(folder) as work:
+                work.mkdir()
+                with open_slide(task.path, mpp=run.config.mpp) as slide:
+                    entry = _classify_encoded(task, slide, encoded, run, work)
+                write_json(work / "slide.json", entry, allow_nan=False)
+                write_manifest(work, "slide", made_from)
+                remove(folder)
             return entry
-        except (GloVLMError, OSError, MemoryError) as caught:
-            shutil.rmtree(work, ignore_errors=True)
-            error = str(caught) or type(caught).__name__
+        except Exception as caught:
+            error = describe_error(caught)
     return {
         "slide": task.name,
         "status": "failed",

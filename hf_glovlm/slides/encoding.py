@@ -7,13 +7,15 @@ goes on where it stopped.
 
 import math
 import multiprocessing
+import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ class Encoded:
         input_mpp: Micrometres per input pixel of the model; `None` is unknown.
         classes: Columns of the scores; empty for a model without a head.
         flags: What a person should know about the slide and its scale.
+        source: Identity of the slide, as `describe_slide` gives it.
+        notes: What lay there before and could not be used, and why.
     """
 
     path: Path
@@ -57,6 +61,8 @@ class Encoded:
     input_mpp: float | None
     classes: list[str] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
+    source: Any = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -83,13 +89,15 @@ def encode_slide(
     allow_scale: bool = False,
     device: str | torch.device | None = None,
     classify: bool = True,
+    name: str | None = None,
     on_progress: Progress | None = None,
 ) -> Encoded:
     """Encode the tiles of one slide into a bag.
 
     A run that was killed and resumed writes the same numbers as one that was not: to the last bit
     with the same batch size, number of threads and machine, else but for rounding. A finished bag
-    of the same settings is left as it is.
+    of the same settings and slide is left as it is; one that is damaged, or of a slide whose bytes
+    have changed, is written again. One process at a time writes a bag, which is not checked here.
 
     Args:
         model: A `GloVLMForImageClassification`, whose logits are stored too, or a `GloVLMModel`.
@@ -106,6 +114,7 @@ def encode_slide(
         allow_scale: Accept a scale far from the model's, or finer than the slide was scanned at.
         device: Where to compute; by default where the model is.
         classify: Whether a classifier's logits are stored.
+        name: What the slide is called in the bag, which then holds neither its own name nor times.
         on_progress: Called with the tiles done and the tiles in all, also before the first batch.
 
     Returns:
@@ -137,7 +146,10 @@ def encode_slide(
             output_path,
             dim=int(model.config.image_feature_dim),
             n_scores=len(classes),
-            attributes=_describe(model, processor, slide, grid, classes, min_tissue, seen),
+            attributes=_describe(model, processor, slide, grid, classes, min_tissue, seen)
+            | ({"name": name, "slide_file": name + slide.path.suffix} if name else {}),
+            slide=slide.path,
+            dated=name is None,
         )
         resumed_at = writer.rows
         if not writer.is_complete:
@@ -154,13 +166,15 @@ def encode_slide(
             writer.complete()
         return Encoded(
             path=writer.path,
-            name=slide.name,
+            name=name or slide.name,
             tiles=len(grid),
             resumed_at=resumed_at,
             mpp=grid.mpp,
             input_mpp=seen,
             classes=classes,
             flags=[*slide.flags, *notes],
+            source=writer.source,
+            notes=writer.notes,
         )
 
 
@@ -170,6 +184,7 @@ def encode_slides(
     model: str,
     *,
     workers: int = 1,
+    names: Sequence[str] | None = None,
     slide_mpp: "dict[str, float] | float | None" = None,
     on_done: Callable[[Outcome], object] | None = None,
     **settings: Any,
@@ -183,6 +198,7 @@ def encode_slides(
         output_dir: Where `NAME.h5` of every slide goes.
         model: What `load_encoder` takes.
         workers: Processes, each with its share of the processor's cores.
+        names: What the slides are called, in place of their files' names; see `encode_slide`.
         slide_mpp: Micrometres per pixel of level 0 of every slide, or by the slide's name.
         on_done: Called with each outcome as it comes.
         **settings: Of `encode_slide`; with several workers they are pickled, so `on_progress` must
@@ -195,17 +211,18 @@ def encode_slides(
         GloVLMError: No slide, two of one name, or no worker.
     """
     paths = [Path(path).expanduser() for path in slides]
-    _check_names(paths)
+    shown = [slide_name(path) for path in paths] if names is None else list(names)
+    _check_names(shown)
     if workers < 1:
         raise GloVLMError(f"Expected at least one worker, found {workers}.")
     folder = Path(output_dir)
     jobs = [
         (
             path,
-            folder / f"{slide_name(path)}.h5",
-            {**settings, "slide_mpp": _mpp_of(slide_mpp, path)},
+            folder / f"{name}.h5",
+            {**settings, "slide_mpp": _mpp_of(slide_mpp, path)} | ({"name": name} if names else {}),
         )
-        for path in paths
+        for path, name in zip(paths, shown, strict=True)
     ]
     outcomes: dict[Path, Outcome] = {}
 
@@ -215,13 +232,13 @@ def encode_slides(
             on_done(outcome)
 
     workers = min(workers, len(paths))
-    if workers == 1:
+    if workers > 1:
+        for outcome in _in_processes(model, jobs, workers):
+            record(outcome)
+    else:
         encoder = load_encoder(model)  # what is wrong with it is wrong for every slide
         for job in jobs:
             record(_attempt(encoder, *job))
-        return [outcomes[path] for path in paths]
-    for outcome in _in_processes(model, jobs, workers):
-        record(outcome)
     return [outcomes[path] for path in paths]
 
 
@@ -329,7 +346,6 @@ def _describe(
         "slide_mpp": slide.mpp,
         "slide_mpp_source": slide.mpp_source,
         "slide_file": slide.path.name,
-        "slide_bytes": slide.path.stat().st_size,
         "encoder": str(model.config.backbone_name or ""),
         "fingerprint": encoder_fingerprint(model, processor),
         "classes": classes,
@@ -360,10 +376,8 @@ def _rows_to_keep(writer: BagWriter, grid: TileGrid, batch_size: int) -> int:
     """Rows to resume after: whole batches, so that each batch is that of an unbroken run."""
     rows = min(writer.rows, len(grid))
     if not np.array_equal(writer.read_coords()[:rows], grid.coords[:rows]):
-        raise GloVLMError(
-            f"{writer.part} holds other tiles than this run would write: the slide has changed. "
-            "Delete the file to begin again."
-        )
+        writer.notes.append(f"{writer.part.name} holds other tiles")
+        rows = 0
     if rows < len(grid):
         rows -= rows % batch_size
     writer.keep(rows)
@@ -419,13 +433,12 @@ _KILLED = (
     "The process that encoded {path} was killed, as happens when memory runs out: use fewer "
     "workers or a smaller batch; the run goes on where it stopped."
 )
-_ENCODER: list[tuple[Any, Any]] = []  # of this worker process
 
 
-def _check_names(paths: Sequence[Path]) -> None:
-    if not paths:
+def _check_names(names: Sequence[str]) -> None:
+    if not names:
         raise GloVLMError("Expected at least one slide, found none: correct the path or pattern.")
-    twice = [name for name, n in Counter(map(slide_name, paths)).items() if n > 1]
+    twice = [name for name, n in Counter(names).items() if n > 1]
     if twice:
         raise GloVLMError(
             f"Two slides are called {twice[0]}, and each writes {twice[0]}.h5: rename one, or "
@@ -441,19 +454,33 @@ def _attempt(encoder: tuple[Any, Any], slide: Path, bag: Path, settings: dict[st
     """Encode one slide; an error becomes its outcome."""
     try:
         return Outcome(slide, encode_slide(*encoder, slide, bag, **settings))
-    except (GloVLMError, OSError, MemoryError) as error:
-        return Outcome(slide, error=str(error) or type(error).__name__)
+    except Exception as error:  # whatever is wrong with one slide stays with it
+        return Outcome(slide, error=describe_error(error))
 
 
-def _work(model: str, threads: int, job: _Job) -> Outcome:
-    """Worker process: encode one slide; the model is loaded with the first."""
-    try:
-        if not _ENCODER:
-            torch.set_num_threads(threads)
-            _ENCODER.append(load_encoder(model))
-    except GloVLMError as error:
-        return Outcome(job[0], error=str(error))
-    return _attempt(_ENCODER[0], *job)
+def describe_error(error: Exception) -> str:
+    """Error in a sentence; one that is not ours with its type."""
+    if isinstance(error, GloVLMError):
+        return str(error)
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _work(connection: Connection, model: str, threads: int) -> None:
+    """Worker process: encode the slides that it is given; the model is loaded with the first."""
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent ends it
+    encoder: tuple[Any, Any] | None = None
+    with suppress(EOFError, OSError):  # the parent has no further slide
+        while True:
+            job: _Job = connection.recv()
+            try:
+                if encoder is None:
+                    torch.set_num_threads(threads)
+                    encoder = load_encoder(model)
+                outcome = _attempt(encoder, *job)
+            except GloVLMError as error:
+                outcome = Outcome(job[0], error=str(error))
+            connection.send(outcome)
 
 
 def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Outcome]:
@@ -465,23 +492,41 @@ def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Ou
     spawn = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
     mine = threading.local()
-    pools: list[ProcessPoolExecutor] = []
+    started: list[tuple[BaseProcess, Connection]] = []
+    lock, ended = threading.Lock(), threading.Event()
+
+    def start() -> Connection:
+        ours, theirs = spawn.Pipe()
+        process = spawn.Process(target=_work, args=(theirs, model, threads), daemon=True)
+        with lock:
+            if ended.is_set():
+                raise EOFError
+            process.start()
+            started.append((process, ours))
+        theirs.close()  # so that its end is noticed here
+        return ours
 
     def encode_alone(job: _Job) -> Outcome:
-        if getattr(mine, "pool", None) is None:
-            mine.pool = ProcessPoolExecutor(1, spawn, end_with_parent)
-            pools.append(mine.pool)
         try:
-            outcome: Outcome = mine.pool.submit(_work, model, threads, job).result()
-        except BrokenProcessPool:
-            mine.pool = None
+            if getattr(mine, "connection", None) is None:
+                mine.connection = start()
+            mine.connection.send(job)
+            outcome: Outcome = mine.connection.recv()
+        except (EOFError, OSError):
+            mine.connection = None
             return Outcome(job[0], error=_KILLED.format(path=job[0]))
         return outcome
 
+    executor = ThreadPoolExecutor(workers)
     try:
-        with ThreadPoolExecutor(workers) as executor:
-            for future in as_completed([executor.submit(encode_alone, job) for job in jobs]):
-                yield future.result()
+        for future in as_completed([executor.submit(encode_alone, job) for job in jobs]):
+            yield future.result()
     finally:
-        for pool in pools:
-            pool.shutdown()
+        with lock:
+            ended.set()
+        executor.shutdown(wait=False, cancel_futures=True)
+        for process, connection in started:  # idle, or the command was interrupted
+            process.terminate()
+            process.join()
+            connection.close()
+        executor.shutdown()

@@ -4,7 +4,6 @@ Nothing here names a place on the machine: a slide is known by its name alone, a
 where names are to be hidden.
 """
 
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from .files.annotations import box_object, write_geojson
 
 RESEARCH_USE = "Research use only, not for diagnosis."
 HEATMAP_SIDE = 1200  # pixels of the longer side of the overview under a heat map
+RESULT_FILES = ("summary.parquet", "summary.csv", "README.md", "results.json")
 MAX_SQUARES = 20_000  # tiles in a GeoJSON file; more than that makes QuPath slow
 _NICE = (1, 2, 5)  # a scale bar's length is one of these times a power of ten
 
@@ -237,30 +237,6 @@ def clean_text(text: str, source: Path, name: str) -> str:
     for own in (source.name, source.stem):
         text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", lambda match: name, text)
     return text
-
-
-def hide_name(bag: Path, source: Path, name: str) -> None:
-    """Rename a bag; the new file holds no trace of the slide's own name.
-
-    Args:
-        bag: The finished bag; removed afterwards.
-        source: The slide's file.
-        name: What the slide is called from now on.
-    """
-    import h5py
-
-    hidden = replacing(bag.with_name(f"{name}.h5"))
-    with hidden as fresh, h5py.File(bag, "r") as old, h5py.File(fresh, "w") as new:
-        for key in old:
-            old.copy(key, new, without_attrs=True)
-        # An attribute that is overwritten may stay readable in the file; these are written once.
-        for key in ("/", *old):
-            for attribute, value in old[key].attrs.items():
-                if attribute == "settings":
-                    names = {"name": name, "slide_file": name + source.suffix}
-                    value = json.dumps(json.loads(value) | names)
-                new[key].attrs[attribute] = name if attribute == "name" else value
-    bag.unlink()
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ...data.folder import MAX_PIXELS, positive
 from ...errors import GloVLMError
+from ...files import describe_file, is_same_file
 
 BLOCK = 2048  # side of the largest piece of a level that is decoded at once, in its pixels
 CACHE_BYTES = 64 * 2**20  # decoded tiles or strips of a TIFF that are kept
@@ -243,6 +244,37 @@ def open_slide(path: str | Path, *, mpp: float | None = None) -> Slide:
         slide.close()
         raise
     return slide
+
+
+def describe_slide(path: Path, *, dated: bool = True) -> list[dict[str, Any]]:
+    """Identity of a slide: that of each of its files, see `files.describe_file`.
+
+    Args:
+        path: The slide.
+        dated: Whether times are kept, which spare reading large files as a whole again.
+    """
+    left_out = () if dated else ("modified",)
+    parts = [describe_file(part) for part in _files_of(path)]
+    return [{k: v for k, v in part.items() if k not in left_out} for part in parts]
+
+
+def is_same_slide(path: Path, known: Any) -> bool:
+    """Whether a slide holds the bytes that `describe_slide` saw; never for a file that is gone."""
+    try:
+        parts = _files_of(path)
+        if not isinstance(known, list) or len(parts) != len(known):
+            return False
+        return all(map(is_same_file, parts, known))
+    except (OSError, AttributeError):
+        return False
+
+
+def _files_of(path: Path) -> list[Path]:
+    """Files of a slide: the picture of a MIRAX slide lies in a folder beside it."""
+    folder = path.with_suffix("")
+    if path.suffix.lower() != ".mrxs" or not folder.is_dir():
+        return [path]
+    return [path, *sorted(part for part in folder.rglob("*") if part.is_file())]
 
 
 def slide_name(path: Path) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from ...errors import GloVLMError
-from ...files import model_folder, replacing, write_json
+from ...files import digest_value, model_folder, replacing, write_json
 from ..files.bags import Bag
 from .aggregators import Aggregator, build_aggregator
 
@@ -92,6 +93,15 @@ class SlideClassifier:
         with replacing(folder / "model.safetensors") as fresh:
             save_file(weights, fresh)
         write_json(folder / "config.json", facts)
+
+    def digest(self) -> str:
+        """Digest of all that decides its predictions."""
+        weights = {
+            name: xxhash.xxh3_128_hexdigest(tensor.detach().cpu().contiguous().numpy().tobytes())
+            for name, tensor in self.aggregator.state_dict().items()
+        }
+        about = (self.aggregator.name, asdict(self.aggregator.config), self.classes, self.encoder)
+        return digest_value([*about, weights])
 
     def _compare(self, bag: Bag) -> tuple[str, ...]:
         width = bag.features.shape[1]
