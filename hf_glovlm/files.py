@@ -45,7 +45,7 @@ _BLOCK, _BLOCKS = 2**16, 256  # of a larger one, read where size and time have n
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
     """Atomic replacement: write to the fresh path, which takes the target's place in the end.
 
     The fresh path lies beside the target and is used by no other writer. It may become a file, or
@@ -53,6 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: The target; the folder around it is made if need be.
+        mode: Permissions of that folder, if it is made.
 
     Raises:
         WriteError: The disk is full, read-only or failing, or does not take the path.
@@ -60,7 +61,7 @@ def replacing(path: Path) -> Iterator[Path]:
     fresh = _fresh_path(path)
     try:
         with explaining_disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=mode, parents=True, exist_ok=True)
             yield fresh
             os.replace(fresh, path)
     finally:
@@ -392,7 +393,7 @@ def one_writer(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     try:
         with suppress(OSError):
             place.write_text(f"process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M')}")
-        _sweep(folder)
+        sweep(folder)
         yield
     finally:
         lock.release()
@@ -440,13 +441,20 @@ def _holder(place: Path) -> str:
     return ""
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the fresh paths of writers that were killed."""
+def sweep(folder: Path, *, age: float = 0.0) -> None:
+    """Remove the fresh paths of writers that were killed.
+
+    Args:
+        folder: Where, and below.
+        age: Seconds since they were last written, where others may be writing.
+    """
+    latest = time.time() - age
     for base, folders, files in os.walk(folder):
         for name in [*folders, *files]:
             if _FRESH.match(name):
                 with suppress(OSError):
-                    remove(Path(base) / name)
+                    if os.lstat(os.path.join(base, name)).st_mtime <= latest or not age:
+                        remove(Path(base) / name)
         folders[:] = [name for name in folders if not _FRESH.match(name)]
 
 

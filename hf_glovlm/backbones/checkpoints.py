@@ -4,19 +4,33 @@ Converted weights lie below `GLOVLM_CACHE` (else `~/.cache/glovlm`), in a folder
 commit, so that a second load neither downloads nor converts anything, also without a connection.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 from ..errors import GloVLMError
-from ..files import check_fields, read_json, replacing
+from ..files import (
+    LOCK,
+    MANIFEST,
+    UNFINISHED,
+    check_fields,
+    damaged_files,
+    digest_value,
+    disk_reason,
+    finish_move,
+    one_writer,
+    put_in_place,
+    read_json,
+    read_manifest,
+    staging,
+    write_json,
+)
 from .saved import loading_reason
 
+WAIT = 3600.0  # seconds for another process that converts the same weights
 ORIGIN = "backbone.json"  # beside converted weights: which checkpoint and commit they come from
 _CLIP_TOKENIZER = "openai/clip-vit-base-patch32"
 SMALL_FILES = (
@@ -105,7 +119,7 @@ class Checkpoint:
         small_file = self._first(SMALL_FILES)
         # Without a connection and with an empty Hub cache, what was converted before still serves.
         commit = small_file.parent.name if small_file else self.revision or _newest(kept)
-        if commit is not None and (kept / commit / ORIGIN).is_file():
+        if commit is not None and _is_kept(kept / commit):
             return kept / commit
         weights = self.download()
         commit = weights.parent.name
@@ -126,17 +140,34 @@ def convert_folder(folder: Path) -> Path | None:
     Raises:
         GloVLMError: They cannot be converted.
     """
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for path in folder.iterdir() if path.is_file()]
     if not any(path.suffix in (".bin", ".pt", ".safetensors") for path in files):
         return None
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = sha256(repr((str(folder.resolve()), stats)).encode()).hexdigest()[:32]
-    return _convert_once(folder, _conversions() / "local" / key, None, {"hub_id": None})
+    target = _conversions() / "local" / digest_value(str(folder.resolve()))
+    if _is_kept(target, folder):
+        return target
+    return _convert_once(folder, target, None, {"hub_id": None})
+
+
+def refuse_damaged(folder: Path) -> None:
+    """Refuse converted weights that are not as the conversion wrote them.
+
+    Raises:
+        GloVLMError: Names what has changed.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.kind == "backbone":
+        damaged = damaged_files(folder, manifest)
+        if damaged:
+            raise GloVLMError(
+                f"'{folder / damaged[0]}' is damaged or missing since the weights were converted: "
+                "convert them again (`glovlm backbones convert`), or restore a copy."
+            )
 
 
 def write_origin(folder: Path, origin: Mapping[str, str | None]) -> None:
     """Write the origin (Hub id, commit) of converted weights beside them."""
-    (folder / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
+    write_json(folder / ORIGIN, origin)
 
 
 def read_origin(folder: Path) -> tuple[str | None, str | None]:
@@ -208,27 +239,58 @@ def _newest(folder: Path) -> str | None:
     return max(made, key=lambda path: path.stat().st_mtime).name if made else None
 
 
+def _is_kept(target: Path, source: Path | None = None, *, quiet: bool = False) -> bool:
+    """Whether a conversion is there, undamaged and of this version; a folder's, if it is of that.
+
+    Args:
+        target: The converted weights.
+        source: The published ones; those on the Hub are known by their commit.
+        quiet: Whether damage is no news.
+    """
+    from .conversion import VERSION, is_made_from
+
+    try:
+        manifest = read_manifest(target)
+        damaged = damaged_files(target, manifest) if manifest else []
+    except GloVLMError:
+        manifest, damaged = None, [MANIFEST]
+    if damaged and not quiet:
+        logger.warning(
+            "Converted weights are damaged (%s): they are converted again.", target / damaged[0]
+        )
+    if manifest is None or damaged or not (target / ORIGIN).is_file():
+        return False
+    if source is not None:
+        return is_made_from(manifest.made_from, source)
+    return manifest.made_from.get("version") == VERSION
+
+
 def _convert_once(
     source: Path, target: Path, kind: str | None, origin: Mapping[str, str | None]
 ) -> Path:
-    """Convert into a folder that appears whole or not at all."""
-    if (target / ORIGIN).is_file():
-        return target
+    """Convert into a folder that appears as one step, also beside other processes."""
     from .conversion import convert_checkpoint
 
-    name = origin["hub_id"] or source.name
-    logger.warning("Converting %s once; the result is kept.", name)
+    folder = source if source.is_dir() else None
     try:
         target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with replacing(target) as fresh:
-            report = convert_checkpoint(source, fresh, kind)
-            write_origin(fresh, origin)
+        with one_writer(target, wait=WAIT):
+            finish_move(target / UNFINISHED, target)
+            if _is_kept(target, folder, quiet=True):
+                return target  # another process was faster
+            name = origin["hub_id"] or source.name
+            logger.warning("Converting %s once; the result is kept.", name)
+            with staging(target) as work:
+                report = convert_checkpoint(source, work, kind)
+                write_origin(work, origin)
+                names = {path.name for place in (work, target) for path in place.iterdir()}
+                names -= {UNFINISHED, LOCK, MANIFEST}
+                put_in_place(work, target, [*sorted(names), MANIFEST])
             for sentence in report.notes:
                 logger.warning("%s: %s", name, sentence)
     except OSError as error:
-        if not (target / ORIGIN).is_file():  # else another process was faster
-            raise GloVLMError(
-                f"Converted weights cannot be written to {target.parent} ({error.strerror}): set "
-                "GLOVLM_CACHE to a folder with room."
-            ) from error
+        raise GloVLMError(
+            f"Converted weights cannot be written to {target.parent} "
+            f"({disk_reason(error.__cause__ or error)}): set GLOVLM_CACHE to a folder with room."
+        ) from error
     return target

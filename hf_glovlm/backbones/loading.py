@@ -11,7 +11,14 @@ from typing import Any
 
 from ..errors import GloVLMError, nearest
 from ..files import digest_tensors, digest_value, model_folder, read_json
-from .checkpoints import Checkpoint, cannot_load, convert_folder, read_origin, write_origin
+from .checkpoints import (
+    Checkpoint,
+    cannot_load,
+    convert_folder,
+    read_origin,
+    refuse_damaged,
+    write_origin,
+)
 from .saved import check_processor, read_config
 from .table import BACKBONES, Backbone
 
@@ -195,6 +202,7 @@ def _locate(name: str, revision: str | None = None) -> _Source:
 
 def _locate_folder(folder: Path, name: str, row: Backbone | None) -> _Source:
     public = row.name if row else folder.resolve().name
+    refuse_damaged(folder)
     hub_id, commit = read_origin(folder)
     if cached := _HUB_CACHE.search(folder.resolve().as_posix()):
         # The Hub's own cache names a folder by its commit: what lies there keeps its name.

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
 from ...errors import GloVLMError, nearest
-from ...files import replacing
+from ...files import describe_file, is_same_file, replacing, write_manifest
 from ...model import GloVLMProcessor
 from .kinds import CONVERTERS, DROPPED, recognise
 from .moving import Converted, Move
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 KINDS = tuple(CONVERTERS)
+VERSION = 1  # raise it when the same published files are converted to something else
 _WEIGHTS = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -73,7 +74,8 @@ def convert_checkpoint(
         source: The folder with the published files (weights, their configuration, tokenizer), or
             the file with the weights, whose neighbours are then read too. Nothing is downloaded.
         output_dir: Folder to write: configuration, weights in fp32, image processor, and the
-            tokenizer where there is one. It appears complete or not at all.
+            tokenizer where there is one. It appears complete or not at all, with a manifest of
+            what it was made from.
         kind: One of `KINDS`; recognised from the tensors' names when not given.
 
     Raises:
@@ -91,6 +93,9 @@ def convert_checkpoint(
     with replacing(output) as fresh:
         fresh.mkdir()
         _write(converted, tokenizer, output.name, fresh)
+        published_files = {path.name: describe_file(path) for path in _read_files(file)}
+        made_from = {"version": VERSION, "kind": converted.kind, "published": published_files}
+        write_manifest(fresh, "backbone", made_from)
     return ConversionReport(
         kind=converted.kind,
         output_dir=output,
@@ -98,6 +103,16 @@ def convert_checkpoint(
         has_tokenizer=tokenizer is not None,
         dropped=tuple(converted.dropped),
         notes=tuple(converted.notes),
+    )
+
+
+def is_made_from(made_from: Mapping[str, Any], source: Path) -> bool:
+    """Whether a conversion was made, by this version, from what a folder holds now."""
+    known, files = made_from.get("published"), _read_files(_find_weights(source))
+    if made_from.get("version") != VERSION or not isinstance(known, dict):
+        return False
+    return {path.name for path in files} == {*known} and all(
+        is_same_file(path, known[path.name]) for path in files
     )
 
 
@@ -174,6 +189,13 @@ def _find_weights(source: Path) -> Path:
             "name the file itself."
         )
     return files[0]
+
+
+def _read_files(weights: Path) -> list[Path]:
+    """Files that a conversion reads: the weights and the small ones beside them."""
+    beside = sorted(weights.parent.iterdir())
+    small = [path for path in beside if path.suffix in (".json", ".txt") and path.is_file()]
+    return [weights, *small]
 
 
 def _read_published(folder: Path) -> dict[str, Any]:
