@@ -225,7 +225,7 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(
                 write_captions(data, **options)
             monkeypatch.setattr(captioning.Captioner, "describe", real)
             assert (data / "metadata.csv").read_bytes() == before
-            journal = next((target or data / "x").parent.glob(".*.captions.jsonl"))
+            journal = next((target or data / "x").parent.glob(".*.captions/*.jsonl"))
             with journal.open("a") as stream:
                 stream.write('{"half a li')
             with pytest.raises(GloVLMError, match="another model, question or batch size"):

@@ -24,13 +24,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..errors import GloVLMError
-from ..files import replacing, write_text
+from ..files import replacing, sweep
 
 if TYPE_CHECKING:
     from ..model import GloVLMModel, GloVLMProcessor
 
 # Part of every key: raise it when decoding or pooling changes what comes out for the same input.
 CACHE_VERSION = 1
+DAY = 86_400.0  # seconds after which a fresh file is one of a process that was killed
 
 logger = logging.getLogger("hf_glovlm")
 
@@ -112,16 +113,19 @@ class FeatureCache:
         folder = self.folder / encoder
         shard = folder / f"{uuid.uuid4().hex}.safetensors"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             about = folder / "about.json"
             if not about.is_file():
-                write_text(about, json.dumps({"name": name, "created": time.time()}))
+                with replacing(about, mode=0o700) as fresh:
+                    fresh.write_text(json.dumps({"name": name, "created": time.time()}), "utf-8")
             tensors: dict[str, NDArray[Any]] = {"features": features, "keys": keys}
             metadata = {"checksum": _checksum(keys, features)}
-            with replacing(shard) as fresh:
+            # Another process may have evicted the folder meanwhile; it is made again as private.
+            with replacing(shard, mode=0o700) as fresh:
                 save_file(tensors, fresh, metadata)
             self._touch(encoder)
             self._evict(shard)
+            sweep(self.folder, age=DAY)
         except OSError as error:
             logger.warning(
                 "Features cannot be cached in %s (%s); going on without. Set GLOVLM_CACHE to a "

@@ -7,12 +7,14 @@ marks them as machine-written.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -25,10 +27,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from ..data.folder import column, load_dataset, open_image
 from ..data.terminology import match_key
 from ..errors import GloVLMError
-from ..files import check_target, write_csv, write_json, write_table, write_text
+from ..files import (
+    check_target,
+    digest_file,
+    digest_tensors,
+    explaining_disk,
+    one_writer,
+    read_json,
+    remove,
+    write_csv,
+    write_json,
+    write_table,
+    write_text,
+)
 from ..tables import column_name, read_table
 
 QUESTION = "Can you provide a concise description of the histopathology image shown?"
+_NOTE = "Written by a model, not by a person."
 _NO_QUESTION = ("blip", "git", "vision-encoder-decoder")  # models that take no question
 
 
@@ -192,8 +207,9 @@ def write_captions(
 
     By default `metadata.csv` gets a column `caption` beside what it has (for class folders without
     one, the file is made). Captions that are there are kept. Decoding is greedy, so that no seed
-    matters. Every batch is recorded in a hidden file beside the table as soon as it is done, and an
-    interrupted run continues behind it; the table itself is written whole, at the end.
+    matters. Every batch is recorded in a hidden folder beside the table as soon as it is done, with
+    digests of its images, and an interrupted run continues behind it; the table itself is written
+    whole, at the end.
 
     Args:
         dataset: A folder as `load_dataset` reads it.
@@ -211,7 +227,7 @@ def write_captions(
     Raises:
         GloVLMError: A question that names a class, another suffix, a folder whose parts have
             tables of their own, an image or a model that cannot be read, a run begun with other
-            settings.
+            settings, another process that writes there, an output that is something else.
     """
     dataset = Path(dataset)
     if not dataset.is_dir():
@@ -227,45 +243,58 @@ def write_captions(
     _check_question(question, table.classes)
     known = {} if overwrite else dict(table.known)
 
-    journal = _Journal(
-        target.with_name(f".{target.name}.captions.jsonl"),
-        {
-            "model": str(model),
-            "revision": revision,
-            "question": question,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "images": len(table.names),
-        },
-    )
-    done = journal.read()
-    uncaptioned = [name for name in table.names if not known.get(name)]
-    todo = [name for name in uncaptioned if name not in done]
-    captioner = load_captioner(model, question=question, device=device, revision=revision)
-    for start in range(0, len(todo), batch_size):
-        batch = todo[start : start + batch_size]
-        images = [open_image(table.images[name]) for name in batch]
-        texts = captioner.describe(images, max_new_tokens)
-        journal.append(dict(zip(batch, texts, strict=True)))
-        done |= dict(zip(batch, texts, strict=True))
-        if on_progress is not None:
-            on_progress(len(uncaptioned) - len(todo) + start + len(batch), len(uncaptioned))
-    captions = {name: known.get(name) or done[name] for name in table.names}
-    table.write(captions)
-    summary = CaptionSummary(
+    place = target.with_name(f".{target.name}.captions")
+    with one_writer(place):
+        captioner = load_captioner(model, question=question, device=device, revision=revision)
+        journal = _Journal(
+            place / "captions.jsonl",
+            {
+                "model": str(model),
+                "weights": digest_tensors(captioner.model.state_dict().items()),
+                "revision": revision,
+                "question": question,
+                "max_new_tokens": max_new_tokens,
+                "batch_size": batch_size,
+            },
+        )
+        done = journal.read(table)
+        uncaptioned = [name for name in table.names if not known.get(name)]
+        todo = [name for name in uncaptioned if name not in done]
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            images = [open_image(table.images[name]) for name in batch]
+            texts = dict(zip(batch, captioner.describe(images, max_new_tokens), strict=True))
+            journal.append({name: (table.digest(name), text) for name, text in texts.items()})
+            done |= texts
+            if on_progress is not None:
+                on_progress(len(uncaptioned) - len(todo) + start + len(batch), len(uncaptioned))
+        captions = {name: known.get(name) or done[name] for name in table.names}
+        table.write(captions)
+        summary = _summarise(target, model, captioner, captions, uncaptioned)
+        about = {"note": _NOTE, "max_new_tokens": max_new_tokens}
+        about |= {k: v for k, v in asdict(summary).items() if k != "path"} | {"revision": revision}
+        write_json(target.with_name("captions.json"), about, indent=2)
+        with suppress(OSError):  # an open file, on Windows
+            remove(place)
+    return summary
+
+
+def _summarise(
+    target: Path,
+    model: str | Path,
+    captioner: Captioner,
+    captions: Mapping[str, str],
+    written: Sequence[str],
+) -> CaptionSummary:
+    return CaptionSummary(
         path=str(target),
         model=str(model),
         kind=captioner.description,
-        question=question if captioner.kind == "chat" else None,
-        written=len(uncaptioned),
-        kept=len(table.names) - len(uncaptioned),
+        question=captioner.question if captioner.kind == "chat" else None,
+        written=len(written),
+        kept=len(captions) - len(written),
         empty=[name for name, text in captions.items() if not text],
     )
-    about = {"note": "Written by a model, not by a person.", "max_new_tokens": max_new_tokens}
-    about |= {k: v for k, v in asdict(summary).items() if k != "path"} | {"revision": revision}
-    write_json(target.with_name("captions.json"), about, indent=2)
-    journal.path.unlink(missing_ok=True)
-    return summary
 
 
 def _check_question(question: str, classes: Sequence[str]) -> None:
@@ -313,9 +342,41 @@ class _CaptionTable:
                 "split, or give an output ending in .parquet."
             )
         self.known = _known_captions(target)
+        self._read = metadata.is_file() and digest_file(metadata)
+        self._metadata = metadata
+        self._check_target()
+
+    def digest(self, name: str) -> str:
+        """Digest of an image's bytes."""
+        image = self.images[name]
+        if image.get("bytes") is None:
+            return digest_file(Path(image["path"]))
+        return str(xxhash.xxh3_128_hexdigest(image["bytes"]))
+
+    def _check_target(self) -> None:
+        """Refuse to write over what is no table of these images, or no account of captions."""
+        beside = self._target.with_name("captions.json")
+        ours = not beside.exists() or read_json(beside).get("note") == _NOTE
+        place = self._target if ours else beside
+        if ours and self._target.exists() and self._target.resolve() != self._metadata.resolve():
+            ours = bool(self.known) and set(self.known) <= set(self.names)
+        if not ours:
+            raise GloVLMError(
+                f"'{place}' is there already and holds no captions of these images: name another "
+                "output."
+            )
 
     def write(self, captions: dict[str, str]) -> None:
-        """Write the target atomically."""
+        """Write the target atomically.
+
+        Raises:
+            GloVLMError: `metadata.csv` has changed since it was read.
+        """
+        if self._read != (self._metadata.is_file() and digest_file(self._metadata)):
+            raise GloVLMError(
+                f"{self._metadata} has changed since the captions were begun: give the command "
+                "again, which keeps those that are written."
+            )
         if self._target.suffix == ".parquet":
             texts = [captions[name] for name in self.names]
             write_table(self._target, {"file_name": self.names, "caption": texts})
@@ -343,8 +404,11 @@ def _known_captions(path: Path) -> dict[str, str]:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        columns = pq.read_table(path, columns=["file_name", "caption"]).to_pydict()
-        return dict(zip(columns["file_name"], columns["caption"], strict=True))
+        try:
+            columns = pq.read_table(path, columns=["file_name", "caption"]).to_pydict()
+            return dict(zip(columns["file_name"], columns["caption"], strict=True))
+        except (OSError, ValueError, KeyError):  # damaged, or another table
+            return {}
     header, lines = _read_lines(path)
     index = _column_index("caption", header)
     return {} if index is None else {name: line[index].strip() for name, line in lines.items()}
@@ -371,27 +435,41 @@ class _Journal:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self._settings = path, settings
 
-    def read(self) -> dict[str, str]:
-        """Captions of an earlier run of the same settings; begins the file where there is none."""
+    def read(self, table: _CaptionTable) -> dict[str, str]:
+        """Captions of an earlier run of the same settings; begins the file where there is none.
+
+        Those of images that have changed since are left out.
+        """
         if not self.path.is_file():
             write_text(self.path, json.dumps(self._settings) + "\n")
             return {}
-        whole = [line for line in self.path.read_text("utf-8").splitlines(True) if line[-1] == "\n"]
-        if not whole or json.loads(whole[0]) != self._settings:
+        try:
+            whole = [
+                (line, json.loads(line))
+                for line in self.path.read_text("utf-8").splitlines(True)
+                if line[-1] == "\n"
+            ]
+        except ValueError:
+            raise GloVLMError(f"{self.path} is damaged: delete it to begin anew.") from None
+        if not whole or whole[0][1] != self._settings:
             raise GloVLMError(
                 f"{self.path} holds captions of a run with another model, question or batch size; "
                 "finish that one, or delete the file to begin anew."
             )
         # A line that was cut off when the run was killed is dropped, in the file too.
-        write_text(self.path, "".join(whole))
-        captions: dict[str, str] = {}
-        for line in whole[1:]:
-            captions |= json.loads(line)
-        return captions
+        write_text(self.path, "".join(line for line, _ in whole))
+        captions: dict[str, tuple[str, str]] = {}
+        for _, batch in whole[1:]:
+            captions |= batch
+        return {
+            name: text
+            for name, (digest, text) in captions.items()
+            if name in table.images and table.digest(name) == digest
+        }
 
-    def append(self, captions: dict[str, str]) -> None:
-        """Append one batch."""
-        with self.path.open("a", encoding="utf-8") as stream:
+    def append(self, captions: Mapping[str, tuple[str, str]]) -> None:
+        """Append one batch: digest of each image and its caption."""
+        with explaining_disk(self.path), self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(captions) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
