@@ -64,6 +64,8 @@ def replacing(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
             path.parent.mkdir(mode=mode, parents=True, exist_ok=True)
             yield fresh
             os.replace(fresh, path)
+    except WriteError as error:  # of something in a fresh folder: its place is what a person knows
+        raise WriteError(str(error).replace(str(fresh), str(path))) from error.__cause__
     finally:
         with suppress(OSError):
             remove(fresh)
@@ -538,9 +540,12 @@ def staging(output: Path, name: str = UNFINISHED) -> Iterator[Path]:
         work.mkdir(parents=True)
         try:
             yield work
-        except BaseException:
+        except BaseException as error:
             if not (work / JOURNAL).exists():
                 remove(work)
+            if isinstance(error, WriteError):
+                text = str(error).replace(str(work), str(output))
+                raise WriteError(text) from error.__cause__
             raise
 
 

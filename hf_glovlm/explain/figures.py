@@ -1,5 +1,6 @@
 """Heat maps as pictures: overlays, figures with their scores, and a folder of both."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -9,14 +10,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ..data.folder import ImageValue, open_image
+from ..data.folder import SUFFIXES, ImageValue, open_image
 from ..errors import GloVLMError, nearest
-from ..files import replacing, write_json
+from ..files import read_json, replacing, write_json
 from .maps import HEAT_MAPS, HeatMap, explain
 
 # Even steps of brightness, and the same to people who confuse red and green.
 COLORMAP = "cividis"
 DISCLAIMER = "Research use only, not for diagnosis."
+SOFTWARE = "hf-glovlm heat map"  # by which a figure of ours is known
 LINE = 110  # characters that fit below a figure
 
 
@@ -105,7 +107,7 @@ def save_figure(
     lines = (fill(sentence, LINE) for sentence in describe_scores(heat))
     figure.supxlabel("\n".join(lines), fontsize=8)
     with replacing(path) as fresh:
-        figure.savefig(fresh, dpi=120, format="png")
+        figure.savefig(fresh, dpi=120, format="png", metadata={"Software": SOFTWARE})
     return path
 
 
@@ -151,7 +153,8 @@ def explain_files(
         processor: Its processor.
         images: Files.
         output_dir: Takes `STEM.METHOD.png` an image, and `METHOD.json` with all scores (names of
-            files, but not of folders). A map that was drawn before is drawn again.
+            files, but not of folders). A map that was drawn before is drawn again. It must not be
+            the images' own folder, whose readers would take figures for data.
         method: See `explain`.
         target: See `explain`.
         text: See `explain`.
@@ -165,15 +168,18 @@ def explain_files(
         Per image what the JSON file holds.
 
     Raises:
-        GloVLMError: What `explain` raises; images and masks differ in number.
+        GloVLMError: What `explain` raises; images and masks differ in number; the folder holds the
+            images, or files of others where figures would be written.
     """
     folder = Path(output_dir)
     given = [None] * len(images) if masks is None else list(masks)
     if len(given) != len(images):
         raise GloVLMError(f"Expected {len(images)} masks, one an image, found {len(given)}.")
     taken: set[str] = set()
+    names = [f"{_free_name(Path(path).stem, taken)}.{method}.png" for path in images]
+    _check_folder(folder, [*names, f"{method}.json"], images)
     rows = []
-    for number, (path, mask) in enumerate(zip(images, given, strict=True)):
+    for number, (path, mask, name) in enumerate(zip(images, given, names, strict=True)):
         picture = open_image(Path(path))
         heat = explain(
             model,
@@ -185,10 +191,7 @@ def explain_files(
             mask=mask,
             window=window,
         )
-        name = _free_name(Path(path).stem, taken)
-        figure = save_figure(
-            folder / f"{name}.{method}.png", picture, heat, opacity=opacity, colormap=colormap
-        )
+        figure = save_figure(folder / name, picture, heat, opacity=opacity, colormap=colormap)
         rows.append({"file_name": Path(path).name, "figure": figure.name, **heat.describe()})
         if on_image is not None:
             on_image(number + 1, len(images))
@@ -201,6 +204,43 @@ def explain_files(
     }
     write_json(folder / f"{method}.json", about, indent=2, ensure_ascii=False)
     return rows
+
+
+def _check_folder(folder: Path, names: Sequence[str], images: Sequence[str | Path]) -> None:
+    """Refuse the images' own folder, and files of others where ours would be written."""
+    here = folder.resolve()
+    parents = [Path(image).resolve().parents for image in images]
+    data = any(here == above[0] for above in parents if above)
+    if any(here in above for above in parents):  # perhaps a table and classes: a data set
+        files = [(here / "metadata.csv").exists(), *map(_holds_images, here.iterdir())]
+        data = data or sum(files) > 1
+    if data:
+        raise GloVLMError(
+            f"'{folder}' holds the images, whose readers would take figures for data: give another "
+            "--output-dir."
+        )
+    for path in (folder / name for name in names):
+        if os.path.lexists(path) and not _is_ours(path):
+            raise GloVLMError(
+                f"'{path}' is there already and no heat map of ours: give another --output-dir."
+            )
+
+
+def _holds_images(folder: Path) -> bool:
+    return folder.is_dir() and any(file.suffix.lower() in SUFFIXES for file in folder.iterdir())
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a figure, or the scores of some, that an earlier command wrote."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            return False
+        if path.suffix == ".json":
+            return "citation" in read_json(path)
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (GloVLMError, OSError, ValueError, SyntaxError):
+        return False
 
 
 def load_masks(folder: str | Path, images: Sequence[str | Path]) -> list[NDArray[np.bool_]]:

@@ -13,7 +13,7 @@ completely or not at all.
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -430,12 +430,20 @@ class _H5Stream(io.FileIO):
 
     def write(self, content: Any) -> int:
         """Write all of it; after an error nothing more."""
+        self._try(lambda: _write_all(super(_H5Stream, self), content))
+        return len(content)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Set the length; after an error no more."""
+        self._try(lambda: super(_H5Stream, self).truncate(size))
+        return size or 0
+
+    def _try(self, action: Callable[[], object]) -> None:
         if self.error is None:
             try:
-                _write_all(super(), content)
+                action()
             except OSError as error:
                 self.error = error
-        return len(content)
 
     def check(self) -> None:
         """Raise the error."""
