@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if not any(isinstance(handler, Notes) for handler in logger.handlers):
         logger.addHandler(Notes())
-    with until_terminated() as ended:
+    with until_terminated(last=arguments is None) as ended:
         code = _run(given)
     code = TERMINATED if ended.is_set() else code
     if code in (INTERRUPTED, TERMINATED):

@@ -86,10 +86,14 @@ INTERRUPTED, TERMINATED = 130, 143  # exit codes, as shells give them for SIGINT
 
 
 @contextmanager
-def until_terminated() -> "Iterator[threading.Event]":
+def until_terminated(*, last: bool) -> "Iterator[threading.Event]":
     """End a command at SIGTERM as at Ctrl-C, so that all that is open is closed; set then.
 
-    Elsewhere than in the main thread, and where a program around us has a handler, it does nothing.
+    A second signal does not disturb that. Elsewhere than in the main thread, and where a program
+    around us has a handler, it does nothing.
+
+    Args:
+        last: Whether the process ends with the command, and is not to be disturbed in that either.
     """
     import signal
     import threading
@@ -97,25 +101,29 @@ def until_terminated() -> "Iterator[threading.Event]":
     ended = threading.Event()
 
     def end(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # what is being closed now is closed in peace
-        ended.set()
+        for each in before:  # what is being closed now is closed in peace
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGTERM:
+            ended.set()
         raise KeyboardInterrupt
 
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show is no failure
             stream.reconfigure(errors="replace")
     here = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM) if here else None
-    if before is not signal.SIG_DFL:
-        yield ended
-        return
-    signal.signal(signal.SIGTERM, end)
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    plain = (signal.SIG_DFL, signal.default_int_handler)
+    before = {each: handler for each, handler in handlers.items() if here and handler in plain}
+    for each in before:
+        signal.signal(each, end)
     try:
         yield ended
     except KeyboardInterrupt:  # it came between two lines of ours
         ended.set()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            if not (last and signal.getsignal(each) == signal.SIG_IGN):
+                signal.signal(each, handler)
 
 
 def explain_failure(error: Exception) -> str | None:

@@ -8,6 +8,7 @@ goes on where it stopped.
 import math
 import multiprocessing
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -428,6 +429,7 @@ def _encode(model: Any, backbone: Any, inputs: dict[str, Any], classify: bool) -
 
 # ----------------------------------------------------------------------------------- processes
 
+GRACE = 10.0  # seconds in which a worker closes its slide
 _Job = tuple[Path, Path, dict[str, Any]]  # slide, bag, settings of encode_slide
 _KILLED = (
     "The process that encoded {path} was killed, as happens when memory runs out: use fewer "
@@ -469,6 +471,7 @@ def _work(connection: Connection, model: str, threads: int) -> None:
     """Worker process: encode the slides that it is given; the model is loaded with the first."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent ends it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by closing what is open
     encoder: tuple[Any, Any] | None = None
     with suppress(EOFError, OSError):  # the parent has no further slide
         while True:
@@ -498,6 +501,10 @@ def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Ou
     def start() -> Connection:
         ours, theirs = spawn.Pipe()
         process = spawn.Process(target=_work, args=(theirs, model, threads), daemon=True)
+        if hasattr(
+            signal, "pthread_sigmask"
+        ):  # a process has the mask of the thread that starts it
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with lock:
             if ended.is_set():
                 raise EOFError
@@ -521,12 +528,18 @@ def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Ou
     try:
         for future in as_completed([executor.submit(encode_alone, job) for job in jobs]):
             yield future.result()
+        for _, connection in started:  # idle; they end when nothing more can come
+            connection.close()
     finally:
         with lock:
             ended.set()
         executor.shutdown(wait=False, cancel_futures=True)
-        for process, connection in started:  # idle, or the command was interrupted
-            process.terminate()
+        for process, connection in started:
+            if not connection.closed:  # the command was interrupted
+                process.terminate()
+        for process, connection in started:
+            process.join(GRACE)
+            process.kill()
             process.join()
             connection.close()
         executor.shutdown()
