@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import published
 import pytest
 import torch
 from cases import case_of
+from fresh_process import inherited, run_forks
 from safetensors.torch import load_file, save_file
 from tiny import CONTEXT, tiny_bert, tiny_clip, tiny_dinov2, tiny_pair, tiny_siglip, tiny_siglip2
 from tolerance import assert_same_numbers
@@ -27,6 +29,7 @@ from hf_glovlm.backbones import (
     loading,
     pretraining_notes,
 )
+from hf_glovlm.backbones.conversion import read_tensors
 from hf_glovlm.cli import main
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.model import GloVLMForImageClassification, GloVLMModel, GloVLMProcessor
@@ -371,6 +374,61 @@ def test_a_local_folder_is_converted_once(
     published.quiltnet(folder, quick=False)
     other, _ = load_backbone(str(folder))
     assert (_features(model, processor) - _features(other, processor)).abs().max() > 1e-2
+
+
+def _add(file: Path, amount: float) -> None:
+    """Other weights under a name, a length and a time."""
+    status, state = file.stat(), read_tensors(file)
+    for tensor in state.values():
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            tensor += amount
+    if file.suffix == ".safetensors":
+        save_file(state, file, {"format": "pt"})
+    else:
+        torch.save(state, file)
+    assert file.stat().st_size == status.st_size
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_other_weights_of_the_same_length_and_time_are_converted_again(
+    tmp_path: Path, cache_folder: Path
+) -> None:
+    folder = published.quiltnet(tmp_path / "QuiltNet-B-32")
+    model, processor = load_backbone(str(folder))
+    (file,) = (path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors"))
+    _add(file, 0.5)
+    other, _ = load_backbone(str(folder))
+    assert (_features(model, processor) - _features(other, processor)).abs().max() > 1e-2
+    assert len(list(cache_folder.glob("backbones/local/*"))) == 1
+
+
+def test_damage_of_converted_weights_is_named(
+    tmp_path: Path, cache_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = published.quiltnet(tmp_path / "QuiltNet-B-32")
+    model, processor = load_backbone(str(folder))
+    (kept,) = cache_folder.glob("backbones/local/*")
+    _add(kept / "model.safetensors", 0.5)
+    with _listen(caplog) as messages:
+        again, _ = load_backbone(str(folder))
+    assert_same_numbers(_features(again, processor), _features(model, processor))
+    assert [line for line in messages if "damaged" in line and "model.safetensors" in line]
+    convert_backbone(str(folder), tmp_path / "made")
+    _add(tmp_path / "made" / "model.safetensors", 0.5)
+    with pytest.raises(GloVLMError, match=r"model\.safetensors' is damaged"):
+        load_backbone(str(tmp_path / "made"))
+
+
+def test_two_processes_convert_once(tmp_path: Path, cache_folder: Path) -> None:
+    folder = published.quiltnet(tmp_path / "QuiltNet-B-32")
+    script = "import logging, sys\nfrom hf_glovlm.backbones import load_backbone\n"
+    script += "logging.basicConfig()\nload_backbone(sys.argv[1])\n"
+    own = inherited() | {"GLOVLM_CACHE": str(cache_folder)}
+    ended = run_forks(["-c", script, folder], folder=tmp_path, environments=[own, own])
+    assert [one.code for one in ended] == [0, 0], [one.error[-2000:] for one in ended]
+    assert sum(one.error.count("Converting QuiltNet-B-32 once") for one in ended) == 1
+    (kept,) = cache_folder.glob("backbones/local/*")
+    assert not {"unfinished", "journal.json"} & {path.name for path in kept.iterdir()}
 
 
 def test_a_tower_in_a_layout_of_others_pairs(cache_folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import ClassLabel, Features, Image
+from safetensors.torch import load_file, save_file
 from tiny import _TOWER, CLASSES, SIZE, _bert_tokenizer, _session, tiny_images
 from transformers import (
     BertConfig,
@@ -243,6 +245,69 @@ def test_a_killed_run_goes_on_and_leaves_the_same_file(
         table = pq.read_table(tmp_path / "whole" / output)
         assert table.column_names == ["file_name", "caption"]
         assert len(table) == 9
+
+
+def _interrupted(data: Path, model: Path, n: int) -> None:
+    """Caption some images, two at a time, and stop."""
+
+    def stop(done: int, _: int) -> None:
+        if done == n:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_captions(data, model=model, batch_size=2, max_new_tokens=5, on_progress=stop)
+
+
+def test_an_image_that_changed_since_is_captioned_again(tmp_path: Path) -> None:
+    results = []
+    for name in ("whole", "killed"):
+        data = tiny_images(tmp_path / name, per_class=2)
+        images = sorted(data.rglob("*.png"))
+        if name == "killed":
+            _interrupted(data, made("blip"), 4)
+        images[0].write_bytes(images[-1].read_bytes())
+        summary = write_captions(data, model=made("blip"), batch_size=2, max_new_tokens=5)
+        assert summary.written == 6
+        results.append((data / "metadata.csv").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_other_weights_or_another_process_do_not_mix_their_captions(tmp_path: Path) -> None:
+    data = tiny_images(tmp_path / "d", per_class=2)
+    model = tmp_path / "model"
+    shutil.copytree(made("blip"), model)
+    _interrupted(data, model, 2)
+    weights = load_file(model / "model.safetensors")
+    name = next(name for name in weights if weights[name].ndim == 2)
+    weights[name] += 0.1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GloVLMError, match="of a run with another model"):
+        write_captions(data, model=model, batch_size=2, max_new_tokens=5)
+    other = tiny_images(tmp_path / "other", per_class=1)
+
+    def second(done: int, _: int) -> None:
+        with pytest.raises(GloVLMError, match="Another process writes to"):
+            write_captions(other, model=model)
+
+    write_captions(other, model=model, max_new_tokens=4, on_progress=second)
+    assert {path.name for path in other.iterdir()} == {*CLASSES, "metadata.csv", "captions.json"}
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.parquet", "captions.json"])
+def test_captions_replace_no_table_of_others(tmp_path: Path, name: str) -> None:
+    data = tiny_images(tmp_path / "d", per_class=1)
+    (tmp_path / "out").mkdir()
+    place = tmp_path / "out" / name
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"file_name": ["x"], "caption": ["a person's"]}), place)
+    else:
+        place.write_text("file_name,caption\nx.png,a person's\n" if "csv" in name else "{}")
+    before = place.read_bytes()
+    output = place if name != "captions.json" else tmp_path / "out" / "new.csv"
+    with pytest.raises(GloVLMError, match=f"'{place}' is there already"):
+        write_captions(data, model=made("git"), max_new_tokens=3, output=output)
+    assert place.read_bytes() == before
+    assert [path.name for path in place.parent.iterdir()] == [name]
 
 
 def test_captions_of_a_person_are_kept(tmp_path: Path) -> None:
