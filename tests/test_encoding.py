@@ -147,8 +147,9 @@ def stop_behind_the_first_batch(done: int, total: int) -> None:
         raise Stop
 
 
-@pytest.mark.parametrize("finished", [False, True])
-@pytest.mark.parametrize("spoiled", ["the slide", "a number"])
+@pytest.mark.parametrize(
+    ("spoiled", "finished"), [("the slide", False), ("the slide", True), ("a number", False)]
+)
 def test_what_is_of_another_slide_or_damaged_is_encoded_again(
     tmp_path: Path, classifier: Any, finished: bool, spoiled: str
 ) -> None:

@@ -46,14 +46,16 @@ class Numbers:
         if not path.is_file():
             return cls(least=least)
         content = read_json(path)
-        tables = [content.get("slides"), content.get("cases")]
-        numbers = [n for table in tables if isinstance(table, dict) for n in table.values()]
-        if len(tables) != 2 or not all(type(n) is int and n > 0 for n in numbers):
+        slides, cases, salt = (content.get(name) for name in ("slides", "cases", "salt"))
+        whole = isinstance(slides, dict) and isinstance(cases, dict) and isinstance(salt, str)
+        if not whole or any(
+            type(n) is not int or n < 1 for n in (*slides.values(), *cases.values())
+        ):
             raise GloVLMError(
                 f"'{path}' is damaged: restore a copy, or write to another folder, where slides "
                 "are numbered anew."
             )
-        return cls(str(content.get("salt")), *tables, least)
+        return cls(salt, slides, cases, least)
 
     def write(self, folder: Path) -> None:
         """Write them into an output folder."""
