@@ -120,8 +120,8 @@ class SlideConfig(Settings):
     )
     anonymise: bool = setting(
         False,
-        help="Call slides slide_001, ... and cases case_001, ... in all that is written. The "
-        "feature file of a slide that is not done bears its name until it is.",
+        help="Call slides slide_001, ... and cases case_001, ... in all that is written; one "
+        "content keeps its number in the folder.",
         group="Output",
     )
 

@@ -28,6 +28,7 @@ from ...files import (
     UNFINISHED_DATA,
     Manifest,
     digest_file,
+    is_plain_name,
     one_writer,
     put_in_place,
     read_manifest,
@@ -515,4 +516,5 @@ def _write_metadata(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def _file_part(text: str) -> str:
     """A name that every file system takes."""
-    return re.sub(r"[^\w.+-]+", "_", text).strip("._") or "unnamed"
+    name = re.sub(r"[^\w.+-]+", "_", text).strip("._") or "unnamed"
+    return name if is_plain_name(name) else f"_{name}"
