@@ -39,7 +39,7 @@ def train(folder: Path, *, mpp: float | None = None, confusion: Any = None) -> P
     adapted.model.config.mpp = mpp
     adapted.save(folder / "run" / "model")
     if confusion is not None:
-        results = {"confusion_matrix": confusion, "config": {"method": "linear_probe"}}
+        results = {"kind": "adaptation", "confusion_matrix": confusion}
         (folder / "run" / "results.json").write_text(json.dumps(results))
     return folder / "run"
 

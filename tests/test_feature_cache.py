@@ -14,6 +14,7 @@ from hf_glovlm.inference import FeatureCache, cache
 
 FULL = """
 import logging, resource, sys
+sys.dont_write_bytecode = True  # Python would keep what it could not write whole
 import numpy as np
 from hf_glovlm.inference import FeatureCache
 

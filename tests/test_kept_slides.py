@@ -404,6 +404,7 @@ def test_a_second_command_over_slides_waits_for_none_and_is_refused(
 
 FULL = """
 import resource, sys
+sys.dont_write_bytecode = True  # Python would keep what it could not write whole
 from hf_glovlm.cli import main
 
 limit, *arguments = sys.argv[1:]

@@ -124,7 +124,8 @@ class SlideClassifier:
             notes.append("The features do not say which model made them; it was not checked.")
         for name in TILES:
             here, there = bag.attributes.get(name), self.encoder.get(name)
-            if here is not None and there is not None and not same_tiles(here, there):
+            known = isinstance(here, int | float) and isinstance(there, int | float)
+            if known and not same_tiles(here, there):
                 notes.append(f"The tiles have {name} {here:g}, those of the training {there:g}.")
         return tuple(notes)
 

@@ -190,7 +190,8 @@ def _describe_encoder(
     encoder: dict[str, Any] = {}
     notes: list[str] = []
     for key in (FINGERPRINT, *TILES):
-        known = {i: a[key] for i, a in enumerate(seen) if a.get(key) is not None}
+        kind = str if key == FINGERPRINT else int | float  # what else other tools write is unknown
+        known = {i: a[key] for i, a in enumerate(seen) if isinstance(a.get(key), kind)}
         if not known:
             continue
         if len(known) < len(seen):
