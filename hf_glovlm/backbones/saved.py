@@ -16,24 +16,24 @@ from ..errors import GloVLMError
 from ..files import check_fields, read_json
 
 _NONE = type(None)
-_KINDS: dict[str, tuple[type, ...]] = {  # of fields that a config.json may have
+_KINDS: dict[str, tuple[type, ...]] = {  # of fields that any config.json may have
     **dict.fromkeys(
-        ("backbone_config", "head", "inserts", "context", "calibration", "auto_map"), (dict, _NONE)
+        ("text_config", "vision_config", "id2label", "label2id", "auto_map"), (dict, _NONE)
     ),
-    **dict.fromkeys(("id2label", "label2id"), (dict, _NONE)),
-    **dict.fromkeys(("text_config", "vision_config"), (dict, _NONE)),
-    **dict.fromkeys(
-        ("architectures", "prompts", "prior_shift", "backbone_restrictions"), (list, _NONE)
-    ),
-    **dict.fromkeys(
-        ("backbone_name", "backbone_revision", "backbone_license", "dtype", "torch_dtype"),
-        (str, _NONE),
-    ),
-    **dict.fromkeys(("model_type", "vision_pooling", "text_pooling"), (str,)),
+    "architectures": (list, _NONE),
+    "model_type": (str,),
+    **dict.fromkeys(("dtype", "torch_dtype"), (str, _NONE)),
+    "projection_dim": (int, _NONE),
+}
+_OURS: dict[str, tuple[type, ...]] = {  # of those that a `GloVLMConfig` has
+    **dict.fromkeys(("backbone_config", "head", "inserts", "context"), (dict, _NONE)),
+    **dict.fromkeys(("prompts", "prior_shift", "backbone_restrictions"), (list, _NONE)),
+    **dict.fromkeys(("backbone_name", "backbone_revision", "backbone_license"), (str, _NONE)),
+    **dict.fromkeys(("vision_pooling", "text_pooling"), (str,)),
     **dict.fromkeys(("joint_space", "synthetic", "normalize_pooled", "projection_bias"), (bool,)),
+    "calibration": (dict, _NONE),
     "temperature": (float,),
     "mpp": (float, _NONE),
-    "projection_dim": (int, _NONE),
 }
 _CALIBRATION: dict[str, tuple[type, ...]] = {
     "calibration.conformal": (dict, _NONE),
@@ -80,8 +80,15 @@ def check_config(content: Any, path: Path | str) -> None:
     """
     place = Path(path)
     check_fields(place, {"config": content}, {"config": (dict,)})
-    check_fields(place, content, {name: _KINDS[name] for name in _KINDS if name in content})
+    check_fields(place, content, {k: kinds for k, kinds in _KINDS.items() if k in content})
     _check_numbers(place, "", content)
+    if content.get("model_type") == "glovlm":
+        check_fields(place, content, {k: kinds for k, kinds in _OURS.items() if k in content})
+        _check_values(place, content)
+
+
+def _check_values(place: Path, content: Mapping[str, Any]) -> None:
+    """Check what stands in the fields of a `GloVLMConfig`, which are of the right kinds."""
     labels = content.get("id2label") or {}
     _refuse_unless(
         all(isinstance(name, str) for name in labels.values())
