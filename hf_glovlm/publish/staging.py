@@ -38,7 +38,7 @@ _DATA_KEYS = (
     "shots", "sampler", "support", "notes", "mpp", "stain", "license", "citation",
 )  # fmt: skip
 _RESULT_KEYS = (
-    "metrics", "per_class", "confusion_matrix", "reliability", "prior", "threshold", "n",
+    "kind", "metrics", "per_class", "confusion_matrix", "reliability", "prior", "threshold", "n",
     "n_groups", "bootstrap", "method", "backbone", "training", "transductive", "prompt_sets",
     "prior_correction", "calibration", "abstention", "sets", "notes",
     "synthetic", "timing", "environment",

@@ -124,8 +124,9 @@ class SlideClassifier:
             notes.append("The features do not say which model made them; it was not checked.")
         for name in TILES:
             here, there = bag.attributes.get(name), self.encoder.get(name)
-            known = isinstance(here, int | float) and isinstance(there, int | float)
-            if known and not same_tiles(here, there):
+            if not isinstance(here, int | float) or not isinstance(there, int | float):
+                continue
+            if not same_tiles(here, there):
                 notes.append(f"The tiles have {name} {here:g}, those of the training {there:g}.")
         return tuple(notes)
 
