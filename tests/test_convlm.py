@@ -227,7 +227,7 @@ def test_classes_are_drawn_equally_often() -> None:
 
 
 def test_a_checkpoint_from_before_goes_on(tmp_path: Path) -> None:
-    """It lacks fields that a recipe has now; their defaults are what was done then."""
+    """It lacks fields that a recipe has now, whose defaults are what was done, and a checksum."""
     source = TensorSource(torch.randn(6, 4), torch.arange(6) % 2)
     recipe = Recipe(lr=0.1, epochs=4, batch_size=3)
 

@@ -450,7 +450,7 @@ class _State:
                 f"{recipe}, seed {seed}; found {facts['recipe']}, seed {facts['seed']}. "
                 "Repeat the run's own settings (its config.yaml), or use --overwrite."
             )
-        changed = changed_inputs(facts["made_from"], self.about["made_from"])
+        changed = changed_inputs(facts.get("made_from", {}), self.about["made_from"])
         if changed:
             raise GloVLMError(
                 f"The checkpoint in '{path.parent}' is of a training from something else "
@@ -467,8 +467,11 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata() or {}
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-        if metadata["checksum"] == _checksum(tensors, metadata["facts"]):
-            return json.loads(metadata["facts"]), tensors
+        facts = json.loads(metadata["facts"])
+        # One that was written before checkpoints had a checksum states no origin either.
+        from_before = "checksum" not in metadata and not facts.get("made_from")
+        if from_before or metadata["checksum"] == _checksum(tensors, metadata["facts"]):
+            return facts, tensors
         reason = "its checksum does not match"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip()}"
