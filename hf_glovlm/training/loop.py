@@ -469,7 +469,8 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         facts = json.loads(metadata["facts"])
         # One that was written before checkpoints had a checksum states no origin either.
-        from_before = "checksum" not in metadata and not facts.get("made_from")
+        from_before = "checksum" not in metadata and "recipe" in facts
+        from_before = from_before and not facts.get("made_from")
         if from_before or metadata["checksum"] == _checksum(tensors, metadata["facts"]):
             return facts, tensors
         reason = "its checksum does not match"
