@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -107,6 +108,23 @@ def test_a_slide_that_was_overwritten_is_classified_anew(
             h5py.File(fresh / "features/S1.h5") as two,
         ):
             assert np.array_equal(one[name], two[name])
+
+
+def test_results_of_another_slide_of_the_same_name_stay(
+    tmp_path: Path, classify: Callable[..., Any]
+) -> None:
+    one, two = (make_slide(tmp_path / f"p{i}" / "PAS.tiff", seed=i) for i in (1, 2))
+    output = tmp_path / "out"
+    classify(output, one)
+    kept = [*output.rglob("*.parquet"), *output.rglob("*.h5")]
+    before = {path: path.read_bytes() for path in kept}
+    done = classify(output, two, code=2)
+    assert "another slide of this name" in done.errors[0]
+    assert {path: path.read_bytes() for path in before} == before
+    moved = tmp_path / "moved" / "PAS.tiff"
+    moved.parent.mkdir()
+    one.rename(moved)
+    assert "done again" not in classify(output, moved).err
 
 
 @pytest.mark.parametrize("spoiled", ["scores", "settings", "all"])
@@ -403,54 +421,56 @@ def test_a_second_command_over_slides_waits_for_none_and_is_refused(
 # --------------------------------------------------------------------------------- the machine
 
 FULL = """
-import resource, sys
+import json, resource, sys
 sys.dont_write_bytecode = True  # Python would keep what it could not write whole
 from hf_glovlm.cli import main
 
-limit, *arguments = sys.argv[1:]
-if int(limit):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-sys.exit(main(arguments))
+for limit, *arguments in json.loads(sys.argv[1]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    code = main(arguments)
+    print("END", code, file=sys.stderr)
 """
 
 
-def run_limited(folder: Path, limit: int, *arguments: object) -> Completed:
-    """A command in a process none of whose files may be larger."""
-    command = ["-c", FULL, limit, *arguments]
-    (done,) = run_forks(command, folder=folder, environments=[inherited()])
+def run_limited(folder: Path, *commands: tuple[object, ...]) -> list[str]:
+    """Commands, one after the other, whose files may be as large as the first argument says.
+
+    Returns:
+        What each prints to the error stream, with its exit code in the end.
+    """
+    given = [[limit, *map(str, arguments)] for limit, *arguments in commands]
+    (done,) = run_forks(["-c", FULL, json.dumps(given)], folder=folder, environments=[inherited()])
     assert "Traceback" not in done.error, done.error
     assert "Exception ignored" not in done.error, done.error
-    return done
+    assert done.code == 0, done.error
+    return re.findall(r".*?END \d+", done.error, re.DOTALL)
 
 
-@pytest.mark.parametrize("limit", [8000, 25_000])
-def test_a_full_disk_fails_slides_in_a_sentence(
-    tmp_path: Path, run: Path, glovlm: Glovlm, limit: int
-) -> None:
-    """The finished bag or the heat map finds no room."""
+def test_a_full_disk_fails_slides_in_a_sentence(tmp_path: Path, run: Path, glovlm: Glovlm) -> None:
+    """The finished bag finds no room, then the heat map."""
     slide, output = make_slide(tmp_path / "s1.tiff"), tmp_path / "out"
-    command = ["slide", run, slide, "--tile-size", SIDE, "--output-dir", output]
-    done = run_limited(tmp_path, limit, *command)
-    assert done.code in (1, 2)
-    assert "s1: failed ('" in done.error
-    assert SENTENCE in done.error
-    assert not [name for name in leftovers(output) if not name.endswith(".h5.part")]
+    command = ("slide", run, slide, "--tile-size", SIDE, "--output-dir", output)
+    for printed in run_limited(tmp_path, (8000, *command), (25_000, *command)):
+        assert "s1: failed ('" in printed
+        assert SENTENCE in printed
+        assert printed.endswith("END 1")
+    assert leftovers(output) == []
+    assert not (output / "slides" / "s1").exists()
     assert glovlm(*command).code == 0
     assert [entry["status"] for entry in results(output)["slides"]] == ["done"]
-    assert leftovers(output) == []
 
 
 def test_a_full_disk_leaves_neither_crops_nor_a_run(tmp_path: Path) -> None:
     write_crop_inputs(tmp_path)
-    crops = ["data", "crops", tmp_path / "s0.tiff", tmp_path / "a.geojson", "--output-dir"]
-    mil = [*write_bags(tmp_path), "--output-dir"]
-    for command, name in ((crops, "crops"), (mil, "run")):
-        done = run_limited(tmp_path, 1200, *command, tmp_path / name)
-        assert done.code == 2, done.error
-        (sentence,) = [line for line in done.error.splitlines() if "error: " in line]
+    crops = ("data", "crops", tmp_path / "s0.tiff", tmp_path / "a.geojson", "--output-dir")
+    mil = (*write_bags(tmp_path), "--output-dir")
+    commands = [(1200, *crops, tmp_path / "crops"), (1500, *mil, tmp_path / "run")]
+    for printed in run_limited(tmp_path, *commands):
+        assert printed.endswith("END 2")
+        (sentence,) = [line for line in printed.splitlines() if "error: " in line]
         assert SENTENCE in sentence
-        left = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
-        assert not [path for path in left if path.name.endswith((".tmp", ".png", ".csv"))]
+    left = [path.name for name in ("crops", "run") for path in (tmp_path / name).rglob("*")]
+    assert not [name for name in left if name.endswith((".tmp", ".png", ".csv"))]
 
 
 STOPPED = """

@@ -56,7 +56,7 @@ from .encoding import (
 from .files.annotations import read_geojson
 from .files.bags import find_damage, read_bag
 from .files.tiles import find_tissue, lay_tiles
-from .files.wsi import Slide, is_same_slide, name_flags, open_slide, slide_name
+from .files.wsi import Slide, is_elsewhere, is_same_slide, name_flags, open_slide, slide_name
 from .mil import SlideClassifier, load_aggregator
 from .numbering import NUMBERS, Numbers
 from .objects import classify_objects, read_objects
@@ -325,6 +325,8 @@ def _finished(task: _Task, run: _Run) -> dict[str, Any] | None:
     try:
         again = _changes(folder, task, _made_from(task, run))
         entry: dict[str, Any] = read_json(folder / "slide.json")
+    except _Other:
+        raise
     except GloVLMError as error:
         again = [task.hide(str(error))]
     if not again:
@@ -333,13 +335,23 @@ def _finished(task: _Task, run: _Run) -> dict[str, Any] | None:
     return None
 
 
+class _Other(GloVLMError):
+    """What lies there is of another slide, and must not be replaced."""
+
+
 def _changes(folder: Path, task: _Task, now: Mapping[str, Any]) -> list[str]:
     """Why the results of a slide cannot stand, in sentences."""
     manifest = read_manifest(folder)
     if manifest is None or manifest.kind != "slide":
         return ["its results are of an earlier version"]
     before = dict(manifest.made_from)
-    same = is_same_slide(task.path, before.pop("slide", None))
+    slide = before.pop("slide", None)
+    same = is_same_slide(task.path, slide)
+    if not same and is_elsewhere(task.path, slide):
+        raise _Other(
+            f"'{folder}' holds the results of another slide of this name, from another folder: "
+            "give another --output-dir, or rename the slide."
+        )
     damage = find_damage(task.bag)
     return [
         *([] if same else ["the slide's file has changed"]),

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from ...errors import GloVLMError
 from ...files import digest_value, explaining_disk, replacing
 from .tiles import MAX_TILES
-from .wsi import describe_slide, is_same_slide
+from .wsi import describe_slide, is_elsewhere, is_same_slide
 
 # Of what lies in a bag: raise it when rows of an old one may not stand in for those of a new one.
 BAG_VERSION = 1
@@ -319,6 +319,11 @@ class BagWriter:
             self.notes.append(f"{place.name} is of another version")
             return False
         if self.slide is not None and not is_same_slide(self.slide, header["slide"]):
+            if place == self.path and is_elsewhere(self.slide, header["slide"]):
+                raise GloVLMError(
+                    f"{place} holds the tiles of another slide of this name, from another folder: "
+                    "write to another folder, or rename the slide."
+                )
             self.notes.append(f"{place.name} is of another slide, or the slide's file has changed")
             return False
         _same_settings(place, header, self._header)

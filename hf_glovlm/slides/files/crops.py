@@ -5,7 +5,6 @@ replaced, all files with `metadata.csv` as one step. The result is an ImageFolde
 reads it; `manifest.json` states which files the slides were, by their content.
 """
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +35,7 @@ from ...files import (
     write_csv,
     write_json,
 )
+from ...tables import read_table
 from .annotations import SlideObject, overlap, read_geojson
 from .wsi import Slide, describe_slide, is_same_slide, open_slide
 
@@ -385,6 +385,11 @@ def _adding_to(folder: Path) -> Iterator[tuple[Path, Manifest, list[dict[str, An
                 f"{folder} holds files that are no crops of ours, and metadata.csv would hide "
                 "them from training: choose another folder."
             )
+        slides = known.made_from.get("slides") if known else {}
+        if not isinstance(slides, dict) or not all(
+            isinstance(row, dict) for row in slides.values()
+        ):
+            raise GloVLMError(f"'{folder / MANIFEST}' is damaged: choose another folder.")
         yield work, known or Manifest("crops", {"version": VERSION, "slides": {}}, {}), before
 
 
@@ -402,7 +407,7 @@ def _check_slide(
     patients = {row.get("patient_id") or None for row in rows}
     there = slides.pop(name, None)
     if there is not None:
-        same = is_same_slide(slide, there["slide"])
+        same = is_same_slide(slide, there.get("slide"))
     else:  # crops of an earlier version, which did not keep what they were cut from
         same = not rows or patients == {patient}
     if rows and not same:
@@ -415,7 +420,7 @@ def _check_slide(
     if rows and patients != {patient}:
         before_that = ", ".join(sorted(filter(None, patients))) or "none"
         summary.notes.append(f"The patient was {before_that} and is {patient or 'none'}.")
-    copies = [other for other, row in slides.items() if is_same_slide(slide, row["slide"])]
+    copies = [other for other, row in slides.items() if is_same_slide(slide, row.get("slide"))]
     if copies:
         summary.notes.append(
             f"The same file was cut as '{copies[0]}' before, so its objects are there twice."
@@ -493,8 +498,8 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
     """The crops that are there already."""
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    table = read_table(path, "a table of crops", strip=False)
+    rows = [dict(zip(table.header, row, strict=True)) for row in table.rows]
     if rows and not {*_COLUMNS[:3]} <= {*rows[0]}:
         raise GloVLMError(
             f"{path} does not hold {', '.join(_COLUMNS[:3])}, so crops cannot be added to it; "

@@ -7,6 +7,7 @@ ignored, and whatever the scanner left out is white.
 """
 
 import math
+import os
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 from ...data.folder import MAX_PIXELS, positive
 from ...errors import GloVLMError
-from ...files import describe_file, is_same_file
+from ...files import describe_file, digest_value, is_same_file
 
 BLOCK = 2048  # side of the largest piece of a level that is decoded at once, in its pixels
 CACHE_BYTES = 64 * 2**20  # decoded tiles or strips of a TIFF that are kept
@@ -251,11 +252,13 @@ def describe_slide(path: Path, *, dated: bool = True) -> list[dict[str, Any]]:
 
     Args:
         path: The slide.
-        dated: Whether times are kept, which spare reading large files as a whole again.
+        dated: Whether times are kept, which spare reading large files as a whole again, and a
+            digest of the place.
     """
     left_out = () if dated else ("modified",)
     parts = [describe_file(part) for part in _files_of(path)]
-    return [{k: v for k, v in part.items() if k not in left_out} for part in parts]
+    parts = [{k: v for k, v in part.items() if k not in left_out} for part in parts]
+    return [parts[0] | {"place": _digest_place(path)}, *parts[1:]] if dated else parts
 
 
 def is_same_slide(path: Path, known: Any) -> bool:
@@ -267,6 +270,17 @@ def is_same_slide(path: Path, known: Any) -> bool:
         return all(map(is_same_file, parts, known))
     except (OSError, AttributeError):
         return False
+
+
+def is_elsewhere(path: Path, known: Any) -> bool:
+    """Whether a slide lies at another place than the one that `describe_slide` saw."""
+    first = known[0] if isinstance(known, list) and known else None
+    place = first.get("place") if isinstance(first, dict) else None
+    return place is not None and place != _digest_place(path)
+
+
+def _digest_place(path: Path) -> str:
+    return digest_value(os.path.realpath(path))
 
 
 def _files_of(path: Path) -> list[Path]:
