@@ -1,6 +1,5 @@
 """Heat maps as pictures: overlays, figures with their scores, and a folder of both."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -12,7 +11,7 @@ from PIL import Image
 
 from ..data.folder import SUFFIXES, ImageValue, open_image
 from ..errors import GloVLMError, nearest
-from ..files import read_json, replacing, write_json
+from ..files import check_target, read_json, replacing, write_json
 from .maps import HEAT_MAPS, HeatMap, explain
 
 # Even steps of brightness, and the same to people who confuse red and green.
@@ -219,11 +218,8 @@ def _check_folder(folder: Path, names: Sequence[str], images: Sequence[str | Pat
             f"'{folder}' holds the images, whose readers would take figures for data: give another "
             "--output-dir."
         )
-    for path in (folder / name for name in names):
-        if os.path.lexists(path) and not _is_ours(path):
-            raise GloVLMError(
-                f"'{path}' is there already and no heat map of ours: give another --output-dir."
-            )
+    for name in names:
+        check_target(folder / name, "a heat map", _is_ours, images)
 
 
 def _holds_images(folder: Path) -> bool:
@@ -232,15 +228,10 @@ def _holds_images(folder: Path) -> bool:
 
 def _is_ours(path: Path) -> bool:
     """Whether a file is a figure, or the scores of some, that an earlier command wrote."""
-    try:
-        if path.is_symlink() or not path.is_file():
-            return False
-        if path.suffix == ".json":
-            return "citation" in read_json(path)
-        with Image.open(path) as image:
-            return image.info.get("Software") == SOFTWARE
-    except (GloVLMError, OSError, ValueError, SyntaxError):
-        return False
+    if path.suffix == ".json":
+        return "citation" in read_json(path)
+    with Image.open(path) as image:
+        return bool(image.info.get("Software") == SOFTWARE)
 
 
 def load_masks(folder: str | Path, images: Sequence[str | Path]) -> list[NDArray[np.bool_]]:

@@ -239,7 +239,13 @@ def write_captions(
         raise GloVLMError(f"Expected an output ending in .csv or .parquet, found {target.name}.")
     own = dataset / "metadata.csv"  # gets a column more; nothing else of somebody's does
     check_target(target, "a table of captions", lambda path: path == own or _is_captions(path))
+    about = target.with_name("captions.json")
+    check_target(about, "a record of captions", lambda path: read_json(path).get("note") == _NOTE)
     table = _CaptionTable(dataset, target)
+    if target != own and not set(table.known) <= set(table.names):
+        raise GloVLMError(
+            f"'{target}' is there already and holds captions of other images: name another output."
+        )
     _check_question(question, table.classes)
     known = {} if overwrite else dict(table.known)
 
@@ -271,9 +277,9 @@ def write_captions(
         captions = {name: known.get(name) or done[name] for name in table.names}
         table.write(captions)
         summary = _summarise(target, model, captioner, captions, uncaptioned)
-        about = {"note": _NOTE, "max_new_tokens": max_new_tokens}
-        about |= {k: v for k, v in asdict(summary).items() if k != "path"} | {"revision": revision}
-        write_json(target.with_name("captions.json"), about, indent=2)
+        facts = {"note": _NOTE, "max_new_tokens": max_new_tokens}
+        facts |= {k: v for k, v in asdict(summary).items() if k != "path"} | {"revision": revision}
+        write_json(about, facts, indent=2)
         with suppress(OSError):  # an open file, on Windows
             remove(place)
     return summary
@@ -344,7 +350,6 @@ class _CaptionTable:
         self.known = _known_captions(target)
         self._read = metadata.is_file() and digest_file(metadata)
         self._metadata = metadata
-        self._check_target()
 
     def digest(self, name: str) -> str:
         """Digest of an image's bytes."""
@@ -352,19 +357,6 @@ class _CaptionTable:
         if image.get("bytes") is None:
             return digest_file(Path(image["path"]))
         return str(xxhash.xxh3_128_hexdigest(image["bytes"]))
-
-    def _check_target(self) -> None:
-        """Refuse to write over what is no table of these images, or no account of captions."""
-        beside = self._target.with_name("captions.json")
-        ours = not beside.exists() or read_json(beside).get("note") == _NOTE
-        place = self._target if ours else beside
-        if ours and self._target.exists() and self._target.resolve() != self._metadata.resolve():
-            ours = bool(self.known) and set(self.known) <= set(self.names)
-        if not ours:
-            raise GloVLMError(
-                f"'{place}' is there already and holds no captions of these images: name another "
-                "output."
-            )
 
     def write(self, captions: dict[str, str]) -> None:
         """Write the target atomically.
