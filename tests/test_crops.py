@@ -291,3 +291,10 @@ def test_real_masks_give_the_crops_that_were_made_from_them(tmp_path: Path, shar
             )
     assert total > 50
     assert agreed / total > 0.95
+
+
+@pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_region_has_a_scale_of_a_positive_number(tmp_path: Path, mpp: float) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "region.png")
+    with pytest.raises(GloVLMError, match="positive number of micrometres"):
+        cut_crops(tmp_path / "region.png", tmp_path / "a.geojson", tmp_path / "out", mpp=mpp)

@@ -17,7 +17,8 @@ from ..files import check_fields
 from ..inference import FeatureCache, Predictions, predict, resolve_device
 from ..inference.prediction import class_names
 from ..inference.scale import check_scale, listed_mpp
-from .config import IN_MEMORY
+from ..settings import declarations
+from .config import IN_MEMORY, TrainConfig
 from .results import RunResult
 
 if TYPE_CHECKING:
@@ -94,8 +95,9 @@ def evaluate(
     from ..data.folder import is_synthetic
     from ..publish.adapter_only import load_model
 
+    table = declarations(TrainConfig)
     for name, value in (("batch_size", batch_size), ("n_resamples", n_resamples)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value is None or table[name].read(value) < 1:
             raise GloVLMError(f"{name} must be a whole number of 1 or more; found {value!r}.")
     place = resolve_device(device)
     source = str(model.folder if isinstance(model, RunResult) else model)

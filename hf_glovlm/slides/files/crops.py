@@ -5,6 +5,7 @@ replaced, all files with `metadata.csv` as one step. The result is an ImageFolde
 reads it; `manifest.json` states which files the slides were, by their content.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -169,6 +170,8 @@ def cut_crops(
     """
     if not 1 <= margin < 100:
         raise GloVLMError(f"Expected a margin of at least 1, found {margin:g}.")
+    if mpp is not None and not 0 < mpp < math.inf:
+        raise GloVLMError(f"Expected a positive number of micrometres per pixel, found {mpp}.")
     slide, annotations, output_dir = Path(slide), Path(annotations), Path(output_dir)
     is_mask = annotations.suffix.lower() in _MASKS
     if is_mask != (colours is not None):
