@@ -35,6 +35,7 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.files import replacing, write_json, write_table
 
 folder = Path(sys.argv[1])
+sys.dont_write_bytecode = True  # half a file of it would stay
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
 
