@@ -289,10 +289,10 @@ def check_target(
         GloVLMError: It may not; the sentence says why, and what to do.
     """
     path = Path(path)
-    instead = "name another file"
+    instead, shown = "name another file", short_path(path)
     given = [Path(place).expanduser() for place in inputs]
     if any(_is_same_place(path, place) for place in given if not os.path.isdir(place)):
-        raise GloVLMError(f"'{path}' is read or written by this same command: {instead}.")
+        raise GloVLMError(f"'{shown}' is read or written by this same command: {instead}.")
     try:
         # The fresh file beside it has a longer name, which must fit, too.
         with suppress(FileNotFoundError):
@@ -302,32 +302,32 @@ def check_target(
         folder = path.parent
         if path.name in _TABLES and any(_lies_in(folder, place) for place in given):
             raise GloVLMError(
-                f"'{path}' would be read as part of the data in that folder: {instead}."
+                f"'{shown}' would be read as part of the data in that folder: {instead}."
             ) from None
         _check_folder(path)
         return
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise GloVLMError(f"'{path}' cannot be written ({reason}): {instead}.") from None
+        raise GloVLMError(f"'{shown}' cannot be written ({reason}): {instead}.") from None
     if stat.S_ISDIR(mode):
         raise GloVLMError(
-            f"Expected a file to write, found the folder '{path}': name a file in it."
+            f"Expected a file to write, found the folder '{shown}': name a file in it."
         )
     if stat.S_ISLNK(mode) and (os.path.isfile(path) or not os.path.exists(path)):
         raise GloVLMError(
-            f"'{path}' is a link to '{os.path.realpath(path)}', and links are not replaced: name "
+            f"'{shown}' is a link to '{os.path.realpath(path)}', and links are not replaced: name "
             "the file itself, or another one."
         )
     if not stat.S_ISREG(mode):
         raise GloVLMError(
-            f"'{path}' is a device, a pipe, a socket or a link, and output is a file: {instead}."
+            f"'{shown}' is a device, a pipe, a socket or a link, and output is a file: {instead}."
         )
     ours = False
     with suppress(Exception):  # a reader's, of what may be anything
         ours = is_ours(path)
     if not ours:
         raise GloVLMError(
-            f"'{path}' is there already and is not {what} that was written here before, so it is "
+            f"'{shown}' is there already and is not {what} that was written here before, so it is "
             f"not replaced: {instead}, or remove it."
         )
 
