@@ -62,14 +62,16 @@ def test_crops_of_several_slides_all_arrive(writers: int, inputs: Path, tmp_path
 
 
 def test_a_killed_writer_does_not_keep_the_next_one_out(inputs: Path, tmp_path: Path) -> None:
-    work, out = WORKS["train"], tmp_path / "out"
-    first = Running(work.begin(inputs, out), tmp_path / "log1")
+    out = tmp_path / "out"
+    # Long enough to be still there when the second has started; of two values the last one counts.
+    command = [*WORKS["train"].begin(inputs, out), "--epochs", "200"]
+    first = Running(command, tmp_path / "log1")
     while not (out / "unfinished").is_dir():
         assert first.process.is_alive()
         first.process.join(0.05)
-    second = run(work.begin(inputs, out), tmp_path / "log2")
+    second = run(command, tmp_path / "log2")
     assert second.code == 2, second.printed
     assert "Another process writes" in second.printed
     assert first.kill_after(0).code == -9
-    third = run([*work.begin(inputs, out), "--resume"], tmp_path / "log3")
+    third = run([*command, "--resume"], tmp_path / "log3")
     assert third.code == 0, third.printed
