@@ -27,13 +27,14 @@ JOURNAL = "journal.json"
 LOCK = ".lock"
 UNFINISHED = "unfinished"  # in a run's folder until the run is complete
 UNFINISHED_DATA = ".unfinished"  # in a folder of images, whose readers skip hidden ones
-KINDS = {  # of results, by the `kind` that they state
+KINDS = {  # of folders, by the `kind` that results.json or the manifest states
     "adaptation": "a run of `glovlm train`",
     "evaluation": "an evaluation of `glovlm evaluate`",
     "mil": "a slide classifier of `glovlm mil`",
     "slides": "slides of `glovlm slide`",
     "study": "a study of `glovlm study`",
     "pretraining": "a backbone of `glovlm pretrain`",
+    "crops": "crops of `glovlm data crops`",
 }
 _NO_NAME = r"/\\:*?\"<>|\x00-\x1f"
 _FRESH = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
@@ -823,7 +824,10 @@ def check_kind(folder: Path, *kinds: str) -> None:
     finish_interrupted(folder)
     file, kind = _results_file(folder), None
     with suppress(GloVLMError):  # no results of ours
-        kind = results_kind(read_json(file)) if file is not None else None
+        if file is not None:
+            kind = results_kind(read_json(file))
+        elif (manifest := read_manifest(folder)) is not None:
+            kind = manifest.kind
     if kind in KINDS and kind != "evaluation":  # which may lie beside any model
         _check_kind(kind, kinds, folder)
 

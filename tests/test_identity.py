@@ -396,7 +396,9 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "mil, unstated": ({"aggregator": {}}, "a slide classifier of `glovlm mil`"),
     "slides": ({"kind": "slides"}, "slides of `glovlm slide`"),
     "study": ({"kind": "study"}, "a study of `glovlm study`"),
+    "crops": ({"kind": "crops", "made_from": {}, "files": {}}, "crops of `glovlm data crops`"),
 }
+KEPT_IN = {"study": "report.json", "crops": "manifest.json"}  # else results.json
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -405,8 +407,7 @@ def test_readers_name_the_kind_that_they_got(kind: str, tmp_path: Path, glovlm: 
     folder, image = tmp_path / "run", tmp_path / "x.png"
     Image.new("RGB", (32, 32)).save(image)
     (folder / "model").mkdir(parents=True)
-    file = "report.json" if kind == "study" else "results.json"
-    (folder / file).write_text(json.dumps(content))
+    (folder / KEPT_IN.get(kind, "results.json")).write_text(json.dumps(content))
     (folder / "config.yaml").write_text("seed: 0\n")
     (folder / "model" / "config.json").write_text('{"aggregator": "abmil", "settings": {}}')
     images = tiny_images(tmp_path / "images")
