@@ -38,6 +38,7 @@ KINDS = {  # of folders, by the `kind` that results.json or the manifest states
 }
 _NO_NAME = r"/\\:*?\"<>|\x00-\x1f"
 _FRESH = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
+_NO_SPACE = {errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _WHOLE = 2**28  # bytes up to which a file is always known by all of them
 _BLOCK, _BLOCKS = 2**16, 256  # of a larger one, read where size and time have not changed
 
@@ -90,7 +91,9 @@ def explaining_disk(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = disk_reason(error)
         at = getattr(error, "filename", None)
-        if reason is None or (isinstance(at, str | Path) and not _lies_near(Path(at), path)):
+        elsewhere = isinstance(at, str | Path) and not _lies_near(Path(at), path)
+        # A copy that finds no space names what it reads.
+        if reason is None or (elsewhere and getattr(error, "errno", None) not in _NO_SPACE):
             raise  # something else went wrong, or with what is read rather than written
         raise WriteError(
             f"'{short_path(path)}' cannot be written ({reason}): free space there, or name another "

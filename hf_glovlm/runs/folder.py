@@ -16,6 +16,7 @@ from ..errors import GloVLMError, WriteError
 from ..files import (
     UNFINISHED,
     changed_inputs,
+    explaining_disk,
     finish_interrupted,
     finish_move,
     is_empty,
@@ -220,7 +221,8 @@ class RunFolder:
 
             fresh = self._on_main(begin)
             try:
-                yield self.work
+                with explaining_disk(self.work):
+                    yield self.work
             except GloVLMError as error:
                 # What has trained can still be saved once the disk has room.
                 trained = isinstance(error, WriteError) and any(self.work.rglob("checkpoint.*"))
