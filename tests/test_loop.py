@@ -15,10 +15,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import GeneralTracker, on_main_process
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from remembers import Remembers
 from safetensors import safe_open
 from tiny import tiny_clip, tiny_images
 from torch import Tensor, nn
@@ -603,26 +603,6 @@ def test_frozen_weights_are_not_in_the_checkpoint(accelerator: Accelerator, tmp_
 
 
 def test_a_tracker_gets_every_epoch() -> None:
-    class Remembers(GeneralTracker):
-        name = "remembers"
-        requires_logging_directory = False
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.rows: list[tuple[int | None, dict[str, Any]]] = []
-
-        @property
-        def tracker(self) -> "Remembers":
-            return self
-
-        @on_main_process
-        def store_init_configuration(self, values: dict[str, Any]) -> None:
-            pass
-
-        @on_main_process
-        def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
-            self.rows.append((step, values))
-
     remembers = Remembers()
     tracked = Accelerator(cpu=True, log_with=remembers)
     tracked.init_trackers("test")

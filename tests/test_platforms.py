@@ -3,13 +3,12 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from accelerate import tracking
-from accelerate.tracking import GeneralTracker, on_main_process
 from command_line import Glovlm
 from fresh_process import TESTS, inherited, run_forks
+from remembers import Remembers
 from tiny import tiny_clip, tiny_images
 
 ELSEWHERE = """
@@ -61,29 +60,6 @@ def test_names_in_an_adapter_are_sorted(data: Path, tmp_path: Path, glovlm: Glov
 
 
 # --------------------------------------------------------------------------------------- trackers
-
-
-class Remembers(GeneralTracker):
-    """A tracker of somebody's own, as Accelerate registers it."""
-
-    name = "remembers"
-    requires_logging_directory = False
-    rows: list[tuple[int | None, dict[str, Any]]] = []  # noqa: RUF012
-
-    def __init__(self, project: str, **_: Any) -> None:
-        super().__init__()
-
-    @property
-    def tracker(self) -> "Remembers":
-        return self
-
-    @on_main_process
-    def store_init_configuration(self, values: dict[str, Any]) -> None:
-        pass
-
-    @on_main_process
-    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-        self.rows.append((step, values))
 
 
 @pytest.fixture
