@@ -1,8 +1,9 @@
-"""Tables of a person: CSV files with a header, read the same way everywhere."""
+"""Tables of a person: CSV files with a header, and the spelling of what stands in them."""
 
 import csv
 import io
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from .errors import GloVLMError, nearest
 from .files import read_text
 
 MOST_BYTES = 2**28  # a row an image or slide: millions of these fit
+_SEPARATORS = re.compile(r"[\s_./\\\u002d\u2010-\u2015\u2212]+")
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,26 @@ def read_table(
 def column_name(name: str) -> str:
     """Column name in one spelling: `Patient ID` and `patient-id` are `patient_id`."""
     return re.sub(r"[\s-]+", "_", name.strip()).casefold()
+
+
+def normal_text(text: str) -> str:
+    """Text in one normal form: NFC, without invisible characters and blanks around.
+
+    Names that look the same are the same afterwards: `é` typed as one character or as two, a
+    zero-width space, a byte-order mark, a no-break space.
+    """
+    composed = unicodedata.normalize("NFC", text)
+    seen = "".join(c for c in composed if unicodedata.category(c) != "Cf")
+    return " ".join(seen.split())
+
+
+def spelling(text: str) -> str:
+    """Spelling key: two ids or labels of one key are most likely one, spelled twice.
+
+    Case, width of letters, invisible characters, the kind of separator and leading zeros do not
+    count: `P001`, `p1`, `P-01` and `p 1` share a key; `1-1` and `11` do not.
+    """
+    folded = unicodedata.normalize("NFKC", normal_text(text)).casefold()
+    joined = _SEPARATORS.sub("-", folded).strip("-")
+    joined = re.sub(r"(?<=[^\W\d])-(?=\d)|(?<=\d)-(?=[^\W\d])", "", joined)
+    return re.sub(r"\d+", lambda run: run[0].lstrip("0") or "0", joined)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.tables import column_name, read_table
+from hf_glovlm.tables import column_name, read_table, spelling
 
 
 def write(folder: Path, content: str | bytes) -> Path:
@@ -78,3 +78,23 @@ def test_a_missing_column_names_the_nearest(tmp_path: Path) -> None:
 
 def test_column_names_have_one_spelling() -> None:
     assert {column_name(n) for n in ("Patient ID", "patient-id", " PATIENT_id ")} == {"patient_id"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "near"),
+    [
+        ("P001", "p1", True),
+        ("P-01", "P_1", True),
+        ("p 1", "P1", True),
+        ("\u00c4del", "A\u0308del", True),
+        ("sclerosed", "Scle\u200brosed", True),
+        ("\uff11", "1", True),
+        ("00", "0", True),
+        ("1-1", "11", False),
+        ("100", "10", False),
+        ("P1", "P11", False),
+        ("S-18-162_3", "S-18-1623", False),
+    ],
+)
+def test_spellings_of_one_name_share_a_key(one: str, other: str, near: bool) -> None:
+    assert (spelling(one) == spelling(other)) is near
