@@ -45,10 +45,41 @@ _STAIN_WORDS = {
     "silver": ("silver", "Jones methenamine silver"),
     "trichrome": ("trichrome", "Masson trichrome"),
 }
+# Further ways to name a class: as a label, as a display name, as an adjective.
+_NAMES: dict[str, tuple[str, ...]] = {
+    "viable": ("viable", "normal"),
+    "ischemic": ("ischemic", "ischemia", "ischaemic"),
+    "segmental_sclerosis": (
+        "segmental sclerosis", "segmental_sclerosis", "segmentally sclerosed glomerulus",
+    ),
+    "global_sclerosis": (
+        "global sclerosis", "global_sclerosis", "globally sclerosed glomerulus", "sclerosis",
+        "sclerotic glomerulus", "sclerosed glomerulus",
+    ),
+    "atubular": ("atubular", "glomerulus without a tubule"),
+}  # fmt: skip
+_OPENINGS = (
+    "", "", "a photo of", "a picture of", "an image of", "a pathology image of", "a drawing of",
+    "a histology image of", "a micrograph of", "a microscopy image showing", "a close-up photo of",
+    "a blurry image of", "a cropped photo of", "a bright photo of", "a low resolution image of",
+    "this is", "here is", "there is", "an example of", "a slide of", "kidney:", "class:",
+    "a renal biopsy with", "diagnosis:", "findings consistent with", "a tile that contains",
+)  # fmt: skip
+_ENDINGS = (
+    "", "", "", ".", ".", " in a kidney biopsy", " in the image", ", histology", " of the kidney",
+    " seen under the microscope", " is present", " can be seen here", ", 400x", " tissue",
+)  # fmt: skip
+_FILLERS = (
+    "the", "of", "and", "in", "to", "with", "for", "on", "from", "at", "by", "this", "that", "one",
+    "some", "any", "small", "large", "good", "clean", "region", "field", "view", "crop", "section",
+    "specimen", "patient", "sample", "renal", "cortex", "tissue", "case", "shown", "stain",
+    "medical", "scan", "type", "kind", "category", "label", "picture", "photograph", "human",
+    "body", "adult", "high", "quality", "light",
+)  # fmt: skip
 
 
 def _with_article(noun: str) -> str:
-    if noun.endswith("glomerulosclerosis"):
+    if noun.endswith(("sclerosis", "ischemia")):
         return noun
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
@@ -88,3 +119,32 @@ def write_caption(rng: np.random.Generator, class_name: str, severity: float, st
         f"A photomicrograph of {a_noun}, showing {one}",
     )
     return templates[max(0, int(rng.integers(-2, len(templates))))]
+
+
+def vary_caption(rng: np.random.Generator, class_name: str, severity: float, stain: str) -> str:
+    """Caption a synthetic image as a user's template may: a model must read the class in any.
+
+    Half are those of `write_caption`; the others put a name of the class into an opening and an
+    ending, or between words that carry nothing.
+
+    Args:
+        rng: Draws the wording.
+        class_name: One of `phantoms.CLASSES`.
+        severity: 0 to 1.
+        stain: One of `phantoms.STAINS`.
+    """
+    way = rng.random()
+    if way < 0.5:
+        return write_caption(rng, class_name, severity, stain)
+    names = _NOUNS[class_name] + _NAMES[class_name]
+    name = names[int(rng.integers(len(names)))]
+    if rng.random() < 0.5:
+        name = _with_article(name)
+    if way < 0.8:
+        opening = _OPENINGS[int(rng.integers(len(_OPENINGS)))]
+        text = f"{opening} {name}{_ENDINGS[int(rng.integers(len(_ENDINGS)))]}".strip()
+    else:
+        words = rng.choice(_FILLERS, size=int(rng.integers(1, 9))).tolist()
+        at = int(rng.integers(len(words) + 1))
+        text = " ".join([*words[:at], name, *words[at:]])
+    return text[0].upper() + text[1:] if rng.random() < 0.5 else text

@@ -5,7 +5,7 @@ It has never seen a patient, and no number made with it says anything about one.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -43,9 +43,23 @@ from ..publish.card import render_backbone_card
 from ..runs.folder import CODE_VERSION, make_accelerator, on_main
 from ..training.loop import fit, gather, seed_everything
 from ..training.losses import infonce
+from .drawn_captions import vary_caption
 from .phantoms import CLASSES, render_cohort
 from .pretraining_config import PretrainConfig
 
+# Wordings that are tried on what was trained; the last four stand in no caption.
+TEMPLATES = (
+    "{}", "a photo of a {}", "a photo of a {}.", "This is an image of {}.", "{} in a kidney biopsy",
+    "an H&E image of {}", "PAS stain: {}", "a pathologist would call this {} at once",
+    "itap of my {}", "a rendition of {}", "{}, courtesy of the department",
+)  # fmt: skip
+NAMES = {
+    "viable": "viable glomerulus",
+    "ischemic": "ischemic glomerulus",
+    "segmental_sclerosis": "segmentally sclerotic glomerulus",
+    "global_sclerosis": "globally sclerotic glomerulus",
+    "atubular": "atubular glomerulus",
+}
 OWN_FILES = (
     "config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "README.md", "manifest.json",
@@ -109,17 +123,23 @@ def _pretrain(
     """Train in `unfinished/`, then put weights, tokenizer and card in place."""
     notify("rendering")
     pixels, captions = render_pairs(
-        config.patients, config.per_patient, config.seed, config.image_size, config.workers
+        config.patients,
+        config.per_patient,
+        config.seed,
+        config.image_size,
+        config.captions,
+        config.workers,
     )
-    distinct = sorted(set(captions))
+    distinct = sorted({caption for of_image in captions for caption in of_image})
     tokenizer = train_tokenizer(distinct)
     seed_everything(config.seed)
     model = build_clip(tokenizer, config.image_size, config.patch_size)
     encoded = tokenizer(distinct, padding=True, return_tensors="pt")
-    step = ContrastiveStep(model, encoded["input_ids"], encoded["attention_mask"])
-    step.to(accelerator.device)
     number_of = {caption: i for i, caption in enumerate(distinct)}
-    source = SyntheticImageSource(pixels, torch.tensor([number_of[c] for c in captions]))
+    numbers = torch.tensor([[number_of[c] for c in of_image] for of_image in captions])
+    step = ContrastiveStep(model, encoded["input_ids"], encoded["attention_mask"], numbers)
+    step.to(accelerator.device)
+    source = SyntheticImageSource(pixels, torch.arange(len(pixels)))
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     recipe = Recipe(
@@ -172,6 +192,9 @@ def _save(
     images: int,
 ) -> dict[str, Any]:
     patients, per_patient = 40, 10
+    published = {c.name: c.prompts[0] for c in catalog_entry("synthetic_glomeruli").classes}
+    wordings = [published, *({c: t.format(NAMES[c]) for c in CLASSES} for t in TEMPLATES)]
+    of_wording = zero_shot_accuracy(model, tokenizer, config, wordings, patients, per_patient)
     facts = {
         "kind": "pretraining",
         **asdict(config),
@@ -180,7 +203,8 @@ def _save(
         "parameters": sum(p.numel() for p in model.parameters()),
         "test_patients": patients,
         "test_images": patients * per_patient,
-        "accuracy": zero_shot_accuracy(model, tokenizer, config, patients, per_patient),
+        "accuracy": of_wording[0],
+        "accuracy_by_template": dict(zip(TEMPLATES, of_wording[1:], strict=True)),
         "log": log,
     }
     model.half().save_pretrained(folder)  # fp16 on disk; load_backbone brings it back to fp32
@@ -192,16 +216,16 @@ def _save(
 
 
 def render_pairs(
-    patients: int, per_patient: int, seed: int, size: int, workers: int = 1
-) -> tuple[Tensor, list[str]]:
-    """Render image-caption pairs in several processes; the result does not depend on how many.
+    patients: int, per_patient: int, seed: int, size: int, wordings: int, workers: int = 1
+) -> tuple[Tensor, list[list[str]]]:
+    """Render images with captions in several processes; the result does not depend on how many.
 
     Returns:
-        Pixels `[n, 3, size, size]` uint8 and the captions.
+        Pixels `[n, 3, size, size]` uint8 and `wordings` captions of each image.
     """
     chunk = 50
     jobs = [
-        (min(chunk, patients - first), per_patient, _cohort_seed(seed, first), size)
+        (min(chunk, patients - first), per_patient, _cohort_seed(seed, first), size, wordings)
         for first in range(0, patients, chunk)
     ]
     if workers > 1 and len(jobs) > 1:
@@ -219,17 +243,25 @@ def _cohort_seed(seed: int, first: int) -> int:
     return 2 * int(np.random.SeedSequence([seed, first]).generate_state(1)[0] // 4)
 
 
-def _render_part(job: tuple[int, int, int, int]) -> tuple[np.ndarray[Any, Any], list[str]]:
-    patients, per_patient, seed, size = job
+def _render_part(
+    job: tuple[int, int, int, int, int],
+) -> tuple[np.ndarray[Any, Any], list[list[str]]]:
+    patients, per_patient, seed, size, wordings = job
     with threadpool_limits(1):  # small products: more threads would only wait for each other
         images = render_cohort(patients, per_patient, seed=seed, size=size)
-    return np.stack([np.asarray(p.image) for p in images]), [p.caption for p in images]
+    rng = np.random.default_rng([seed, 1])
+    captions = [
+        [vary_caption(rng, p.class_name, p.severity, p.stain) for _ in range(wordings)]
+        for p in images
+    ]
+    return np.stack([np.asarray(p.image) for p in images]), captions
 
 
 def train_tokenizer(captions: Sequence[str], vocab_size: int = 1536) -> Any:
     """Train a lower-case byte-level BPE on captions and on every prompt that the package knows.
 
-    Any text can be tokenised; the vocabulary keeps rare rows for prompt tuning.
+    Any text can be tokenised. The end token has the highest id, as in OpenAI's vocabulary: a CLIP
+    pools a text there whether it looks for that id or for the highest one.
     """
     texts = [*captions, *(t for e in catalog_entries() for c in e.classes for t in c.prompts)]
     start, end, pad = "<|startoftext|>", "<|endoftext|>", "<|pad|>"
@@ -240,12 +272,13 @@ def train_tokenizer(captions: Sequence[str], vocab_size: int = 1536) -> Any:
     bpe.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[pad, start, end],
+            vocab_size=vocab_size - 1,
+            special_tokens=[pad, start],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
+    bpe.add_special_tokens([end])
     ids = [(token, bpe.token_to_id(token)) for token in (start, end)]
     bpe.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=ids)
     return PreTrainedTokenizerFast(
@@ -268,7 +301,7 @@ def build_clip(tokenizer: Any, image_size: int, patch_size: int) -> Any:
     text = {
         **tower,
         "hidden_size": 128,
-        "intermediate_size": 512,
+        "intermediate_size": 256,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "vocab_size": 1664,  # beyond the tokenizer's entries: rows for learned context tokens
@@ -294,24 +327,34 @@ class ContrastiveStep(nn.Module):
         model: A `CLIPModel`.
         input_ids: Distinct captions `[captions, length]`.
         attention_mask: The same shape.
+        numbers: Of each image, the numbers of its captions, `[images, wordings]`; every step
+            draws one.
     """
 
-    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> None:
+    def __init__(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, numbers: Tensor
+    ) -> None:
         super().__init__()
         self.model = model
         self.register_buffer("input_ids", input_ids, persistent=False)
         self.register_buffer("attention_mask", attention_mask, persistent=False)
+        self.register_buffer("numbers", numbers, persistent=False)
 
     def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
-        """Symmetric InfoNCE of pixels `[n, 3, size, size]` and caption numbers `[n]`."""
-        ids: Tensor = self.input_ids[labels]  # type: ignore[index]
-        mask: Tensor = self.attention_mask[labels]  # type: ignore[index]
+        """Symmetric InfoNCE of pixels `[n, 3, size, size]` and image numbers `[n]`."""
+        numbers: Tensor = self.numbers[labels]  # type: ignore[index]
+        drawn = torch.randint(numbers.shape[1], (len(numbers), 1)).to(numbers.device)
+        captions = numbers.gather(1, drawn).squeeze(1)
+        ids: Tensor = self.input_ids[captions]  # type: ignore[index]
+        mask: Tensor = self.attention_mask[captions]  # type: ignore[index]
+        length = int(mask.sum(1).max())  # what is padding in all of them need not be run
+        ids, mask = ids[:, :length], mask[:, :length]
         images = self.model.get_image_features(inputs).pooler_output
         texts = self.model.get_text_features(ids, mask).pooler_output
         images = gather(nn.functional.normalize(images, dim=-1))
         texts = gather(nn.functional.normalize(texts, dim=-1))
         scale = self.model.logit_scale.clamp(max=math.log(100.0)).exp()
-        return infonce(images, texts, gather(labels), gather(weight), scale, True)
+        return infonce(images, texts, gather(captions), gather(weight), scale, True)
 
 
 class SyntheticImageSource:
@@ -319,7 +362,7 @@ class SyntheticImageSource:
 
     Args:
         pixels: `[n, 3, size, size]` uint8.
-        labels: Caption numbers `[n]`.
+        labels: Image numbers `[n]`.
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor) -> None:
@@ -345,10 +388,14 @@ def normalize(pixels: Tensor) -> Tensor:
 
 
 def zero_shot_accuracy(
-    model: Any, tokenizer: Any, config: PretrainConfig, patients: int, per_patient: int
-) -> float:
-    """Zero-shot accuracy on unseen synthetic patients, one prompt a class."""
-    prompts = {c.name: c.prompts[0] for c in catalog_entry("synthetic_glomeruli").classes}
+    model: Any,
+    tokenizer: Any,
+    config: PretrainConfig,
+    wordings: Sequence[Mapping[str, str]],
+    patients: int,
+    per_patient: int,
+) -> list[float]:
+    """Zero-shot accuracy on unseen synthetic patients with each wording, one prompt a class."""
     cohort = render_cohort(
         patients,
         per_patient,
@@ -356,18 +403,21 @@ def zero_shot_accuracy(
         size=config.image_size,
     )
     pixels = torch.from_numpy(np.stack([np.asarray(p.image) for p in cohort])).permute(0, 3, 1, 2)
+    truth = torch.tensor([CLASSES.index(p.class_name) for p in cohort])
     device = model.logit_scale.device
     with torch.inference_mode():
-        encoded = tokenizer([prompts[c] for c in CLASSES], padding=True, return_tensors="pt")
-        texts = model.get_text_features(
-            encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
-        ).pooler_output
-        texts = nn.functional.normalize(texts, dim=-1)
-        hits = 0
-        for start in range(0, len(cohort), 100):
-            images = normalize(pixels[start : start + 100]).to(device)
-            features = model.get_image_features(images).pooler_output
-            predicted = (features @ texts.T).argmax(-1).tolist()
-            truth = [CLASSES.index(p.class_name) for p in cohort[start : start + 100]]
-            hits += sum(p == t for p, t in zip(predicted, truth, strict=True))
-    return hits / len(cohort)
+        features = torch.cat(
+            [
+                model.get_image_features(normalize(part).to(device)).pooler_output.cpu()
+                for part in pixels.split(100)
+            ]
+        )
+        accuracies = []
+        for prompts in wordings:
+            encoded = tokenizer([prompts[c] for c in CLASSES], padding=True, return_tensors="pt")
+            texts = model.get_text_features(
+                encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+            ).pooler_output.cpu()
+            texts = nn.functional.normalize(texts, dim=-1)
+            accuracies.append(float(((features @ texts.T).argmax(1) == truth).double().mean()))
+    return accuracies

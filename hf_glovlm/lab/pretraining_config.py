@@ -19,9 +19,16 @@ class PretrainConfig(Settings):
     seed: int = setting(
         0, help="Of images, initialisation and order.", group="Images", least=0, most=SEEDS
     )
-    patients: int = setting(800, help="Synthetic patients.", group="Images", least=1, most=10**6)
+    patients: int = setting(1000, help="Synthetic patients.", group="Images", least=1, most=10**6)
     per_patient: int = setting(10, help="Images of each.", group="Images", least=1, most=10**6)
-    epochs: int = setting(8, help="Passes over the images.", group="Training", least=1, most=10**5)
+    captions: int = setting(
+        8,
+        help="Wordings of each image; every step draws one.",
+        group="Images",
+        least=1,
+        most=1000,
+    )
+    epochs: int = setting(10, help="Passes over the images.", group="Training", least=1, most=10**5)
     batch_size: int = setting(
         64, help="Images per step over all processes.", group="Training", least=2, most=10**6
     )
