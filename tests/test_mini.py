@@ -24,21 +24,23 @@ def mini() -> tuple[Any, Any]:
     return load_backbone("mini")
 
 
-def probabilities(mini: tuple[Any, Any], images: list[Image.Image]) -> np.ndarray[Any, Any]:
-    """Zero-shot class probabilities [n, 5], one published prompt a class."""
+def probabilities(
+    mini: tuple[Any, Any], images: list[Image.Image], texts: list[list[str]] | None = None
+) -> np.ndarray[Any, Any]:
+    """Zero-shot class probabilities [n, 5]; by default one published prompt a class."""
     model, processor = mini
     prompts = {c.name: c.prompts[0] for c in catalog_entry("synthetic_glomeruli").classes}
-    encoded = processor.encode_prompts([[prompts[c]] for c in CLASSES])
+    encoded = processor.encode_prompts(texts or [[prompts[c]] for c in CLASSES])
     with torch.inference_mode():
-        texts = model.class_prototypes(**encoded)
+        prototypes = model.class_prototypes(**encoded)
         pixels = processor(images=images, return_tensors="pt")["pixel_values"]
         features = model.get_image_features(pixels).pooler_output
         features = torch.nn.functional.normalize(features, dim=-1)
-        return (model.logit_scale.exp() * features @ texts.T).softmax(-1).numpy()
+        return (model.logit_scale.exp() * features @ prototypes.T).softmax(-1).numpy()
 
 
 def test_it_is_small_says_what_it_is_and_is_plain_clip() -> None:
-    assert sum(p.stat().st_size for p in MINI.iterdir()) <= 12 * 2**20
+    assert 2e6 <= sum(p.stat().st_size for p in MINI.iterdir()) <= 4e6
     card = " ".join((MINI / "README.md").read_text().split())
     assert "synthetic images" in card
     assert "Not for diagnosis" in card
@@ -58,6 +60,36 @@ def test_zero_shot_on_unseen_synthetic_patients(mini: tuple[Any, Any]) -> None:
     rng = np.random.default_rng(0)
     permuted = np.mean([(guess == rng.permutation(truth)).mean() for _ in range(20)])
     assert abs(permuted - 0.2) < 0.06
+
+
+TEMPLATES = ("a photo of a {}", "{}", "an H&E image of {}", "what you see is {}, she wrote")
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_zero_shot_reads_the_class_in_any_template(mini: tuple[Any, Any], template: str) -> None:
+    cohort = render_cohort(12, 10, seed=778)
+    truth = np.array([CLASSES.index(p.class_name) for p in cohort])
+    shown = {c.name: c.display_name for c in catalog_entry("synthetic_glomeruli").classes}
+    texts = [[template.format(shown[c].lower())] for c in CLASSES]
+    guess = probabilities(mini, [p.image for p in cohort], texts)
+    assert (guess.argmax(1) == truth).mean() >= 0.85
+
+
+def test_a_text_is_pooled_at_its_end(mini: tuple[Any, Any]) -> None:
+    stock = AutoModel.from_pretrained(MINI).float()
+    tokenizer = mini[1].tokenizer
+    ids = tokenizer(
+        ["a photo of a viable glomerulus", "a photo of a sclerotic glomerulus"],
+        padding=True,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        one, other = stock.get_text_features(**ids).pooler_output
+    assert torch.cosine_similarity(one, other, dim=0) < 0.9
+    end = tokenizer.eos_token_id
+    assert end == max(tokenizer.get_vocab().values())  # for readers of the highest id too
+    assert stock.config.text_config.eos_token_id == end
+    assert end not in (tokenizer.pad_token_id, tokenizer.bos_token_id)
 
 
 @pytest.mark.parametrize("name", [c for c in CLASSES if c != "viable"])

@@ -437,7 +437,7 @@ def unused_token_ids(
     tokenizer = processor.tokenizer
     rows = tokenizer([text for of_class in prompts for text in of_class])["input_ids"]
     taken = {i for row in rows for i in row} | set(tokenizer.all_special_ids)
-    # A CLIP whose end token has the id 2 (OpenAI's by its old configuration, `mini`) is read at the
+    # A CLIP whose end token has the id 2 (OpenAI's by its old configuration) is read at the
     # highest id of a text: the context must not be that, or nothing behind it would count.
     unused = [i for i in range(min(map(max, rows)) - 1, -1, -1) if i not in taken][:count]
     if len(unused) < count:

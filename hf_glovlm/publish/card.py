@@ -124,7 +124,8 @@ def render_backbone_card(facts: Mapping[str, Any]) -> str:
     """
     try:
         log = [[row["epoch"], number(row["loss"]), number(row["seconds"])] for row in facts["log"]]
-        return render("backbone_card.md.j2", {**facts, "log_rows": log})
+        templates = [[text, number(value)] for text, value in facts["accuracy_by_template"].items()]
+        return render("backbone_card.md.j2", {**facts, "log_rows": log, "template_rows": templates})
     except _MALFORMED as error:
         raise GloVLMError(
             "Expected the pretraining.json of `glovlm pretrain`, found one that a card cannot be "
