@@ -4,13 +4,13 @@ from .cache import CacheEntry, FeatureCache, MemoryCache, encoder_key
 from .prediction import (
     Predictions,
     embed_images,
-    embed_prompts,
     evaluation_mode,
     exact_inference,
     load_classifier,
     predict,
     resolve_device,
 )
+from .texts import embed_prompts
 
 __all__ = [
     "CacheEntry",

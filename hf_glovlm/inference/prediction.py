@@ -140,53 +140,6 @@ def embed_images(
         return _project(model, pooled) if project else pooled
 
 
-def embed_prompts(
-    model: "GloVLMModel",
-    processor: "GloVLMProcessor",
-    prompts: Sequence[Sequence[str]],
-    *,
-    batch_size: int = 64,
-) -> NDArray[np.float32]:
-    """Text prototypes of classes, from their prompts.
-
-    Args:
-        model: The model.
-        processor: Its processor, with the learned context if there is one.
-        prompts: Per class, its texts; at least one.
-        batch_size: Texts at a time; the texts of one class stay together.
-
-    Returns:
-        `[classes, dim]`: each text's features normalised, averaged, normalised again.
-
-    Raises:
-        GloVLMError: A class has no prompt.
-    """
-    empty = [k for k, texts in enumerate(prompts) if not texts]
-    if empty or not prompts:
-        raise GloVLMError(
-            f"Every class needs at least one prompt; class number {empty[0] if empty else 0} has "
-            "none: add one to classes.yaml."
-        )
-    encoded = processor.encode_prompts([list(texts) for texts in prompts])
-    encoded = {name: tensor.to(_device(model)) for name, tensor in encoded.items()}
-    ends = np.cumsum([len(texts) for texts in prompts])
-    prototypes, begin = [], 0
-    with exact_inference(model):
-        while begin < len(prompts):
-            done = ends[begin - 1] if begin else 0
-            end = max(begin + 1, int(np.searchsorted(ends, done + batch_size, side="right")))
-            rows = slice(done, ends[end - 1])
-            prototypes.append(
-                model.class_prototypes(
-                    encoded["input_ids"][rows],
-                    encoded["attention_mask"][rows],
-                    encoded["class_index"][rows] - begin,
-                )
-            )
-            begin = end
-        return to_array(torch.cat(prototypes))
-
-
 class _Rows:
     """Undecoded image column of a data set."""
 
@@ -227,7 +180,7 @@ def _encode(
     advance: Callable[[int], None],
 ) -> NDArray[np.float32]:
     """Decode, preprocess and pool the selected rows: `[n, width]`."""
-    device = _device(model)
+    device = model_device(model)
     batches = [selected[i : i + batch_size] for i in range(0, len(selected), batch_size)]
     fits = batch_size
 
@@ -280,7 +233,7 @@ def _encode(
 
 
 def _project(model: "GloVLMModel", pooled: NDArray[np.float32]) -> NDArray[np.float32]:
-    device, dtype = _device(model), model.dtype
+    device, dtype = model_device(model), model.dtype
     parts = [torch.from_numpy(pooled[i : i + 4096]) for i in range(0, max(len(pooled), 1), 4096)]
     return np.concatenate(
         [to_array(model.project_images(part.to(device, dtype))) for part in parts]
@@ -308,7 +261,8 @@ def to_array(tensor: torch.Tensor) -> NDArray[np.float32]:
     return array
 
 
-def _device(model: torch.nn.Module) -> torch.device:
+def model_device(model: torch.nn.Module) -> torch.device:
+    """Device of a model's parameters."""
     return next(model.parameters()).device
 
 
@@ -334,7 +288,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 def exact_inference(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients and without autocast (mixed precision)."""
     # The cache's key has the dtype of the weights, not that of a surrounding training loop.
-    plain = torch.autocast(_device(model).type, enabled=False)
+    plain = torch.autocast(model_device(model).type, enabled=False)
     with evaluation_mode(model), torch.inference_mode(), plain:
         yield
 
@@ -546,7 +500,7 @@ def predict(
         model.glovlm, processor, images, batch_size=batch_size, cache=cache, progress=progress
     )
     with exact_inference(model):
-        tensor = torch.from_numpy(features).to(_device(model), model.dtype)
+        tensor = torch.from_numpy(features).to(model_device(model), model.dtype)
         head: Any = model.head
         logits = to_array(model.classify_features(tensor))
         similarities = None

@@ -5,6 +5,7 @@
 """
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,11 @@ from ..calibration import ConformalThresholds, conformal_sets, describe_sets
 from ..data.terminology import find_term
 from ..errors import GloVLMError
 from ..model.heads import prototype_head
-from .prediction import Predictions, class_names, embed_prompts
+from .prediction import Predictions, class_names
 from .scale import check_scale, describe_scale
+from .texts import check_class_texts, embed_prompts
+
+logger = logging.getLogger("hf_glovlm")
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -228,7 +232,10 @@ def build_zero_shot(
         )
     texts = _check_prompts(prompts)
     own = copy_sharing_weights(model)
-    prototypes = torch.from_numpy(embed_prompts(own, processor, list(texts.values())))
+    prompts_of = list(texts.values())
+    for note in check_class_texts(own, processor, prompts_of, list(texts)):
+        logger.warning(note)
+    prototypes = torch.from_numpy(embed_prompts(own, processor, prompts_of))
     config = own.config
     config.id2label = dict(enumerate(texts))
     config.label2id = {name: k for k, name in enumerate(texts)}

@@ -399,6 +399,8 @@ class GloVLMModel(GloVLMPreTrainedModel):
         )
         image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
+        if not (self.training or return_loss or torch.compiler.is_compiling()):
+            _check_texts(input_ids, text_embeds)
         logits_per_text = text_embeds @ image_embeds.T * self.logit_scale.exp()
         bias = getattr(self.backbone, "logit_bias", None)
         if bias is not None:
@@ -426,6 +428,20 @@ class GloVLMModel(GloVLMPreTrainedModel):
         missing = int(text.max_position_embeddings) - input_ids.shape[1]
         pad = text.pad_token_id if text.pad_token_id is not None else 0
         return nn.functional.pad(input_ids, (0, max(missing, 0)), value=pad)
+
+
+def _check_texts(input_ids: Tensor, embeds: Tensor) -> None:
+    """Refuse different texts `[n, length]` of one vector `[n, dim]`: no image tells them apart."""
+    if not 2 <= len(embeds) <= 256 or input_ids.is_meta:
+        return
+    for row in range(len(embeds) - 1):
+        same = (embeds[row + 1 :] == embeds[row]).all(-1)
+        if (same & (input_ids[row + 1 :] != input_ids[row]).any(-1)).any():
+            raise ValueError(
+                f"Text {row + 1} and another one are different tokens, but the text tower gives "
+                "them one vector: it pools them in front of the difference. Its end token "
+                "(eos_token_id) or text_pooling is set wrongly, or it was never trained."
+            )
 
 
 class GloVLMForImageClassification(GloVLMPreTrainedModel):

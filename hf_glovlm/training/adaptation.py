@@ -13,6 +13,7 @@ from ..backbones import describe_weights, load_backbone
 from ..errors import GloVLMError
 from ..files import digest_value
 from ..inference import FeatureCache, embed_images, embed_prompts
+from ..inference.texts import check_class_texts
 from ..methods import (
     METHODS,
     FeatureMethod,
@@ -288,11 +289,16 @@ def adapt(
         model, processor, classes, support, labels, validation, query, config.augment, device, cache
     )
     training = _Training(config, device, accelerator, on_epoch, made_from)
+    notes = []
+    if isinstance(chosen, TowerMethod) or (chosen.needs_text and model.has_joint_space):
+        prompts = chosen.prompts(classes, settings)
+        notes = check_class_texts(model, processor, prompts, [c.name for c in classes])
     if isinstance(chosen, TowerMethod):
         result = _adapt_towers(images, chosen, settings, training)
     else:
         left_out = groups if config.cross_validate else None
         result = _adapt_on_features(images, chosen, settings, training, left_out)
+    result.fitted.notes += notes
     return _put_together(images, result)
 
 
