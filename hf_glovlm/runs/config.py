@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ..methods import Method
 
 IN_MEMORY = "data in memory"  # stands for a data set that has no place
+MINI = "mini"  # the embedded backbone
 RECIPE = ("epochs", "lr", "weight_decay", "batch_size")  # override the method's recipe
 
 
@@ -34,7 +35,12 @@ class TrainConfig(LearningSettings):
         hint=str | object,
     )
     output_dir: str = setting(help="Where the run is written.", group="Output")
-    backbone: str = setting("mini", help="Name, Hub id, folder, or VISION+TEXT.", group="Method")
+    backbone: str | None = setting(
+        None,
+        help="Name, Hub id, folder, or VISION+TEXT; photographs need one.",
+        group="Method",
+        unset="mini, for synthetic images alone",
+    )
     method: str = setting("linear_probe", help="A name of `glovlm methods`.", group="Method")
     method_config: dict[str, Any] = setting(
         factory=dict, help="Settings of the method.", group="Method"
@@ -258,6 +264,27 @@ class TrainConfig(LearningSettings):
     def to_repeat(self) -> dict[str, Any]:
         """Plain values that repeat this run: `config.yaml`, and `config` in the results."""
         return asdict(replace(self, data=self.folder or IN_MEMORY, overwrite=False, resume=False))
+
+
+def choose_backbone(name: str | None, data: "str | Dataset | DatasetDict") -> str:
+    """Backbone of a run: the named one, or `mini` where the images are synthetic as its own were.
+
+    Args:
+        name: As `TrainConfig.backbone` has it.
+        data: As `TrainConfig.data` has it.
+
+    Raises:
+        GloVLMError: None is named, and the images are photographs.
+    """
+    from ..data.folder import is_synthetic
+
+    if name is None and not is_synthetic(data):
+        raise GloVLMError(
+            "Photographs need a backbone that has seen some, and none is named: give --backbone "
+            "(backbone: in YAML), for example vinid/plip or openai/clip-vit-base-patch16; `glovlm "
+            f"backbones` lists more. The embedded {MINI} has seen synthetic images only."
+        )
+    return name or MINI
 
 
 def _is_dataset(value: object) -> bool:

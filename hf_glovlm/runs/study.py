@@ -38,7 +38,7 @@ from ..inference import Predictions, resolve_device
 from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
 from ..settings import Settings, read_values, setting, shown
-from .config import TrainConfig
+from .config import TrainConfig, choose_backbone
 from .workflow import Loader, run
 
 __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
@@ -97,7 +97,7 @@ class StudyConfig(Settings):
         group="Method",
         form="a list of methods",
     )
-    backbones: tuple[str, ...] = setting(("mini",), help="As `train` takes one.", group="Method")
+    backbones: tuple[str, ...] = setting(help="As `train` takes one.", group="Method")
     shots: tuple[int, ...] = setting(
         (8,), help="Labelled images per class; one or a list.", group="Labels", least=0, most=10**6
     )
@@ -129,7 +129,8 @@ class StudyConfig(Settings):
             if not own.get(key):
                 raise GloVLMError(f"A study needs '{key}:'; its configuration has none.")
         data, methods, reference = own.pop("data"), own.pop("methods"), own.pop("reference", None)
-        backbones = _listed(own.pop("backbones", own.pop("backbone", "mini")))
+        backbones = _listed(own.pop("backbones", own.pop("backbone", None)) or [])
+        backbones = [str(name) for name in backbones] or [choose_backbone(None, data)]
         frozen_shots, frozen = _read_frozen(own.get("episodes"))
         shots = _listed(own.pop("shots", frozen_shots or 8))
         draws = own.pop("draws", sorted(frozen) or 10)

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ from ..inference.scale import describe_scale, known_scale
 from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import SUBGROUPS, render_card
 from ..training import Adapted, adapt
-from .config import TrainConfig
+from .config import MINI, TrainConfig, choose_backbone
 from .evaluation import check_unlearned, hash_groups, measure
 from .folder import CODE_VERSION, RunFolder, make_accelerator
 from .results import RunResult
@@ -54,6 +54,10 @@ OWN_FILES = (  # in the order in which they are put in place
     "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "log.jsonl",
     "README.md", "manifest.json", "results.json",
 )  # fmt: skip
+SYNTHETIC_BACKBONE = (
+    "The backbone, mini, has seen synthetic images only, and these are photographs: the numbers "
+    "test the software and say nothing about tissue. Name another backbone to learn something."
+)
 _INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast, not what
 
 
@@ -153,7 +157,11 @@ def run(
     Raises:
         GloVLMError: The input is bad; nothing has been written then.
     """
+    from ..data.folder import is_synthetic
+
     check_tracker(config.tracker)
+    if config.backbone is None and is_synthetic(config.data):
+        config = replace(config, backbone=MINI)
     processes = _Processes(config, get_method(config.method))
     output = Path(config.output_dir).expanduser()
     accelerator = processes.accelerator
@@ -176,11 +184,12 @@ def _run(
     clock = _Clock()
     report("stage", {"name": "checking the data"})
     task = _read_task(config, loader)
+    backbone = choose_backbone(config.backbone, config.data)
     report("episode", task.summary)
     clock.lap("data")
 
-    report("stage", {"name": "loading the backbone"})
-    model, processor = loader.backbone(config.backbone)
+    report("stage", {"name": f"loading the backbone: {backbone}"})
+    model, processor = loader.backbone(backbone)
     inputs = describe_inputs(config, task.report.digests, task.classes, loader)
     made_from = {**inputs, "split": _digest_split(task), "settings": folder.settings()}
     finished = folder.finished(made_from)
@@ -248,7 +257,7 @@ def describe_inputs(
         **data,
         "classes": digest_value([asdict(c) for c in classes]),
         "episodes": episodes,
-        "backbone": loader.describe_backbone(config.backbone),
+        "backbone": loader.describe_backbone(config.backbone or MINI),
     }
 
 
@@ -615,7 +624,8 @@ def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -
         with suppress(GloVLMError):  # a stain that the terminology does not know
             stains.add(find_stain(name))
     model, data = adapted.model.config, config.data_name
-    notes = [
+    notes = [SYNTHETIC_BACKBONE] if model.backbone_name == MINI and not model.synthetic else []
+    notes += [
         note
         for row in known_rows(model.backbone_name)
         for stain in sorted(stains, key=str)
