@@ -729,8 +729,9 @@ def test_the_card_of_mini_is_written_where_asked(
     (tmp_path / "file").write_text("")
     with pytest.raises(GloVLMError, match="cannot be written"):
         write_card("mini", tmp_path / "file" / "mini.md")
+    facts = {name: 1 for name in mini[0] if name != "accuracy"}
     with pytest.raises(GloVLMError, match=r"pretraining\.json.*'accuracy'"):
-        render_backbone_card({name: 1 for name in mini[0] if name != "accuracy"} | {"log": []})
+        render_backbone_card(facts | {"log": [], "accuracy_by_template": {}})
 
 
 def test_the_cards_of_the_project_are_as_they_are_rendered(

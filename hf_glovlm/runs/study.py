@@ -38,7 +38,7 @@ from ..inference import Predictions, resolve_device
 from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
 from ..settings import Settings, read_values, setting, shown
-from .config import TrainConfig, choose_backbone
+from .config import MINI, TrainConfig, choose_backbone
 from .workflow import Loader, run
 
 __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
@@ -129,8 +129,8 @@ class StudyConfig(Settings):
             if not own.get(key):
                 raise GloVLMError(f"A study needs '{key}:'; its configuration has none.")
         data, methods, reference = own.pop("data"), own.pop("methods"), own.pop("reference", None)
-        backbones = _listed(own.pop("backbones", own.pop("backbone", None)) or [])
-        backbones = [str(name) for name in backbones] or [choose_backbone(None, data)]
+        named = _listed(own.pop("backbones", own.pop("backbone", None)) or [])
+        backbones = named or [MINI]
         frozen_shots, frozen = _read_frozen(own.get("episodes"))
         shots = _listed(own.pop("shots", frozen_shots or 8))
         draws = own.pop("draws", sorted(frozen) or 10)
@@ -154,6 +154,8 @@ class StudyConfig(Settings):
         study = cls(data, lines, tuple(backbones), tuple(shots), reference, settings)
         for device in {study.train_config(cell, "").device for cell in study.cells()}:
             resolve_device(device)
+        if not named:
+            choose_backbone(None, data)
         return study
 
     def check(self) -> None:
