@@ -34,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ss_text_plus": {},
     "gda": {"alpha": 0.1, "support_prior": False},
     "tip_adapter": {"alpha": 1.17, "beta": 1.0, "balance": True},
-    "transclip": {"text": 0.5, "gamma": 0.2, "neighbours": 3},
+    "transclip": {"text": 0.5, "gamma": 0.2, "neighbours": 3, "support_edges": False},
 }
 SEARCHED = {"gda", "tip_adapter", "transclip"}
 DIM = 12
@@ -426,43 +426,58 @@ def test_the_search_is_many_times_faster_than_the_double_loop() -> None:
 
 
 def transclip(
-    support: Support, text: float, gamma: float, k: int, steps: int = 10
+    support: Support, text: float, gamma: float, k: int, steps: int = 10, edges: bool = False
 ) -> tuple[Array, Array, Array]:
-    """Dense, with loops: assignments, final means, final variances."""
+    """In loops over images and classes: assignments, final means, final variances."""
     f, t, groups, s = parts(support)
-    q = unit(support.query)
-    graph = np.zeros((len(q), len(q)))
-    for i in range(len(q)):
-        others = [j for j in np.argsort(-(q @ q[i])) if j != i][:k]
-        graph[i, others] = np.maximum(q[others] @ q[i], 0)
+    q, y = unit(support.query), support.labels.numpy()
+    m, n, classes = len(q), len(f), len(groups)
+    graph, pull = np.zeros((m, m)), np.zeros((m, classes))
+    for i in range(m):
+        for j in [j for j in np.argsort(-(q @ q[i])) if j != i][:k]:
+            graph[i, j] = max(q[i] @ q[j], 0)
+    for i in range(n if edges else 0):
+        for j in np.argsort(-(q @ f[i]))[:k]:
+            pull[j, y[i]] += max(f[i] @ q[j], 0)
     guess = softmax(s * q @ t.T)
     z, mu = guess, unit([g.mean(0) for g in groups])
     sigma = np.full(q.shape[1], 1 / q.shape[1])
-    weight = 50 * gamma / len(f)
-    for _ in range(steps):
-        maha = np.array([[((row - m) ** 2 / sigma).sum() for m in mu] for row in q])
+    for step in range(steps + 1):
+        maha = np.array([[((row - c) ** 2 / sigma).sum() for c in mu] for row in q])
         for _ in range(5):
-            exponent = (-maha / 2 + 50 / 6 * (graph.T @ z + graph @ z)) / 50
+            exponent = (-maha / 2 + 50 / 6 * (graph.T @ z + graph @ z + pull)) / 50
             z = guess**text * np.exp(exponent - exponent.max(1, keepdims=True))
             z = z / z.sum(1, keepdims=True)
-        mu = unit([z[:, c] @ q + weight * g.sum(0) for c, g in enumerate(groups)])
-        squares = np.zeros(q.shape[1])
-        for c, g in enumerate(groups):
-            squares += z[:, c] @ (q - mu[c]) ** 2 + weight * ((g - mu[c]) ** 2).sum(0)
-        sigma = squares / (len(q) + weight * len(f))
+        if step == steps:
+            break  # the last assignments follow the last means
+        sums, squares, total = np.zeros_like(mu), np.zeros_like(sigma), 0.0
+        weighed = [(q[i], c, z[i, c] / m) for i in range(m) for c in range(classes)]
+        weighed += [(f[i], y[i], 50 * gamma / n) for i in range(n)]
+        for row, c, weight in weighed:
+            sums[c] += weight * row
+        mu = unit(sums)
+        for row, c, weight in weighed:
+            squares += weight * (row - mu[c]) ** 2
+            total += weight
+        sigma = squares / total
     return z, mu, sigma
 
 
-@pytest.mark.parametrize("queries", [1, 2, 3, 30])
-@pytest.mark.parametrize("counts", [(4, 4), (1, 1, 1), (9, 1, 3)])
-@pytest.mark.parametrize("settings", [(0.5, 0.2, 3), (1.0, 0.01, 5)])
+@pytest.mark.parametrize("queries", [1, 3, 30, 120])
+@pytest.mark.parametrize("counts", [(4, 4), (1, 1, 1), (9, 1, 3), (2,) * 7])
+@pytest.mark.parametrize(
+    "settings", [(0.5, 0.2, 3, False), (1.0, 0.01, 5, False), (0.5, 0.02, 3, True)]
+)
 def test_transclip_is_that_of_its_paper(
-    queries: int, counts: tuple[int, ...], settings: tuple[float, float, int]
+    queries: int, counts: tuple[int, ...], settings: tuple[float, float, int, bool]
 ) -> None:
     support = make(counts, scale=20.0, queries=queries, seed=queries)
-    text, gamma, neighbours = settings
-    fitted = fit("transclip", support, text=text, gamma=gamma, neighbours=neighbours)
-    z, mu, sigma = transclip(support, *settings)
+    text, gamma, neighbours, edges = settings
+    chosen = {"text": text, "gamma": gamma, "neighbours": neighbours}
+    if edges:
+        chosen["support_edges"] = True
+    fitted = fit("transclip", support, **chosen)
+    z, mu, sigma = transclip(support, text, gamma, neighbours, edges=edges)
     assert fitted.query_logits is not None
     assert fitted.query_logits.shape == (queries, len(counts))
     assert np.abs(fitted.query_logits.softmax(1).numpy() - z).max() < 1e-6
@@ -474,6 +489,22 @@ def test_transclip_is_that_of_its_paper(
     assert fitted.facts == {"query_images": queries}
     assert f"labelled {queries} query images together" in fitted.notes[0]
     assert "no longer transductive" in fitted.notes[0]
+
+
+@pytest.mark.parametrize("who", ["query", "labelled"])
+def test_how_much_transclip_trusts_the_labels_is_no_matter_of_how_many_images_there_are(
+    who: str,
+) -> None:
+    support = make((3, 2), scale=20.0, queries=15)
+    assert support.query is not None
+    if who == "query":
+        more = replace(support, query=support.query.repeat(4, 1))
+    else:
+        features, labels = support.features.repeat(4, 1), support.labels.repeat(4)
+        more = replace(support, features=features, labels=labels)
+    few, many = (fit("transclip", s, neighbours=0).query_logits for s in (support, more))
+    assert few is not None and many is not None
+    assert np.abs((few.softmax(1) - many[:15].softmax(1)).numpy()).max() < 1e-6
 
 
 def test_transclip_takes_the_published_inner_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -419,9 +419,9 @@ def _best(
 class TransClipConfig(Settings):
     """Settings of `transclip`.
 
-    The paper searches gamma in {0.002, 0.01, 0.02, 0.2}. At its largest value all labelled images
-    together weigh as much as ten query images, still less than one each in a support of more than
-    ten, so that is the default.
+    The paper searches gamma in {0.002, 0.01, 0.02, 0.2} on validation. All labelled images together
+    weigh `gamma / LIKELIHOOD_WEIGHT` times as much as all query images: ten times at the largest of
+    these values, which is the default, a tenth at the smallest.
     """
 
     text: float = setting(
@@ -429,9 +429,19 @@ class TransClipConfig(Settings):
         help="Weight lambda of the zero-shot probabilities, as published with labelled images.",
         least=0,
     )
-    gamma: float = setting(0.2, help="Weight of the labelled images.", least=0)
+    gamma: float = setting(
+        0.2,
+        help="Weight of the labelled images; with one a class .02 is milder.",
+        least=0,
+    )
     neighbours: int = setting(
-        3, help="Of each query image in the graph, as published.", least=0, most=10_000
+        3, help="Of each image in the graph, as published.", least=0, most=10_000
+    )
+    support_edges: bool = setting(
+        False,
+        help="Whether each labelled image too pulls the query images nearest to it to its class. "
+        "The release has such edges with their rows in the wrong order, so that nothing published "
+        "was measured with right ones.",
     )
 
 
@@ -440,8 +450,10 @@ class TransClip(FeatureMethod):
     """TransCLIP: labels a whole query batch at once by Gaussians, class texts and neighbours.
 
     From unit support means and zero-shot probabilities it alternates assignments z, means and one
-    diagonal covariance. What is saved are the final means, covariance and class texts: for an image
-    without neighbours they give an assignment that is linear in its feature.
+    diagonal covariance; in these a query image weighs 1/m, of m, and a labelled one `50 gamma / n`,
+    of n. One more step of assignments follows the last means. What is saved are these, covariance
+    and class texts: for an image without neighbours they give an assignment that is linear in its
+    feature.
     """
 
     name = "transclip"
@@ -461,33 +473,40 @@ class TransClip(FeatureMethod):
                 "method that scores each image by itself (gda, ss_text)."
             )
         query, shots = _unit(support.query), _unit(support.features)
-        one_hot = nn.functional.one_hot(support.labels, support.num_classes).double()
-        shot_weight = config.gamma / LIKELIHOOD_WEIGHT / len(shots)
+        known = nn.functional.one_hot(support.labels, support.num_classes).double()
         text_weight = config.text * support.logit_scale * support.texts.double()
         graph = neighbour_graph(query, config.neighbours)
+        pull: Tensor | float = 0.0  # of the labelled images' edges
+        if config.support_edges:
+            pull = labelled_edges(query, shots, config.neighbours).T @ known
 
-        zero_shot = support.logit_scale * query @ support.texts.double().T
-        assigned = zero_shot.softmax(1)
-        means = nn.functional.normalize(one_hot.T @ shots, dim=-1)
-        variance = torch.full_like(means[0], 1 / len(means[0]))
-        for _ in range(OUTER_STEPS):
-            likelihood, bias = _gaussian(means, variance)
+        def assign(logits: Tensor, likelihood: Tensor, bias: Tensor) -> Tensor:
             alone = query @ (text_weight + likelihood).T + bias
             for _ in range(INNER_STEPS):
-                around = LIKELIHOOD_WEIGHT * NEIGHBOUR_WEIGHT * (graph @ assigned)
-                logits = (alone + around).log_softmax(1)
-                assigned = logits.exp()
-            sums = assigned.T @ query + shot_weight * one_hot.T @ shots
-            weights = assigned.sum(0) + shot_weight * one_hot.sum(0)
+                around = graph @ logits.exp() + pull
+                logits = (alone + LIKELIHOOD_WEIGHT * NEIGHBOUR_WEIGHT * around).log_softmax(1)
+            return logits
+
+        logits = (support.logit_scale * query @ support.texts.double().T).log_softmax(1)
+        # Each image's weight in the means and the covariance, the same in both.
+        query_weight, shot_weight = 1 / len(query), config.gamma / LIKELIHOOD_WEIGHT / len(shots)
+        squares = query_weight * query.square().sum(0) + shot_weight * shots.square().sum(0)
+        means = nn.functional.normalize(known.T @ shots, dim=-1)
+        variance = torch.full_like(means[0], 1 / len(means[0]))
+        for _ in range(OUTER_STEPS):
+            logits = assign(logits, *_gaussian(means, variance))
+            assigned = query_weight * logits.exp()
+            sums = assigned.T @ query + shot_weight * known.T @ shots
+            weights = assigned.sum(0) + shot_weight * known.sum(0)
             means = nn.functional.normalize(sums, dim=-1)
             # sum_ik z_ik (f_i - mu_k)^2, multiplied out so that nothing is [images, K, dim]
-            squares = query.square().sum(0) + shot_weight * shots.square().sum(0)
             scatter = squares - 2 * (means * sums).sum(0) + weights @ means.square()
             variance = scatter / weights.sum()
             # A feature that never moves would decide everything.
             variance = variance.clamp(min=max(1e-3 * float(variance.mean()), 1e-12))
 
         likelihood, bias = _gaussian(means, variance)
+        logits = assign(logits, likelihood, bias)
         note = (
             f"TransCLIP is transductive: it labelled {len(query)} query images together, without "
             "their labels. The saved model is no longer transductive: it scores each image by "
@@ -511,23 +530,43 @@ def neighbour_graph(features: Tensor, neighbours: int) -> Tensor:
     Returns:
         `W + W'` `[m, m]`, sparse, of the features' dtype.
     """
-    count = len(features)
-    neighbours = min(neighbours, count - 1)
-    single = features.float()
+    edges = _edges(features, features, neighbours, own=True)
+    return (edges + edges.T).coalesce()
+
+
+def labelled_edges(query: Tensor, shots: Tensor, neighbours: int) -> Tensor:
+    """Edges from each labelled image to the query images nearest to it by their cosines.
+
+    Args:
+        query: Unit features `[m, dim]`.
+        shots: Unit features of the labelled images `[n, dim]`.
+        neighbours: As in `neighbour_graph`.
+
+    Returns:
+        `[n, m]`, sparse, of the features' dtype.
+    """
+    return _edges(shots, query, neighbours, own=False)
+
+
+def _edges(images: Tensor, others: Tensor, neighbours: int, *, own: bool) -> Tensor:
+    """Cosines `[n, m]` of each image and its nearest others, sparse; `own`: the same images."""
+    neighbours = min(neighbours, len(others) - own)
+    single = others.float()
     columns, weights = [], []
-    for start in range(0, count, CHUNK):
-        cosine = single[start:][:CHUNK] @ single.T
-        rows = torch.arange(len(cosine), device=cosine.device)
-        cosine[rows, start + rows] = -torch.inf  # not its own neighbour
+    for start in range(0, len(images), CHUNK):
+        part = images[start:][:CHUNK]
+        cosine = part.float() @ single.T
+        if own:  # no image is its own neighbour
+            rows = torch.arange(len(part), device=cosine.device)
+            cosine[rows, start + rows] = -torch.inf
         nearest = cosine.topk(neighbours, dim=1).indices
-        products = features[start:][:CHUNK].unsqueeze(1) * features[nearest]
         columns.append(nearest.flatten())
-        weights.append(products.sum(2).clamp(min=0).flatten())
-    column, weight = torch.cat(columns), torch.cat(weights)
-    row = torch.arange(count, device=column.device).repeat_interleave(neighbours)
-    index = torch.stack([torch.cat([row, column]), torch.cat([column, row])])
+        weights.append((part.unsqueeze(1) * others[nearest]).sum(2).clamp(min=0).flatten())
+    column = torch.cat(columns)
+    row = torch.arange(len(images), device=column.device).repeat_interleave(neighbours)
+    shape = (len(images), len(others))
     return torch.sparse_coo_tensor(
-        index, weight.repeat(2), (count, count), check_invariants=True
+        torch.stack([row, column]), torch.cat(weights), shape, check_invariants=True
     ).coalesce()
 
 
