@@ -14,6 +14,8 @@ from cases import case_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 from sklearn.linear_model import LogisticRegression
 from tiny import tiny_clip, tiny_pair
 from tolerance import assert_same_numbers
@@ -171,7 +173,7 @@ def test_linear_probe_is_scikit_learns_logistic_regression(counts: tuple[int, ..
     support = Support(features, labels, len(counts))
     head = method("linear_probe").fit(support, method("linear_probe").configure({})).head
 
-    oracle = LogisticRegression(C=100, max_iter=1000)
+    oracle = LogisticRegression(C=100, max_iter=10_000, tol=1e-10)  # its default stops early
     oracle.fit(unit(features.double().numpy()), labels.numpy())
     fresh = 5 * torch.randn(40, 12)
     logits = head(fresh).detach().double()
@@ -182,6 +184,61 @@ def test_linear_probe_is_scikit_learns_logistic_regression(counts: tuple[int, ..
         assert np.abs(logits.numpy() - decision).max() < 1e-4
     probabilities = oracle.predict_proba(unit(fresh.double().numpy()))
     assert np.abs(logits.softmax(-1).numpy() - probabilities).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("classes", "shots", "dim", "offset"),
+    [(2, 8, 64, 10), (3, 2, 8, 0), (30, 8, 16, 10), (30, 2, 300, 10)],
+)
+def test_linear_probe_reaches_the_optimum_whatever_the_classes_and_their_common_offset(
+    classes: int, shots: int, dim: int, offset: float
+) -> None:
+    rng = np.random.default_rng(classes)
+    labels = np.repeat(np.arange(classes), shots)
+    features = rng.normal(size=(classes, dim))[labels] + rng.normal(size=(len(labels), dim))
+    features = unit(features + offset * rng.normal(size=dim))
+    support = Support(torch.from_numpy(features), torch.from_numpy(labels), classes)
+    probe = method("linear_probe")
+    fitted = probe.fit(support, probe.configure({}))
+    oracle = LogisticRegression(C=100, max_iter=10_000, tol=1e-10).fit(features, labels)
+    with torch.no_grad():
+        ours = fitted.head(torch.from_numpy(features).float()).softmax(-1).numpy()
+    assert np.abs(ours - oracle.predict_proba(features)).max() < 1e-4
+    assert not fitted.notes
+
+
+@pytest.mark.parametrize("classes", [3, 30, 1000])
+def test_linear_probe_reaches_the_optimum_of_classes_on_a_circle(classes: int) -> None:
+    """By symmetry the weights are `a` times the classes' places: one number is to be solved for."""
+    angle = 2 * np.pi * np.arange(classes) / classes
+    circle, height = 0.5 * np.stack([np.cos(angle), np.sin(angle)], 1), np.sqrt(0.75)
+    features = np.column_stack([circle, np.full(classes, height)])
+    support = Support(torch.from_numpy(features), torch.arange(classes), classes)
+    probe = method("linear_probe")
+    with torch.no_grad():
+        ours = probe.fit(support, probe.configure({})).head(torch.from_numpy(features).float())
+
+    cosines = 0.5 * circle @ (2 * circle[0])
+
+    def loss(a: float) -> float:  # of the first image, with its share of |W|^2 / (2 C n)
+        return logsumexp(a * cosines) - a * cosines[0] + 0.25 * a**2 / 200
+
+    best = minimize_scalar(loss, bounds=(0, 1e4), method="bounded", options={"xatol": 1e-9}).x
+    expected = best * cosines - logsumexp(best * cosines)
+    assert np.abs(ours[0].double().log_softmax(0).numpy() - expected).max() < 1e-3
+
+
+def test_linear_probe_says_that_it_was_stopped_before_the_optimum() -> None:
+    support = Support(torch.randn(9, 8), torch.arange(9) % 3, 3)
+    probe = method("linear_probe")
+    fitted = probe.fit(support, probe.configure({"max_iter": 2}))
+    assert fitted.notes == ["The solver stopped at max_iter = 2 steps."]
+
+
+def test_linear_probe_of_one_class_has_one_column() -> None:
+    probe = method("linear_probe")
+    head = probe.fit(Support(torch.randn(3, 8), torch.zeros(3).long(), 1), probe.Config()).head
+    assert head(torch.randn(5, 8)).tolist() == [[0.0]] * 5
 
 
 def test_linear_probe_takes_its_strength() -> None:

@@ -71,20 +71,26 @@ class LinearProbe(FeatureMethod):
 
     def fit(self, support: Support, config: LinearProbeConfig) -> Fitted:
         features = nn.functional.normalize(support.features.double(), dim=-1)
-        weight, bias = fit_logistic(
+        weight, bias, done = fit_logistic(
             features, support.labels, support.num_classes, config.C, config.max_iter
         )
-        return Fitted(linear_head(weight, bias))
+        notes = [] if done else [f"The solver stopped at max_iter = {config.max_iter} steps."]
+        return Fitted(linear_head(weight, bias), notes)
 
 
 def fit_logistic(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int, C: float, max_iter: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logistic regression as scikit-learn's `LogisticRegression(C, max_iter)` fits it.
+    features: Tensor, labels: Tensor, num_classes: int, C: float, max_iter: int
+) -> tuple[Tensor, Tensor, bool]:
+    """Logistic regression, the optimum of scikit-learn's `LogisticRegression(C)`.
 
     The same objective (mean negative log-likelihood plus `|W|^2 / (2 C n)`, bias unpenalised, one
-    weight vector for two classes), solver (scipy's L-BFGS-B) and stopping rule, without importing
-    scikit-learn, which would take longer than all else that a linear probe on cached features does.
+    weight vector for two classes) and solver (scipy's L-BFGS-B), without importing scikit-learn,
+    which would take longer than all else that a linear probe on cached features does.
+
+    It is solved in coordinates in which the curvature at the start is one in every direction:
+    features are centred, which the bias makes up for, turned to their principal axes, and scaled.
+    So the tolerance bounds the distance to the optimum whatever the classes, offset and C, while
+    the gradient of a mean loss itself shrinks with the number of classes.
 
     Args:
         features: `[n, dim]` float64.
@@ -94,42 +100,62 @@ def fit_logistic(
         max_iter: Limit of the solver.
 
     Returns:
-        Weight `[K, dim]` and bias `[K]`.
+        Weight `[K, dim]`, bias `[K]`, and whether the optimum was reached.
     """
     from scipy.optimize import minimize
 
-    n, dim = features.shape
-    rows = 1 if num_classes == 2 else num_classes
+    n, binary = len(features), num_classes == 2
+    rows = 1 if binary else num_classes
     # In numpy like the solver: torch's threads and those of its BLAS would wait for each other.
-    images, known = features.numpy(), np.eye(num_classes)[labels.numpy()]
+    known = np.eye(num_classes)[labels.numpy()]
+    centre = features.numpy().mean(0)
+    spread, axes = _principal_axes(features.numpy() - centre)
+    curvature = max(num_classes - 1, 1) / num_classes**2  # of a logit, where all classes are equal
+    penalty = np.append(np.full(len(axes), 1 / (C * n)), 0.0)
+    scale = (np.append(curvature / n * np.square(spread).sum(0), curvature) + penalty) ** -0.5
+    images, penalty = np.column_stack([spread, np.ones(n)]) * scale, penalty * scale**2
 
     def all_classes(values: Any) -> Any:
-        return np.concatenate([-values, values]) / 2 if rows == 1 else values
+        return np.concatenate([-values, values]) / 2 if binary else values
 
     def objective(point: Any) -> tuple[float, Any]:
-        values = point.reshape(rows, dim + 1)
-        weight, bias = values[:, :dim], values[:, dim]
-        logits = images @ all_classes(weight).T + all_classes(bias)
+        values = point.reshape(rows, -1)
+        logits = images @ all_classes(values).T
         logits -= logits.max(1, keepdims=True)
         powers = np.exp(logits)
         total = powers.sum(1, keepdims=True)
         loss = (np.log(total) - (known * logits).sum(1, keepdims=True)).mean()
         slope = (powers / total - known) / n
-        if rows == 1:
+        if binary:
             slope = (slope[:, 1:] - slope[:, :1]) / 2
-        grad = np.concatenate([slope.T @ images + weight / (C * n), slope.sum(0)[:, None]], 1)
-        return float(loss + np.square(weight).sum() / (2 * C * n)), grad.reshape(-1)
+        pull = penalty * values
+        return float(loss + (pull * values).sum() / 2), (slope.T @ images + pull).reshape(-1)
 
     solution = minimize(
         objective,
-        np.zeros(rows * (dim + 1)),
+        np.zeros(rows * len(scale)),
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": max_iter, "maxls": 50, "gtol": 1e-4, "ftol": 64 * 2.0**-52},
+        options={"maxiter": max_iter, "maxfun": 50 * max_iter, "maxls": 50}
+        | {"gtol": 1e-7, "ftol": 0.0},
     )
-    values = solution.x.reshape(rows, dim + 1)
-    weight, bias = all_classes(values[:, :dim]), all_classes(values[:, dim])
-    return torch.from_numpy(weight.copy()), torch.from_numpy(bias.copy())
+    values = solution.x.reshape(rows, -1) * scale
+    weight = values[:, :-1] @ axes
+    bias = all_classes((values[:, -1] - weight @ centre)[:, None])[:, 0]
+    done = solution.nit < max_iter
+    return torch.from_numpy(all_classes(weight)), torch.from_numpy(bias), done
+
+
+def _principal_axes(rows: Any) -> tuple[Any, Any]:
+    """Coordinates `[n, r]` of rows `[n, dim]` along orthonormal axes `[r, dim]`, uncorrelated."""
+    n, dim = rows.shape
+    if n >= dim:
+        axes = np.linalg.eigh(rows.T @ rows)[1].T
+        return rows @ axes.T, axes
+    square, left = np.linalg.eigh(rows @ rows.T)
+    kept = square > 1e-14 * max(float(square[-1]), 1e-300)  # the rest is rounding
+    length = np.sqrt(square[kept])
+    return left[:, kept] * length, (left[:, kept] / length).T @ rows
 
 
 # ------------------------------------------------------------------------------------------- LP++
