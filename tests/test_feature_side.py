@@ -315,7 +315,7 @@ def test_lp_plus_plus_takes_the_published_path(counts: tuple[int, ...], dim: int
     f, t = torch.from_numpy(unit(features)), torch.from_numpy(texts)
     rates = lp_plus_plus_rates(f, f @ t.T)
     assert rates == pytest.approx((weight_rate, alpha_rate), rel=1e-9)
-    path = list(lp_plus_plus_path(f, torch.from_numpy(labels), t, LpPlusPlusConfig()))
+    path = list(lp_plus_plus_path(f.unsqueeze(1), torch.from_numpy(labels), t, LpPlusPlusConfig()))
     assert len(path) == 301
     for mine, theirs in zip(path, expected, strict=True):
         for a, b in zip(mine, theirs, strict=True):
@@ -382,7 +382,7 @@ def test_lp_plus_plus_starts_and_steps_alike_when_every_image_is_there_many_time
     for repeat in (1, times):
         f = torch.from_numpy(np.tile(unit(features), (repeat, 1)))
         y = torch.from_numpy(np.tile(labels, repeat))
-        ((weight, alpha, _),) = lp_plus_plus_path(f, y, t, config)
+        ((weight, alpha, _),) = lp_plus_plus_path(f.unsqueeze(1), y, t, config)
         starts.append((weight / repeat, alpha, lp_plus_plus_rates(f, f @ t.T)))
     assert torch.allclose(starts[0][0], starts[1][0])
     assert torch.allclose(starts[0][1], starts[1][1])

@@ -111,7 +111,7 @@ def test_only_what_the_papers_search_is_searched() -> None:
     assert {n for n in SETTINGS if METHODS[n].validation == "search"} == SEARCHED
     assert {n for n in SETTINGS if METHODS[n].transductive} == {"transclip"}
     assert grids["transclip"] == {"gamma": (0.002, 0.01, 0.02, 0.2)}
-    assert grids["gda"] == {"alpha": (0.001, 0.01, 0.1, 1.0, 10.0)}
+    assert grids["gda"] == {"alpha": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)}
     assert (len(TIP_BETAS), len(TIP_ALPHAS)) == (200, 20)
     assert TIP_BETAS[:2] == pytest.approx((0.1, 0.1345))
     assert TIP_ALPHAS[:2] == pytest.approx((0.1, 0.245))
@@ -503,7 +503,8 @@ def test_how_much_transclip_trusts_the_labels_is_no_matter_of_how_many_images_th
         features, labels = support.features.repeat(4, 1), support.labels.repeat(4)
         more = replace(support, features=features, labels=labels)
     few, many = (fit("transclip", s, neighbours=0).query_logits for s in (support, more))
-    assert few is not None and many is not None
+    assert few is not None
+    assert many is not None
     assert np.abs((few.softmax(1) - many[:15].softmax(1)).numpy()).max() < 1e-6
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..backbones.saved import (
     check_config,
@@ -28,6 +29,7 @@ from ..data.folder import open_image
 from ..errors import GloVLMError, nearest
 from ..files import model_folder, read_json, results_kind, write_table
 from .cache import FeatureCache, encoder_key
+from .views import draw_view, view_key
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -90,6 +92,8 @@ def embed_images(
     cache: FeatureCache | None = None,
     progress: bool = False,
     project: bool = True,
+    views: int = 0,
+    seed: int = 0,
 ) -> NDArray[np.float32]:
     """Image features: each distinct content is encoded once, cached ones are not even decoded.
 
@@ -105,17 +109,20 @@ def embed_images(
         cache: Where pooled vectors are looked up and stored.
         progress: Whether to show a progress bar on the terminal.
         project: Whether the projection is applied; it is cheap and never cached.
+        views: How many augmented views of each image to encode in its place; cached too.
+        seed: Of the views.
 
     Returns:
         `[n, dim]` equal to `model.get_image_features(...).pooler_output`, not normalised; without
-        `project` the pooled vectors `[n, width]` of `model.pool_images`.
+        `project` the pooled vectors `[n, width]` of `model.pool_images`. With `views`, n times as
+        many rows, those of an image together.
 
     Raises:
         GloVLMError: An image cannot be decoded, its features are not finite, or one image alone
             does not fit into memory.
     """
     _move(model, device)
-    rows = _Rows(images)
+    rows = _Views(images, views, seed) if views else _Rows(images)
     digests = rows.digests()
     first: dict[bytes, int] = {}
     for row, digest in enumerate(digests):
@@ -151,6 +158,10 @@ class _Rows:
         values: list[dict[str, Any]] = self._table[list(rows)]["image"].to_pylist()
         return values
 
+    def pictures(self, rows: Sequence[int]) -> list[Image.Image]:
+        """Decoded images of the given rows."""
+        return [open_image(value) for value in self.values(rows)]
+
     def digests(self) -> list[bytes]:
         """Hash of each row's file content, 16 bytes."""
         return [
@@ -158,6 +169,28 @@ class _Rows:
             for part in self._table.iter(batch_size=256)
             for value in part["image"].to_pylist()
         ]
+
+
+class _Views(_Rows):
+    """Augmented views of an image column: a row a view, those of an image together."""
+
+    def __init__(self, images: "Dataset", count: int, seed: int) -> None:
+        super().__init__(images)
+        self._count = count
+        self._keys = [view_key(d, seed, v) for d in super().digests() for v in range(count)]
+
+    def values(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """`{"bytes", "path"}` of the images that the rows are views of."""
+        return super().values([row // self._count for row in rows])
+
+    def pictures(self, rows: Sequence[int]) -> list[Image.Image]:
+        """The views."""
+        images = super().pictures(rows)
+        return [draw_view(im, self._keys[row]) for im, row in zip(images, rows, strict=True)]
+
+    def digests(self) -> list[bytes]:
+        """Key of each view, 16 bytes."""
+        return self._keys
 
 
 def _digest(value: dict[str, Any]) -> bytes:
@@ -185,7 +218,7 @@ def _encode(
     fits = batch_size
 
     def prepare(batch: Sequence[int]) -> dict[str, torch.Tensor]:
-        pictures = [open_image(value) for value in rows.values(batch)]
+        pictures = rows.pictures(batch)
         inputs = dict(processor(images=pictures, return_tensors="pt"))
         if device.type == "cuda":
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}

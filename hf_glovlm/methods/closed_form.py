@@ -174,6 +174,9 @@ class Gda(FeatureMethod):
 
     `logits = s f.t_k + alpha (mu_k' P f + log prior_k - mu_k' P mu_k / 2)` with the precision P of
     `apply_precision`. It is linear in f, so the head is one weight vector and bias a class.
+    Published with ten augmented views of each image in means and covariance (`views: 10`), each of
+    which counts as an image in P; its search of alpha makes up for that. Here alpha is fixed, and a
+    view weighs 1/V.
     """
 
     name = "gda"
@@ -182,27 +185,32 @@ class Gda(FeatureMethod):
     validation = "search"
     citation = "GDA-CLIP: Wang et al. 2024, arXiv:2402.04087"
     Config = GdaConfig
-    grid: ClassVar[Mapping[str, Sequence[Any]]] = {"alpha": (0.001, 0.01, 0.1, 1.0, 10.0)}
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "alpha": (1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0, 100.0)
+    }
 
     def fit(self, support: Support, config: GdaConfig) -> Fitted:
         means, counts = _means(support)
-        features, notes = _unit(support.features), []
-        residuals, total = features - means[support.labels], features - features.mean(0)
-        spread = residuals.square().sum() / max(1, len(features) - 1)
+        features, labels = support.rows
+        features, n, notes = _unit(features), len(support.labels), list[str]()
+        weight = (n / len(features)) ** 0.5
+        residuals = weight * (features - means[labels])
+        total = weight * (features - features.mean(0))
+        spread = residuals.square().sum() / max(1, n - 1)
         if residuals.square().sum() <= 1e-9 * total.square().sum():
             # Every class is one image (or copies of it): how a class varies is unknown.
             residuals = torch.zeros_like(residuals)
-            spread = total.square().sum() / max(1, len(features) - 1)
+            spread = total.square().sum() / max(1, n - 1)
             notes.append(
                 "No class has two different images: the spread of all images, the same in every "
                 "direction, stood in for that within a class."
             )
-        weight = apply_precision(means, residuals, spread)
-        bias = -(weight * means).sum(1) / 2
+        weights = apply_precision(means, residuals, spread)
+        bias = -(weights * means).sum(1) / 2
         if config.support_prior:
             bias = bias + (counts / counts.sum()).log()
         texts = support.logit_scale * support.texts.double()
-        return Fitted(linear_head(texts + config.alpha * weight, config.alpha * bias), notes)
+        return Fitted(linear_head(texts + config.alpha * weights, config.alpha * bias), notes)
 
 
 def apply_precision(vectors: Tensor, residuals: Tensor, spread: Tensor) -> Tensor:
@@ -250,8 +258,8 @@ class TipAdapterConfig(Settings):
 class TipAdapter(FeatureMethod):
     """Tip-Adapter: a key-value cache of the support's features beside the class texts.
 
-    `logits = s f.t + alpha exp(-beta (1 - f.key)) values`. The paper's keys are means of ten
-    augmented views; here they are the features of the images as they are.
+    `logits = s f.t + alpha exp(-beta (1 - f.key)) values`. A key is the mean of an image's views,
+    of which the paper takes ten (`views: 10`).
     """
 
     name = "tip_adapter"
@@ -300,7 +308,7 @@ def cache_head(support: Support, alpha: float, beta: float, balance: bool) -> Ca
     text = prototype_head(support.texts, support.logit_scale)
     with torch.no_grad():
         head.text.load_state_dict(text.state_dict())
-        head.keys.copy_(_unit(support.features))
+        head.keys.copy_(_unit(support.averages))
         head.values.copy_(values)
         head.alpha.fill_(alpha)
         head.beta.fill_(beta)
@@ -472,7 +480,7 @@ class TransClip(FeatureMethod):
                 "unlabelled images (query=...; query_features=... for bare features), or use a "
                 "method that scores each image by itself (gda, ss_text)."
             )
-        query, shots = _unit(support.query), _unit(support.features)
+        query, shots = _unit(support.query), _unit(support.averages)
         known = nn.functional.one_hot(support.labels, support.num_classes).double()
         text_weight = config.text * support.logit_scale * support.texts.double()
         graph = neighbour_graph(query, config.neighbours)
@@ -585,8 +593,9 @@ def _unit(features: Tensor) -> Tensor:
 
 def _sums(support: Support) -> tuple[Tensor, Tensor]:
     """Sum of unit features of each class `[K, dim]` and number of images `[K]`, float64."""
+    averages = _unit(support.features) if support.views is None else support.averages.double()
     one_hot = nn.functional.one_hot(support.labels, support.num_classes).double()
-    return one_hot.T @ _unit(support.features), one_hot.sum(0)
+    return one_hot.T @ averages, one_hot.sum(0)
 
 
 def _means(support: Support) -> tuple[Tensor, Tensor]:

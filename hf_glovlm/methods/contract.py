@@ -107,6 +107,8 @@ class Support:
             `None` where there is none that is linear, and width is dim.
         projection_bias: Its bias `[dim]`, where it has one.
         validation: Features and labels of further labelled images, which count as labels.
+        views: Features of augmented views of each image `[n, V, dim]`, to be learned from in place
+            of `features`; a label counts once, however many views.
     """
 
     features: Tensor
@@ -120,6 +122,21 @@ class Support:
     projection: Tensor | None = None
     projection_bias: Tensor | None = None
     validation: tuple[Tensor, Tensor] | None = None
+    views: Tensor | None = None
+
+    @property
+    def averages(self) -> Tensor:
+        """Mean of each image's views, of length one each `[n, dim]`; else its feature."""
+        if self.views is None:
+            return self.features
+        return nn.functional.normalize(self.views, dim=-1).mean(1)
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Features and labels of all views `[n V, dim]`, `[n V]`; else of the images."""
+        if self.views is None:
+            return self.features, self.labels
+        return self.views.flatten(0, 1), self.labels.repeat_interleave(self.views.shape[1])
 
     @property
     def texts(self) -> Tensor:

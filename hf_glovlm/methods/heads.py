@@ -70,9 +70,12 @@ class LinearProbe(FeatureMethod):
     grid: ClassVar[Mapping[str, Sequence[Any]]] = {"C": (0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4)}
 
     def fit(self, support: Support, config: LinearProbeConfig) -> Fitted:
-        features = nn.functional.normalize(support.features.double(), dim=-1)
+        features, labels = support.rows
+        features = nn.functional.normalize(features.double(), dim=-1)
+        # Views share the weight of their image beside the penalty.
+        strength = config.C * len(support.labels) / len(labels)
         weight, bias, done = fit_logistic(
-            features, support.labels, support.num_classes, config.C, config.max_iter
+            features, labels, support.num_classes, strength, config.max_iter
         )
         notes = [] if done else [f"The solver stopped at max_iter = {config.max_iter} steps."]
         return Fitted(linear_head(weight, bias), notes)
@@ -199,7 +202,8 @@ class LpPlusPlus(FeatureMethod):
     Config = LpPlusPlusConfig
 
     def fit(self, support: Support, config: LpPlusPlusConfig) -> Fitted:
-        features = nn.functional.normalize(support.features.double(), dim=-1)
+        images = support.features.unsqueeze(1) if support.views is None else support.views
+        features = nn.functional.normalize(images.double(), dim=-1)
         texts = support.texts.double()
         path = lp_plus_plus_path(features, support.labels, texts, config)
         best, best_score, kept = None, -1.0, config.epochs
@@ -225,7 +229,7 @@ def lp_plus_plus_path(
     """Iterates of LP++ at the start and after each epoch, in the precision of its features.
 
     Args:
-        features: Unit features `[n, dim]`.
+        features: Unit features of each image's views `[n, V, dim]`; each epoch takes the next.
         labels: `[n]`, every class at least once.
         texts: Unit class prototypes `[K, dim]`.
         config: See `LpPlusPlusConfig`.
@@ -236,19 +240,21 @@ def lp_plus_plus_path(
     truth = nn.functional.one_hot(labels, len(texts)).to(features.dtype)
     cosines = features @ texts.T
     weight_rate, alpha_rate = lp_plus_plus_rates(features, cosines)
-    own = (truth * cosines).sum(0) / truth.sum(0)
-    weight = truth.T @ features
+    own = (truth * cosines.mean(1)).sum(0) / truth.sum(0)
+    weight = truth.T @ features.mean(1)
     alpha = (config.alpha_start * own.mean()).expand(len(texts))
     bias, bias_speed, weight_speed = alpha * 0, alpha * 0, weight * 0
     yield weight, alpha, bias
     for epoch in range(1, config.epochs + 1):
-        logits = features @ weight.T + alpha * cosines + bias
+        shown = (epoch - 1) % features.shape[1]
+        view, cosine = features[:, shown], cosines[:, shown]
+        logits = view @ weight.T + alpha * cosine + bias
         slope = (logits.softmax(-1) - truth) / len(features)
-        weight_speed = config.momentum * weight_speed + slope.T @ features
+        weight_speed = config.momentum * weight_speed + slope.T @ view
         bias_speed = config.momentum * bias_speed + slope.sum(0)
         weight, bias = weight - weight_rate * weight_speed, bias - weight_rate * bias_speed
         if epoch % config.alpha_every == 0:
-            alpha = alpha - alpha_rate * (slope * cosines).sum(0)
+            alpha = alpha - alpha_rate * (slope * cosine).sum(0)
         yield weight, alpha, bias
 
 
@@ -258,9 +264,10 @@ def lp_plus_plus_rates(features: Tensor, cosines: Tensor) -> tuple[float, float]
     `4 n / lambda_max(F^T F)` for weight and bias, `n / (4 max_k sum_i (f_i . t_k)^2)` for alpha.
 
     Args:
-        features: Unit features F `[n, dim]`.
-        cosines: Between images and class texts `[n, K]`.
+        features: Unit features F of n images' views `[images, V, dim]`, each a row.
+        cosines: Between these and class texts `[images, V, K]`.
     """
+    features, cosines = features.flatten(0, 1), cosines.flatten(0, 1)
     n, dim = features.shape
     gram = features @ features.T if n < dim else features.T @ features  # the same largest value
     largest = float(torch.linalg.eigvalsh(gram)[-1])
@@ -354,7 +361,7 @@ class Clap(ZsLp):
 
     def build(self, support: Support, config: ZsLpConfig) -> nn.Module:
         texts = support.texts
-        hold = zero_shot_confidence(support.features, support.labels, texts, support.logit_scale)
+        hold = zero_shot_confidence(*support.rows, texts, support.logit_scale)
         return ShiftedPrototypes(config.length * texts, support.logit_scale, hold=hold)
 
     def penalty(self, head: Any, support: Support, config: ZsLpConfig) -> Tensor:
@@ -527,7 +534,7 @@ class ProLip(HeadMethod):
     """ProLIP: fine-tunes the last visual projection, held at its pretrained values.
 
     Adds `lambda |W - W0|^2` (squared Frobenius norm) with lambda = 1 / shots. The published
-    runs see 300 random views of every image, one an epoch; here the vectors are computed once.
+    runs see 300 random views of every image, one an epoch (`views: 300`).
     """
 
     name = "prolip"

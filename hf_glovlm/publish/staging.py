@@ -30,8 +30,8 @@ _CONFIG_KEYS = (
     "method", "shots", "seed", "draw", "shots_from", "allow_fewer", "stain", "validation_shots",
     "test_fraction", "loss", "method_config", "epochs", "lr", "weight_decay", "batch_size",
     "max_steps", "cross_validate", "calibration_groups", "temperature", "conformal", "alpha",
-    "per_class", "max_risk", "prior", "augment", "mixed_precision", "accumulate", "clip_norm",
-    "n_resamples",
+    "per_class", "max_risk", "prior", "augment", "views", "mixed_precision", "accumulate",
+    "clip_norm", "n_resamples",
 )  # fmt: skip
 _DATA_KEYS = (
     "name", "hub_id", "fingerprint", "classes", "counts", "groups", "group_column", "split_hash",

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones import describe_weights, load_backbone
+from ..backbones import load_backbone
 from ..errors import GloVLMError
-from ..files import digest_value
 from ..inference import FeatureCache, embed_images, embed_prompts
 from ..inference.texts import check_class_texts
 from ..methods import (
@@ -29,7 +28,17 @@ from ..methods import (
 )
 from ..model.heads import ClassWeights, class_means
 from .config import AdaptConfig
-from .loop import BatchSource, ImageSource, TensorSource, fit, plan, seed_everything
+from .loop import (
+    BatchSource,
+    ImageSource,
+    TensorSource,
+    describe_inputs,
+    feature_source,
+    fit,
+    plan,
+    seed_everything,
+    validator,
+)
 from .losses import HeadStep, TowerStep
 
 if TYPE_CHECKING:
@@ -38,7 +47,6 @@ if TYPE_CHECKING:
 
     from ..data import ClassInfo
 
-_INCIDENTAL = ("output_dir", "resume", "replay")  # where and how fast, not what
 MIN_GROUPS_TO_CHOOSE = 4  # a class; leave-one-out on fewer was measured not to help
 
 
@@ -184,17 +192,24 @@ class _Images:
     labels: Tensor
     validation: "Dataset | None"
     query: "Dataset | None"
-    augment: bool
+    config: AdaptConfig
     device: torch.device
     cache: FeatureCache | None
 
-    def embed(self, images: "Dataset", project: bool) -> Tensor:
-        """Image features, each image encoded once."""
+    def embed(self, images: "Dataset", project: bool, views: int = 0) -> Tensor:
+        """Image features, each image, or each of its views, encoded once."""
         features = embed_images(
-            self.model, self.processor, images,
-            device=self.device, cache=self.cache, project=project,
+            self.model, self.processor, images, device=self.device, cache=self.cache,
+            project=project, views=views, seed=self.config.seed,
         )  # fmt: skip
         return torch.from_numpy(features)
+
+    def embed_views(self, project: bool) -> Tensor | None:
+        """Features of the support's augmented views `[n, V, dim]`, if there are to be any."""
+        count = self.config.views
+        if count < 2 or not len(self.support):
+            return None
+        return self.embed(self.support, project, count).unflatten(0, (-1, count))
 
     def embed_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
         """Class prototypes `[K, dim]`."""
@@ -277,8 +292,8 @@ def adapt(
     _check_support(chosen, labels, [c.name for c in classes])
     _check_config(chosen, model, config)
     if made_from is None and config.output_dir is not None:
-        made_from = _describe_inputs(
-            model, processor, support, validation, classes, (method, config)
+        made_from = describe_inputs(
+            model, processor, (support, validation), classes, method, asdict(config)
         )
     _forget_task(model.config, processor)
 
@@ -286,7 +301,7 @@ def adapt(
     model.to(device).requires_grad_(False)
     seed_everything(config.seed)
     images = _Images(
-        model, processor, classes, support, labels, validation, query, config.augment, device, cache
+        model, processor, classes, support, labels, validation, query, config, device, cache
     )
     training = _Training(config, device, accelerator, on_epoch, made_from)
     notes = []
@@ -298,33 +313,14 @@ def adapt(
     else:
         left_out = groups if config.cross_validate else None
         result = _adapt_on_features(images, chosen, settings, training, left_out)
+    if config.views > 1:
+        result.fitted.facts["views"] = config.views
+        notes.append(
+            f"Learned from {config.views} augmented views of each labelled image in its place "
+            "(crops, flips, quarter turns, stain jitter); a label counts once."
+        )
     result.fitted.notes += notes
     return _put_together(images, result)
-
-
-def _describe_inputs(
-    model: Any,
-    processor: Any,
-    support: "Dataset",
-    validation: "Dataset | None",
-    classes: Sequence["ClassInfo"],
-    how: tuple[str, AdaptConfig],
-) -> dict[str, Any]:
-    """What a checkpoint is made from beside its recipe."""
-    from ..data.folder import column, content_hash, in_threads
-
-    def digest(rows: "Dataset") -> str:
-        images, labels = column(rows, "image"), column(rows, "label")
-        return digest_value([in_threads(content_hash, images), labels])
-
-    return {
-        "labelled images": digest(support),
-        "validation images": None if validation is None else digest(validation),
-        "classes": digest_value([asdict(c) for c in classes]),
-        "backbone": describe_weights(model, processor),
-        "method": how[0],
-        "settings": {k: v for k, v in asdict(how[1]).items() if k not in _INCIDENTAL},
-    }
 
 
 def _forget_task(config: Any, processor: Any) -> None:
@@ -363,8 +359,10 @@ def _check_config(method: Method, model: Any, config: AdaptConfig) -> None:
     if config.augment and not inside:
         raise GloVLMError(
             f"Method '{method.name}' works on features that are computed once, so --augment would "
-            "change nothing: leave it out, or use a method inside the towers (lora)."
+            "change nothing: use --views, or a method inside the towers (lora)."
         )
+    if config.views > 1 and method.name == "zero_shot":
+        raise GloVLMError("Method 'zero_shot' learns from no image: leave --views out.")
 
 
 def _put_together(images: _Images, result: _Result) -> Adapted:
@@ -525,6 +523,7 @@ def _describe_support(images: _Images, method: Method, settings: Any, seed: int)
     features = torch.zeros(0, model.config.image_feature_dim)
     if len(support):
         features = images.embed(support, project)
+    views = images.embed_views(project)
     prototypes, single, scale = None, None, model.logit_scale.exp().item()
     if method.needs_text and model.has_joint_space:
         prompts = method.prompts(images.classes, settings)
@@ -533,8 +532,11 @@ def _describe_support(images: _Images, method: Method, settings: Any, seed: int)
             each = images.embed_texts([[text] for texts in prompts for text in texts])
             single = list(each.split([len(texts) for texts in prompts]))
     elif method.needs_text:
-        projected = features if project else images.embed(support, True)
-        prototypes, scale = class_means(projected, labels, len(images.classes)), 100.0
+        shown = Support(features, labels, len(images.classes), views=views)
+        if not project:
+            projected = images.embed(support, True), images.embed_views(True)
+            shown = replace(shown, features=projected[0], views=projected[1])
+        prototypes, scale = class_means(shown.averages, labels, len(images.classes)), 100.0
         single = list(prototypes.unsqueeze(1))
     return Support(
         features=features,
@@ -548,6 +550,7 @@ def _describe_support(images: _Images, method: Method, settings: Any, seed: int)
         projection=fixed.get("weight"),
         projection_bias=fixed.get("bias"),
         validation=validation,
+        views=views,
     )
 
 
@@ -625,13 +628,16 @@ def _leave_groups_out(
     folds = []
     for name in sorted(set(groups)):
         out = torch.tensor([g == name for g in groups])
-        features, labels = support.features[~out], support.labels[~out]
-        prototypes = support.prototypes
-        if stands_in:
-            prototypes = class_means(features, labels, support.num_classes)
         inner = replace(
-            support, features=features, labels=labels, prototypes=prototypes, validation=None
+            support,
+            features=support.features[~out],
+            labels=support.labels[~out],
+            views=None if support.views is None else support.views[~out],
+            validation=None,
         )
+        if stands_in:
+            prototypes = class_means(inner.averages, inner.labels, support.num_classes)
+            inner = replace(inner, prototypes=prototypes)
         folds.append(Fold(inner, support.features[out], support.labels[out]))
     return folds, f"Settings were chosen by leaving out each of {len(folds)} groups in turn."
 
@@ -663,11 +669,11 @@ def _fit_head(
         log = fit(
             step,
             [{"params": [p for p in head.parameters() if p.requires_grad]}],
-            TensorSource(support.features, support.labels),
+            feature_source(support.features, support.views, support.labels),
             recipe,
             accelerator=training.accelerate(),
             distributed=False,
-            validate=_validator(step, held_out, training.device),
+            validate=validator(step, held_out, training.device),
             # Features are small, and batch norm sees the whole batch or gives another result.
             **{**training.loop_options, "accumulate": 1},
         )
@@ -704,7 +710,7 @@ def _adapt_towers(
     accelerator = training.accelerate()
     if training.config.replay:
         with accelerator.autocast():  # as the blocks would run at every step
-            if isinstance(source, ImageSource) and not images.augment:
+            if isinstance(source, ImageSource) and not images.config.augment:
                 source, held_out = _replayed(step, source, held_out)
             if not method.per_image:
                 step.replay_texts()
@@ -715,7 +721,7 @@ def _adapt_towers(
         source,
         recipe,
         accelerator=accelerator,
-        validate=_validator(step, held_out, training.device),
+        validate=validator(step, held_out, training.device),
         begin=method.begin,
         after_step=method.after_step,
         **training.loop_options,
@@ -807,22 +813,27 @@ def _sources(
     images: _Images, trains_vision: bool, pooled: Tensor | None
 ) -> tuple[BatchSource, BatchSource | None]:
     """Sources of training and validation batches: pixels, or vectors of a frozen tower."""
-    processor, validation = images.processor, images.validation
+    processor, validation, config = images.processor, images.validation, images.config
     held_out: BatchSource | None = None
     if trains_vision:
         if validation is not None:
             held_out = ImageSource(validation, _labels(validation), processor)
-        return ImageSource(images.support, images.labels, processor, images.augment), held_out
-    if images.augment:
+        if config.views > 1:
+            raise GloVLMError(
+                "This method trains inside the vision tower, where --views of a frozen one would "
+                "change nothing: leave it out, or use --augment, which draws views at every step."
+            )
+        return ImageSource(images.support, images.labels, processor, config.augment), held_out
+    if config.augment:
         raise GloVLMError(
             "This method leaves the vision tower as it is, so each image is encoded once and "
-            "--augment would change nothing: leave it out."
+            "--augment would change nothing: use --views."
         )
     if pooled is None:
         pooled = images.embed(images.support, False)
     if validation is not None:
         held_out = TensorSource(images.embed(validation, False), _labels(validation))
-    return TensorSource(pooled, images.labels), held_out
+    return feature_source(pooled, images.embed_views(False), images.labels), held_out
 
 
 def refit_projection(model: Any, pooled: Tensor, labels: Tensor, prototypes: Tensor) -> None:
@@ -871,26 +882,3 @@ def _matrix(values: Any, name: str) -> Tensor:
             f"{'' if torch.isfinite(tensor).all() else ' with NaN or infinity'}."
         )
     return tensor
-
-
-def _validator(
-    step: nn.Module, source: BatchSource | None, device: torch.device
-) -> Callable[[], float] | None:
-    """Macro-AUC on the validation images, for early stopping; `None` without validation."""
-    if source is None:
-        return None
-    from ..metrics import compute_metrics
-
-    labels = source.labels.numpy()
-
-    def validate() -> float:
-        logits = []
-        with torch.inference_mode():
-            for start in range(0, len(labels), 32):
-                index = list(range(start, min(start + 32, len(labels))))
-                logits.append(step.classify(source.fetch(index).to(device)).cpu())  # type: ignore[operator]
-        probabilities = torch.cat(logits).double().softmax(-1).numpy()
-        measured = compute_metrics(labels, probabilities, n_resamples=0)
-        return float(measured["metrics"]["macro_auc"]["value"] or 0.0)
-
-    return validate

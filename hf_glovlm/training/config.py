@@ -50,6 +50,14 @@ class LearningSettings(Settings):
         help="Random flips, quarter turns and crops of at least half the area while training.",
         group="Training",
     )
+    views: int = setting(
+        0,
+        help="Augmented views of each labelled image, each encoded once, that methods on frozen "
+        "features learn from in its place; published: gda and tip_adapter 10, zs_lp and clap 20.",
+        group="Training",
+        least=0,
+        most=10_000,
+    )
     accumulate: int = setting(
         1,
         help="Parts that each batch is split into, to save memory; same result.",

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from ..errors import GloVLMError
 from ..files import changed_inputs, digest_tensors, digest_value, replacing, write_text
+from ..inference.views import reframe
 from ..methods import Recipe
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
+
+
+_INCIDENTAL = ("output_dir", "resume", "replay")  # where and how fast, not what
 
 
 class BatchSource(Protocol):
@@ -40,6 +44,21 @@ class TensorSource:
     def fetch(self, index: Sequence[int]) -> Tensor:
         """Rows of the tensor."""
         return self.inputs[list(index)]
+
+
+class ViewSource(TensorSource):
+    """Batch source of features of augmented views `[n, V, dim]`: in each epoch the next view."""
+
+    epoch = 0
+
+    def fetch(self, index: Sequence[int]) -> Tensor:
+        """One view of each row."""
+        return self.inputs[list(index), self.epoch % self.inputs.shape[1]]
+
+
+def feature_source(features: Tensor, views: Tensor | None, labels: Tensor) -> TensorSource:
+    """Batch source of features `[n, dim]`, or of those of views `[n, V, dim]` in their place."""
+    return TensorSource(features, labels) if views is None else ViewSource(views, labels)
 
 
 class ImageSource:
@@ -85,23 +104,9 @@ class ImageSource:
 
         image = open_image(self.rows[i]["image"])
         if self.augment:
-            image = _augment(image)
+            image = reframe(image, torch.rand(5).tolist())
         pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels
-
-
-def _augment(image: Any) -> Any:
-    """A random crop of at least half the area, flips and quarter turns, from torch's generator."""
-    from PIL import Image
-
-    area, left, top, flip, turn = torch.rand(5).tolist()
-    side = math.sqrt(0.5 + 0.5 * area)
-    width, height = round(image.width * side), round(image.height * side)
-    x, y = round(left * (image.width - width)), round(top * (image.height - height))
-    image = image.crop((x, y, x + width, y + height))
-    if flip < 0.5:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image.rotate(90 * int(turn * 4), expand=True)  # quarter turns are not resampled
 
 
 def world_size() -> int:
@@ -172,6 +177,67 @@ def draw_order(recipe: Recipe, labels: Tensor, seed: int, epoch: int) -> Tensor:
         weight = 1.0 / labels.bincount()[labels].double()
         return torch.multinomial(weight, n, replacement=True, generator=generator)
     return torch.randperm(n, generator=generator)
+
+
+def validator(
+    step: nn.Module, source: BatchSource | None, device: torch.device
+) -> Callable[[], float] | None:
+    """Macro-AUC on the validation images, for early stopping; `None` without validation."""
+    if source is None:
+        return None
+    from ..metrics import compute_metrics
+
+    labels = source.labels.numpy()
+
+    def validate() -> float:
+        logits = []
+        with torch.inference_mode():
+            for start in range(0, len(labels), 32):
+                index = list(range(start, min(start + 32, len(labels))))
+                logits.append(step.classify(source.fetch(index).to(device)).cpu())  # type: ignore[operator]
+        probabilities = torch.cat(logits).double().softmax(-1).numpy()
+        measured = compute_metrics(labels, probabilities, n_resamples=0)
+        return float(measured["metrics"]["macro_auc"]["value"] or 0.0)
+
+    return validate
+
+
+def describe_inputs(
+    model: Any,
+    processor: Any,
+    rows: Sequence["Dataset | None"],
+    classes: Sequence[Any],
+    method: str,
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a checkpoint is made from beside its recipe.
+
+    Args:
+        model: A `GloVLMModel`.
+        processor: Its processor.
+        rows: Labelled images, and those of validation, if any.
+        classes: Names and prompts in label order.
+        method: Its name.
+        settings: Those of the adaptation.
+    """
+    from ..backbones import describe_weights
+    from ..data.folder import column, content_hash, in_threads
+
+    def digest(rows: "Dataset | None") -> str | None:
+        if rows is None:
+            return None
+        images, labels = column(rows, "image"), column(rows, "label")
+        return digest_value([in_threads(content_hash, images), labels])
+
+    support, validation = map(digest, rows)
+    return {
+        "labelled images": support,
+        "validation images": validation,
+        "classes": digest_value([asdict(c) for c in classes]),
+        "backbone": describe_weights(model, processor),
+        "method": method,
+        "settings": {k: v for k, v in settings.items() if k not in _INCIDENTAL},
+    }
 
 
 def fit(
@@ -247,6 +313,8 @@ def fit(
         started, seen = time.perf_counter(), 0
         order = draw_order(recipe, source.labels, seed, epoch)
         seed_everything(seed, epoch, rank)
+        if isinstance(source, ViewSource):
+            source.epoch = epoch
         step.train()
         total_loss = 0.0
         for first in range(0, n, recipe.batch_size):
