@@ -101,8 +101,12 @@ def image_by_hand(
     inputs: Mapping[str, Tensor],
     before: Change = same_tokens,
     after: Change = same_tokens,
+    first: Tensor | None = None,
+    added: Change | None = None,
 ) -> Tensor:
     """Features of one image: `before` and `after` see its tokens `[length, width]` at each block.
+
+    `first` are tokens that stand before the first norm; `added` sees what the MLP of a block adds.
 
     Further tokens stand at the end, patches that only pad are left out: so no mask is needed.
     """
@@ -115,11 +119,14 @@ def image_by_hand(
     else:
         x = tower.embeddings(inputs["pixel_values"])
     length = x.shape[1]
+    if first is not None:
+        x = torch.cat([x, first[None]], 1)
     if kind == "CLIPVisionModel":
         x = tower.pre_layrnorm(x)
     blocks = tower.encoder.layer if kind == "Dinov2Model" else tower.encoder.layers
     for layer, block in enumerate(blocks):
-        x = block(before(layer, x[0])[None], None)
+        x = before(layer, x[0])[None]
+        x = block(x, None) if added is None else block_by_hand(block, layer, x, added)
         x = after(layer, x[0])[None]
     x = x[:, :length]
     if kind == "CLIPVisionModel":
@@ -132,6 +139,17 @@ def image_by_hand(
         feature = tower.head(tower.post_layernorm(x))
     result: Tensor = feature[0]
     return result
+
+
+def block_by_hand(block: Any, layer: int, x: Tensor, added: Change) -> Tensor:
+    """A block in its two halves, with a change of what the second adds."""
+    if type(block).__name__ == "Dinov2Layer":
+        x = x + block.layer_scale1(block.attention(block.norm1(x))[0])
+        more = block.layer_scale2(block.mlp(block.norm2(x)))
+    else:
+        x = x + block.self_attn(block.layer_norm1(x), attention_mask=None)[0]
+        more = block.mlp(block.layer_norm2(x))
+    return x + added(layer, more[0])[None]
 
 
 @torch.no_grad()
@@ -169,6 +187,12 @@ def replacing(table: Tensor) -> Change:
         return torch.cat([x if layer == 0 else x[:-tokens], table[layer]])
 
     return before
+
+
+def deeper_tokens(table: Tensor) -> Change:
+    """Deep tokens whose first stand at the end already: replaced before each of the next blocks."""
+    replace = replacing(table)
+    return lambda layer, x: x if layer == 0 else replace(layer, x)
 
 
 def word_vectors(plain: Any, processor: Any, words: list[str]) -> Tensor:

@@ -14,6 +14,7 @@ from by_hand import (
     BACKBONES,
     IMAGES,
     WORDS,
+    deeper_tokens,
     features,
     image_by_hand,
     loaded,
@@ -69,7 +70,8 @@ def test_vpt_equals_tokens_put_in_by_hand(name: str, deep: bool) -> None:
     assert table.shape == (blocks if deep else 1, 3, 32)
     actual = features(model, inputs)
     for i in range(len(IMAGES)):
-        expected = image_by_hand(plain, one(inputs, i), replacing(table.detach()))
+        tokens = table.detach()
+        expected = image_by_hand(plain, one(inputs, i), deeper_tokens(tokens), first=tokens[0])
         torch.testing.assert_close(actual[i], expected, atol=1e-9, rtol=1e-8)
     assert (actual - features(plain, inputs)).abs().max() > 1e-2
 
@@ -167,11 +169,17 @@ def test_attentions_and_hidden_states_show_the_tokens(name: str, recorded_before
 # -------------------------------------------------------------------------------------- bottlenecks
 
 
+@pytest.mark.parametrize("placement", [None, "block"])
 @pytest.mark.parametrize("name", ["deep", *BACKBONES])
-def test_bottlenecks_equal_the_formula_behind_every_block(name: str) -> None:
+def test_bottlenecks_equal_the_formula_in_or_behind_every_block(
+    name: str, placement: str | None
+) -> None:
+    """Published, and so the default, is on what the MLP of a block adds."""
     model, processor = loaded(name)
     plain, inputs = copy.deepcopy(model), pixels(processor)
-    attach("adapter", model, processor, reduction=8)
+    attach(
+        "adapter", model, processor, reduction=8, **({"placement": placement} if placement else {})
+    )
     shake(model.inserts)
     weights = {k: v.detach().numpy() for k, v in model.inserts.named_parameters()}
 
@@ -183,7 +191,8 @@ def test_bottlenecks_equal_the_formula_behind_every_block(name: str) -> None:
 
     actual = features(model, inputs)
     for i in range(len(IMAGES)):
-        expected = image_by_hand(plain, one(inputs, i), after=after)
+        where: Any = {"after" if placement else "added": after}
+        expected = image_by_hand(plain, one(inputs, i), **where)
         torch.testing.assert_close(actual[i], expected, atol=1e-9, rtol=1e-8)
     assert (actual - features(plain, inputs)).abs().max() > 1e-2
 
@@ -199,7 +208,31 @@ def test_a_bottleneck_of_zeros_is_the_plain_tower(name: str) -> None:
     assert_same_numbers(features(model, inputs), expected)
 
 
-def test_bottlenecks_start_almost_as_the_plain_tower() -> None:
+def test_bottlenecks_start_as_published() -> None:
+    for placement, std in ((None, 0.02), ("block", 1e-3)):
+        model, processor = loaded("deep")
+        chosen = {"placement": placement} if placement else {}
+        attach("adapter", model, processor, reduction=1, **chosen)
+        weights = [p for n, p in model.inserts.named_parameters() if n.endswith("weight")]
+        drawn = torch.cat([weight.flatten() for weight in weights])
+        assert drawn.std().item() == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_models_saved_before_a_layout_had_a_name_read_as_they_did(name: str) -> None:
+    """Tokens behind the first norm, bottlenecks behind the block."""
+    model, processor = loaded(name)
+    plain, inputs = copy.deepcopy(model), one(pixels(processor), 0)
+    spec = {"vision": {"tokens": 3, "depth": 2}, "bottleneck": {"layers": [1], "width": 4}}
+    model.add_adapter_modules(spec)
+    shake(model.inserts)
+    table, bottleneck = model.inserts.vision.table.detach(), model.inserts.bottlenecks["1"]
+    after = lambda layer, x: bottleneck(x) if layer == 1 else x  # noqa: E731
+    expected = image_by_hand(plain, inputs, replacing(table), after)
+    torch.testing.assert_close(features(model, inputs)[0], expected, atol=1e-9, rtol=1e-8)
+
+
+def test_a_bottleneck_is_almost_the_identity_at_first() -> None:
     bottleneck = Bottleneck(768, 64)
     for linear, shape in ((bottleneck.down, (64, 768)), (bottleneck.up, (768, 64))):
         assert linear.weight.shape == shape
@@ -250,7 +283,12 @@ def test_maple_equals_both_towers_written_out(name: str, depth: int) -> None:
             return x
         return torch.cat([x[:begin], texts[layer], x[begin + 2 :]])
 
-    images = torch.stack([image_by_hand(plain, one(inputs, i), replacing(table)) for i in range(4)])
+    images = torch.stack(
+        [
+            image_by_hand(plain, one(inputs, i), deeper_tokens(table), first=table[0])
+            for i in range(4)
+        ]
+    )
     classes = unit(
         torch.stack(
             [
@@ -275,7 +313,7 @@ def test_maple_equals_both_towers_written_out(name: str, depth: int) -> None:
     left |= {"text.table": (used - 1) * 2 * 32} if used > 1 else {}
     assert {k: p.numel() for k, p in model.inserts.named_parameters()} == left
     assert model.config.inserts == {
-        "vision": {"tokens": 2, "depth": used},
+        "vision": {"tokens": 2, "depth": used, "normed": True},
         **({"text": {"token_ids": processor.context_token_ids, "depth": used}} if used > 1 else {}),
     }
 
@@ -521,7 +559,7 @@ SETTINGS = {
         "reduction": 16,
         "projection_lr": 1e-3,
     },
-    "adapter": {"reduction": 12, "projection_lr": 1e-3},
+    "adapter": {"placement": "mlp", "reduction": 12, "projection_lr": 1e-3},
 }
 
 
@@ -578,6 +616,9 @@ def test_towers_without_a_plain_list_of_blocks_are_refused() -> None:
         model.add_adapter_modules({"vision": {"tokens": 2, "depth": 3}})
     with pytest.raises(ValueError, match=r"vision, text, bottleneck; found audio"):
         AdapterModules({"audio": {}}, model.backbone)
+    spec = {"layers": [0], "width": 2, "placement": "attention"}
+    with pytest.raises(ValueError, match="placement is mlp or block; found 'attention'"):
+        AdapterModules({"bottleneck": spec}, model.backbone)
 
 
 # ------------------------------------------------------------------------------ copies and casts
@@ -590,9 +631,9 @@ def with_everything(name: str) -> tuple[Any, Any]:
     processor.context_token_ids = [rows - 1, rows - 2]
     model.add_adapter_modules(
         {
-            "vision": {"tokens": 3, "depth": 2},
+            "vision": {"tokens": 3, "depth": 2, "normed": True},
             "text": {"token_ids": processor.context_token_ids, "depth": 2},
-            "bottleneck": {"layers": [0, 1], "width": 4},
+            "bottleneck": {"layers": [0, 1], "width": 4, "placement": "mlp"},
         }
     )
     shake(model.inserts)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,8 @@ class VisualPrompts(TowerMethod):
     """VPT: learned tokens beside the patches, in front of every block (deep) or of the first.
 
     Settings and start, normal with standard deviation 0.02, are those of the deep vision prompts
-    that MaPLe compares with (arXiv 2210.03117). These pass the tower's first norm, where it has one
-    before block 0; ours stand behind it.
+    that MaPLe compares with (arXiv 2210.03117). The first pass the norm that CLIP's tower has
+    before block 0, as they do there.
     """
 
     name = "vpt"
@@ -52,7 +52,8 @@ class VisualPrompts(TowerMethod):
     def build(self) -> None:
         config = self.config
         depth = len(_blocks(self.model, "vision_model")) if config.deep else 1
-        modules = _insert(self.model, {"vision": {"tokens": config.tokens, "depth": depth}})
+        tokens = {"tokens": config.tokens, "depth": depth, "normed": True}
+        modules = _insert(self.model, {"vision": tokens})
         self.groups = [{"params": list(modules.parameters())}]
         self.train_projection()
 
@@ -61,6 +62,11 @@ class VisualPrompts(TowerMethod):
 class BottleneckConfig(Settings):
     """Settings of `adapter`."""
 
+    placement: Literal["mlp", "block"] = setting(
+        "mlp",
+        help="On what a block's MLP adds, weights N(0, .02), as published for CLIP and PLIP; or "
+        "behind the block, N(0, .001), as for CONCH.",
+    )
     reduction: int = setting(
         12, help="Width of the tower over that of the bottleneck.", least=1, most=65_536
     )
@@ -71,14 +77,16 @@ class BottleneckConfig(Settings):
 
 @register
 class BottleneckAdapter(TowerMethod):
-    """Glo-VLMs' adapter for CLIP and PLIP: a bottleneck with a residual behind every vision block.
+    """Glo-VLMs' adapter for CLIP and PLIP: a bottleneck in every vision block.
 
-    The logit scale stays as pretrained.
+    The block adds `m + up(relu(down(m)))` in place of its MLP's output m. That for CONCH stands
+    behind the last six blocks, with dropout and a rate of 1e-4; here `placement: block` puts it
+    behind all, without dropout. The logit scale stays as pretrained.
     """
 
     name = "adapter"
     family = "image side"
-    trains = "a bottleneck (768-64-768 in a ViT-B) behind each vision block"
+    trains = "a bottleneck (768-64-768 in a ViT-B) in each vision block"
     citation = "Glo-VLMs, arXiv:2511.11984; Houlsby et al. 2019, arXiv:1902.00751"
     Config = BottleneckConfig
     config: BottleneckConfig
@@ -91,7 +99,8 @@ class BottleneckAdapter(TowerMethod):
         reduction = self.config.reduction
         layers = list(range(len(_blocks(self.model, "vision_model"))))
         width = max(1, self.model.backbone.vision_model.config.hidden_size // reduction)
-        modules = _insert(self.model, {"bottleneck": {"layers": layers, "width": width}})
+        spec = {"layers": layers, "width": width, "placement": self.config.placement}
+        modules = _insert(self.model, {"bottleneck": spec})
         self.groups = [{"params": list(modules.parameters())}]
         self.train_projection()
 
@@ -123,7 +132,8 @@ class Maple(TowerMethod):
     """MaPLe: context tokens in the first blocks of both towers, the vision ones made of the text's.
 
     `[start][v1 v2] of a [class name].[end]`; for each of the first blocks a linear map of its own
-    turns the text tokens into vision tokens. What remains after training are the tokens alone, the
+    turns the text tokens into vision tokens, the first of which pass the norm that CLIP's tower has
+    before block 0. What remains after training are the tokens alone, the
     first of the text on rows of the vocabulary that no text uses.
     """
 
@@ -152,7 +162,7 @@ class Maple(TowerMethod):
         self.token_ids = unused_token_ids(
             self.processor, self.embedding.num_embeddings, self.class_texts, tokens
         )
-        spec: dict[str, Any] = {"vision": {"tokens": tokens, "depth": depth}}
+        spec: dict[str, Any] = {"vision": {"tokens": tokens, "depth": depth, "normed": True}}
         if depth > 1:
             spec["text"] = {"token_ids": self.token_ids, "depth": depth}
         self.modules = _insert(model, spec)

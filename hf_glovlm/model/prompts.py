@@ -20,6 +20,8 @@ from transformers import initialization as init
 from .heads import HEADS, Head
 
 PARTS = ("vision", "text", "bottleneck")
+# Where a bottleneck stands, and the standard deviation of its weights at first.
+PLACEMENTS = {"mlp": 0.02, "block": 1e-3}
 TEXT_CHUNK = 128  # texts that go through the tower together
 
 
@@ -47,23 +49,25 @@ class LayerTokens(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Bottleneck adapter behind a block: `x + up(relu(down(x)))` (Glo-VLMs, arXiv 2511.11984).
+    """Bottleneck adapter: `x + up(relu(down(x)))` (Glo-VLMs, arXiv 2511.11984).
 
     Args:
         width: Of the tower.
         hidden: Of the bottleneck.
+        std: Standard deviation of the weights at first.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, std: float = PLACEMENTS["block"]) -> None:
         super().__init__()
+        self.std = std
         self.down = nn.Linear(width, hidden)
         self.up = nn.Linear(hidden, width)
         self.reset()
 
     def reset(self) -> None:
-        """Normal weights of standard deviation 0.001: almost the identity at first."""
+        """Small normal weights: almost the identity at first."""
         for linear in (self.down, self.up):
-            init.normal_(linear.weight, std=1e-3)
+            init.normal_(linear.weight, std=self.std)
             init.zeros_(linear.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -71,27 +75,30 @@ class Bottleneck(nn.Module):
         changed: Tensor = tokens + self.up(nn.functional.relu(self.down(tokens)))
         return changed
 
-    def after_block(self, block: nn.Module, args: Any, output: Any) -> Any:
-        """Forward hook of a block."""
+    def adapt_output(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of a block, or of the last module before its residual sum."""
         return _with_hidden(output, self(_hidden(output)))
 
 
 class AdapterModules(nn.Module):
-    """Prompt tokens and bottleneck adapters between the blocks of one model's towers.
+    """Prompt tokens and bottleneck adapters between and in the blocks of one model's towers.
 
     Tokens of the vision tower stand right behind the class token (in front where there is none):
     inserted before block 0, replaced before each of the next `depth - 1` blocks, removed behind the
-    last. So pooling sees the tower's own tokens, while `attentions` and all but the last of the
-    `hidden_states` show the inserted ones too; patches stand last everywhere.
+    last. With `normed` the first of them pass the norm that CLIP's tower has before block 0, as if
+    they stood before it. So pooling sees the tower's own tokens, while `attentions` and all but the
+    last of the `hidden_states` show the inserted ones too; patches stand last everywhere.
 
     Tokens of the text tower replace, before each of the blocks 1 ... `depth - 1`, the hidden states
     at those rows of the vocabulary that hold the learned context; a text without them is read as
     the plain tower reads it.
 
     Args:
-        spec: `{"vision": {"tokens", "depth"}}`: VPT (arXiv 2203.12119); with `{"text":
-            {"token_ids", "depth"}}`: MaPLe (arXiv 2210.03117); `{"bottleneck": {"layers",
-            "width"}}`: Glo-VLMs' adapter (arXiv 2511.11984). Layers count from 0.
+        spec: `{"vision": {"tokens", "depth", "normed"}}`: VPT (arXiv 2203.12119); with `{"text":
+            {"token_ids", "depth"}}`: MaPLe (arXiv 2210.03117); `{"bottleneck": {"layers", "width",
+            "placement"}}`: Glo-VLMs' adapter (arXiv 2511.11984), on what a block's MLP adds (`mlp`)
+            or behind the block (`block`). Layers count from 0. Models saved before `normed` and
+            `placement` existed lack them: not normed, behind the block.
         backbone: A dual encoder with `vision_model` and `text_model`; gets the hooks.
 
     Raises:
@@ -109,20 +116,29 @@ class AdapterModules(nn.Module):
         self.text: nn.Module | None = None
         self.bottlenecks = nn.ModuleDict()
         if vision := spec.get("vision"):
-            self._add_vision_tokens(backbone.vision_model, vision["tokens"], vision["depth"])
+            self._add_vision_tokens(
+                backbone.vision_model,
+                vision["tokens"],
+                vision["depth"],
+                vision.get("normed", False),
+            )
         if text := spec.get("text"):
             self._add_text_tokens(backbone.text_model, text["token_ids"], text["depth"])
         if bottleneck := spec.get("bottleneck"):
-            self._add_bottlenecks(backbone.vision_model, bottleneck["layers"], bottleneck["width"])
+            placement = bottleneck.get("placement", "block")
+            self._add_bottlenecks(
+                backbone.vision_model, bottleneck["layers"], bottleneck["width"], placement
+            )
 
-    def _add_vision_tokens(self, tower: Any, tokens: int, depth: int) -> None:
+    def _add_vision_tokens(self, tower: Any, tokens: int, depth: int, normed: bool) -> None:
         blocks = tower_blocks(tower, depth)
         self.vision = LayerTokens(depth, tokens, tower.config.hidden_size)
         self.tokens, self.depth = tokens, depth
         self.begin = int(_has_class_token(tower))
         for layer, block in enumerate(blocks):
+            norm = _first_norm(tower) if normed and layer == 0 else None
             block.register_forward_pre_hook(
-                partial(self._before_vision_block, layer), with_kwargs=True
+                partial(self._before_vision_block, layer, norm), with_kwargs=True
             )
         # First among the hooks: the one by which transformers records hidden states comes later.
         blocks[-1].register_forward_hook(self._after_vision, prepend=True)
@@ -138,20 +154,32 @@ class AdapterModules(nn.Module):
                 partial(self._before_text_block, layer), with_kwargs=True
             )
 
-    def _add_bottlenecks(self, tower: Any, layers: list[int], width: int) -> None:
+    def _add_bottlenecks(self, tower: Any, layers: list[int], width: int, placement: str) -> None:
+        if placement not in PLACEMENTS:
+            raise ValueError(
+                f"A bottleneck's placement is {' or '.join(PLACEMENTS)}; found '{placement}': this "
+                "folder needs a newer version, or its config is wrong."
+            )
         blocks = tower_blocks(tower, max(layers, default=0) + 1)
         for layer in layers:
-            bottleneck = Bottleneck(tower.config.hidden_size, width)
+            bottleneck = Bottleneck(tower.config.hidden_size, width, PLACEMENTS[placement])
             self.bottlenecks[str(layer)] = bottleneck
-            blocks[layer].register_forward_hook(bottleneck.after_block, prepend=True)
+            place = blocks[layer] if placement == "block" else _before_sum(blocks[layer])
+            place.register_forward_hook(bottleneck.adapt_output, prepend=True)
 
     def _before_vision_block(
-        self, layer: int, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        layer: int,
+        norm: nn.Module | None,
+        block: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
         if layer < self.depth:
             assert self.vision is not None  # the hook would not be there
-            tokens = self.vision(layer).to(hidden.dtype).expand(len(hidden), -1, -1)
+            tokens = self.vision(layer).to(hidden.dtype)
+            tokens = (tokens if norm is None else norm(tokens)).expand(len(hidden), -1, -1)
             rest = hidden[:, self.begin + (self.tokens if layer > 0 else 0) :]
             hidden = torch.cat([hidden[:, : self.begin], tokens, rest], dim=1)
         args, kwargs = _with_first(args, kwargs, hidden)
@@ -362,6 +390,22 @@ def _spliced(embedding: nn.Module, context: Tensor, begin: int) -> Iterator[None
         yield
     finally:
         handle.remove()
+
+
+def _first_norm(tower: nn.Module) -> nn.Module | None:
+    """Norm of each token between a tower's embeddings and its blocks: CLIP's, or none."""
+    return next((m for name, m in tower.named_modules() if name.endswith("pre_layrnorm")), None)
+
+
+def _before_sum(block: nn.Module) -> nn.Module:
+    """Module whose output the last residual sum of a block adds: its MLP, or DINOv2's scale."""
+    for name in ("layer_scale2", "mlp"):
+        if isinstance(part := getattr(block, name, None), nn.Module):
+            return part
+    raise ValueError(
+        f"{type(block).__name__} has no 'mlp' to put a bottleneck on: use placement 'block', which "
+        "puts it behind the block."
+    )
 
 
 def _has_class_token(tower: nn.Module) -> bool:
