@@ -27,6 +27,7 @@ from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.files import write_text
+from hf_glovlm.inference.views import reframe
 from hf_glovlm.methods import Recipe
 from hf_glovlm.model import MLPHead
 from hf_glovlm.training import loop
@@ -702,7 +703,7 @@ def test_augmentation_crops_at_least_half_and_turns_every_way() -> None:
     ways = set()
     for seed in range(60):
         torch.manual_seed(seed)
-        turned = loop._augment(Image.fromarray(pixels))
+        turned = reframe(Image.fromarray(pixels), torch.rand(5).tolist())
         assert turned.width * turned.height >= 0.5 * 40 * 60 * 0.95
         array = np.asarray(turned).astype(int)
         across, down = array[0, -1] - array[0, 0], array[-1, 0] - array[0, 0]

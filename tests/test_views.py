@@ -20,9 +20,10 @@ from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import MemoryCache, embed_images
 from hf_glovlm.methods import METHODS, FeatureMethod, HeadMethod, Support
+from hf_glovlm.runs.study import StudyConfig
 from hf_glovlm.training import adapt
 from hf_glovlm.training.adaptation import _leave_groups_out
-from hf_glovlm.training.loop import feature_source, fit
+from hf_glovlm.training.loop import fit
 from hf_glovlm.training.losses import HeadStep
 
 ON_FEATURES = [n for n, m in METHODS.items() if isinstance(m, FeatureMethod | HeadMethod)]
@@ -145,6 +146,8 @@ def test_a_key_is_the_mean_of_its_images_views_and_a_covariance_holds_them_all()
 
 
 def test_training_takes_one_view_an_epoch() -> None:
+    from hf_glovlm.training.loop import feature_source
+
     support = make_support(views=3, spread=0.5)
     seen: list[torch.Tensor] = []
 
@@ -233,6 +236,14 @@ def test_a_run_with_views_counts_each_label_once_and_says_so(
     assert values[4]["config"]["views"] == 4
     assert "4 augmented views" in (tmp_path / "4" / "README.md").read_text()
     assert values[4]["data"]["split_hash"] == values[0]["data"]["split_hash"]
+
+
+def test_a_study_compares_views_with_none() -> None:
+    lines = ["gda", {"name": "gda", "label": "gda_views", "views": 10}]
+    given = {"data": "nowhere", "backbone": "mini", "methods": lines, "reference": "gda"}
+    study = StudyConfig.from_mapping(given)
+    views = {c.method.name: study.train_config(c, "out").views for c in study.cells()}
+    assert views == {"gda": 0, "gda_views": 10}
 
 
 @pytest.mark.parametrize(
