@@ -159,8 +159,24 @@ def read_text(path: Path, what: str = "a file", *, most: int = 2**26) -> str:
         most: Most bytes; such a file is small.
 
     Raises:
-        GloVLMError: It is missing, a folder, a device or pipe (which would never end), too large,
-            or not UTF-8.
+        GloVLMError: As `read_content`, or it is not UTF-8.
+    """
+    content = read_content(path, what, most=most)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise GloVLMError(
+            f"{path} is not UTF-8 text (byte {error.start}), so not a readable "
+            f"{path.suffix[1:].upper() or 'text'} file; save it as UTF-8."
+        ) from error
+
+
+def read_content(path: Path, what: str = "a file", *, most: int = 2**26) -> bytes:
+    """Read the bytes of a regular file, arguments as for `read_text`.
+
+    Raises:
+        GloVLMError: It is missing, a folder, a device or pipe (which would never end), or too
+            large.
     """
     try:
         status = path.stat()
@@ -172,19 +188,12 @@ def read_text(path: Path, what: str = "a file", *, most: int = 2**26) -> str:
                 f"Expected {what} at {path}, found more than {most >> 20} MiB: that is no such "
                 "file."
             )
-        content = path.read_bytes()
+        return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         if isinstance(error, GloVLMError):
             raise
         reason = getattr(error, "strerror", None) or error
         raise GloVLMError(f"Expected {what} at {path}, found: {reason}.") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise GloVLMError(
-            f"{path} is not UTF-8 text (byte {error.start}), so not a readable "
-            f"{path.suffix[1:].upper() or 'text'} file; save it as UTF-8."
-        ) from error
 
 
 def read_json(path: Path, kind: type = dict, *, most: int = 2**28) -> Any:

@@ -33,7 +33,7 @@ NEIGHBOURS |= {"environment": {"errors"}, "files": {"errors"}}
 ONLY: dict[str, set[str]] = {  # stricter than the floor
     "backbones": {"errors", "files", "model"},
     "calibration": {"errors"},
-    "data": {"errors", "files", "settings", "tables"},
+    "data": {"errors", "files", "lazy", "settings", "tables"},
     "metrics": {"errors"},
     "settings": {"errors", "files"},
     "tables": {"errors", "files"},

@@ -199,14 +199,14 @@ def test_images_outside_class_folders_are_left_out_and_counted(
     assert "1 images outside any class folder" in caplog.text
 
 
-def test_a_misnamed_patient_column_gives_a_warning(
+def test_a_misnamed_column_of_ids_gives_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     put(tmp_path, "1.png")
-    table(tmp_path, {"File Name": "1.png", "Label": "a", "patientid": "p", "Slide ID": "s"})
+    table(tmp_path, {"File Name": "1.png", "Label": "a", "glomerulusid": "p", "Slide ID": "s"})
     with caplog.at_level(logging.WARNING, "hf_glovlm"):
         rows = load_dataset(tmp_path)["all"]
-    assert "column patientid is ignored; rename it to patient_id" in caplog.text
+    assert "column glomerulusid is ignored; rename it to glomerulus_id" in caplog.text
     assert rows["slide_id"][:] == ["s"]
 
 
@@ -290,7 +290,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
         _rows(file_name=TWO, lable=["a", "b"]),
         r"has no column label; .*found file_name, lable.* Did you mean 'lable'\?",
     ),
-    "no file_name column": (_rows(file=TWO, label=["a", "b"]), r"has no column file_name"),
+    "no file_name column": (_rows(picture=TWO, label=["a", "b"]), r"has no column file_name"),
     "unknown split": (
         _rows(file_name=TWO, label=["a", "b"], split=["train", "tset"]),
         r"expected train, test or validation .*'tset' for 2\.png.*Did you mean 'test'\?",
@@ -319,13 +319,16 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "no rows": (_text("metadata.csv", b"file_name,label\n"), r"a header and no rows"),
     "empty csv": (_text("metadata.csv", b""), r"has no column file_name"),
-    "semicolons": (_text("metadata.csv", b"file_name;label\n1.png;a\n"), r"found file_name;label"),
+    "blanks": (_text("metadata.csv", b"file_name label\n1.png a\n"), r"found file_name label"),
     "too many fields": (
         _text("metadata.csv", b"file_name,label\n1.png,a,b\n"),
         r"line 2: expected 2 fields, found 3; put quotes",
     ),
     "short row": (_text("metadata.csv", b"file_name,label\n1.png\n"), r"have no label"),
-    "latin-1": (_text("metadata.csv", b"file_name,label\n1.png,\xe9\n"), r"is not UTF-8 text"),
+    "cyrillic": (
+        _text("metadata.csv", "file_name,label\n1.png,норма\n".encode("cp1251")),
+        r"is not UTF-8 text \(byte 22\)",
+    ),
     "column twice": (
         _text("metadata.csv", b"file_name,label,Label\n1.png,a,b\n"),
         r"has the column label twice",
@@ -397,7 +400,7 @@ def test_parquet_of_paths_relative_to_the_file(tmp_path: Path, as_struct: bool) 
         ({"image": [b"x"], "label": [[1]]}, r"expected one class per image"),
         ({"image": [1.5], "label": ["a"]}, r"expected images as \{bytes, path\} .*found double"),
         ({"picture": [b"x"], "label": ["a"]}, r"no column 'image' .*found picture \(Value\)"),
-        ({"image": [b"x"], "class": ["a"]}, r"no column 'label'"),
+        ({"image": [b"x"], "grade": ["a"]}, r"no column 'label'"),
     ],
 )
 def test_bad_parquet(tmp_path: Path, columns: dict[str, Any], sentence: str) -> None:

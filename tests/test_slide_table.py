@@ -65,7 +65,7 @@ def test_files_are_matched_by_name(tmp_path: Path) -> None:
         ("slide,label\na,x,y\n", "line 2: expected 2 fields, found 3"),
         ("slide,label\na.svs,x\na.tif,y\n", r"names 1 slides more than once \(a\)"),
         ("slide,label\na,tumor\n", "unknown label 'tumor' for a. Did you mean 'tumour'"),
-        ("slide,label,split\na,tumour,dev\n", "found 'dev' for a"),
+        ("slide,label,split\na,tumour,fold\n", "found 'fold' for a"),
         ("slide,label,split\na,tumour,train\nb,tumour,\n", r"1 of 2 rows have no split \(b\)"),
         ("slide,label,case_id\na,tumour,NA\nb,tumour,p\n", "1 of 2 rows have no case_id"),
         ("slide,label,mpp\na,tumour,-1\n", "positive number of micrometres in mpp, found '-1'"),
@@ -89,5 +89,5 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(GloVLMError, match="found: a folder"):
         read_slide_table(tmp_path)
     (tmp_path / "slides.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(GloVLMError, match="not a readable CSV"):
+    with pytest.raises(GloVLMError, match="is not utf-16 text"):
         read_slide_table(tmp_path / "slides.csv")

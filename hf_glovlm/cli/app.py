@@ -44,7 +44,11 @@ from .console import (
 from .options import (
     BatchFlag,
     DeviceFlag,
+    GroupColumn,
+    GroupFrom,
+    ImageColumn,
     JsonFlag,
+    LabelColumn,
     ModelArgument,
     Real,
     ScaleFlag,
@@ -147,9 +151,13 @@ def train(checked: TrainConfig, as_json: JsonFlag = False) -> None:
 @app.command()
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, Option(help="Labelled images: folder, parquet file, or Hub id.")],
+    data: Annotated[str, Option(help="Labelled images: folder, table, or Hub id.")],
     output: Annotated[Path, Option(help="JSON file to write.")] = Path("results.json"),
     predictions: Annotated[Path | None, Option(help="Parquet file to write, too.")] = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    group_column: GroupColumn = None,
+    group_from: GroupFrom = None,
     split: Annotated[Text, Option(help="Of the data; by default test, or all.")] = None,
     allow_seen: Annotated[bool, Option(help="Accept patients it learned from.")] = False,
     allow_scale: ScaleFlag = False,
@@ -162,6 +170,7 @@ def evaluate(
     check_output(output, "results", [data, model])
     check_output(predictions, "predictions", [data, model, output])
 
+    from ..data import Columns
     from ..files import write_json
     from ..runs.evaluation import UNKNOWN
     from ..runs.evaluation import evaluate as measure
@@ -170,6 +179,12 @@ def evaluate(
     results = measure(
         model,
         data,
+        columns=Columns(
+            image_column=image_column,
+            label_column=label_column,
+            group_column=group_column,
+            group_from=group_from,
+        ),
         split=split,
         allow_seen=allow_seen,
         allow_scale=allow_scale,
@@ -211,7 +226,9 @@ def predict(
     from ..publish.adapter_only import load_model
     from ..runs.evaluation import image_rows, list_images, readable_images
 
-    places = list_images(images)
+    places, notes, unnamed = list_images(images)
+    for sentence in notes:
+        note(sentence)
     quiet_libraries()
     options: dict[str, Any] = {"batch_size": batch_size, "device": resolve_device(device)}
     options |= {"cache": FeatureCache(), "progress": sys.stderr.isatty()}
@@ -252,8 +269,12 @@ def predict(
         counts = [[k, str(predictions.predicted.count(k))] for k in predictions.class_names]
         print_table(title, ["predicted", "images"], counts)
         note(f"the predictions are in {output}")
+    if unnamed:
+        listed = ", ".join(unnamed)
+        note(f"{len(unnamed)} images are left out, whose names are not UTF-8: {listed}")
     if len(readable) < len(places):
         note(f"{len(places) - len(readable)} of {len(places)} images are left out: unreadable")
+    if unnamed or len(readable) < len(places):
         raise typer.Exit(1)
 
 
@@ -426,13 +447,24 @@ def datasets(as_json: JsonFlag = False) -> None:
 
 @data_app.command("check")
 def check(
-    data: Annotated[str, Argument(help="Folder of images, parquet file, or Hub id.")],
+    data: Annotated[str, Argument(help="Folder of images, table, or Hub id.")],
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    group_column: GroupColumn = None,
+    group_from: GroupFrom = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Read every image, count classes and groups, look for leaks. Exit code 1 if there are any."""
-    from ..data import check_dataset, load_dataset
+    from ..data import Columns, check_dataset, describe_reading, load_dataset
 
-    report = check_dataset(load_dataset(data))
+    columns = Columns(
+        image_column=image_column,
+        label_column=label_column,
+        group_column=group_column,
+        group_from=group_from,
+    )
+    loaded = load_dataset(data, columns=columns)
+    report = check_dataset(loaded)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -440,7 +472,9 @@ def check(
         rows = [[x, *map(str, of.values()), groups[x]] for x, of in report.counts.items()]
         header = ["split", *report.classes, "groups"]
         print_table(f"Images{synthetic_mark(data)}", header, rows)
-        for sentence in [*report.notes, *(f"problem: {problem}" for problem in report.problems)]:
+        logged = {f"{sentence}." for sentence in describe_reading(loaded).in_full}
+        notes = [sentence for sentence in report.notes if sentence not in logged]
+        for sentence in [*notes, *(f"problem: {problem}" for problem in report.problems)]:
             note(sentence)
     if report.problems:
         raise typer.Exit(1)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 from typer import Argument, Option
 
+from ..data.columns import Columns
 from ..errors import GloVLMError
 from ..settings import GROUPS, Declared, Settings, declarations, read_yaml, read_yaml_value, shown
 
@@ -25,6 +26,11 @@ DeviceFlag = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 BatchFlag = Annotated[int, Option(min=1, max=65_536, help="Images encoded at a time.")]
 ScaleFlag = Annotated[bool, Option(help="Accept images at a very different scale.")]
 ModelArgument = Annotated[str, Argument(help="A run's folder, its model/, or a Hub id.")]
+_OF_DATA = declarations(Columns)
+ImageColumn = Annotated[Text, Option(help=_OF_DATA["image_column"].help)]
+LabelColumn = Annotated[Text, Option(help=_OF_DATA["label_column"].help)]
+GroupColumn = Annotated[Text, Option(help=_OF_DATA["group_column"].help)]
+GroupFrom = Annotated[Text, Option(help=_OF_DATA["group_from"].help.replace("`", ""))]
 ConfigFlag = Annotated[Path | None, Option(help="YAML of these settings; options win over it.")]
 
 

@@ -1,33 +1,54 @@
 """Data sets of labelled images, class names, splits and few-shot episodes; no models."""
 
-from .catalog import (
-    CatalogEntry,
-    ClassInfo,
-    catalog_entries,
-    catalog_entry,
-    describe_source,
-    load_classes,
-)
-from .check import DataReport, check_dataset
-from .folder import MANIFEST, dataset_fingerprint, load_dataset, open_image
-from .splits import (
-    Episode,
-    Groups,
-    all_rows,
-    assert_disjoint,
-    draw_episode,
-    group_rows,
-    load_episode,
-    reserve_calibration,
-    save_episodes,
-    split_groups,
-    split_hash,
-)
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .catalog import (
+        CatalogEntry,
+        ClassInfo,
+        catalog_entries,
+        catalog_entry,
+        describe_source,
+        load_classes,
+    )
+    from .check import DataReport, check_dataset
+    from .columns import MANIFEST, Columns
+    from .folder import dataset_fingerprint, describe_reading, load_dataset, open_image
+    from .splits import (
+        Episode,
+        Groups,
+        all_rows,
+        assert_disjoint,
+        draw_episode,
+        group_rows,
+        load_episode,
+        reserve_calibration,
+        save_episodes,
+        split_groups,
+        split_hash,
+    )
+
+_HOMES = {
+    "catalog": (
+        "CatalogEntry", "ClassInfo", "catalog_entries", "catalog_entry", "describe_source",
+        "load_classes",
+    ),
+    "check": ("DataReport", "check_dataset"),
+    "columns": ("MANIFEST", "Columns"),
+    "folder": ("dataset_fingerprint", "describe_reading", "load_dataset", "open_image"),
+    "splits": (
+        "Episode", "Groups", "all_rows", "assert_disjoint", "draw_episode", "group_rows",
+        "load_episode", "reserve_calibration", "save_episodes", "split_groups", "split_hash",
+    ),
+}  # fmt: skip
 
 __all__ = [
     "MANIFEST",
     "CatalogEntry",
     "ClassInfo",
+    "Columns",
     "DataReport",
     "Episode",
     "Groups",
@@ -37,6 +58,7 @@ __all__ = [
     "catalog_entry",
     "check_dataset",
     "dataset_fingerprint",
+    "describe_reading",
     "describe_source",
     "draw_episode",
     "group_rows",
@@ -49,3 +71,7 @@ __all__ = [
     "split_groups",
     "split_hash",
 ]
+
+__getattr__ = lazy_names(
+    __name__, {name: module for module, names in _HOMES.items() for name in names}
+)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GloVLMError
 from ..files import digest_value
-from .folder import MANIFEST, column, content_hash, fingerprint_of, in_threads, open_image
+from .columns import MANIFEST
+from .folder import column, content_hash, describe_reading, fingerprint_of, in_threads, open_image
 from .splits import GROUP_COLUMNS, Groups, all_rows, assert_disjoint, group_rows
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class DataReport:
         problems: Errors that must be mended before any training, one sentence each.
         notes: Remarks, one sentence each.
         duplicates: File names of identical images, one list for each content.
+        left_out: Number of files and rows that were not read, by kind.
         fingerprint: See `dataset_fingerprint`; None if a file could not be read.
         digests: Of what decides a run, by file name and in the order of the rows: `images`,
             `labels`, `groups` and the other `columns` (split, stain, ...).
@@ -40,6 +42,7 @@ class DataReport:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     duplicates: list[list[str]] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
     fingerprint: str | None = None
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -85,6 +88,9 @@ def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
             for side in dict.fromkeys(sides)
         },
     )
+    reading = describe_reading(ds)
+    report.left_out = reading.left_out
+    report.notes += [f"{note}." for note in reading.in_full]
     if len(set(labels)) < 2:
         report.problems.append(
             f"expected images of at least two classes, found one ({', '.join(names)}); add another "

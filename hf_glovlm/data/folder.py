@@ -1,71 +1,52 @@
-"""Readers of labelled images (folders, CSV, parquet, Hub) into a `datasets.DatasetDict`.
+"""Labelled images as a `datasets.DatasetDict`: read, checked row by row, and decoded.
 
-`datasets`' own ImageFolder builder guesses (labels from a metadata file stay text, a file name
-with `_test_` becomes a split, images without a row vanish), so the files are listed here and every
-decision is explicit. Nothing is decoded while loading; `open_image` is the one decoder.
+`readers.py` reads folders, tables, parquet files and the Hub. Nothing is decoded while loading;
+`open_image` is the one decoder.
 """
 
 import hashlib
 import io
+import json
 import logging
 import math
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import GloVLMError, nearest
 from ..files import finish_interrupted
-from ..tables import column_name, read_table
+from .columns import CAPTION, FLOAT_COLUMNS, GROUP_IDS, MANIFEST, Columns
+from .listing import (
+    SPLIT_NAMES,
+    few,
+    groups_from,
+    propose_groups,
+    short,
+    split_notes,
+    split_roles,
+)
+from .readers import RawRows, read_file, read_folder, read_hub, read_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-MANIFEST = (
-    "patient_id",
-    "case_id",
-    "slide_id",
-    "glomerulus_id",
-    "group_id",
-    "block",
-    "level",
-    "stain",
-    "mpp",
-    "section_um",
-    "scanner",
-    "institution",
-    "reader",
-)
-FLOAT_COLUMNS = frozenset({"mpp", "section_um"})
+_READING = "Reading: "  # in a description, before the JSON of how the data were read
 SYNTHETIC = "Synthetic images"  # in the description of data that were drawn
-CAPTION = "caption"  # a text about the image, not about its origin as the MANIFEST columns
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 MAX_PIXELS = 80_000_000
 
 # Pillow would also open EPS (through Ghostscript) and dozens of rare formats: only these are read.
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "PPM", "JPEG2000")
-_SPLITS = {
-    "train": "train",
-    "support": "train",
-    "val": "validation",
-    "validation": "validation",
-    "test": "test",
-}
 SPLIT_ORDER = ("train", "validation", "test")
 _NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null"})
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
 ImageValue = Mapping[str, Any] | str | Path | Image.Image
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -74,41 +55,59 @@ logger = logging.getLogger("hf_glovlm")
 
 
 @dataclass
-class _Table:
-    """Unchecked table of a reader, one row per image; values are text."""
+class Reading:
+    """How a data set was read, beside its rows.
 
-    origin: str
-    images: Any  # pyarrow array of struct<bytes, path>
-    file_names: list[str]
-    labels: list[str | None]
-    splits: list[str | None] | None = None
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+    Attributes:
+        notes: What is not as usual or was left out, a sentence each, without names of files or
+            patients, so that results may hold it.
+        named: The same with names, where a note has some.
+        left_out: Number of files and rows that were not read, by kind.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    named: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def in_full(self) -> list[str]:
+        """The notes, with names."""
+        return [self.named.get(note, note) for note in self.notes]
 
 
 def load_dataset(
-    source: "str | Path | Dataset | DatasetDict", *, revision: str | None = None
+    source: "str | Path | Dataset | DatasetDict",
+    *,
+    revision: str | None = None,
+    columns: Columns | None = None,
 ) -> "DatasetDict":
     """Read a data set of labelled images; nothing is decoded.
 
     Sources, tried in this order:
 
-    * a folder with `metadata.csv` (columns `file_name,label` and optionally `split` and the
-      MANIFEST columns). The file wins over class folders; images without a row are left out and
-      their number is logged. A given split may also be `train/metadata.csv` and
-      `test/metadata.csv`.
+    * a folder with `metadata.csv` (or `.tsv`, `.jsonl`, `.parquet`; columns `file_name,label` and
+      optionally `split` and the MANIFEST columns). The file wins over class folders; images without
+      a row are left out. A given split may also be `train/metadata.csv` and `test/metadata.csv`.
     * a folder of class folders. The first folder below the root is the class; deeper folders belong
-      to it. Folders without images are no class, hidden files are ignored. The folder holds a given
-      split when a `train` (or `support`) and a `test` or `validation` (or `val`) folder lie in it,
-      each with class folders; a class folder that merely bears the name `test` is a class, and
-      file names never make a split.
-    * a `.parquet` file: an image column of `{bytes, path}` or of paths relative to the file.
+      to it. Folders without images are no class. The folder holds a given split when its folders
+      bear usual split names, whatever their case (`Training`, `val`, `dev`, `holdout`; `eval` is
+      the test), each with class folders, or when every class folder holds such folders; a class
+      folder that merely bears the name `test` is a class, and file names never make a split.
+    * a folder of images with one other table that names them and their classes (`labels.csv`).
+    * such a table itself, or a `.parquet` file: an image column of `{bytes, path}` or of paths
+      relative to the file.
     * a Hub id `owner/name`: columns `image` and `label`, or else the only Image and the only
       ClassLabel feature.
     * a `Dataset` or `DatasetDict` in memory, with columns as on the Hub.
 
+    Tables are read in the dialects of `read_table`. Columns that people call otherwise (`filename`,
+    `class`, `Patient ID`) are taken where there is one of the kind. What is not as usual, and every
+    file that was left out, is logged and stated by `describe_reading`.
+
     Args:
-        source: Folder, parquet file, Hub id (`~` is expanded), or a data set in memory.
+        source: Folder, table, Hub id (`~` is expanded), or a data set in memory.
         revision: Commit, tag or branch of a Hub data set.
+        columns: Which columns hold images, classes and patients, or how file names hold patients.
 
     Returns:
         `{"all"}` where nothing is split, else `{"train", "test"[, "validation"]}` (a `validation`
@@ -120,28 +119,40 @@ def load_dataset(
 
     Raises:
         GloVLMError: Missing or empty source, a row without its file or its label, an unknown split,
-            a file named twice, and the like.
+            a file named twice, columns or patients that are not there, and the like.
     """
+    columns = columns or Columns()
     if not isinstance(source, str | Path):
-        return _assemble(_read_memory(source))
+        before = describe_reading(source) if isinstance(source, dict) else Reading()
+        return _assemble(read_memory(source, columns), columns, before)
     path = Path(source).expanduser()
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        raise GloVLMError(
+            f"The name of {str(path)!r} is not UTF-8, and its images could not be named: rename it."
+        ) from None
     if path.is_dir():
         finish_interrupted(path)
-        tables = _read_folder(path)
+        tables = read_folder(path, columns)
     elif path.is_file():
-        if path.suffix.lower() != ".parquet":
-            raise GloVLMError(
-                f"{path} is neither a folder nor a .parquet file; give the folder that holds the "
-                "images (with class folders or a metadata.csv)."
-            )
-        tables = [_read_parquet(path)]
+        tables = read_file(path, columns)
     else:
-        tables = _read_hub(str(source), path, revision)
-    loaded = _assemble(tables)
+        tables = read_hub(str(source), path, revision, columns)
+    loaded = _assemble(tables, columns)
     if is_synthetic(path):
         for part in loaded.values():  # stays with what is selected or shuffled in memory
-            part.info.description = SYNTHETIC
+            part.info.description = f"{SYNTHETIC}\n{part.info.description}"
     return loaded
+
+
+def describe_reading(ds: "DatasetDict") -> Reading:
+    """How a data set was read, as `load_dataset` stated it in the description of its parts."""
+    for part in ds.values():
+        for line in (part.info.description or "").splitlines():
+            if line.startswith(_READING):
+                return Reading(**json.loads(line.removeprefix(_READING)))
+    return Reading()
 
 
 def is_synthetic(source: "str | Path | Dataset | DatasetDict") -> bool:
@@ -165,362 +176,13 @@ def column(rows: "Dataset", name: str) -> list[Any]:
     return values
 
 
-# ---------------------------------------------------------------------------------- readers
-
-
-def _read_folder(root: Path) -> list[_Table]:
-    files = _list_images(root)
-    if (root / "metadata.csv").is_file():
-        return [_read_metadata(root, "", files, None)]
-    if not files:
-        parquet = next(root.rglob("*.parquet"), None)
-        hint = f"; give the file {parquet} instead" if parquet else ""
-        raise GloVLMError(
-            f"{root} holds no images ({', '.join(sorted(SUFFIXES))}); expected one folder per class"
-            f" with images in it, or a metadata.csv with file_name and label{hint}."
-        )
-    tops = sorted({name.split("/")[0] for name in files if "/" in name})
-    with_metadata = [top for top in tops if (root / top / "metadata.csv").is_file()]
-    if with_metadata and all(top.lower() in _SPLITS for top in with_metadata):
-        if with_metadata != tops:
-            without = sorted(set(tops) - set(with_metadata))
-            raise GloVLMError(
-                f"{root}: the folders {few(with_metadata)} have a metadata.csv but "
-                f"{few(without)} not; write one for each, or a single {root / 'metadata.csv'}."
-            )
-        return [_read_metadata(root, top, files, _SPLITS[top.lower()]) for top in tops]
-    return [_read_class_folders(root, files, tops)]
-
-
-def _list_images(root: Path) -> list[str]:
-    """Relative POSIX paths of all images below a folder, sorted; without hidden ones."""
-    images: list[str] = []
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        prefix = os.path.relpath(folder, root).replace(os.sep, "/")
-        prefix = "" if prefix == "." else prefix + "/"
-        images += [
-            prefix + name
-            for name in names
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
-        ]
-    return sorted(images)
-
-
-def _read_class_folders(root: Path, files: list[str], tops: list[str]) -> _Table:
-    if not tops:
-        raise GloVLMError(
-            f"{root} holds {len(files)} images but nothing that labels them; put them into one "
-            "folder per class or write a metadata.csv with file_name and label."
-        )
-    parts = [name.split("/") for name in files]
-    roles = {_SPLITS.get(top.lower()) for top in tops}
-    images = [p for p in parts if len(p) > 1]
-    two_deep = all(len(p) > 2 for p in images)
-    # Only `train` beside `test` or `validation` is a split; one such name may be a class.
-    split = "train" in roles and bool(roles & {"test", "validation"})
-    wrapped = len(tops) == 1 and None not in roles and two_deep
-    if split and None in roles:
-        other = [top for top in tops if top.lower() not in _SPLITS]
-        raise GloVLMError(
-            f"{root} holds folders of a given split beside other folders with images "
-            f"({few(other)}); expected train, test and validation folders only, or class folders "
-            "only: move the others away or write a metadata.csv."
-        )
-    if split and not two_deep:
-        raise GloVLMError(
-            f"{root} holds train and test folders whose images lie in no class folder; expected "
-            "train/CLASS/image and test/CLASS/image, or a metadata.csv with file_name,label,split."
-        )
-    loose = len(parts) - len(images)
-    if loose:
-        logger.warning("%s: %d images outside any class folder are left out.", root, loose)
-    depth = 1 if split or wrapped else 0
-    names = ["/".join(p) for p in images]
-    return _Table(
-        origin=str(root),
-        images=_image_paths(root, names),
-        file_names=names,
-        labels=[p[depth] for p in images],
-        splits=[_SPLITS[p[0].lower()] for p in images] if split else None,
-    )
-
-
-def _read_metadata(root: Path, prefix: str, files: list[str], split: str | None) -> _Table:
-    path = root / prefix / "metadata.csv"
-    table = read_table(path, "a table of images")
-    header, rows = table.names, table.rows
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
-    for needed in ("file_name", "label"):
-        if needed not in columns:
-            raise GloVLMError(
-                f"{path} has no column {needed}; expected file_name,label and optionally split and "
-                f"{', '.join(MANIFEST[:3])}; found {', '.join(header)}.{nearest(needed, header)}"
-            )
-    if not rows:
-        raise GloVLMError(f"{path} has a header and no rows; write one row per image.")
-    base = root / prefix
-    below = prefix + "/" if prefix else ""
-    known = {name[len(below) :] for name in files if name.startswith(below)}
-    names: list[str] = []
-    missing: list[str] = []
-    for written in columns["file_name"]:
-        name = "/".join(p for p in written.strip().replace("\\", "/").split("/") if p != ".")
-        if not name or name.startswith("/") or ".." in name.split("/"):
-            raise GloVLMError(
-                f"{path}: expected file names relative to and inside {base}, found '{written}'; "
-                "correct that row."
-            )
-        if name not in known:
-            if not (base / name).is_file():
-                missing.append(name)
-            elif os.path.splitext(name)[1].lower() not in SUFFIXES:
-                raise GloVLMError(
-                    f"{path} names {name}, which is no image of a known kind "
-                    f"({', '.join(sorted(SUFFIXES))}); convert it or delete its row."
-                )
-        names.append(name)
-    if missing:
-        raise GloVLMError(
-            f"{path}: {len(missing)} of {len(names)} rows name a file that is not there "
-            f"({few(missing)}); add the files or delete the rows."
-        )
-    without_row = len(known.difference(names))
-    if without_row:
-        logger.warning("%s: %d images without a row are left out.", path, without_row)
-    names = [below + name for name in names]
-    given: list[str | None] | None = None
-    if split is not None:
-        given = [split] * len(names)
-    elif "split" in columns:
-        given = [value.strip() or None for value in columns["split"]]
-    return _Table(
-        origin=str(path),
-        images=_image_paths(root, names),
-        file_names=names,
-        labels=[value.strip() or None for value in columns["label"]],
-        splits=given,
-        extra=_manifest_of(columns, str(path)),
-    )
-
-
-def _manifest_of(columns: Mapping[str, list[Any]], origin: str) -> dict[str, list[Any]]:
-    """MANIFEST columns; a near miss gives a warning, since lost patient ids leak."""
-    kept = {name: columns[name] for name in (*MANIFEST, CAPTION) if name in columns}
-    ids = [name for name in MANIFEST if name.endswith("_id") and name not in kept]
-    for name in columns:
-        if name not in {*MANIFEST, CAPTION, "file_name", "label", "split", "image"}:
-            squeezed = name.replace("_", "")
-            meant = next((i for i in ids if squeezed in {i.replace("_", ""), i[:-3]}), None)
-            if meant:
-                logger.warning(
-                    "%s: column %s is ignored; rename it to %s if it is that.", origin, name, meant
-                )
-    return kept
-
-
-def _image_paths(root: Path, names: Iterable[str]) -> Any:
-    base = os.path.abspath(root)
-    return _image_array([{"bytes": None, "path": os.path.join(base, name)} for name in names])
-
-
-def _image_array(values: Any) -> Any:
-    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    return pa.array(values, type=kind)
-
-
-def _read_parquet(path: Path) -> _Table:
-    from datasets import Features
-
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise GloVLMError(
-            f"{path} is not a readable parquet file ({reason}); write it again."
-        ) from None
-    features = dict(Features.from_arrow_schema(table.schema))
-    return _read_table(table, features, str(path), path.parent)
-
-
-def _read_hub(source: str, path: Path, revision: str | None) -> list[_Table]:
-    from .catalog import catalog_entries
-
-    known = {entry.name: entry for entry in catalog_entries()}
-    if source in known:
-        raise GloVLMError(
-            f"'{source}' is an entry of the catalogue, not data on this machine; get the images "
-            f"from {known[source].source} and give the folder they lie in."
-        )
-    parent = path.parent
-    is_hub_id = _HUB_ID.fullmatch(source) is not None and not parent.is_dir()
-    if not is_hub_id:
-        siblings = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-        raise GloVLMError(
-            f"{path} does not exist; expected a folder of images, a .parquet file, a Hub id "
-            f"(owner/name) or a name of the catalogue.{nearest(path.name, [*siblings, *known])}"
-        )
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(source, revision=revision)
-    except Exception as error:  # network, authorisation and builder errors share no base class
-        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
-        raise GloVLMError(
-            f"'{source}' is no folder here and could not be loaded from the Hugging Face Hub "
-            f"({type(error).__name__}: {reason}); check the name, the network and, for a gated "
-            "data set, your access, or give a local folder."
-        ) from error
-    return _read_splits(loaded, source)
-
-
-def _read_memory(data: Any) -> list[_Table]:
-    from datasets import Dataset, DatasetDict
-
-    if not isinstance(data, Dataset | DatasetDict):
-        raise GloVLMError(
-            "Expected a folder, a .parquet file, a Hub id, a Dataset or a DatasetDict; found "
-            f"{type(data).__name__}."
-        )
-    parts = data if isinstance(data, dict) else {"all": data}
-    named = all("file_name" in rows.column_names for rows in parts.values())
-    return _read_splits(parts, "the data set in memory", prefixed=not named)
-
-
-def _read_splits(
-    parts: Mapping[str, "Dataset"], origin: str, prefixed: bool = True
-) -> list[_Table]:
-    tables = []
-    for name, split in _hub_splits(origin, list(parts)).items():
-        # Formatted reading follows a selection or a shuffle, which the table below does not have.
-        table, features = parts[name].with_format("arrow")[:], dict(parts[name].features)
-        prefix = f"{name}/" if prefixed else ""
-        tables.append(_read_table(table, features, origin, None, prefix, split))
-    return tables
-
-
-def _hub_splits(source: str, names: list[str]) -> dict[str, str | None]:
-    if len(names) == 1:
-        return {names[0]: None}
-    roles: dict[str, str | None] = {name: _SPLITS.get(name.lower()) for name in names}
-    unknown = [name for name, role in roles.items() if role is None]
-    if unknown:
-        raise GloVLMError(
-            f"{source} has the splits {', '.join(names)}; expected train, validation and test only:"
-            " download it and give the part you mean as a folder or parquet file."
-        )
-    return roles
-
-
-def _read_table(
-    table: Any,
-    features: dict[str, Any],
-    origin: str,
-    base: Path | None,
-    row_prefix: str = "",
-    split: str | None = None,
-) -> _Table:
-    """Unchecked table from an Arrow table with `datasets` features."""
-    from datasets import ClassLabel
-    from datasets import Image as ImageFeature
-
-    image = _pick("image", [n for n, f in features.items() if isinstance(f, ImageFeature)], table)
-    label = _pick("label", [n for n, f in features.items() if isinstance(f, ClassLabel)], table)
-    if image is None or label is None:
-        expected, kind = ("image", "Image") if image is None else ("label", "ClassLabel")
-        present = ", ".join(f"{name} ({type(f).__name__})" for name, f in features.items())
-        raise GloVLMError(
-            f"{origin} has no column '{expected}' and not exactly one {kind} column; found "
-            f"{present}: rename the column you mean to '{expected}'."
-        )
-    names = features[label].names if isinstance(features[label], ClassLabel) else None
-    labels = [_label_text(value, names, origin) for value in table.column(label).to_pylist()]
-    others = {column_name(n): n for n in table.column_names if n not in (image, label)}
-    kept = {
-        key: table.column(name).to_pylist()
-        for key, name in others.items()
-        if key in {*MANIFEST, CAPTION, "file_name", "split"}
-    }
-    images, paths = _image_column(table.column(image), base, origin)
-    written = kept.get("file_name", paths)
-    if None in written or any(os.path.isabs(str(name)) for name in written):
-        written = [f"{i:06d}" for i in range(len(labels))]
-    splits: list[str | None] | None = None
-    if split is not None:
-        splits = [split] * len(labels)
-    elif "split" in kept and base is not None:
-        splits = [None if value is None else str(value) for value in kept["split"]]
-    return _Table(
-        origin=origin,
-        images=images,
-        file_names=[row_prefix + str(name).replace("\\", "/") for name in written],
-        labels=labels,
-        splits=splits,
-        extra=_manifest_of({key: kept.get(key, []) for key in others}, origin),
-    )
-
-
-def _image_column(values: Any, base: Path | None, origin: str) -> tuple[Any, list[str | None]]:
-    """Image column as `{bytes, path}` with absolute paths, and the paths as written."""
-    kind = values.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        contents, paths = [None] * len(values), values.to_pylist()
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        contents, paths = values.to_pylist(), [None] * len(values)
-    elif pa.types.is_struct(kind) and {f.name for f in kind} == {"bytes", "path"}:
-        paths = pc.struct_field(values, "path").to_pylist()
-        if pc.struct_field(values, "bytes").null_count == 0:
-            return values, paths  # all embedded: never copied, it may be larger than memory
-        contents = pc.struct_field(values, "bytes").to_pylist()
-    else:
-        raise GloVLMError(
-            f"{origin}: expected images as {{bytes, path}} or as paths in the image column, found "
-            f"{kind}; write it with `datasets` or as paths."
-        )
-    places = [None if p is None else os.path.join(os.path.abspath(base or ""), p) for p in paths]
-    missing = []
-    for row, (content, place) in enumerate(zip(contents, places, strict=True)):
-        if content is None and not (place and os.path.isfile(place)):
-            missing.append(str(paths[row] or f"row {row}"))
-    if missing:
-        raise GloVLMError(
-            f"{origin}: {len(missing)} of {len(values)} rows name a file that is not there "
-            f"({few(missing)}); add the files or delete the rows."
-        )
-    pairs = zip(contents, places, strict=True)
-    return _image_array([{"bytes": content, "path": place} for content, place in pairs]), paths
-
-
-def _pick(name: str, candidates: list[str], table: Any) -> str | None:
-    if name in table.column_names:
-        return name
-    return candidates[0] if len(candidates) == 1 else None
-
-
-def _label_text(value: Any, names: list[str] | None, origin: str) -> str | None:
-    if value is None:
-        return None
-    if isinstance(value, list | dict | float):
-        raise GloVLMError(
-            f"{origin}: expected one class per image in the label column, found {value!r}; "
-            "give class names or whole numbers."
-        )
-    if names is None:
-        return str(value).strip() or None
-    return names[value] if 0 <= value < len(names) else None  # the Hub writes -1 for "unknown"
-
-
 # --------------------------------------------------------------------------------- assembling
 
 
-def _assemble(tables: list[_Table]) -> "DatasetDict":
-    """Check the readers' tables and build the `DatasetDict`."""
+def _assemble(
+    tables: list[RawRows], columns: Columns, before: Reading | None = None
+) -> "DatasetDict":
+    """Check the readers' rows and build the `DatasetDict`; `before` is an earlier reading."""
     from datasets import DatasetDict, concatenate_datasets
 
     origin = tables[0].origin
@@ -533,32 +195,66 @@ def _assemble(tables: list[_Table]) -> "DatasetDict":
                 f"({few(unlabelled)}); label them or delete the rows."
             )
     _unique_file_names(tables)
+    reading = before or Reading()
+    for table in tables:
+        reading.notes += table.notes
+        reading.named |= table.named
+    reading.left_out |= sum((table.left_out for table in tables), Counter())
+    _set_groups(tables, columns, reading)
     names = sorted({label for table in tables for label in table.labels if label is not None})
-    columns = (*MANIFEST, CAPTION)
-    kept = [name for name in columns if any(name in table.extra for table in tables)]
+    kept = [name for name in (*MANIFEST, CAPTION) if any(name in table.extra for table in tables)]
     parts: dict[str | None, list[Dataset]] = {}
     for table in tables:
         extra = _clean_manifest(table, kept)
-        for split, mask in _by_split(table):
+        for split, mask in _by_split(table, reading):
             parts.setdefault(split, []).append(_dataset(table, extra, mask, names))
     built = {
         split: part[0] if len(part) == 1 else concatenate_datasets(part)
         for split, part in parts.items()
     }
     if len(built) == 1:
-        return DatasetDict({"all": next(iter(built.values()))})
-    if "train" not in built:
+        built = {"all": next(iter(built.values()))}
+    elif "train" not in built:
         raise GloVLMError(
             f"{origin} has a given split of test and validation but no train part; name the part "
             "that the shots are drawn from 'train'."
         )
-    if "test" not in built:
-        logger.warning("%s: no test part is given; the validation part is the test.", origin)
+    elif "test" not in built:
+        reading.notes.append("no test part is given; the validation part is the test")
         built["test"] = built.pop("validation")
-    return DatasetDict({name: built[name] for name in SPLIT_ORDER if name in built})
+    reading.notes = list(dict.fromkeys(reading.notes))
+    for note in reading.in_full:
+        logger.warning("%s: %s.", origin, note)
+    for part in built.values():
+        part.info.description = _READING + json.dumps(asdict(reading))
+    return DatasetDict({name: built[name] for name in ("all", *SPLIT_ORDER) if name in built})
 
 
-def _unique_file_names(tables: list[_Table]) -> None:
+def _set_groups(tables: list[RawRows], columns: Columns, reading: Reading) -> None:
+    """Patients from file names, where that was asked for; else a proposal where none is known."""
+    names = [name for table in tables for name in table.file_names]
+    labels = [label for table in tables for label in table.labels]
+    known = [
+        name
+        for name in GROUP_IDS
+        if any(_cell(value) is not None for table in tables for value in table.extra.get(name, ()))
+    ]
+    if columns.group_from is None:
+        proposal = None if known else propose_groups(names, labels)
+        if proposal is not None:
+            note, patients = proposal
+            reading.notes.append(note)
+            reading.named[note] = f"{note} ({few(patients)})"
+        return
+    ids = iter(groups_from(columns.group_from, names, labels))
+    for table in tables:
+        table.extra["patient_id"] = [next(ids) for _ in table.file_names]
+    reading.notes.append("patients are read from file names")
+    if "patient_id" in known:
+        reading.notes.append("the column patient_id is not read, since group_from takes its place")
+
+
+def _unique_file_names(tables: list[RawRows]) -> None:
     counts = Counter(name for table in tables for name in table.file_names)
     twice = [name for name, n in counts.items() if n > 1]
     if twice:
@@ -568,27 +264,28 @@ def _unique_file_names(tables: list[_Table]) -> None:
         )
 
 
-def _by_split(table: _Table) -> list[tuple[str | None, Any]]:
+def _by_split(table: RawRows, reading: Reading) -> list[tuple[str | None, Any]]:
     """Given splits of a table, each with the mask of its rows (None: all rows)."""
     if table.splits is None or not any(table.splits):
         return [(None, None)]
-    roles = []
-    for name, value in zip(table.file_names, table.splits, strict=True):
-        role = _SPLITS.get((value or "").lower())
-        if role is None:
+    written = [value or "" for value in table.splits]
+    meant = split_roles(dict.fromkeys(written), table.origin)
+    for name, value in zip(table.file_names, written, strict=True):
+        if meant[value] is None:
             raise GloVLMError(
                 f"{table.origin}: expected train, test or validation in the column split, found "
-                f"'{value or ''}' for {name}; fill every row or drop the column."
-                f"{nearest(value or '', _SPLITS)}"
+                f"'{short(value)}' for {name}; fill every row or drop the column."
+                f"{nearest(value[:60], SPLIT_NAMES)}"
             )
-        roles.append(role)
+    roles = [str(meant[value]) for value in written]
     if len(set(roles)) == 1:
         return [(roles[0], None)]
+    reading.notes += split_notes(meant)
     values = np.array(roles)
     return [(role, values == role) for role in SPLIT_ORDER if role in roles]
 
 
-def _clean_manifest(table: _Table, kept: list[str]) -> dict[str, list[Any]]:
+def _clean_manifest(table: RawRows, kept: list[str]) -> dict[str, list[Any]]:
     nothing = [None] * len(table.labels)
     clean: dict[str, list[Any]] = {}
     for name in kept:
@@ -605,7 +302,7 @@ def _clean_manifest(table: _Table, kept: list[str]) -> dict[str, list[Any]]:
             if text is not None and number is None:
                 raise GloVLMError(
                     f"{table.origin}: expected a positive number of micrometres in {name}, found "
-                    f"'{text}' for {file_name}; correct it or leave it empty."
+                    f"'{short(text)}' for {file_name}; correct it or leave it empty."
                 )
         clean[name] = numbers
     return clean
@@ -628,7 +325,7 @@ def _cell(value: Any) -> str | None:
     return None if text.casefold() in _NO_VALUE else text
 
 
-def _dataset(table: _Table, extra: dict[str, list[Any]], mask: Any, names: list[str]) -> "Dataset":
+def _dataset(table: RawRows, extra: dict[str, list[Any]], mask: Any, names: list[str]) -> "Dataset":
     from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
     from datasets import Image as ImageFeature
     from datasets.table import InMemoryTable
@@ -653,11 +350,6 @@ def _dataset(table: _Table, extra: dict[str, list[Any]], mask: Any, names: list[
     # used for tables in memory.
     info = DatasetInfo(features=Features(features))
     return Dataset(InMemoryTable(arrow), info=info, fingerprint=uuid4().hex)
-
-
-def few(names: Sequence[str]) -> str:
-    """The first three names, as an error lists them."""
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 # ------------------------------------------------------------------------------------- images

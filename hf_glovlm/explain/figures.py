@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from ..data.folder import SUFFIXES, ImageValue, open_image
+from ..data.folder import ImageValue, open_image
+from ..data.listing import SUFFIXES
 from ..errors import GloVLMError, nearest
 from ..files import check_target, read_json, replacing, write_json
 from .maps import HEAT_MAPS, HeatMap, explain

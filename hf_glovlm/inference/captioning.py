@@ -24,7 +24,10 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from ..data.columns import FLOAT_COLUMNS, MANIFEST
 from ..data.folder import column, load_dataset, open_image
+from ..data.listing import FileNames, plain_path
+from ..data.readers import images_column
 from ..data.terminology import match_key
 from ..errors import GloVLMError
 from ..files import (
@@ -334,20 +337,24 @@ class _CaptionTable:
         self._lines: dict[str, list[str]] = {}
         for split, rows in load_dataset(folder).items():
             self.classes: list[str] = rows.features["label"].names
-            values = (column(rows, key) for key in ("file_name", "image", "label"))
-            for name, image, label in zip(*values, strict=True):
+            about = [key for key in MANIFEST if key in rows.column_names]
+            self._header[3:] = about
+            values = (column(rows, key) for key in ("file_name", "image", "label", *about))
+            for name, image, label, *facts in zip(*values, strict=True):
                 self.names.append(name)
                 self.images[name] = image
-                self._lines[name] = [name, self.classes[label], "" if split == "all" else split]
+                facts = ["" if fact is None else str(fact) for fact in facts]
+                part = "" if split == "all" else split
+                self._lines[name] = [name, self.classes[label], part, *facts]
         metadata = folder / "metadata.csv"
         if metadata.is_file():
-            self._header, self._lines = _read_lines(metadata)
+            self._header, self._lines = _read_lines(metadata, self.names)
         elif target.suffix == ".csv" and any(folder.glob("*/metadata.csv")):
             raise GloVLMError(
                 f"The parts of {folder} have a metadata.csv each; join them into one with a column "
                 "split, or give an output ending in .parquet."
             )
-        self.known = _known_captions(target)
+        self.known = _known_captions(target, self.names)
         self._read = metadata.is_file() and digest_file(metadata)
         self._metadata = metadata
 
@@ -382,14 +389,21 @@ class _CaptionTable:
         write_csv(self._target, header, rows)
 
 
-def _read_lines(path: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """Header and rows of a table by file name, cells as written."""
+def _read_lines(path: Path, names: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Header and rows of a table by file name, cells as written but for decimal commas."""
     table = read_table(path, "a table of images", strip=False)
-    index = table.need("file_name")
-    return table.header, {_clean_name(row[index]): row for row in table.rows}
+    index = images_column(table)
+    index = table.need("file_name") if index is None else index
+    numbers = [i for i, name in enumerate(table.names) if name in FLOAT_COLUMNS]
+    known, lines = FileNames(names, path.parent), {}
+    for row in table.rows:
+        for i in numbers:
+            row[i] = table.number(row[i])
+        lines[known.find(row[index]) or plain_path(row[index])] = row
+    return table.header, lines
 
 
-def _known_captions(path: Path) -> dict[str, str]:
+def _known_captions(path: Path, names: Sequence[str]) -> dict[str, str]:
     """Captions in a table, by file name; none without the file."""
     if not path.is_file():
         return {}
@@ -401,7 +415,7 @@ def _known_captions(path: Path) -> dict[str, str]:
             return dict(zip(columns["file_name"], columns["caption"], strict=True))
         except (OSError, ValueError, KeyError):  # damaged, or another table
             return {}
-    header, lines = _read_lines(path)
+    header, lines = _read_lines(path, names)
     index = _column_index("caption", header)
     return {} if index is None else {name: line[index].strip() for name, line in lines.items()}
 
@@ -465,8 +479,3 @@ class _Journal:
             stream.write(json.dumps(captions) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-
-
-def _clean_name(name: str) -> str:
-    """File name as `load_dataset` gives it."""
-    return "/".join(part for part in name.strip().replace("\\", "/").split("/") if part != ".")

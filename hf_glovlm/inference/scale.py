@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from PIL import Image, UnidentifiedImageError
 
 from ..data.folder import column, positive
+from ..data.listing import name_key
+from ..data.readers import images_column, metadata_of
 from ..errors import GloVLMError
 from ..tables import read_table
 
@@ -117,18 +119,23 @@ def listed_mpp(images: Iterable[Path]) -> list[float | None]:
     scales: list[float | None] = []
     for image in images:
         folders = (image.parent, image.parent.parent)
-        tables = [(read(folder), image.relative_to(folder).as_posix()) for folder in folders]
-        scales.append(next((table[name] for table, name in tables if name in table), None))
+        keys = [
+            (read(folder), name_key(image.relative_to(folder).as_posix())) for folder in folders
+        ]
+        scales.append(next((table[key] for table, key in keys if key in table), None))
     return scales
 
 
 def _read_metadata(folder: Path) -> dict[str, float | None]:
-    """`mpp` by file name, from a folder's metadata.csv."""
-    path = folder / "metadata.csv"
-    if not path.is_file():
+    """`mpp` by file name in one normal form, from a folder's table of images."""
+    path = metadata_of(folder)
+    if path is None:
         return {}
-    rows = read_table(path, "a table of images")
-    return {str(row.get("file_name")): positive(row.get("mpp")) for row in rows}
+    table = read_table(path, "a table of images")
+    place, mpp = images_column(table), table.index("mpp")
+    if place is None or mpp is None:
+        return {}
+    return {name_key(row[place]): positive(table.number(row[mpp])) for row in table.rows}
 
 
 def _size(value: dict[str, Any]) -> tuple[int, int] | None:

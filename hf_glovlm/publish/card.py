@@ -59,6 +59,7 @@ NOT_IN_SETTINGS = {
     *("method", "method_config", "epochs", "lr", "weight_decay", "batch_size", "loss", "max_steps"),
     *("temperature", "conformal", "alpha", "per_class", "max_risk", "prior", "n_resamples"),
     *("device", "overwrite", "resume", "cache", "save_model"),
+    *("image_column", "label_column", "group_column", "group_from"),
 }
 # Results that not every run has.
 _OPTIONAL = ("calibration", "prior_correction", "sets", "abstention", "transductive")

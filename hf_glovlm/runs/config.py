@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..data.columns import Columns
 from ..errors import GloVLMError
 from ..settings import declarations, setting
 from ..training.config import AdaptConfig, LearningSettings
@@ -20,10 +21,11 @@ RECIPE = ("epochs", "lr", "weight_decay", "batch_size")  # override the method's
 
 
 @dataclass(frozen=True)
-class TrainConfig(LearningSettings):
+class TrainConfig(LearningSettings, Columns):
     """Settings of one run: the options of `glovlm train`, the content of `config.yaml`.
 
-    `loss`, `cross_validate`, `max_steps`, `seed`, `augment`, `accumulate` and `clip_norm` are those
+    `image_column`, `label_column`, `group_column` and `group_from` are those of `Columns`; `loss`,
+    `cross_validate`, `max_steps`, `seed`, `augment`, `accumulate` and `clip_norm` are those
     of `AdaptConfig`.
     """
 
@@ -244,6 +246,11 @@ class TrainConfig(LearningSettings):
             recipe={n: getattr(self, n) for n in RECIPE if getattr(self, n) is not None},
             output_dir=output_dir,
         )
+
+    @property
+    def columns(self) -> Columns:
+        """Columns of the data."""
+        return Columns(**{f.name: getattr(self, f.name) for f in fields(Columns)})
 
     @property
     def folder(self) -> str | None:

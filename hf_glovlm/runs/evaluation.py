@@ -7,6 +7,7 @@ validation and calibration images are known by their hashes, and every command t
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from .results import RunResult
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-    from ..data import Groups
+    from ..data import Columns, Groups
 
 _FIELDS: dict[str, tuple[type, ...]] = {  # of a run's results.json
     "data": (dict,),
@@ -60,6 +61,7 @@ def evaluate(
     model: str | Path | RunResult,
     data: "str | Path | Dataset | DatasetDict",
     *,
+    columns: "Columns | None" = None,
     split: str | None = None,
     allow_seen: bool = False,
     allow_scale: bool = False,
@@ -73,7 +75,8 @@ def evaluate(
 
     Args:
         model: A run's folder, its `model/`, a Hub id, or what `run` returned.
-        data: Folder, parquet file, Hub id, or a data set in memory.
+        data: Folder, table, Hub id, or a data set in memory.
+        columns: Which columns hold images, classes and patients; see `load_dataset`.
         split: Of the data; by default `test` where they are split, else all.
         allow_seen: Accept groups that the model learned from.
         allow_scale: Accept images at a very different scale.
@@ -91,7 +94,7 @@ def evaluate(
         GloVLMError: The data have problems or labels that are no class of the model, the model
             learned from some of their groups, or their scale is another.
     """
-    from ..data import check_dataset, group_rows, load_dataset
+    from ..data import Columns, check_dataset, describe_reading, group_rows, load_dataset
     from ..data.folder import is_synthetic
     from ..publish.adapter_only import load_model
 
@@ -101,7 +104,7 @@ def evaluate(
             raise GloVLMError(f"{name} must be a whole number of 1 or more; found {value!r}.")
     place = resolve_device(device)
     source = str(model.folder if isinstance(model, RunResult) else model)
-    rows = choose_split(load_dataset(data), split)
+    rows = choose_split(load_dataset(data, columns=columns), split)
     classifier, processor, run = load_model(source)
     known = _check_labels(classifier, rows)
     report = check_dataset({"all": rows})
@@ -126,6 +129,7 @@ def evaluate(
             "model": source,
             "data": named,
             "split": split,
+            **asdict(columns or Columns()),
             "allow_seen": allow_seen,
             "allow_scale": allow_scale,
         },
@@ -139,7 +143,11 @@ def evaluate(
             "mpp": scale,
         },
         **measure(predictions, n_resamples=n_resamples),
-        "notes": [groups.note, *([UNKNOWN] if seen is None else [])],
+        "notes": [
+            groups.note,
+            *describe_reading({"all": rows}).notes,
+            *([UNKNOWN] if seen is None else []),
+        ],
         "synthetic": classifier.config.synthetic or is_synthetic(data),
         "environment": describe_environment(place),
     }
@@ -303,18 +311,24 @@ def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
     return known
 
 
-def list_images(places: Sequence[Path]) -> dict[str, Path]:
+def list_images(places: Sequence[Path]) -> tuple[dict[str, Path], list[str], list[str]]:
     """List image files by name: relative to the folder if one is given, else as given.
 
     Args:
         places: Images, and folders of images.
 
+    Returns:
+        The files; a sentence about what was left out of each folder; images whose names are not
+        UTF-8, escaped, which no table could hold and which are left out, too.
+
     Raises:
         GloVLMError: There is nothing, something else than a file or folder, or no image.
     """
-    from ..data.folder import SUFFIXES
+    from ..data.listing import NOT_UTF8, SUFFIXES, escape_name, few, list_files
 
     paths: dict[str, Path] = {}
+    notes: list[str] = []
+    unnamed: list[str] = []
     for place in places:
         if place.is_file():
             paths[place.as_posix()] = place
@@ -324,19 +338,25 @@ def list_images(places: Sequence[Path]) -> dict[str, Path]:
             raise GloVLMError(
                 f"Expected an image or a folder of images, found {actual} at {place}."
             )
-        inside = [
-            path
-            for path in sorted(place.rglob("*"))
-            if path.suffix.lower() in SUFFIXES
-            and path.is_file()
-            and not any(part.startswith(".") for part in path.relative_to(place).parts)
-        ]
-        if not inside:
+        listing = list_files(place)
+        unnamed += listing.examples.pop(NOT_UTF8, ())
+        listing.left_out.pop(NOT_UTF8, None)
+        if listing.left_out:
+            notes.append(f"{place}: {listing.note()}.")
+        if not listing.images and not unnamed:
             kinds = ", ".join(sorted(SUFFIXES))
-            raise GloVLMError(f"Expected images ({kinds}) in {place}, found none.")
+            raise GloVLMError(
+                f"Expected images ({kinds}) in {place}, found none. {listing.note()}".strip()
+            )
         base = place if len(places) == 1 else Path()
-        paths |= {_relative(path, base): path for path in inside}
-    return paths
+        paths |= {_relative(place / name, base): place / name for name in listing.images}
+    for name in [*paths]:
+        if escape_name(name) != name:
+            unnamed.append(escape_name(name))
+            del paths[name]
+    if not paths:
+        raise GloVLMError(f"No image has a name in UTF-8 ({few(unnamed)}): rename them.")
+    return paths, notes, unnamed
 
 
 def _relative(path: Path, base: Path) -> str:

@@ -261,7 +261,7 @@ def _run_study(
         else:
             todo.append((cell, settings))
     if todo:
-        loader.data(config.data)  # what is wrong with it is wrong for every cell
+        loader.data(todo[0][1])  # what is wrong with it is wrong for every cell
         write_json(output / "study.json", asdict(config))
     for cell, error, seconds in _run_cells(todo, workers, loader, output / "cells"):
         notify(cell, "failed" if error else "done", error, seconds)

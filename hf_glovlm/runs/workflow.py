@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from ..data import ClassInfo, Episode
     from ..data.check import DataReport
+    from ..data.folder import Reading
 
 OWN_FILES = (  # in the order in which they are put in place
     "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "log.jsonl",
@@ -77,8 +78,8 @@ class Loader:
         self._reports: dict[Any, DataReport] = {}
         self._inputs: dict[Any, dict[str, Any]] = {}
 
-    def data(self, source: "str | Dataset | DatasetDict") -> tuple["DatasetDict", "DataReport"]:
-        """A data set without problems, and what is known of it.
+    def data(self, config: TrainConfig) -> tuple["DatasetDict", "DataReport"]:
+        """The data set of a run, without problems, and what is known of it.
 
         Raises:
             GloVLMError: It has problems.
@@ -86,12 +87,12 @@ class Loader:
         from ..data import check_dataset, load_dataset
 
         def read() -> tuple["DatasetDict", "DataReport"]:
-            dataset = load_dataset(source)
+            dataset = load_dataset(config.data, columns=config.columns)
             report = check_dataset(dataset)
             report.raise_problems()
             return dataset, report
 
-        checked: tuple[DatasetDict, DataReport] = self._get(f"data {source}", read)
+        checked: tuple[DatasetDict, DataReport] = self._get(_data_key(config), read)
         return checked
 
     def backbone(self, name: str) -> tuple[Any, Any]:
@@ -103,11 +104,12 @@ class Loader:
         """What a run would be made from beside its settings and split; no image is decoded."""
         from ..data import check_dataset, load_classes, load_dataset
 
-        if config.data not in self._reports:
-            report = check_dataset(load_dataset(config.data), decode=False)
-            self._reports[config.data] = report
-        report = self._reports[config.data]
-        key = (config.data, config.prompts, config.stain, config.episodes, config.backbone)
+        source = _data_key(config)
+        if source not in self._reports:
+            dataset = load_dataset(config.data, columns=config.columns)
+            self._reports[source] = check_dataset(dataset, decode=False)
+        report = self._reports[source]
+        key = (source, config.prompts, config.stain, config.episodes, config.backbone)
         if key not in self._inputs:
             classes = load_classes(
                 report.classes, source=config.folder, prompts=config.prompts, stain=config.stain
@@ -136,6 +138,11 @@ class Loader:
         if key not in self._kept:
             self._kept[key] = read()
         return self._kept[key]
+
+
+def _data_key(config: TrainConfig) -> str:
+    """Data of a run and how they are read, for a loader that keeps them."""
+    return f"data {config.data} {config.columns}"
 
 
 def run(
@@ -269,6 +276,7 @@ class _Task:
         config: What to do.
         method: How to adapt.
         report: What is known of the data.
+        reading: How they were read.
         rows: All of them.
         episode: On which side each row stands.
         labels: Class number of each row.
@@ -281,6 +289,7 @@ class _Task:
     config: TrainConfig
     method: Method
     report: "DataReport"
+    reading: "Reading"
     rows: "Dataset"
     episode: "Episode"
     labels: Sequence[int]
@@ -303,10 +312,10 @@ class _Task:
 
 def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     """Read and split the data, and refuse what cannot be done before a backbone is loaded."""
-    from ..data import group_rows, load_classes
+    from ..data import describe_reading, group_rows, load_classes
     from ..data.folder import column
 
-    dataset, report = loader.data(config.data)
+    dataset, report = loader.data(config)
     rows, episode = _choose_episode(dataset, config)
     names: list[str] = rows.features["label"].names
     classes = load_classes(names, source=config.folder, prompts=config.prompts, stain=config.stain)
@@ -319,6 +328,7 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
         config=config,
         method=get_method(config.method),
         report=report,
+        reading=describe_reading(dataset),
         rows=rows,
         episode=episode,
         labels=labels,
@@ -608,6 +618,7 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
     """Every sentence that belongs beside the numbers."""
     return [
         *episode_notes(task.episode),
+        *(f"{note[0].upper()}{note[1:]}." for note in task.reading.notes),
         *adapted.notes,
         *(calibrated.notes if calibrated is not None else ()),
         *_pretraining_notes(adapted, task.config, task.rows),
@@ -640,6 +651,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
 
     config, episode, classes = task.config, task.episode, task.classes
     labels, groups = task.labels, task.groups
+    read = {f"{note}." for note in task.reading.in_full}  # may name files; the run's notes do not
     sides = {
         "support": episode.support,
         "validation": episode.validation,
@@ -663,7 +675,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
         "sampler": episode.sampler,
         "support": task.summary,
         "support_groups_sha256": sorted(task.learned()),
-        "notes": list(task.report.notes),
+        "notes": [note for note in task.report.notes if note not in read],
     }
 
 

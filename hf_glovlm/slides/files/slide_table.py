@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...data.folder import few, positive
+from ...data.folder import positive
+from ...data.listing import SPLIT_NAMES, few, split_role
 from ...errors import GloVLMError, nearest
 from ...tables import read_table
 
 COLUMNS = ("slide", "label", "patient_id", "case_id", "split", "mpp")
-_SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 _SUFFIXES = (  # of slide and feature files, longest first; a name may hold other dots
     ".ome.tiff", ".ome.tif", ".qptiff", ".parquet", ".tiff", ".mrxs", ".hdf5", ".ndpi", ".vsi",
     ".svs", ".tif", ".dcm", ".bif", ".scn", ".czi", ".h5", ".pt",
@@ -185,6 +185,8 @@ def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         for i, name in enumerate(header):
             if name != "label" and row[i].casefold() in _NO_VALUE:
                 row[i] = ""
+            elif name == "mpp":
+                row[i] = table.number(row[i])
     return header, rows
 
 
@@ -204,12 +206,13 @@ def _refuse_shared_patients(rows: Sequence[SlideRow], column: str | None, path: 
 def _split(text: str, slide: str, path: Path) -> str | None:
     if not text:
         return None
-    if text.lower() not in _SPLITS:
+    role = split_role(text)
+    if role is None:
         raise GloVLMError(
             f"{path}: expected train, validation or test in the column split, found '{text}' for "
-            f"{slide}.{nearest(text, _SPLITS)}"
+            f"{slide}.{nearest(text, SPLIT_NAMES)}"
         )
-    return _SPLITS[text.lower()]
+    return role
 
 
 def _micrometres(text: str, slide: str, path: Path) -> float | None:
