@@ -1,4 +1,4 @@
-"""Hostile input: seeded YAML files and command lines, run in this process.
+"""Hostile input: seeded YAML files, command lines and tables of images, run in this process.
 
 Whatever a person may hand over by mistake or in bad faith ends in a sentence within some seconds:
 exit code 0, 1 or 2, no traceback, no hang. Everything is drawn from a seed, so that a case that
@@ -307,3 +307,140 @@ def _memory(most: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+# ------------------------------------------------------------------------------- tables of images
+
+NAMES = ["1.png", "2.png", "x/3.png", "x/4.png", "é.png", "6.PNG"]
+CELLS = [
+    "a", "b", "é", "", " ", "NA", "nan", "0,25", "0.25", "1,250", "-1", "1e400", "P1", "p1", "P01",
+    "train", "Test", "dev", "eval", "\u200b", "a\u0301", "\u202e", "🦠", "\ufeff", "x" * 1000,
+    "y" * 140_000, '"', '""', '"open', "a,b", "a;b", "a\tb", "a|b", "a\nb", "a\r\nb", "\\", "\x00",
+    "../1.png", "/1.png", "C:\\1.png", ".\\1.png", "./x/3.png", "3.png", "3", "9" * 400, "\x85",
+    "\u2028", "\x1a", "=1+1", "{}", "[1]", "null", "1.png", "2.png", "x\\4.png", "~", "a/b/c",
+]  # fmt: skip
+COLUMNS = [
+    "file_name", "label", "split", "patient_id", "mpp", "filename", "file", "image", "path",
+    "class", "diagnosis", "Patient ID", "patient", "subject", "slide", "case_id", "Label", "lable",
+    "", " ", "\ufeffsplit", "FILE NAME", "caption", "x" * 300, "a;b", "a,b", "stain", "group_id",
+]  # fmt: skip
+HARMLESS = ["patient_id", "stain", "caption", "note", "x" * 300, "a;b", "é"]
+RULES = [
+    None,
+    None,
+    None,
+    "parent",
+    "(",
+    "(.)",
+    "(P\\d+)",
+    "((a|a)+)+$",
+    "(?P<patient>\\w)",
+    "x" * 600,
+]
+
+
+class HostileTables:
+    """Maker of hostile tables beside a few images.
+
+    Args:
+        folder: Where everything is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from PIL import Image
+
+        self.folder = folder
+        for i, name in enumerate(NAMES):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (40 * i, 255 - 40 * i, 90)).save(path)
+
+    def write(self, number: int) -> tuple[Path, dict[str, Any], dict[str, str]]:
+        """Write the table of a case; its path, the columns to ask for, labels known by name."""
+        import json
+
+        rng = random.Random(f"table {number}")
+        sane = rng.random() < 0.5
+        header = ["file_name", "label"] if sane else []
+        among = rng.choice([COLUMNS, HARMLESS]) if sane else COLUMNS
+        header += rng.choices(among, k=rng.randrange(0 if sane else 1, 4))
+        rows = []
+        for i in range(rng.randrange(8)):
+            row = [rng.choice(CELLS) for _ in header]
+            if sane:
+                row[:2] = [NAMES[i % len(NAMES)], "ab"[i % 2]]
+            if rng.random() < 0.1:  # ragged
+                row = rng.choice([row[:-1], [*row, rng.choice(CELLS)], []])
+            rows.append(row)
+        separator = rng.choice(",,,;\t| ")
+        newline = rng.choice(["\n", "\n", "\r\n", "\r"])
+        lines = [
+            separator.join(map(self._quoted(rng, separator), cells)) for cells in [header, *rows]
+        ]
+        ends = [newline if rng.random() < 0.95 else "\r\n" for _ in lines]
+        text = "".join(line + end for line, end in zip(lines, ends, strict=True))
+        suffix = rng.choice([".csv", ".csv", ".csv", ".tsv", ".jsonl"])
+        if suffix == ".jsonl":
+            pairs = [dict(zip(header, row, strict=False)) for row in rows]
+            text = "\n".join(json.dumps(pair, ensure_ascii=rng.random() < 0.5) for pair in pairs)
+        encoding = rng.choice(
+            ["utf-8"] * 4 + ["utf-8-sig", "utf-16", "utf-16-le", "cp1252", "cp437"]
+        )
+        content = text.encode(encoding, "replace")
+        changed = rng.choice([0, 0, 0, 1, 5]) if content else 0
+        for _ in range(changed):
+            place = rng.randrange(len(content))
+            content = content[:place] + bytes([rng.randrange(256)]) + content[place + 1 :]
+        for path in self.folder.glob("*.*"):
+            if path.suffix in (".csv", ".tsv", ".jsonl"):
+                path.unlink()
+        path = self.folder / (rng.choice(["metadata", "metadata", "labels"]) + suffix)
+        path.write_bytes(content)
+        asked = {
+            name: rng.choice(COLUMNS)
+            for name in ("image_column", "label_column", "group_column")
+            if rng.random() < 0.04
+        }
+        if rng.random() < 0.2 and (rule := rng.choice(RULES)):
+            asked["group_from"] = rule
+        clean = sane and not changed and not asked and len({*header}) == len(header)
+        known = {row[0]: row[1] for row in rows if clean and len(row) > 1}
+        return path, asked, known
+
+    def _quoted(self, rng: random.Random, separator: str) -> Callable[[str], str]:
+        careful = rng.random() < 0.7
+
+        def quote(cell: str) -> str:
+            if careful and any(c in cell for c in f'{separator}"\r\n'):
+                return '"' + cell.replace('"', '""') + '"'
+            return cell
+
+        return quote
+
+    def run(self, number: int) -> Failure | None:
+        """Read and check a case; what was wrong with its end, if anything."""
+        import logging
+
+        from hf_glovlm.data import Columns, check_dataset, load_dataset
+        from hf_glovlm.errors import GloVLMError
+
+        path, asked, known = self.write(number)
+        about = [str(number), path.name, str(asked)]
+        logging.getLogger("hf_glovlm").disabled = True
+        try:
+            with _alarm(LIMIT), _memory(MEMORY):
+                read = load_dataset(self.folder, columns=Columns(**asked))
+                check_dataset(read)
+        except GloVLMError as error:
+            one_line = len(str(error)) < 5000
+            return None if one_line else Failure(number, about, f"no sentence: {error}"[:500])
+        except BaseException:
+            return Failure(number, about, traceback.format_exc()[-1500:])
+        finally:
+            logging.getLogger("hf_glovlm").disabled = False
+        for rows in read.values():
+            labels = [rows.features["label"].names[k] for k in rows["label"]]
+            for name, label in zip(rows["file_name"], labels, strict=True):
+                if name not in NAMES or known.get(name, label) != label:
+                    return Failure(number, about, f"another reading: {name} is {label}")
+        return None

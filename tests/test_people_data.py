@@ -60,7 +60,7 @@ def labels(root: Any) -> dict[str, str]:
     }
 
 
-def said(root: Any) -> str:
+def notes_of(root: Any) -> str:
     """All that the check notes."""
     return "\n".join(check_dataset(loaded(root), decode=False).notes)
 
@@ -129,7 +129,7 @@ def test_an_unusual_dialect_is_stated(
     assert done.code == 0, done.err
     assert f"the table is read {stated}" in done.err
     assert done.err.count("the table is read") == 1
-    assert "the table is read" not in said(
+    assert "the table is read" not in notes_of(
         text(tmp_path, "metadata.csv", "file_name,label\n1.png,é\n2.png,b\n")
     )
 
@@ -182,7 +182,7 @@ def test_columns_that_people_call_otherwise(tmp_path: Path) -> None:
     )
     assert labels(tmp_path) == {"1.png": "a", "2.png": "b", "3.png": "b"}
     assert loaded(tmp_path)["all"]["patient_id"][:] == ["p", "q", "p"]
-    assert "label is read from the column 'class'" in said(tmp_path)
+    assert "label is read from the column 'class'" in notes_of(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_folders_of_a_split_and_tables_of_their_images(tmp_path: Path, tables: s
 @pytest.mark.parametrize("pattern", ["Patient {0}/{1}.png", "P{0}/a{1}/{1}.png"])
 def test_patients_where_classes_should_lie_are_noted(tmp_path: Path, pattern: str) -> None:
     put(tmp_path, *(pattern.format(p, i) for p in (1, 2, 3) for i in (1, 2)))
-    assert "classes look like patients" in said(tmp_path)
+    assert "classes look like patients" in notes_of(tmp_path)
 
 
 def test_what_folders_of_one_class_hold_is_read_below_their_wrapper(tmp_path: Path) -> None:
@@ -497,7 +497,7 @@ def test_files_that_belong_to_a_data_set_are_not_counted(tmp_path: Path) -> None
     write_cohort(tmp_path / "cohort", 4, 3, seed=0)
     for name in ("classes.yaml", "README.md", "LICENSE"):
         text(tmp_path / "cohort", name, "classes: {}")
-    assert "left out" not in said(tmp_path / "cohort")
+    assert "left out" not in notes_of(tmp_path / "cohort")
 
 
 # ------------------------------------------------------------------------------------------- splits
@@ -534,7 +534,7 @@ def test_usual_split_names_are_splits(
     for part in given:
         assert {*read[parts[part]]["file_name"]} == {f for f, p in files.items() if p == part}
         if part.lower() != parts[part]:
-            assert f"'{part}' is the {parts[part]} part" in said(tmp_path)
+            assert f"'{part}' is the {parts[part]} part" in notes_of(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("train", "test", "eval"), ("train", "val", "dev")])
@@ -569,7 +569,7 @@ def test_split_names_never_become_classes_in_silence(
 def test_a_class_that_bears_the_name_of_a_split_is_noted(tmp_path: Path) -> None:
     put(tmp_path, "test/1.png", "normal/2.png")
     assert labels(tmp_path) == {"test/1.png": "test", "normal/2.png": "normal"}
-    assert "'test' is read as a class" in said(tmp_path)
+    assert "'test' is read as a class" in notes_of(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------- patients
@@ -611,7 +611,7 @@ def test_ids_in_file_names_are_proposed_and_the_proposal_works(
 ) -> None:
     pattern, _ = NAMED[shape]
     put(tmp_path, *(f"{c}/{pattern.format(p, i)}" for p in range(4) for i, c in enumerate("aab")))
-    noted = said(tmp_path)
+    noted = notes_of(tmp_path)
     assert "file names look like patients" in noted
     done = glovlm("data", "check", tmp_path, "--group-from", proposal(noted), "--json")
     assert done.code == 0, done.err
