@@ -160,6 +160,8 @@ def test_settings_are_the_published_ones() -> None:
         "weight_c": 1.0,
         "logits": "raw",
         "blocks": 0,
+        "autoencoder_steps": 400,  # published: 0, and thousands of steps
+        "autoencoder_lr": 1e-3,
         "projection_lr": 5e-3,
     }
 

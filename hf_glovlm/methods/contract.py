@@ -6,7 +6,7 @@ Features are computed in `inference`, the training loop is in `training`.
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -347,6 +347,7 @@ class TowerMethod(Method):
         groups: Optimiser groups: `{"params": [...], "lr": ..., "weight_decay": ...}`, the last two
             where they are not the recipe's.
         notes: Sentences for the results.
+        facts: Numbers that were measured or chosen, for the results.
     """
 
     validation: ClassVar[Validation] = "early stopping"
@@ -363,6 +364,7 @@ class TowerMethod(Method):
     class_texts: list[list[str]]
     groups: list[dict[str, Any]]
     notes: list[str]
+    facts: dict[str, Any]
 
     @abstractmethod
     def recipe(self, shots: int, config: Any) -> Recipe:
@@ -381,7 +383,7 @@ class TowerMethod(Method):
         attached.model, attached.processor = model, processor
         attached.classes, attached.config = classes, config
         attached.class_texts = self.prompts(classes, config)
-        attached.groups, attached.notes = [], []
+        attached.groups, attached.notes, attached.facts = [], [], {}
         attached.build()
         return attached
 
@@ -403,6 +405,18 @@ class TowerMethod(Method):
 
     def read_support(self, support: "Dataset") -> None:
         """Take what is needed of the labelled rows, before anything is encoded for training."""
+
+    def pretrain(self, fetch: Callable[[Sequence[int]], Tensor], labels: Tensor, seed: int) -> None:
+        """Pretraining of what the method adds, on the towers as they come.
+
+        Every process does the same.
+
+        Args:
+            fetch: Preprocessed images of the support by index; pooled vectors without
+                `trains_vision`.
+            labels: Class numbers `[n]`.
+            seed: Of everything random.
+        """
 
     def begin(self, steps: int) -> None:
         """Start of training, of so many optimiser steps in all."""

@@ -1,7 +1,8 @@
 """ConVLM: context-guided token learning and patch dropping in the vision tower."""
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,12 @@ from .fine_tuning import unused_parameters
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+CHUNK = 32  # images that go through the tower together
+BATCH = 256  # images in a step of pretraining, as in the published recipe
+LEAST_SPREAD = 0.01  # of the guidance; below, no text enters to speak of
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,15 @@ class ConVLMConfig(Settings):
         least=0,
         most=1000,
     )
+    autoencoder_steps: int = setting(
+        400,
+        help="Steps for which the autoencoders train alone at first, on the class tokens of the "
+        "tower as it comes; 0 as published, where the thousands of steps that follow do it. After "
+        "the few of a small support the text would still be the same for every class.",
+        least=0,
+        most=10**6,
+    )
+    autoencoder_lr: float = setting(1e-3, help="Learning rate of these steps.", above=0)
     projection_lr: float = setting(5e-3, help="Learning rate of the projection.", least=0)
 
 
@@ -98,7 +114,12 @@ class ConVLM(TowerMethod):
     text already in it; nothing is cut from the gradient. Texts enter in training alone.
 
     The published code trains two groups: the transformer, which contains the autoencoders, and the
-    projection. So they train here. A backbone's own projection is where that begins; of a pair that
+    projection. So they train here, but for the autoencoders' first steps: from their random start
+    AE_c gives 1/2 whatever the text, and the published rate moves it within thousands of steps
+    only. So both are pretrained by their own terms of L, at weight 1, while the tower rests. How
+    much AE_c's output differs between the texts is in the results (`guidance_spread`, 0 to 1).
+
+    A backbone's own projection is where that begins; of a pair that
     has none it is the ridge fit on the support rather than random numbers. The published code
     flips images and drops paths at a rate of 0.1: `augment` turns on what we have for the first,
     and towers train as they come, without the second. It chose its epoch on the test set; here
@@ -177,9 +198,78 @@ class ConVLM(TowerMethod):
                 f"{empty} of {len(texts)} images have no caption: write them with `glovlm data "
                 "caption`, or set context to 'classes'."
             )
-        encoded = self.processor.encode_prompts([[text] for text in texts])
+        self.captions = self._encode([[text] for text in texts])
+
+    def pretrain(self, fetch: Callable[[Sequence[int]], Tensor], labels: Tensor, seed: int) -> None:
+        """Pretraining of the autoencoders: `sum_l mean|AE_c(t) - x| + mean|AE_v(q_l) - t|`.
+
+        The class tokens x and their queries are those of the tower as it comes, without a text;
+        each step adds its text to the queries. Adam on all images, or on as many as fit into a
+        batch, each class weighted equally.
+        """
+        config, guide = self.config, self.context
+        trained = [
+            parameter
+            for part in (guide.to_vision, guide.to_text)
+            for parameter in part.parameters()
+            if parameter.requires_grad
+        ]
+        if config.autoencoder_steps == 0 or not trained:
+            return
+        texts = self.captions
+        if texts is None:
+            texts = self._encode(self.class_texts)[labels.to(self.model.logit_scale.device)]
+        tokens, queries = self._class_tokens(fetch, texts)
+        optimizer = torch.optim.Adam(trained, lr=config.autoencoder_lr, fused=True)
+        counts = labels.bincount()
+        weight = (len(labels) / (len(counts) * counts))[labels].to(texts)  # of 1 in the mean
+        generator = torch.Generator().manual_seed(seed)
+        for step in range(config.autoencoder_steps):
+            rows = torch.randperm(len(labels), generator=generator)[:BATCH].to(texts.device)
+            text, loss = texts[rows], texts.new_zeros(())
+            for number, read_text in enumerate(guide.to_vision):
+                guess = read_text(text)
+                loss = loss + _mean_distance(guess, tokens[number][rows], weight[rows])
+                if config.weight_c > 0:
+                    query = queries[number][rows]
+                    if config.theta < 1:
+                        query = config.theta * query + (1 - config.theta) * guess.detach()
+                    read_query = guide.to_text[number]
+                    loss = loss + _mean_distance(read_query(query), text, weight[rows])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % 100 == 0:
+                steps = config.autoencoder_steps
+                logger.info("autoencoders: step %d of %d, loss %.4f", step + 1, steps, loss.item())
+
+    @torch.no_grad()
+    def _class_tokens(
+        self, fetch: Callable[[Sequence[int]], Tensor], texts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Class tokens and their queries at every guided layer, each `[layers, n, width]`."""
+        self.model.eval()
+        self.context.train()  # notes them; the tower is as it is when training begins
+        parts: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(texts), CHUNK):
+            text = texts[start : start + CHUNK]
+            images = fetch(range(start, start + len(text))).to(text.device, self.model.dtype)
+            with self.context.read(text, mix=False) as seen:
+                self.model.get_image_features(images)
+            tokens = [seen.final] * len(seen.tokens)
+            if self.config.target == "layer":
+                tokens = seen.tokens
+            parts.append((torch.stack(tokens), torch.stack(seen.queries)))
+        tokens, queries = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        return tokens, queries
+
+    @torch.no_grad()
+    def _encode(self, texts: list[list[str]]) -> Tensor:
+        """Unit text vectors `[n, text_dim]`, one for each list of texts."""
         device = self.model.logit_scale.device
-        self.captions = self.model.class_prototypes(**{k: v.to(device) for k, v in encoded.items()})
+        encoded = {k: v.to(device) for k, v in self.processor.encode_prompts(texts).items()}
+        vectors: Tensor = self.model.class_prototypes(**encoded)
+        return vectors
 
     @contextmanager
     def guide_images(self, labels: Tensor, rows: Tensor, prototypes: Tensor) -> Iterator[None]:
@@ -229,6 +319,35 @@ class ConVLM(TowerMethod):
 
     def finish(self, folder: Path | None) -> None:
         self.context.keep_now = None  # the share is that which the schedule ends with
+        if self.config.context == "none" or self.config.theta == 1:
+            return
+        texts = self._encode(self.class_texts) if self.captions is None else self.captions
+        spread = guidance_spread(self.context, texts)
+        self.facts["guidance_spread"] = spread
+        if spread < LEAST_SPREAD:
+            self.notes.append(
+                f"The text did not enter: what the autoencoders make of it is the same for every "
+                f"text (spread {spread:.2g}; {LEAST_SPREAD} at least where it differs). Raise "
+                f"autoencoder_steps (now {self.config.autoencoder_steps}) or autoencoder_lr (now "
+                f"{self.config.autoencoder_lr:g})."
+            )
+
+
+@torch.no_grad()
+def guidance_spread(guide: ContextGuide, texts: Tensor) -> float:
+    """Spread of the guidance: mean absolute difference of AE_c's output between two texts, 0 to 1.
+
+    Over all pairs, dimensions and layers (Gini's mean difference; of two texts their distance).
+
+    Args:
+        guide: The context of a tower.
+        texts: Unit text vectors `[n, text_dim]`.
+    """
+    n = len(texts)
+    guidance = torch.stack([read_text(texts).float() for read_text in guide.to_vision])
+    ranks = 2 * torch.arange(n, device=texts.device) - (n - 1)
+    total = (ranks[:, None] * guidance.sort(1).values).sum(1) / max(n * (n - 1) / 2, 1)
+    return float(total.mean())
 
 
 def _mean_distance(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:

@@ -67,15 +67,17 @@ class GuidedPass:
 
     Args:
         text: Context vectors that were given `[n, text_dim]`, or none.
+        mix: Whether they enter the class token's query; if not, they are noted only.
         guesses: The class token predicted from each text, AE_c(t) `[n, width]`; like the next
             two only while training and with a text.
-        queries: The class token's query with the text in it `[n, width]`.
+        queries: The class token's query, with the text in it if it enters `[n, width]`.
         tokens: The class token as that layer's attention reads it, after its norm `[n, width]`.
         patches: Which patches go on `[n, kept]`, by their number in the image, the fused token -1.
         final: The class token after the final norm `[n, width]`.
     """
 
     text: Tensor | None = None
+    mix: bool = True
     guesses: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
@@ -154,14 +156,15 @@ class ContextGuide(nn.Module):
                 del part.forward
 
     @contextmanager
-    def read(self, text: Tensor | None = None) -> Iterator[GuidedPass]:
+    def read(self, text: Tensor | None = None, mix: bool = True) -> Iterator[GuidedPass]:
         """Context manager: texts of this thread's images, and a record of the layers.
 
         Args:
             text: Context vectors `[n, text_dim]` of the next `n` images; used in training mode
                 alone.
+            mix: Whether they enter the class token's query.
         """
-        seen = GuidedPass(text)
+        seen = GuidedPass(text, mix)
         before = _PASS.set((self, seen))
         try:
             yield seen
@@ -249,7 +252,7 @@ class ContextGuide(nn.Module):
             )
         guess: Tensor = self.to_vision[number](seen.text.to(query.dtype))
         first = query[:, :, 0]
-        if self.theta < 1:
+        if self.theta < 1 and seen.mix:
             first = self.theta * first + (1 - self.theta) * guess.view_as(first)
             query = torch.cat([first.unsqueeze(2), query[:, :, 1:]], dim=2)
         seen.guesses.append(guess)

@@ -707,6 +707,7 @@ def _adapt_towers(
 
     pooled = None if pair is None else pair.pooled
     source, held_out = _sources(images, method.trains_vision, pooled)
+    method.pretrain(source.fetch, images.labels, training.config.seed)
     accelerator = training.accelerate()
     if training.config.replay:
         with accelerator.autocast():  # as the blocks would run at every step
@@ -732,7 +733,7 @@ def _adapt_towers(
     method.finish(training.adapter_folder() if method.saves_adapter else None)
     with torch.no_grad():
         prototypes = step.current_prototypes().cpu().float()
-    fitted = Fitted(method.final_head(prototypes), [*cut, *method.notes])
+    fitted = Fitted(method.final_head(prototypes), [*cut, *method.notes], dict(method.facts))
     if pair is not None and pair.bridged:
         fitted.facts["joint_space"] = False
         fitted.notes.insert(
