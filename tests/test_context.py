@@ -381,6 +381,21 @@ def test_gradients_reach_both_autoencoders_of_every_layer_and_the_tower(family: 
         assert all(g is not None and g.abs().sum() > 0 for g in gradients)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_that_is_not_mixed_in_is_noted_alone(family: str) -> None:
+    model, text = guided(family, keep=0.5, theta=0.2), texts()
+    guide, pixels = model.context, images()
+    assert guide is not None
+    expected = tokens(model, pixels).pooler_output
+    guide.train()
+    with guide.read(text, mix=False) as seen:
+        assert tokens(model, pixels).pooler_output.equal(expected)
+    with guide.read(text) as mixed:
+        assert not torch.allclose(tokens(model, pixels).pooler_output, expected)
+    assert seen.guesses[0].equal(mixed.guesses[0])
+    assert torch.allclose(mixed.queries[0], 0.2 * seen.queries[0] + 0.8 * seen.guesses[0])
+
+
 @pytest.mark.parametrize("blocks", [0, 2])
 def test_in_evaluation_mode_no_text_is_looked_at(blocks: int) -> None:
     model = guided("dinov2", theta=0.2, keep=0.5, blocks=blocks, layers=[0, 1])

@@ -47,6 +47,7 @@ from hf_glovlm.training.losses import HeadStep, TowerStep
 
 LABELS = torch.tensor([0, 1, 2, 2, 1])
 PLAIN = {"context": "none", "keep": 1.0}
+FEW = {"autoencoder_steps": 20}
 QUICK = {"epochs": 3, "batch_size": 6, "lr": 1e-3}
 
 
@@ -109,6 +110,7 @@ def quick(
     model, processor = load_backbone(backbone)
     model.to(dtype)
     given: dict[str, Any] = {"processor": processor, "classes": CLASSES, "recipe": QUICK}
+    given["method_config"] = {**FEW, **options.pop("method_config", {})}
     return adapt_with(model, "convlm", rows, **{**given, **options})
 
 
@@ -434,6 +436,8 @@ def test_each_switch_changes_what_is_learned(rows: Dataset, backbones: dict[str,
         {"logits": "cosine"},
         {"layers": [1]},
         {"blocks": 1},
+        {"autoencoder_steps": 21},
+        {"autoencoder_lr": 2e-3},
     ]
     actual = [
         [r["loss"] for r in quick(backbones["clip"], rows, method_config=s).log] for s in settings
@@ -525,6 +529,8 @@ def test_captions_that_are_not_there_are_asked_for(
         ({"weight_v": -1.0}, "'weight_v' .* must be 0 or more"),
         ({"blocks": -1}, "'blocks' .* must be 0 or more"),
         ({"keep_start": 1.0}, "'keep_start' .* must be 0 or more and below 1"),
+        ({"autoencoder_steps": -1}, "'autoencoder_steps' .* must be 0 "),
+        ({"autoencoder_lr": 0.0}, "'autoencoder_lr' .* must be above 0"),
         ({"kappa": 0.9}, "has no setting 'kappa'"),
     ],
     ids=str,
@@ -680,9 +686,11 @@ def test_it_is_the_same_when_loaded_with_the_package_and_without(
 # ------------------------------------------------------------------------------------ two processes
 
 CASES: dict[str, dict[str, Any]] = {
-    "classes": {"method_config": {"keep": 0.5}, "accumulate": 2},
-    "captions": {"method_config": {"keep": 0.5, "context": "captions", "keep_schedule": "cosine"}},
-    "blocks": {"method_config": {"blocks": 1, "weight_c": 0.0}},
+    "classes": {"method_config": {**FEW, "keep": 0.5}, "accumulate": 2},
+    "captions": {
+        "method_config": {**FEW, "keep": 0.5, "context": "captions", "keep_schedule": "cosine"}
+    },
+    "blocks": {"method_config": {**FEW, "blocks": 1, "weight_c": 0.0}},
 }
 
 

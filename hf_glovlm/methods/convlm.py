@@ -222,7 +222,8 @@ class ConVLM(TowerMethod):
         tokens, queries = self._class_tokens(fetch, texts)
         optimizer = torch.optim.Adam(trained, lr=config.autoencoder_lr, fused=True)
         counts = labels.bincount()
-        weight = (len(labels) / (len(counts) * counts))[labels].to(texts)  # of 1 in the mean
+        share = len(labels) / (len(counts) * counts.double())
+        weight = share[labels].to(texts)  # 1 in the mean
         generator = torch.Generator().manual_seed(seed)
         for step in range(config.autoencoder_steps):
             rows = torch.randperm(len(labels), generator=generator)[:BATCH].to(texts.device)
@@ -242,6 +243,12 @@ class ConVLM(TowerMethod):
             if step % 100 == 0:
                 steps = config.autoencoder_steps
                 logger.info("autoencoders: step %d of %d, loss %.4f", step + 1, steps, loss.item())
+        if not torch.isfinite(loss):
+            raise GloVLMError(
+                f"The autoencoders' loss became {loss.item()}: autoencoder_lr "
+                f"({config.autoencoder_lr:g}) is too high for these images, or an input is broken. "
+                "Lower it."
+            )
 
     @torch.no_grad()
     def _class_tokens(
@@ -250,18 +257,17 @@ class ConVLM(TowerMethod):
         """Class tokens and their queries at every guided layer, each `[layers, n, width]`."""
         self.model.eval()
         self.context.train()  # notes them; the tower is as it is when training begins
-        parts: list[tuple[Tensor, Tensor]] = []
+        tokens, queries = list[Tensor](), list[Tensor]()
         for start in range(0, len(texts), CHUNK):
             text = texts[start : start + CHUNK]
             images = fetch(range(start, start + len(text))).to(text.device, self.model.dtype)
             with self.context.read(text, mix=False) as seen:
                 self.model.get_image_features(images)
-            tokens = [seen.final] * len(seen.tokens)
-            if self.config.target == "layer":
-                tokens = seen.tokens
-            parts.append((torch.stack(tokens), torch.stack(seen.queries)))
-        tokens, queries = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        return tokens, queries
+            assert seen.final is not None
+            layer = torch.stack(seen.tokens)
+            tokens.append(layer if self.config.target == "layer" else seen.final.expand_as(layer))
+            queries.append(torch.stack(seen.queries))
+        return torch.cat(tokens, dim=1), torch.cat(queries, dim=1)
 
     @torch.no_grad()
     def _encode(self, texts: list[list[str]]) -> Tensor:
