@@ -156,22 +156,19 @@ def image_feature(
     image: torch.Tensor,
     *,
     first: torch.Tensor | None = None,
-    behind: torch.Tensor | None = None,
     deeper: Sequence[torch.Tensor] = (),
     bottlenecks: Sequence[Sequence[torch.Tensor]] = (),
 ) -> torch.Tensor:
     """Projected feature of one image.
 
-    Tokens join at the end: `first` before the first norm, `behind` behind it, `deeper` in their
-    place before blocks 1, 2, ... A bottleneck stands on a block's MLP, inside the residual:
+    Tokens join at the end: `first` before the first norm, `deeper` in their place before blocks
+    1, 2, ... A bottleneck stands on a block's MLP, inside the residual:
     x + mlp + up(relu(down(mlp))).
     """
     x = patches(w, image)
     if first is not None:
         x = torch.cat([x, first])
     x = norm(x, w, "vision_model.pre_layrnorm")
-    if behind is not None:
-        x = torch.cat([x, behind])
     for i in range(depth(w, "vision_model")):
         name = f"vision_model.encoder.layers.{i}"
         if 0 < i <= len(deeper):
@@ -498,22 +495,17 @@ def cocoop(task: Task, start: Weights, epochs: int) -> Trained:
     )
 
 
-def vpt(
-    task: Task,
-    start: Weights,
-    epochs: int,
-    *,
-    deep: bool = True,
-    before_norm: bool = False,
-) -> Trained:
-    """VPT: tokens beside the patches, new ones before every block, at 2.5e-3."""
+def vpt(task: Task, start: Weights, epochs: int, *, deep: bool = True) -> Trained:
+    """VPT as MaPLe compares with it: tokens beside the patches, new ones before every block.
+
+    The first stand before the first norm. SGD at 2.5e-3.
+    """
     w, table = task.weights, leaf(*start.values())
     texts = class_texts(task, w)
 
     def logits() -> torch.Tensor:
-        place = {"first" if before_norm else "behind": table[0]}
         deeper = list(table[1:]) if deep else []
-        return scale_of(w) * images(task, w, deeper=deeper, **place) @ texts.T
+        return scale_of(w) * images(task, w, first=table[0], deeper=deeper) @ texts.T
 
     return trained(
         [table],

@@ -520,6 +520,7 @@ SETTINGS: dict[str, dict[str, Line]] = {
         "text": (0.5, "TransCLIP: lambda with labelled images (1 without)"),
         "gamma": (0.2, "own: the largest of TransCLIP's grid, which validation searches"),
         "neighbours": (3, "TransCLIP: k of the affinity graph"),
+        "support_edges": (False, "own: TransCLIP has them, its release with rows in wrong order"),
     },
     "linear_probe": {
         "C": (100.0, "own: within CLIP's sweep 1e-6 to 1e6; few shots cannot choose it"),
@@ -617,6 +618,7 @@ SETTINGS: dict[str, dict[str, Line]] = {
     },
     "adapter": {
         "reduction": (12, "Glo-VLMs: reduction factor 768 // 64 = 12"),
+        "placement": ("mlp", "Glo-VLMs, CLIP and PLIP: inside the block, on the MLP's output"),
         "projection_lr": PROJECTION,
     },
     "maple": {
@@ -646,6 +648,11 @@ SETTINGS: dict[str, dict[str, Line]] = {
         "logits": ("raw", "ConVLM: no normalisation of the image side, no temperature"),
         "blocks": (0, "ConVLM's code: the whole tower (its figure: blocks on a frozen one)"),
         "projection_lr": (5e-3, "ConVLM: mlp_g at 5e-3"),
+        "autoencoder_steps": (
+            400,
+            "own: ConVLM trains them from the start, for thousands of steps",
+        ),
+        "autoencoder_lr": (1e-3, "own: ConVLM's 1e-5 moves them within thousands of steps only"),
     },
 }
 
