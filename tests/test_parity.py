@@ -68,7 +68,6 @@ FURTHER: dict[str, list[dict[str, Any]]] = {
     "linear_probe": [{"C": 1.0}],
     "lp_plus_plus": [{"epochs": 23, "alpha_every": 4, "momentum": 0.5, "alpha_start": 100.0}],
     "taskres": [{"alpha": 1.0, "length": 1.0}],
-    "clip_adapter": [{"ratio": 0.6}],
     "tip_adapter_f": [{"alpha": 3.0, "beta": 5.5, "balance": False}],
 }
 
