@@ -86,7 +86,14 @@ COSINE = {"schedule": "cosine", "final_lr": 0.0, "steps": None}
 WARM = {**COSINE, "warmup_epochs": 1, "warmup_lr": 1e-5, "by_step": False}
 COOP = {"optimizer": "sgd", "lr": 2e-3, "weight_decay": 5e-4, "batch_size": 32, **WARM}
 LP = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.0, "batch_size": 256, "epochs": 300, **WARM}
-TASKRES = {**ADAMW, "lr": 2e-3, "weight_decay": 0.0, "batch_size": 256, **WARM}
+TASKRES = {
+    **ADAMW,
+    "optimizer": "adam",
+    "lr": 2e-3,
+    "weight_decay": 5e-4,
+    "batch_size": 256,
+    **WARM,
+}
 TIP = {
     **ADAMW,
     **COSINE,
@@ -477,7 +484,7 @@ def gradient(loss: Callable[[Parameters], Any], at: Parameters) -> Parameters:
 def numpy_train(
     loss: Callable[[Parameters], Any], start: Parameters, recipe: Mapping[str, Any], epochs: int
 ) -> tuple[Parameters, list[float]]:
-    """SGD with momentum 0.9, or AdamW: one step an epoch, warm-up and cosine by the epoch."""
+    """SGD with momentum 0.9, Adam or AdamW: one step an epoch, warm-up and cosine by the epoch."""
     now = {name: values.astype(np.float64) for name, values in start.items()}
     first = {name: 0 * values for name, values in now.items()}
     second = {name: 0 * values for name, values in now.items()}
@@ -494,7 +501,10 @@ def numpy_train(
                 first[name] = 0.9 * first[name] + slope[name] + recipe["weight_decay"] * now[name]
                 now[name] = now[name] - rate * first[name]
             else:
-                now[name] = now[name] * (1 - rate * recipe["weight_decay"])
+                if recipe["optimizer"] == "adam":
+                    slope[name] = slope[name] + recipe["weight_decay"] * now[name]
+                else:
+                    now[name] = now[name] * (1 - rate * recipe["weight_decay"])
                 first[name] = 0.9 * first[name] + 0.1 * slope[name]
                 second[name] = 0.999 * second[name] + 0.001 * slope[name] ** 2
                 mean = first[name] / (1 - 0.9 ** (epoch + 1))

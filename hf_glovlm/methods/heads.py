@@ -405,7 +405,11 @@ class TaskRes(PrototypeMethod):
 
     def recipe(self, shots: int, config: TaskResConfig) -> Recipe:
         epochs = 100 if shots <= 4 else 200
-        return Recipe(lr=2e-3, weight_decay=0.0, epochs=epochs, batch_size=256, **WARM_COSINE)
+        # Dassl's Adam has the weight decay in its gradient.
+        return Recipe(
+            lr=2e-3, weight_decay=5e-4, epochs=epochs, batch_size=256, optimizer="adam",
+            **WARM_COSINE,
+        )  # fmt: skip
 
     def build(self, support: Support, config: TaskResConfig) -> nn.Module:
         texts = config.length * support.texts
