@@ -28,8 +28,8 @@ from hf_glovlm.backbones import BACKBONES
 from hf_glovlm.cli import app
 from hf_glovlm.data.splits import all_rows
 from hf_glovlm.model import configuration_glovlm
-from hf_glovlm.publish.identifiers import read_run
 from hf_glovlm.publish.licences import check_publishing
+from hf_glovlm.publish.source import read_run
 from hf_glovlm.publish.staging import staged
 from hf_glovlm.runs import RunResult, TrainConfig, run
 

@@ -1,7 +1,6 @@
 """Adapters and heads without the weights of their base: published alone, loaded onto the base."""
 
 import re
-import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from ..backbones.saved import check_config, loading_reason
 from ..errors import GloVLMError
 from ..files import read_json, write_json
 from .hub_errors import refusal
-from .identifiers import BESIDE, PARTS, Run, check_repo_id, without_places
 from .licences import Part
+from .source import ADAPTER_FILES, BESIDE, PARTS, Run, check_repo_id, without_places
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,12 +101,12 @@ def stage_parts(stage: Path, run: Run, what: Part) -> None:
     from ..inference import load_classifier
 
     base, revision = _base_on_hub(run.config, what)
-    adapter = run.folder / "adapter"
     if what == "adapter":
-        fields = without_places(read_json(adapter / "adapter_config.json"))
+        for name in ADAPTER_FILES:
+            run.copy(f"adapter/{name}", stage / name)
+        fields = without_places(read_json(stage / "adapter_config.json"))
         fields |= {"base_model_name_or_path": base, "revision": revision}
         write_json(stage / "adapter_config.json", fields, ensure_ascii=False)
-        shutil.copyfile(adapter / "adapter_model.safetensors", stage / "adapter_model.safetensors")
     classifier, processor, _ = load_classifier(str(run.folder / "model"))
     towers, _ = _load_base(run.config, stage if what == "adapter" else None)
     beside: dict[str, Tensor] = {}

@@ -5,8 +5,8 @@ from pathlib import Path
 from ..errors import GloVLMError
 from ..files import read_json, replacing, write_json, write_text
 from ..rendering import render
-from .identifiers import read_run, without_places
 from .licences import check_publishing, describe_licence
+from .source import read_run, without_places
 
 _LAST_CALL = (
     "max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id",

@@ -1,29 +1,28 @@
-"""Prepares an upload: copies files, removes private values, scans for identifiers."""
+"""Stage of an upload: copied files without private values, searched for identifiers."""
 
 import errno
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import GloVLMError
 from ..files import check_fields, read_json, write_json
+from ..model.configuration_glovlm import AUTO_MAP
+from ..settings import read_yaml
 from .adapter_only import stage_parts
 from .card import SUBGROUPS, Publication, render_card
-from .identifiers import (
-    MODEL_FILES,
-    SHARD,
-    Identifiers,
-    Run,
-    without_places,
-)
+from .identifiers import COLUMNS, Identifiers, Text, find_shape, refuse_named, texts_of
 from .licences import Part, describe_licence
+from .source import MODEL_FILES, SHARD, Run, without_places, write_code
 
-_PATH = re.compile(r"(?<![\w./])(?:~?/|[A-Za-z]:[\\/])[\w.-]+[\\/]")
+_CODE = {*AUTO_MAP.values(), "processing_glovlm.GloVLMProcessor"}
+_VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt")
 _FIGURES = ("calibration", "confusion_matrix", "per_class", "reliability", "risk_coverage")
 # `results.json` as it is published: what stands here, and nothing that was added since.
 _CONFIG_KEYS = (
@@ -75,11 +74,13 @@ def staged(run: Run, repo_id: str, what: Part, reason: str | None) -> Iterator[P
 
 
 def _stage(stage: Path, run: Run, repo_id: str, what: Part, reason: str | None) -> None:
-    """Write the files of an upload, then scan them for identifiers."""
+    """Write the files of an upload, then search them for identifiers."""
     import yaml
 
+    written = [Text("repository", repo_id), Text("reason", reason or "", by_hand=True)]
+    refuse_named("the command", written, run.identifiers)
     if what == "full":
-        _stage_model(stage, run.folder / "model")
+        _stage_model(stage, run)
     else:
         stage_parts(stage, run, what)
     results = _publishable(run)
@@ -93,45 +94,60 @@ def _stage(stage: Path, run: Run, repo_id: str, what: Part, reason: str | None) 
     for file in sorted((run.folder / "figures").glob("*")):
         if file.stem in _FIGURES and file.suffix in (".png", ".svg"):
             (stage / "figures").mkdir(exist_ok=True)
-            shutil.copyfile(file, stage / "figures" / file.name)
+            run.copy(f"figures/{file.name}", stage / "figures" / file.name)
         else:
             run.left_out.append(f"figures/{file.name} stays here: it may show an image.")
     terms = describe_licence(run.config, what, reason)
     base, revision = run.config.backbone_name, run.config.backbone_revision
     card = render_card(results, Publication(repo_id, what, base, revision, terms))
     (stage / "README.md").write_text(card, encoding="utf-8")
-    _scan(stage, run.identifiers)
+    search_folder(stage, run.identifiers)
 
 
-def _stage_model(stage: Path, model: Path) -> None:
-    """Copy the files that `from_pretrained` reads, and the code that they name."""
-    for file in sorted(model.iterdir()):
-        if file.name not in MODEL_FILES and not SHARD.fullmatch(file.name):
+def _stage_model(stage: Path, run: Run) -> None:
+    """Copy the files that `from_pretrained` reads, and write the code that they name."""
+    model = run.folder / "model"
+    for name in sorted(path.name for path in model.iterdir()):
+        if name not in MODEL_FILES and not SHARD.fullmatch(name):
             continue
-        if file.suffix == ".json" and file.name.endswith("config.json"):
-            write_json(stage / file.name, without_places(read_json(file)), ensure_ascii=False)
-        else:
-            shutil.copyfile(file, stage / file.name)
-    _stage_code(stage, model)
+        run.copy(f"model/{name}", stage / name)
+        if name.endswith("config.json"):
+            content = without_places(read_json(stage / name))
+            _check_code(model / name, content)
+            write_json(stage / name, content, ensure_ascii=False)
+        elif name.endswith(".index.json"):
+            _check_shards(model / name, read_json(stage / name), stage)
+    write_code(stage, run)
 
 
-def _stage_code(stage: Path, model: Path) -> None:
-    """Copy the modules of `auto_map` and what these import from each other."""
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    named: list[dict[str, Any]] = []
-    for file in stage.glob("*config.json"):
-        content = read_json(file)
-        check_fields(model / file.name, content, {"auto_map": (dict, type(None))})
-        named.append(content.get("auto_map") or {})
-    for module in sorted({str(name).split(".")[0] for row in named for name in row.values()}):
-        file = model / f"{module}.py"
-        if not file.is_file():
+def _check_code(file: Path, content: dict[str, Any]) -> None:
+    """Refuse a file that names code other than the package's own."""
+    check_fields(file, content, {"auto_map": (dict, type(None))})
+    for name in _strings((content.get("auto_map") or {}).values()):
+        if name not in _CODE:
             raise GloVLMError(
-                f"{model} names the code {file.name} and does not hold it: train the run again."
+                f"'{file}' names the code '{name}', which is none of this package, and no code of "
+                "others is published: restore a copy, or train the run again."
             )
-        for path in (file, *map(Path, get_relative_import_files(file))):
-            shutil.copyfile(path, stage / path.name)
+
+
+def _strings(values: Iterable[Any]) -> Iterator[str]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _strings(value)
+        elif value is not None:
+            yield str(value)
+
+
+def _check_shards(file: Path, content: dict[str, Any], stage: Path) -> None:
+    """Refuse an index of weights that lie elsewhere."""
+    check_fields(file, content, {"weight_map": (dict,)})
+    for name in set(map(str, content["weight_map"].values())):
+        if not SHARD.fullmatch(name) or not (stage / name).is_file():
+            raise GloVLMError(
+                f"'{file}' names the weights '{name}', which are not inside the model's folder "
+                "under such a name: restore a copy, or train the run again."
+            )
 
 
 def _publishable(run: Run) -> dict[str, Any]:
@@ -148,6 +164,9 @@ def _publishable(run: Run) -> dict[str, Any]:
     rest = {key: results[key] for key in _RESULT_KEYS if key in results}
     if parts := {k: v for k, v in results.get("subgroups", {}).items() if k in SUBGROUPS}:
         rest["subgroups"] = parts
+    if _bad(data["name"], run.identifiers, by_hand=True):
+        run.left_out.append("The name of the data stays here: it names a file, a group or a place.")
+        data["name"] = public["data"] = "unnamed data"
     dropped: list[str] = []
     cleaned: dict[str, Any] = clean(
         {"config": public, "data": data, **rest}, run.identifiers, dropped
@@ -169,7 +188,7 @@ def clean(value: Any, forbidden: Identifiers, dropped: list[str]) -> Any:
     """
 
     def bad(text: Any) -> bool:
-        if not isinstance(text, str) or not (forbidden.find(text) or _PATH.search(text)):
+        if not _bad(text, forbidden):
             return False
         dropped.append(text)
         return True
@@ -181,29 +200,112 @@ def clean(value: Any, forbidden: Identifiers, dropped: list[str]) -> Any:
     return "" if bad(value) else value
 
 
-def _scan(stage: Path, forbidden: Identifiers) -> None:
-    """Scan the staged files for identifiers, and refuse if there are any."""
+def _bad(text: Any, forbidden: Identifiers, *, by_hand: bool = False) -> bool:
+    return isinstance(text, str) and bool(
+        forbidden.find(text, by_hand=by_hand) or find_shape(text, by_hand=by_hand)
+    )
+
+
+# -------------------------------------------------------------------------------- the search
+
+
+def search_folder(folder: Path, forbidden: Identifiers) -> None:
+    """Search all files of a folder, and their names, for identifiers.
+
+    Args:
+        folder: What leaves: JSON, YAML, Markdown, vocabularies, weights, figures, code.
+        forbidden: The identifiers.
+
+    Raises:
+        GloVLMError: There are some; names the file, the field and the identifier.
+    """
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        refuse_named(name, [Text("its name", name)], forbidden)
+        if file.suffix == ".safetensors":
+            refuse_named(name, texts_of(_read_header(file, name)), forbidden)
+        elif file.name in _VOCABULARIES:
+            _search_vocabulary(name, file.read_text(encoding="utf-8"), forbidden)
+        elif file.suffix == ".json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            _refuse_columns(name, content)
+            if file.name == "tokenizer.json":
+                model = content.pop("model", None) or {}
+                words = (_plain(model.get(part)) for part in ("vocab", "merges"))
+                _search_vocabulary(name, "\n".join(chain(*words)), forbidden)
+            refuse_named(name, texts_of(content), forbidden)
+        elif file.suffix == ".yaml":
+            refuse_named(name, texts_of(read_yaml(file)), forbidden)
+        elif file.suffix == ".png":
+            _redraw(file, name)
+        elif file.suffix not in (".onnx", ".py"):  # these are the package's own
+            text = file.read_text(encoding="utf-8")
+            if file.suffix == ".svg" and re.search(r"<image|data:|<script|href\s*=", text):
+                raise GloVLMError(f"{name} holds an image, and no image may leave: remove it.")
+            refuse_named(name, texts_of(_front_matter(text)), forbidden)
+            refuse_named(name, [Text("", text)], forbidden)
+
+
+def _front_matter(text: str) -> Any:
+    """YAML before a Markdown text, where its escapes would hide something."""
+    import yaml
+
+    parts = re.split(r"^---$", text, maxsplit=2, flags=re.M)
+    return yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+
+
+def _read_header(file: Path, name: str) -> Any:
+    """Metadata and names of the tensors of a file of weights."""
     from safetensors import SafetensorError, safe_open
 
-    for file in sorted(path for path in stage.rglob("*") if path.is_file()):
-        name = file.relative_to(stage).as_posix()
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="np") as stream:
-                    text = json.dumps(stream.metadata())
-            except (OSError, SafetensorError) as error:
+    try:
+        with safe_open(file, framework="np") as stream:
+            return {"metadata": stream.metadata(), "tensors": list(stream.keys())}
+    except (OSError, SafetensorError) as error:
+        raise GloVLMError(
+            f"Nothing was published: {name} of the run is damaged ({error}): restore a "
+            "copy, or train it again."
+        ) from error
+
+
+def _plain(entries: Any) -> Iterator[str]:
+    """Entries of a vocabulary or list of merges, in whichever form it has."""
+    for entry in entries or ():
+        yield entry if isinstance(entry, str) else " ".join(map(str, entry))
+
+
+def _search_vocabulary(name: str, text: str, forbidden: Identifiers) -> None:
+    for line in text.splitlines():
+        if identifier := forbidden.find_entry(line):
+            refuse_named(name, [Text("its vocabulary", identifier)], forbidden)
+
+
+def _refuse_columns(name: str, content: Any) -> None:
+    """Refuse a value that stands under the name of a column of identifiers."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key in COLUMNS and key not in ("block", "reader") and value not in (None, "", []):
                 raise GloVLMError(
-                    f"Nothing was published: {name} of the run is damaged ({error}): restore a "
-                    "copy, or train it again."
-                ) from error
-        elif file.suffix in (".png", ".txt") or file.name in ("tokenizer.json", "vocab.json"):
-            continue  # the words of a vocabulary are nobody's; a figure of ours holds no words
-        else:
-            text = file.read_text(encoding="utf-8")
-        if file.suffix == ".svg" and "<image" in text:
-            raise GloVLMError(f"{name} holds an image, and no image may leave: remove it.")
-        if identifier := forbidden.find(text):
-            raise GloVLMError(
-                f"Nothing was published: {name} names '{identifier}', which is a patient, a "
-                "file or a folder of the run. Rename the class or the prompt that holds it."
-            )
+                    f"Nothing was published: {name} holds a value of '{key}', which names "
+                    "somebody: remove it."
+                )
+            _refuse_columns(name, value)
+    elif isinstance(content, list):
+        for value in content:
+            _refuse_columns(name, value)
+
+
+def _redraw(file: Path, name: str) -> None:
+    """Keep nothing but the pixels of a figure."""
+    from PIL import Image
+
+    try:
+        with Image.open(file, formats=["PNG"]) as opened:
+            pixels = opened.convert("RGBA" if "A" in opened.getbands() else "RGB")
+        clean_copy = Image.new(pixels.mode, pixels.size)
+        clean_copy.paste(pixels)
+        clean_copy.save(file, "PNG")
+    except Exception as error:  # of whatever is no figure
+        raise GloVLMError(
+            f"Nothing was published: {name} is no PNG image ({error}): remove it."
+        ) from error

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import GloVLMError
 from .hub_errors import first_line, refusal, worth_waiting
-from .identifiers import ADAPTER_FILES, BESIDE, MODEL_FILES, PARTS, SHARD, check_repo_id, read_run
 from .licences import Part, check_publishing, describe_licence
+from .source import ADAPTER_FILES, BESIDE, MODEL_FILES, PARTS, SHARD, check_repo_id, read_run
 from .staging import staged
 
 ATTEMPTS = 4  # of a whole push; the client itself repeats single requests before that

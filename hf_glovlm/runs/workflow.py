@@ -37,6 +37,7 @@ from ..inference import FeatureCache, Predictions, embed_images, predict, resolv
 from ..inference.scale import describe_scale, known_scale
 from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import SUBGROUPS, render_card
+from ..publish.identifiers import write_identifiers
 from ..training import Adapted, adapt
 from .config import MINI, TrainConfig, choose_backbone
 from .evaluation import check_unlearned, hash_groups, measure
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
     from ..data.folder import Reading
 
 OWN_FILES = (  # in the order in which they are put in place
-    "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "log.jsonl",
-    "README.md", "manifest.json", "results.json",
+    "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "identifiers.json",
+    "log.jsonl", "README.md", "manifest.json", "results.json",
 )  # fmt: skip
 SYNTHETIC_BACKBONE = (
     "The backbone, mini, has seen synthetic images only, and these are photographs: the numbers "
@@ -412,6 +413,7 @@ def _write_run(
     else:
         shutil.rmtree(work / "adapter", ignore_errors=True)
     predictions.save(work / "predictions.parquet")
+    write_identifiers(work, task.rows)
     write_text(work / "README.md", render_card(results))
     write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
     save_episodes(work / "episodes.json", [task.episode], task.rows, results["data"]["name"])
