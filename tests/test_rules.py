@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 import yaml
 from command_line import Completed, Glovlm
 from PIL import Image
@@ -135,6 +136,39 @@ def push_towers(folder: Path) -> None:
     load_classifier(str(folder))[0].glovlm.push_to_hub("lab/model")
 
 
+def push_pipeline(folder: Path) -> None:
+    transformers.pipeline("image-classification", str(folder / "model")).push_to_hub("lab/model")
+
+
+def train_further(folder: Path, **options: Any) -> Any:
+    """A `Trainer` on the run's model, and a row to train on."""
+    model, processor, _ = load_classifier(str(folder))
+    pixels = processor(images=Image.new("RGB", (40, 40)), return_tensors="pt")["pixel_values"][0]
+    settings = transformers.TrainingArguments(
+        output_dir=str(folder / "trainer"), max_steps=1, use_cpu=True, report_to=[],
+        disable_tqdm=True, **options,
+    )  # fmt: skip
+    rows: Any = [{"pixel_values": pixels, "labels": 0}]
+    return transformers.Trainer(model, settings, train_dataset=rows)
+
+
+def push_trainer(folder: Path) -> None:
+    train_further(folder, save_strategy="no").push_to_hub()
+
+
+def push_checkpoints(folder: Path) -> None:
+    train_further(folder, push_to_hub=True, save_steps=1, hub_always_push=True).train()
+
+
+def push_when_saved(folder: Path) -> None:
+    """A `Trainer` that saves here first, which is allowed."""
+    trainer = train_further(folder, push_to_hub=True, save_strategy="no")
+    try:
+        trainer.save_model()
+    finally:
+        assert (folder / "trainer" / "model.safetensors").is_file()
+
+
 EXPORT = ("export", "RUN", "--reason", REASON, "--format")
 PUSH = ("push", "RUN", "lab/model", "--dry-run")
 DOORS: dict[str, Callable[[Path], str | None]] = {  # that let weights of the base out
@@ -149,6 +183,10 @@ DOORS: dict[str, Callable[[Path], str | None]] = {  # that let weights of the ba
     "push_to_hub": from_python(push_model),
     "save and push": from_python(save_and_push),
     "push_to_hub of the towers": from_python(push_towers),
+    "push_to_hub of a pipeline": from_python(push_pipeline),
+    "push_to_hub of Trainer": from_python(push_trainer),
+    "checkpoints of Trainer": from_python(push_checkpoints),
+    "save_model of Trainer": from_python(push_when_saved),
 }
 WITHOUT_REASON: dict[str, Callable[[Path], str | None]] = {
     "push": by_command(*PUSH),
@@ -156,6 +194,7 @@ WITHOUT_REASON: dict[str, Callable[[Path], str | None]] = {
     "export onnx": by_command("export", "RUN", "--format", "onnx"),
     "export clip": by_command("export", "RUN", "--format", "clip"),
     **{name: DOORS[name] for name in ("export_model", "the Space", "push_to_hub", "save and push")},
+    "push_to_hub of a pipeline": from_python(push_pipeline),
 }
 
 
@@ -166,7 +205,11 @@ def uploads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(
         PushToHubMixin, "_upload_modified_files", lambda *_, **__: sent.append("files") or ""
     )
-    nowhere = SimpleNamespace(create_repo=lambda *_, **__: SimpleNamespace(repo_id="lab/model"))
+    nowhere = SimpleNamespace(
+        create_repo=lambda *_, **__: SimpleNamespace(repo_id="lab/model"),
+        upload_folder=lambda *_, **__: sent.append("folder"),
+    )
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: nowhere)
     for module in ("transformers.utils.hub", "transformers.modeling_utils"):
         monkeypatch.setattr(f"{module}.hf_api", lambda: nowhere)
         monkeypatch.setattr(

@@ -1,5 +1,6 @@
 """Dual-encoder model, and the image classifier on top of it."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,14 +92,20 @@ class GloVLMPreTrainedModel(PreTrainedModel):
         return super().push_to_hub(*args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save the model, which is always allowed; with `push_to_hub`, see there.
+        """Save the model, which is always allowed; for an upload, see `push_to_hub`.
+
+        A pipeline and `Trainer` save the model and upload the folder themselves, so this is the
+        last that is asked.
 
         Args:
             save_directory: Where to write.
             *args: As `PreTrainedModel.save_pretrained` takes them.
             **kwargs: As `PreTrainedModel.save_pretrained` takes them.
+
+        Raises:
+            ValueError: It is to be uploaded, and the licence of its base does not allow that.
         """
-        if kwargs.get("push_to_hub") or any(args[2:3]):
+        if kwargs.get("push_to_hub") or any(args[2:3]) or _is_for_upload():
             self.config.check_publishing()
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -534,6 +541,20 @@ _ONE_OF_BOTH = (
     "A context drops patches between the blocks, and inserted tokens or bottlenecks expect them "
     "all: start from the backbone without the other."
 )
+
+
+def _is_for_upload() -> bool:
+    """Whether a caller of transformers saves the model in order to upload the folder."""
+    frame = sys._getframe(1)
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_code.co_name == "push_to_hub":
+            return True
+        if frame.f_code.co_name == "_save_checkpoint":
+            settings = getattr(frame.f_locals.get("self"), "args", None)
+            at_end = getattr(settings, "hub_strategy", None) == "end"
+            if getattr(settings, "push_to_hub", False) and not at_end:
+                return True
+    return False
 
 
 def _keep_weights(module: nn.Module) -> None:

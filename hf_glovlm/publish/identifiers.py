@@ -35,15 +35,20 @@ _DIGEST = re.compile(r"(?<![^\W_])(?=[0-9a-f]*[a-f])(?=[0-9a-f]*\d)(?:[0-9a-f]{1
 _WINDOW = 24  # words of the longest identifier that is searched for in all its spellings
 # Words before a number or letter that make it somebody's.
 _SUBJECTS = frozenset(
-    ("patient", "pat", "pt", "case", "subject", "donor", "person", "mr", "mrs", "ms", "dr", "herr")
-    + ("frau", "slide", "block", "specimen", "biopsy", "glomerulus", "group", "reader", "file")
-    + ("annotator", "institution", "hospital", "image", "picture", "mrn", "id", "nr", "no")
+    {
+        *("patient", "pat", "pt", "case", "subject", "donor", "person", "mr", "mrs", "ms", "dr"),
+        *("herr", "frau", "slide", "block", "specimen", "biopsy", "glomerulus", "group", "reader"),
+        *("annotator", "institution", "hospital", "file", "image", "picture", "mrn", "id", "nr"),
+        "no",
+    }
 )
 # Words before a number that make it a grade, and what stands behind one that counts or measures.
 _GRADES = frozenset(
-    ("grade", "grades", "class", "classes", "stage", "type", "types", "score", "level", "pattern")
-    + ("gleason", "isup", "phase", "category", "ckd", "kdigo", "banff", "who", "figo", "tier")
-    + ("top", "step", "rank", "version")
+    {
+        *("grade", "grades", "class", "classes", "stage", "type", "types", "score", "level", "top"),
+        *("pattern", "gleason", "isup", "phase", "category", "ckd", "kdigo", "banff", "who"),
+        *("figo", "tier", "step", "rank", "version"),
+    }
 )
 _UNIT = re.compile(r"\s?(?:[%×]|(?:x|[µμumn]?m|px|mg|ml|to|of)\b|mic|pix|year|week|day)")
 # The second search. All shapes are looked for in what a person wrote, the first ones everywhere.
@@ -430,6 +435,24 @@ def read_identifiers(folder: Path, results: Mapping[str, Any]) -> tuple[Identifi
         f"The run has no {FILE}, as an earlier version wrote it: of {len(hashes)} groups that it "
         "learned from the exact name alone was searched for, and of its data no further column."
     )
+
+
+def identifiers_of(source: str | Path) -> Identifiers:
+    """Identifiers of the run that a model is of, where its results lie beside it.
+
+    Args:
+        source: A run's folder, its `model/`, or anything else, of which nothing is known.
+
+    Raises:
+        GloVLMError: The files that hold them are gone or damaged.
+    """
+    folder = Path(source).expanduser()
+    folder = folder.parent if folder.name == "model" else folder
+    if not (folder / "results.json").is_file() or not (folder / "config.yaml").is_file():
+        return Identifiers()
+    results = read_json(folder / "results.json")
+    check_fields(folder / "results.json", results, {"data": (dict,), "per_class": (dict,)})
+    return read_identifiers(folder, results)[0]
 
 
 _SIDES = ("support", "validation", "calibration")

@@ -25,7 +25,9 @@ from ..data.folder import column, open_image
 from ..errors import GloVLMError, nearest
 from ..files import replacing
 from ..inference import evaluation_mode, load_classifier
+from .identifiers import Identifiers, Text, identifiers_of, refuse_named, texts_of
 from .licences import check_publishing
+from .staging import search_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -132,6 +134,7 @@ def export_model(
         tolerance=tolerance,
         reason=reason,
         on_stage=on_stage,
+        forbidden=identifiers_of(source),
     )
 
 
@@ -147,6 +150,7 @@ def export_classifier(
     tolerance: float = TOLERANCE,
     reason: str | None = None,
     on_stage: Callable[[str], None] | None = None,
+    forbidden: Identifiers | None = None,
 ) -> ExportReport:
     """Write a classifier as an ONNX graph with its preprocessing, or leave nothing.
 
@@ -168,13 +172,18 @@ def export_classifier(
         reason: Why, where the licence of the base asks for one: a graph holds its weights in a form
             that is easily passed on.
         on_stage: Called with the name of each stage.
+        forbidden: What names a patient, a file or a place of the run, and may not leave.
 
     Raises:
         GloVLMError: A package is missing, the licence of the base forbids it, the model cannot be
-            one graph, its logits differ by more than the tolerance, or the folder is in use.
+            one graph, its logits differ by more than the tolerance, a class names somebody, or the
+            folder is in use.
     """
     notify = on_stage or (lambda text: None)
     _check_request(model, format, reason)
+    forbidden = forbidden or Identifiers()
+    refuse_named("the model", texts_of({"class_names": _names(model)}), forbidden)
+    refuse_named("the command", [Text("data", data_name)], forbidden)
     target = _check_folder(Path(output_dir))
     sample = None if data is None else _images(model, data, data_name, synthetic)
     with evaluation_mode(model), replacing(target) as work:
@@ -220,6 +229,7 @@ def export_classifier(
                 part.unlink()
         _write_json(work / "preprocessing.json", describe_input(model, processor, example, report))
         _write_json(work / "export.json", report.describe() | {"note": DISCLAIMER})
+        search_folder(work, forbidden)
     return report
 
 

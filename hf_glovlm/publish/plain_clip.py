@@ -5,8 +5,10 @@ from pathlib import Path
 from ..errors import GloVLMError
 from ..files import read_json, replacing, write_json, write_text
 from ..rendering import render
+from .identifiers import Text, refuse_named
 from .licences import check_publishing, describe_licence
 from .source import read_run, without_places
+from .staging import search_folder
 
 _LAST_CALL = (
     "max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id",
@@ -40,6 +42,7 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
     finished, target = read_run(Path(run).expanduser()), Path(folder).expanduser()
     config, method = finished.config, finished.results["config"]["method"]
     check_publishing(config, "export", reason)
+    refuse_named("the command", [Text("reason", reason or "", True)], finished.identifiers)
     kind = "a pair of towers" if config.is_pair else config.backbone_config.model_type
     if kind != "clip":
         raise GloVLMError(f"Only a CLIP can be written as a CLIP checkpoint; this is {kind}.")
@@ -81,6 +84,7 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
                 "terms": describe_licence(config, "export", reason),
             }
             write_text(scratch / "README.md", render("plain_clip_card.md.j2", card))
+            search_folder(scratch, finished.identifiers)
     except OSError as error:
         raise GloVLMError(f"{target} cannot be written: {error.strerror or error}.") from error
     return target

@@ -238,7 +238,7 @@ def search_folder(folder: Path, forbidden: Identifiers) -> None:
             refuse_named(name, texts_of(read_yaml(file)), forbidden)
         elif file.suffix == ".png":
             _redraw(file, name)
-        elif file.suffix not in (".onnx", ".py"):  # these are the package's own
+        elif file.suffix not in (".onnx", ".data", ".py"):  # graphs, and the package's own
             text = file.read_text(encoding="utf-8")
             if file.suffix == ".svg" and re.search(r"<image|data:|<script|href\s*=", text):
                 raise GloVLMError(f"{name} holds an image, and no image may leave: remove it.")
