@@ -1,7 +1,8 @@
 """Cards and reports: Jinja2 templates, and how tables, numbers and intervals are written in them.
 
 A template in `templates/` reads like the document it makes. What it is given is never read as a
-template, and every value stays on its line: a class may be called `a|b`, `{{ x }}` or `RUN`.
+template, and every value stays on its line: a class may be called `a|b`, `{{ x }}` or `RUN`. Nor is
+it read as Markdown or HTML: a name with marks of these is shown as inline code (`literal`).
 """
 
 import re
@@ -22,6 +23,7 @@ __all__ = [
     "extent",
     "group_unit",
     "interval",
+    "literal",
     "measured",
     "metric_rows",
     "metric_title",
@@ -130,24 +132,39 @@ def extent(bounds: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def words(value: Any) -> str:
+def words(value: Any) -> Markdown:
     """One value, or several in a row: `PAS, H&E`."""
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)
+    parts = value if isinstance(value, list | tuple | dict) else [value]
+    return Markdown(", ".join(map(literal, parts)))
 
 
-def named(values: Mapping[str, Any]) -> str:
+def named(values: Mapping[str, Any]) -> Markdown:
     """Names with their numbers: `viable 0.250, sclerosed 0.750`."""
     shown = ((k, number(v) if isinstance(v, float) else v) for k, v in values.items())
-    return ", ".join(f"{name} {value}" for name, value in shown)
+    return Markdown(", ".join(f"{literal(name)} {value}" for name, value in shown))
 
 
-def code(value: Any) -> str:
+def code(value: Any) -> Markdown:
     """Inline code, whatever backticks the value holds."""
-    text = str(value)
+    text = _one_line(value)
     if "`" not in text:
-        return f"`{text}`"
+        return Markdown(f"`{text}`")
     fence = "`" * (1 + max(map(len, re.findall("`+", text))))
-    return f"{fence} {text} {fence}"
+    return Markdown(f"{fence} {text} {fence}")
+
+
+def literal(name: Any) -> Markdown:
+    """A name that somebody gave, as it is: inline code, if Markdown would take it for something."""
+    text = _one_line(name)
+    return code(text) if _MARKS.search(text) else Markdown(text)
+
+
+_MARKS = re.compile(
+    r"[`*\\~]|(?<!\w)_|_(?!\w)|<[A-Za-z/!?]|&#?\w+;|\]\s*[(\[:]|!\[|://|www\."
+    r"|^(?:[#>+-]+|\d+[.)])(?:\s|$)|^-{2,}|^=+$|^\s*$"
+)
+# In a sentence: what would become HTML, a picture or a link.
+_ACTIVE = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])(?=[(\[])")
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[Any]) -> Markdown:
@@ -158,7 +175,7 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[Any]) -> Markdown:
         header: Names of the columns.
     """
     lines = [header, ["---"] * len(header), *rows]
-    cells = ([_one_line(cell).replace("|", "\\|") for cell in line] for line in lines)
+    cells = ([_finalize(cell).replace("|", "\\|") for cell in line] for line in lines)
     return Markdown("\n".join("| " + " | ".join(line) + " |" for line in cells))
 
 
@@ -176,8 +193,8 @@ def _one_line(value: Any) -> str:
 
 
 def _finalize(value: Any) -> str:
-    """What `{{ value }}` writes: one line, unless it is Markdown already."""
-    return value if isinstance(value, Markdown) else _one_line(value)
+    """What `{{ value }}` writes: one line and no HTML, unless it is Markdown already."""
+    return value if isinstance(value, Markdown) else _ACTIVE.sub(r"\\\g<0>", _one_line(value))
 
 
 _ENVIRONMENT = Environment(
@@ -192,5 +209,5 @@ _ENVIRONMENT = Environment(
 _ENVIRONMENT.globals |= {"CLASS_HEADER": CLASS_HEADER, "METRIC_HEADER": METRIC_HEADER}
 _ENVIRONMENT.filters |= {
     function.__name__: function
-    for function in (code, extent, interval, metric_title, named, number, table, words)
+    for function in (code, extent, interval, literal, metric_title, named, number, table, words)
 }

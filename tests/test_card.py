@@ -422,6 +422,34 @@ def test_a_class_may_have_any_name(what: Any) -> None:
     assert ('"RUN/model"' in card) is (what is None)
 
 
+ODD = [
+    "RUN", "{{ x }}", "---", "***", "`x`", "<script>alert(1)</script>", "[x](http://x.y)", "_a_",
+    "*a*", "![](x.png)", "a: b", "- a", "# a", "&amp;", "~~a~~", "null", "%a", "@a", "'a\"", "\\*",
+    "a|b", "1. a",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_name_is_read_neither_as_markdown_nor_as_yaml(name: str) -> None:
+    """Rendered as the Hub does, its cells show it as it was given, and no other place changes."""
+    publication = Publication("lab/model", "full", "x/y", "0123abc", ["Own terms."])
+    results = renamed(make_results(full=True), {"ischemic": name})
+    results["data"]["name"] = name
+    card = render_card(results, publication)
+    assert 'model="lab/model"' in card
+    about = ModelCard(card).data
+    named = {row.dataset_name for row in about.eval_results or ()}
+    assert {text.removesuffix(" (synthetic images)") for text in named} == {name}
+    markdown = pytest.importorskip("markdown_it").MarkdownIt
+    tokens = markdown("commonmark", {"html": True}).enable("table").parse(ModelCard(card).text)
+    shown = [token for token in tokens if token.type == "inline"]
+    texts = ["".join(c.content for c in token.children or ()) for token in shown]
+    assert texts.count(name) >= 4
+    kinds = {child.type for token in shown for child in token.children or ()}
+    assert kinds <= {"text", "code_inline", "strong_open", "strong_close", "softbreak"}
+    assert {token.type for token in tokens} & {"html_block", "hr"} == set()
+
+
 def test_a_note_stays_on_its_line() -> None:
     results = make_results(notes=["first\n\n# A heading {{ n }}"])
     assert "\n- first # A heading {{ n }}\n" in render_card(results)

@@ -24,6 +24,7 @@ from ..rendering import (
     class_rows,
     code,
     group_unit,
+    literal,
     measured,
     metric_rows,
     metric_title,
@@ -201,7 +202,11 @@ def _card_values(results: Mapping[str, Any], publication: Publication | None) ->
         "shots": _shots(data),
         "unit": group_unit(data["group_column"]),
         "classes": [
-            [row["name"], row["display_name"], " · ".join(row["prompts"])]
+            [
+                literal(row["name"]),
+                literal(row["display_name"]),
+                Markdown(" · ".join(map(literal, row["prompts"]))),
+            ]
             for row in data["classes"]
         ],
         **_labels(data),
@@ -212,9 +217,11 @@ def _card_values(results: Mapping[str, Any], publication: Publication | None) ->
         "licence": _licence(results),
         "prior": named(results["prior"]),
         "metrics": metric_rows(results["metrics"]),
-        "per_class": class_rows(results["per_class"]),
-        "confusion_header": ["", *results["per_class"]],
-        "confusion": [[n, *row] for n, row in zip(results["per_class"], confused, strict=True)],
+        "per_class": [[literal(n), *row] for n, *row in class_rows(results["per_class"])],
+        "confusion_header": ["", *map(literal, results["per_class"])],
+        "confusion": [
+            [literal(n), *row] for n, row in zip(results["per_class"], confused, strict=True)
+        ],
         **_failures(results),
         "subgroups": list(_subgroups(results)),
         **{name: results.get(name) or {} for name in _OPTIONAL},
@@ -315,7 +322,7 @@ def _labels(data: Mapping[str, Any]) -> dict[str, Any]:
     further = {side: support.get(f"{side}_labels", 0) for side in ("validation", "calibration")}
     return {
         "label_header": ["class", *columns],
-        "labels": [[name, *(count[name] for count in columns.values())] for name in names],
+        "labels": [[literal(name), *(count[name] for count in columns.values())] for name in names],
         "further": " and ".join(f"{n} served for {side}" for side, n in further.items() if n),
         "groups": named(data.get("groups", {})),
     }
@@ -365,7 +372,12 @@ def _subgroups(results: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
                 "column": column,
                 "header": [column, "images", unit, *map(metric_title, names), "note"],
                 "rows": [
-                    [value, x["n"], x["n_groups"], *measured([x["metrics"][m] for m in names])]
+                    [
+                        literal(value),
+                        x["n"],
+                        x["n_groups"],
+                        *measured([x["metrics"][m] for m in names]),
+                    ]
                     for value, x in values.items()
                 ],
             }

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..errors import GloVLMError
 from ..files import read_json, replacing, write_json, write_text
-from ..rendering import render
+from ..rendering import Markdown, literal, render
 from .identifiers import Text, refuse_named
 from .licences import check_publishing, describe_licence
 from .source import read_run, without_places
@@ -80,7 +80,10 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
                     plain["processor_class"] = "CLIPProcessor"
                 write_json(file, plain, ensure_ascii=False)
             card = {
-                "classes": [[config.id2label[k], " · ".join(t)] for k, t in enumerate(texts)],
+                "classes": [
+                    [literal(config.id2label[k]), Markdown(" · ".join(map(literal, t)))]
+                    for k, t in enumerate(texts)
+                ],
                 "terms": describe_licence(config, "export", reason),
             }
             write_text(scratch / "README.md", render("plain_clip_card.md.j2", card))
