@@ -47,6 +47,7 @@ _MODULES = {  # public names, by the module that holds them; for type checkers i
     "model": ("GloVLMConfig", "GloVLMForImageClassification", "GloVLMModel", "GloVLMProcessor"),
     "publish.adapter_only": ("load_published",),
     "publish.licences": ("check_publishing",),
+    "publish.staging": ("check_identifiers",),
     "publish.onnx_graph": ("export_model",),
     "publish.upload": ("push",),
     "runs": ("RunResult", "TrainConfig", "run"),

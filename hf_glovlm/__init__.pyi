@@ -37,6 +37,7 @@ from .model import GloVLMProcessor as GloVLMProcessor
 from .publish.adapter_only import load_published as load_published
 from .publish.licences import check_publishing as check_publishing
 from .publish.onnx_graph import export_model as export_model
+from .publish.staging import check_identifiers as check_identifiers
 from .publish.upload import push as push
 from .runs import RunResult as RunResult
 from .runs import TrainConfig as TrainConfig
@@ -77,6 +78,7 @@ __all__ = [
     "adapt_features",
     "build_zero_shot",
     "check_dataset",
+    "check_identifiers",
     "check_publishing",
     "classify_slides",
     "compute_metrics",

@@ -3,6 +3,7 @@
 import csv
 import html
 import io
+import json
 import os
 import re
 import struct
@@ -12,10 +13,12 @@ import zlib
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -315,6 +318,15 @@ def test_adapting_measures_by_patient_and_can_be_loaded(shelf: Shelf, tmp_path: 
         assert a.probabilities == pytest.approx(b.probabilities, abs=1e-5)
 
 
+def test_a_download_names_no_patient_and_no_file(shelf: Shelf, tmp_path: Path) -> None:
+    for name in ("like P002", "as in drawing_P003_viable.png", "of 3.5.1940"):
+        named = dict(zip(("viable", name), support().values(), strict=True))
+        adapted = work.adapt_classifier(shelf.get(""), named, "prototype")
+        with pytest.raises(GloVLMError, match="There is no download here"):
+            work.zip_model(adapted, tmp_path / "downloads", Settings())
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_the_card_is_tagged_by_what_the_classes_are(shelf: Shelf) -> None:
     mucosa = dict(zip(("normal mucosa", "dysplasia"), support().values(), strict=False))
     card = work.adapt_classifier(shelf.get(""), mucosa, "prototype").card
@@ -435,8 +447,9 @@ def test_endpoints_read_no_files_of_the_server(client: Client, served: Served) -
         client.predict("/etc/passwd", api_name="/describe")
 
 
-def test_nothing_is_fetched_from_other_servers(served: Served) -> None:
-    """Gradio would download a file that is named by its URL; here somebody listens for that."""
+@pytest.fixture
+def elsewhere() -> Iterator[tuple[str, list[str]]]:
+    """A server of somebody else: its address, and what it was asked for."""
     asked: list[str] = []
 
     class Other(BaseHTTPRequestHandler):
@@ -451,19 +464,104 @@ def test_nothing_is_fetched_from_other_servers(served: Served) -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
         Thread(target=other.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{other.server_port}/one.png"
-        marked = {"path": url, "meta": {"_type": "gradio.FileData"}}
-        for endpoint in ("call/classify", "run/classify", "queue/join"):
-            sent = {"data": [[marked]], "session_hash": "s", "fn_index": 0}
-            answer = httpx.post(f"{served.url}gradio_api/{endpoint}", json=sent)
-            assert answer.status_code == 400, endpoint
-            assert "upload the file" in answer.json()["detail"]
-        large = b'{"data": ["' + b"x" * MAX_JSON + b'"]}'
-        headers = {"content-type": "application/json"}
-        answer = httpx.post(f"{served.url}gradio_api/call/describe", content=large, headers=headers)
-        assert answer.status_code == 413
+        yield f"http://127.0.0.1:{other.server_port}/one.png", asked
         other.shutdown()
     assert asked == []
+
+
+ENDPOINTS = ("call/classify", "run/classify", "api/classify", "queue/join", "call/v2/classify")
+JSON_TYPES = (
+    "application/json", "Application/JSON", "application/JSON; charset=utf-8",
+    "application/json ;charset=UTF-8",
+)  # fmt: skip
+OTHER_TYPES = (
+    None, "", "text/plain", "application/problem+json", "application/json; charset=utf-16",
+    "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "text/plain, x/json",
+)  # fmt: skip
+
+
+def send(url: str, content: Any, kind: str | None = "application/json") -> httpx.Response:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return httpx.post(url, content=body, headers={} if kind is None else {"content-type": kind})
+
+
+def marked(path: str, **more: Any) -> dict[str, Any]:
+    return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
+
+
+def asking(endpoint: str, file: Any) -> dict[str, Any]:
+    if "v2" in endpoint:
+        return {"files": [file]}
+    return {"data": [[file]], "session_hash": "s", "fn_index": 0}
+
+
+def test_nothing_is_fetched_from_other_servers(
+    served: Served, elsewhere: tuple[str, list[str]]
+) -> None:
+    """Gradio would download a file that is named by its URL; here somebody listens for that."""
+    url, _ = elsewhere
+    for endpoint, kind in product(ENDPOINTS, JSON_TYPES):
+        sent = asking(endpoint, marked(url))
+        answer = send(f"{served.url}gradio_api/{endpoint}", sent, kind)
+        assert answer.status_code == 400, (endpoint, kind)
+        assert "upload the file" in answer.json()["detail"]
+    large = b'{"data": ["' + b"x" * MAX_JSON + b'"]}'
+    answer = send(f"{served.url}gradio_api/call/describe", large)
+    assert answer.status_code == 413
+
+
+def test_every_way_to_write_a_url_is_refused(
+    served: Served, elsewhere: tuple[str, list[str]]
+) -> None:
+    url, _ = elsewhere
+    upload = httpx.post(f"{served.url}gradio_api/upload", files={"files": ("a.png", png())})
+    (place,) = upload.json()
+    other = url.removeprefix("http:")
+    files: list[Any] = [
+        url, f" {url}", url.upper(), f"\t{url}", f"ht\ntp:{other}", f"https:{other}", other,
+        url.replace("http", "%68ttp"), "file:///etc/hostname", "FTP://127.0.0.1/x",
+        "data:image/png;base64,AAAA", marked(f" {url}"), marked(url.upper()), marked(other),
+        marked("file:///etc/hostname"), marked("data:image/png;base64,AAAA"), marked("one.png"),
+        marked(place, url=url), marked(place, url=f"{url}?/gradio_api/file=x"), {"url": url},
+        {"image": {"deep": [marked(url)]}}, {url: 1},
+    ]  # fmt: skip
+    for file in files:
+        answer = send(f"{served.url}gradio_api/call/classify", {"data": [[file]]})
+        assert (answer.status_code, file) == (400, file)
+    own = f"{served.url}gradio_api/file={place}"
+    answer = send(f"{served.url}gradio_api/call/classify", {"data": [[marked(place, url=own)]]})
+    assert answer.status_code == 200
+    event = httpx.get(f"{served.url}gradio_api/call/classify/{answer.json()['event_id']}").text
+    assert "event: error" not in event
+    assert not Path(place).exists()
+    for path in (url, quote(url, safe=""), f" {url}", "/etc/hostname", "../../etc/hostname"):
+        for route in ("file=", "proxy=", "file/"):
+            answer = httpx.get(f"{served.url}gradio_api/{route}{path}")
+            assert answer.status_code in (403, 404), (route, path)
+    assert httpx.get(f"{served.url}?image={quote(url)}").status_code == 400
+
+
+@pytest.mark.parametrize("kind", OTHER_TYPES)
+def test_a_body_of_another_kind_is_refused(served: Served, kind: str | None) -> None:
+    for endpoint in ("call/describe", "queue/join"):
+        answer = send(f"{served.url}gradio_api/{endpoint}", {"data": [""]}, kind)
+        assert answer.status_code == 415
+
+
+def test_what_the_page_does_not_know_is_refused(served: Served) -> None:
+    url = f"{served.url}gradio_api/"
+    for route in (
+        "component_server", "process_recording", "vibe-edit", "vibe-code", "stream/x", "login",
+        "run-history/connect", "profiling/clear", "call/describe/x/y", "queue/join/x",
+    ):  # fmt: skip
+        answer = send(f"{url}{route}", {"data": [""]})
+        assert answer.status_code == 404, route
+        assert "knows no such request" in answer.json()["detail"]
+    for method in ("PUT", "DELETE", "PATCH"):
+        assert httpx.request(method, f"{url}call/describe").status_code == 405
+    for body in (b"[]", b"1", b"{", b"\xff\xfe", b'{"data": {}}', b"{}", b'{"data": [], "x": 1}'):
+        assert send(f"{url}call/describe", body).status_code == 400, body
+    assert send(f"{url}upload", {"data": []}).status_code == 415
 
 
 def test_a_name_that_leads_elsewhere_and_a_file_that_is_too_large(served: Served) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
+from ..backbones.saved import first_line_of
 from ..errors import GloVLMError
 from ..files import check_fields, read_json, write_json
 from ..settings import read_yaml
@@ -64,7 +65,7 @@ _SHAPES = {
     ),
     "an accession number": (
         r"(?i)(?<![^\W_])[a-z]{1,3}[-_ ]?(?:19|20)?\d\d[-_/]\d{3,7}(?!\d)"
-        r"|(?<![\d.])(?:19|20)?\d\d[-/]\d{4,7}(?![\d.])"
+        r"|(?<![\d.])(?:19|20)?\d\d[-/](?!(?:19|20)\d\d(?!\d))\d{4,7}(?![\d.])"
     ),
     "a record number": r"(?<![\d.,])\d{7,}(?![\d.,])",
 }
@@ -173,7 +174,8 @@ class Identifiers:
                 own = "rare"
             reach = max(own, reach, key=_REACHES.index)
             joined = "".join(words)
-            for key in (words, joined) if len(joined) >= _LONG else (words,):
+            keys: list[tuple[str, ...] | str] = [words]
+            for key in [*keys, joined] if len(joined) >= _LONG else keys:
                 if key not in known or _REACHES.index(reach) < _REACHES.index(known[key][1]):
                     known[key] = (name, reach)
 
@@ -225,7 +227,7 @@ class Identifiers:
 
         The words of a vocabulary are nobody's, so single names without a digit do not count.
         """
-        joined = "".join(word.text for word in _words(fold(entry)))
+        joined = "".join(word.text for word in _words(fold(entry.replace("</w>", ""))))
         name = self._known.get(joined, ("",))[0] if len(joined) >= _LONG else ""
         several = len(joined) > 9 and len(_words(fold(name))) > 1
         return name if several or (name and re.search(r"\d", joined)) else None
@@ -279,7 +281,8 @@ def _counts(
     if not by_hand or reach == "rare":
         return False
     number = i == j and words[i].text.isdecimal()
-    decimal = re.search(r"\d[.,]$", folded[:start]) or re.match(r"[.,]\d", folded[end:])
+    decimal = re.search(r"\d(?:[.,]|\s?[+/]\s?)$", folded[:start])  # also a sum of grades: 3+4
+    decimal = decimal or re.match(r"[.,]\d", folded[end:])
     graded = i > 0 and words[i - 1].text in _GRADES
     return not (number and (decimal or graded or _UNIT.match(folded, end)))
 
@@ -452,7 +455,12 @@ def identifiers_of(source: str | Path) -> Identifiers:
         return Identifiers()
     results = read_json(folder / "results.json")
     check_fields(folder / "results.json", results, {"data": (dict,), "per_class": (dict,)})
-    return read_identifiers(folder, results)[0]
+    try:
+        return read_identifiers(folder, results)[0]
+    except GloVLMError:
+        raise
+    except Exception as error:  # of whatever library reads it
+        raise GloVLMError(f"The run in {folder} cannot be read: {first_line_of(error)}") from error
 
 
 _SIDES = ("support", "validation", "calibration")

@@ -1,7 +1,6 @@
 """Stage of an upload: copied files without private values, searched for identifiers."""
 
 import errno
-import json
 import re
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GloVLMError
-from ..files import check_fields, read_json, write_json
+from ..files import check_fields, read_json, read_text, write_json
 from ..model.configuration_glovlm import AUTO_MAP
 from ..settings import read_yaml
 from .adapter_only import stage_parts
@@ -68,6 +67,10 @@ def staged(run: Run, repo_id: str, what: Part, reason: str | None) -> Iterator[P
                     "the model. Nothing was published."
                 ) from error
             raise GloVLMError(f"The run cannot be laid out for publishing: {error}") from error
+        except RecursionError as error:
+            raise GloVLMError(
+                "A file of the run is nested too deep to be published: restore a copy of it."
+            ) from error
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -209,6 +212,30 @@ def _bad(text: Any, forbidden: Identifiers, *, by_hand: bool = False) -> bool:
 # -------------------------------------------------------------------------------- the search
 
 
+def check_identifiers(
+    folder: str | Path,
+    *,
+    names: Iterable[str] = (),
+    files: Iterable[str] = (),
+    labels: Iterable[str] = (),
+) -> None:
+    """Check that no file of a folder names a patient, a slide or a file, before it is passed on.
+
+    Args:
+        folder: What leaves: JSON, YAML, Markdown, vocabularies, weights, figures.
+        names: Identifiers, such as patient, case and slide ids, in any spelling.
+        files: Names of image files.
+        labels: Class names, which folders of images may bear.
+
+    Raises:
+        GloVLMError: One does, or holds what looks like a case number, a date or a path; names the
+            file and the field.
+    """
+    given = (frozenset(map(str, part)) for part in (names, files, labels))
+    forbidden = dict(zip(("names", "files", "labels"), given, strict=True))
+    search_folder(Path(folder), Identifiers(**forbidden))
+
+
 def search_folder(folder: Path, forbidden: Identifiers) -> None:
     """Search all files of a folder, and their names, for identifiers.
 
@@ -225,13 +252,14 @@ def search_folder(folder: Path, forbidden: Identifiers) -> None:
         if file.suffix == ".safetensors":
             refuse_named(name, texts_of(_read_header(file, name)), forbidden)
         elif file.name in _VOCABULARIES:
-            _search_vocabulary(name, file.read_text(encoding="utf-8"), forbidden)
+            _search_vocabulary(name, read_text(file), forbidden)
         elif file.suffix == ".json":
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             _refuse_columns(name, content)
             if file.name == "tokenizer.json":
-                model = content.pop("model", None) or {}
-                words = (_plain(model.get(part)) for part in ("vocab", "merges"))
+                model = content.get("model")
+                model = model if isinstance(model, dict) else {}
+                words = (_plain(model.pop(part, None)) for part in ("vocab", "merges"))
                 _search_vocabulary(name, "\n".join(chain(*words)), forbidden)
             refuse_named(name, texts_of(content), forbidden)
         elif file.suffix == ".yaml":
@@ -239,7 +267,7 @@ def search_folder(folder: Path, forbidden: Identifiers) -> None:
         elif file.suffix == ".png":
             _redraw(file, name)
         elif file.suffix not in (".onnx", ".data", ".py"):  # graphs, and the package's own
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file)
             if file.suffix == ".svg" and re.search(r"<image|data:|<script|href\s*=", text):
                 raise GloVLMError(f"{name} holds an image, and no image may leave: remove it.")
             refuse_named(name, texts_of(_front_matter(text)), forbidden)
@@ -270,7 +298,7 @@ def _read_header(file: Path, name: str) -> Any:
 
 def _plain(entries: Any) -> Iterator[str]:
     """Entries of a vocabulary or list of merges, in whichever form it has."""
-    for entry in entries or ():
+    for entry in entries if isinstance(entries, list | dict) else ():
         yield entry if isinstance(entry, str) else " ".join(map(str, entry))
 
 

@@ -24,6 +24,7 @@ from hf_glovlm import (
     __version__,
     adapt,
     build_zero_shot,
+    check_identifiers,
     check_publishing,
     copy_sharing_weights,
     describe_image_scale,
@@ -179,6 +180,7 @@ class AdaptedModel:
         results: Its metrics, where measured.
         notes: Sentences of the method.
         card: A short card in Markdown.
+        patients: Whose images they are.
     """
 
     loaded: Loaded
@@ -187,6 +189,7 @@ class AdaptedModel:
     results: dict[str, Any] | None
     notes: list[str]
     card: str
+    patients: frozenset[str] = frozenset()
 
 
 def adapt_classifier(
@@ -247,7 +250,10 @@ def adapt_classifier(
     )  # fmt: skip
     model = Loaded("adapted here", adapted.model.glovlm, processor, adapted.model)
     card = _write_card(loaded.name, model, support, known, method, validation.sentence)
-    return AdaptedModel(model, images, validation.sentence, validation.results, adapted.notes, card)
+    return AdaptedModel(
+        model, images, validation.sentence, validation.results, adapted.notes, card,
+        frozenset(filter(None, known)),
+    )  # fmt: skip
 
 
 def zip_model(adapted: AdaptedModel, folder: Path, settings: Settings) -> Path:
@@ -259,7 +265,8 @@ def zip_model(adapted: AdaptedModel, folder: Path, settings: Settings) -> Path:
         settings: On a page of one's own, nothing leaves the machine.
 
     Raises:
-        GloVLMError: The licence of the base forbids to pass on what is made of it, or is not known.
+        GloVLMError: The licence of the base forbids to pass on what is made of it, or is not known;
+            or a class or prompt names a patient or a file.
     """
     if not settings.folders:
         try:
@@ -275,18 +282,32 @@ def zip_model(adapted: AdaptedModel, folder: Path, settings: Settings) -> Path:
         model = place / "model"
         adapted.loaded.ask().save_pretrained(model)
         adapted.loaded.processor.save_pretrained(model)
+        (model / "README.md").write_text(adapted.card, encoding="utf-8")
+        _search(model, adapted)
         fresh = place / ".glovlm-model.zip.tmp"
         with zipfile.ZipFile(fresh, "w", zipfile.ZIP_STORED) as archive:  # weights do not shrink
             for path in sorted(model.rglob("*")):
-                if path.is_file() and path.name != "README.md":
+                if path.is_file():
                     archive.write(path, path.relative_to(place).as_posix())
-            archive.writestr("model/README.md", adapted.card)
         os.replace(fresh, place / "glovlm-model.zip")
         shutil.rmtree(model)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
     return place / "glovlm-model.zip"
+
+
+def _search(folder: Path, adapted: AdaptedModel) -> None:
+    """Refuse a download that names a patient or a file of the images."""
+    try:
+        check_identifiers(
+            folder,
+            names=adapted.patients,
+            files=[image.name for image in adapted.support],
+            labels=map(str, adapted.loaded.ask().config.id2label.values()),
+        )
+    except GloVLMError as error:
+        raise GloVLMError(f"There is no download here. {error}") from error
 
 
 def _check_support(support: Mapping[str, Sequence[Upload]], method: str) -> None:
@@ -321,7 +342,10 @@ def _write_card(
     config = model.ask().config
     licence = config.backbone_license or "not known"
     mark = " (synthetic images)" if config.synthetic else ""
-    counts = "\n".join(f"- {name}: {len(images)} images" for name, images in support.items())
+    counts = "\n".join(
+        f"- `{name.replace('`', chr(39))}`: {len(images)} images"
+        for name, images in support.items()
+    )
     known = len(set(filter(None, patients)))
     limits = "\n".join(f"- {sentence}" for sentence in describe_limits(config))
     shown = f"{list(support)} {config.prompts}".lower()
