@@ -5,7 +5,9 @@ from anywhere, and a huge number of layers in none for hours.
 """
 
 import math
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from ..errors import GloVLMError
-from ..files import check_fields, read_json
+from ..files import check_fields, is_plain_name, read_json
 
 _NONE = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {  # of fields that any config.json may have
@@ -58,14 +60,41 @@ def read_config(file: Path, what: str) -> dict[str, Any]:
         what: What it belongs to, for the sentence: "The model run".
 
     Raises:
-        GloVLMError: It is damaged, see `check_config`.
+        GloVLMError: It is damaged, see `check_config`; or a file beside it is a pipe or a device,
+            or an index of weights that lie elsewhere.
     """
     try:
         content: dict[str, Any] = read_json(file)
         check_config(content, file)
+        check_folder(file.parent)
     except GloVLMError as error:
         raise GloVLMError(f"{what} cannot be loaded: {error}") from error
     return content
+
+
+def check_folder(folder: Path) -> None:
+    """Check a model's folder before anything in it is read.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        GloVLMError: A file in it is a pipe or a device, which would never end, or an index names
+            weights that lie elsewhere.
+    """
+    for path in folder.iterdir():
+        with suppress(OSError):  # a link to nothing: whoever needs it reports it
+            mode = path.stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise GloVLMError(f"'{path}' is a device or pipe, and a model is of files.")
+        if path.name.endswith(".index.json") and path.is_file():
+            index = read_json(path)
+            check_fields(path, index, {"weight_map": (dict,)})
+            for name in index["weight_map"].values():
+                _refuse_unless(
+                    isinstance(name, str) and is_plain_name(name),
+                    path, "weight_map", "to name files beside it", name,
+                )  # fmt: skip
 
 
 def check_config(content: Any, path: Path | str) -> None:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -545,8 +546,8 @@ _ONE_OF_BOTH = (
 
 def _is_for_upload() -> bool:
     """Whether a caller of transformers saves the model in order to upload the folder."""
-    frame = sys._getframe(1)
-    while frame := frame.f_back:  # type: ignore[assignment]
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
         if frame.f_code.co_name == "push_to_hub":
             return True
         if frame.f_code.co_name == "_save_checkpoint":
@@ -554,6 +555,7 @@ def _is_for_upload() -> bool:
             at_end = getattr(settings, "hub_strategy", None) == "end"
             if getattr(settings, "push_to_hub", False) and not at_end:
                 return True
+        frame = frame.f_back
     return False
 
 

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backbones.saved import check_config, loading_reason
+from ..backbones.saved import check_config, check_folder, loading_reason
 from ..errors import GloVLMError
 from ..files import read_json, write_json
 from .hub_errors import refusal
@@ -51,6 +51,8 @@ def load_published(
             )
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             raise refusal(name, error, token, "loaded") from error
+    if folder.is_dir():
+        check_folder(folder)
     if (folder / PARTS).is_file():
         return _assemble(folder)
     source = str(folder) if Path(name).expanduser().is_dir() else name
