@@ -124,6 +124,22 @@ def download(folder: Path) -> None:
     work.zip_model(adapted, folder / "downloads", Settings())
 
 
+def adapt_there(folder: Path) -> None:
+    """What the Space does with a former run as the base of another adaptation."""
+    import work
+    from shelf import Loaded, Settings
+    from uploads import make_examples
+
+    towers, processor = hf_glovlm.load_backbone(str(folder))
+    support = {x: [i for i in make_examples() if i.label == x] for x in ("viable", "atubular")}
+    adapted = work.adapt_classifier(Loaded("x", towers, processor, None), support, "prototype")
+    work.zip_model(adapted, folder / "downloads", Settings())
+
+
+def push_former(folder: Path) -> None:
+    hf_glovlm.load_backbone(str(folder))[0].push_to_hub("lab/model")
+
+
 def push_model(folder: Path) -> None:
     load_classifier(str(folder))[0].push_to_hub("lab/model")
 
@@ -180,6 +196,8 @@ DOORS: dict[str, Callable[[Path], str | None]] = {  # that let weights of the ba
         lambda folder: hf_glovlm.export_model(folder, folder / "out", data=None)
     ),
     "the Space": from_python(download),
+    "the Space, from a former run": from_python(adapt_there),
+    "push_to_hub of a former run's towers": from_python(push_former),
     "push_to_hub": from_python(push_model),
     "save and push": from_python(save_and_push),
     "push_to_hub of the towers": from_python(push_towers),
