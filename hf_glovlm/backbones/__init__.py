@@ -12,6 +12,7 @@ from .table import (
     Backbone,
     known_rows,
     pretraining_notes,
+    unknown_pretraining_notes,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "known_rows",
     "load_backbone",
     "pretraining_notes",
+    "unknown_pretraining_notes",
 ]

@@ -3,6 +3,7 @@
 Adding a backbone is adding a row. What its source does not state is written as `not verified`.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +36,9 @@ class Backbone:
         text_context: Longest text in tokens, special tokens included; 0 for vision.
         pretrained_on: Its pretraining data.
         stains: Of these data; empty where they were no histology in particular.
-        datasets: Public sets among them, in lower case: results on their images are contaminated.
+        datasets: Public cohorts among them, in lower case: results on their images are
+            contaminated.
+        without: Public cohorts that its source says it left out.
         license: As its page states it.
         non_commercial: Whether the licence forbids commercial use.
         no_derivatives: Whether it forbids sharing what is made from the weights.
@@ -61,6 +64,7 @@ class Backbone:
     pretrained_on: str
     stains: tuple[str, ...] | Literal["not verified"] = NOT_VERIFIED
     datasets: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     license: str
     non_commercial: bool = False
     no_derivatives: bool = False
@@ -154,6 +158,7 @@ _ROWS = (
         name="conch", hub_id="MahmoodLab/conch",
         **_CLIP | {"image_size": 448, "text_context": 128},
         pretrained_on="1.17M histopathology pairs; no TCGA, PAIP or GTEx by its page",
+        without=("tcga", "paip", "gtex"),
         stains=("H&E", "IHC", "special stains"), **_BY_NC_ND,
         layout="conch", weights="pytorch_model.bin",
         citation="Lu et al. 2024, Nature Medicine 30",
@@ -182,7 +187,8 @@ _ROWS = (
     Backbone(
         name="uni", hub_id="MahmoodLab/UNI", **_VISION, **_BY_NC_ND, magnification="20x", mpp=0.5,
         pretrained_on="Mass-100K: 100M patches of 100k slides; GTEx among them, no TCGA",
-        stains=("H&E",), datasets=("gtex",), layout="timm", weights="pytorch_model.bin",
+        stains=("H&E",), datasets=("gtex",), without=("tcga",),
+        layout="timm", weights="pytorch_model.bin",
         vision_pooling="cls", citation="Chen et al. 2024, Nature Medicine 30",
     ),
     Backbone(
@@ -239,7 +245,11 @@ def known_rows(name: str | None) -> list[Backbone]:
 
 
 def pretraining_notes(
-    row: Backbone, stain: str | None = None, data: str | None = None, mpp: float | None = None
+    row: Backbone,
+    stain: str | None = None,
+    data: str | None = None,
+    mpp: float | None = None,
+    cohorts: Collection[str] = (),
 ) -> list[str]:
     """Notes on how a task relates to a backbone's pretraining data.
 
@@ -248,6 +258,7 @@ def pretraining_notes(
         stain: Canonical name of the task's stain (`H&E`, `PAS`, ...).
         data: Name of the task's data.
         mpp: Micrometres per input pixel of the task.
+        cohorts: That the task's images come from, in lower case.
 
     Returns:
         Sentences for the results; none where nothing is known.
@@ -266,7 +277,7 @@ def pretraining_notes(
                 "it."
             )
     for known in row.datasets:
-        if data is not None and known in data.lower():
+        if known in cohorts or (data is not None and known in data.lower()):
             notes.append(
                 f"{row.name} saw {known.upper()} in pretraining: results on these data are "
                 "contaminated."
@@ -279,4 +290,27 @@ def pretraining_notes(
     return notes
 
 
-# ------------------------------------------------------------------------------- where weights are
+def unknown_pretraining_notes(name: str | None, cohorts: Collection[str] = ()) -> list[str]:
+    """Notes on what cannot be known of a backbone's pretraining data, which is not "unseen".
+
+    Args:
+        name: `config.backbone_name`.
+        cohorts: That the task's images come from, in lower case; none where they are unknown.
+
+    Returns:
+        A sentence for each image tower that may have seen them; none for `mini`, which saw
+        synthetic images alone, or where its source names each cohort as used or left out.
+    """
+    notes = []
+    for part in (name or "this backbone").split("+"):
+        row = next(iter(known_rows(part)), None)
+        if row is None:
+            notes.append(
+                f"What '{part}' was pretrained on is not known: it may have seen these images."
+            )
+        elif row.kind != "text" and row.hub_id is not None:
+            rest = sorted({*cohorts} - {*row.datasets} - {*row.without})
+            what = " and ".join(cohort.upper() for cohort in rest) or "images of these data"
+            if rest or not cohorts:
+                notes.append(f"Whether {row.name} saw {what} in pretraining is not known.")
+    return notes

@@ -6,6 +6,7 @@ of any data set, known or not.
 """
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +19,8 @@ from .terminology import Term, find_stain, find_term, match_key, prompts_for
 
 logger = logging.getLogger("hf_glovlm")
 _FOLDER = Path(__file__).with_name("catalog")
+# Cohorts whose name stands in their ids: a word of its own, before a digit or a separator.
+_NAMED = re.compile(r"(?<![^\W_])(tcga|cptac|gtex|paip|kpmp|hubmap)(?![^\W\d_])", re.I)
 _TEMPLATE = "A pathology image of {}"
 
 
@@ -47,6 +50,8 @@ class CatalogEntry:
             whole slide, in a `slides.csv`: see `read_slide_table`) or `synthetic`.
         classes: In the file's order; the names are those of the class folders.
         stain: Canonical stain names; empty where the source names none.
+        cohorts: Whose slides these are, in lower case (`tcga`), to be compared with what a backbone
+            saw in pretraining; not all where `notes` name further ones, empty where unknown.
         licence: Of the images, as far as known.
         citation: What to cite.
         source: Where to get it.
@@ -69,6 +74,7 @@ class CatalogEntry:
     split_rule: str
     metric: str
     notes: tuple[str, ...]
+    cohorts: tuple[str, ...] = ()
     public: bool = True
 
     @property
@@ -104,6 +110,28 @@ def catalog_entry(name: str) -> CatalogEntry:
             f"The catalogue has no set '{name}'.{nearest(name, known)} Sets: {', '.join(known)}."
         )
     return known[name]
+
+
+def find_cohorts(name: str, texts: Iterable[str] = ()) -> set[str]:
+    """Cohorts that data come from, by the catalogue and by their own words.
+
+    Args:
+        name: Of the data: a catalogue name in any spelling, perhaps with more around it.
+        texts: Ids, institutions and file names, in which cohorts are named (`TCGA-A1-A0SB`).
+
+    Returns:
+        In lower case; empty where nothing is known.
+    """
+    words = f" {match_key(name)} "
+    cohorts = {
+        cohort
+        for entry in _entries()
+        for cohort in entry.cohorts
+        if f" {match_key(entry.name)} " in words
+    }
+    for text in {name, *texts}:
+        cohorts |= {match.lower() for match in _NAMED.findall(text)}
+    return cohorts
 
 
 def describe_source(name: str) -> str:
