@@ -328,9 +328,11 @@ def spelling(text: str) -> str:
     """Spelling key: two ids or labels of one key are most likely one, spelled twice.
 
     Case, width of letters, invisible characters, the kind of separator and leading zeros do not
-    count: `P001`, `p1`, `P-01` and `p 1` share a key; `1-1` and `11` do not.
+    count: `P001`, `p1`, `P-01` and `p 1` share a key; `1-1` and `11` do not. A number that a table
+    wrote as `1.0` is `1`.
     """
     folded = unicodedata.normalize("NFKC", normal_text(text)).casefold()
+    folded = re.sub(r"^(\d+)\.0+$", r"\1", folded)
     joined = _BETWEEN.sub("-", folded).strip("-")
     joined = re.sub(r"(?<=[^\W\d])-(?=\d)|(?<=\d)-(?=[^\W\d])", "", joined)
     return re.sub(r"\d+", lambda run: run[0].lstrip("0") or "0", joined)

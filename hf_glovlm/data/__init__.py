@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     from .check import DataReport, check_dataset
     from .columns import MANIFEST, Columns
     from .folder import dataset_fingerprint, describe_reading, load_dataset, open_image
+    from .groups import Groups, group_rows
     from .splits import (
         Episode,
-        Groups,
         all_rows,
         assert_disjoint,
         draw_episode,
-        group_rows,
         load_episode,
         reserve_calibration,
         save_episodes,
@@ -38,9 +37,10 @@ _HOMES = {
     "check": ("DataReport", "check_dataset"),
     "columns": ("MANIFEST", "Columns"),
     "folder": ("dataset_fingerprint", "describe_reading", "load_dataset", "open_image"),
+    "groups": ("Groups", "group_rows"),
     "splits": (
-        "Episode", "Groups", "all_rows", "assert_disjoint", "draw_episode", "group_rows",
-        "load_episode", "reserve_calibration", "save_episodes", "split_groups", "split_hash",
+        "Episode", "all_rows", "assert_disjoint", "draw_episode", "load_episode",
+        "reserve_calibration", "save_episodes", "split_groups", "split_hash",
     ),
 }  # fmt: skip
 

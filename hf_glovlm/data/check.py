@@ -1,15 +1,26 @@
 """Data set checks before any training: labels, groups, duplicates, readable images."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GloVLMError
 from ..files import digest_value
+from .catalog import load_classes
 from .columns import MANIFEST
-from .folder import column, content_hash, describe_reading, fingerprint_of, in_threads, open_image
-from .splits import GROUP_COLUMNS, Groups, all_rows, assert_disjoint, group_rows
+from .folder import column, content_hash, describe_reading, fingerprint_of, in_threads
+from .groups import (
+    GROUP_COLUMNS,
+    Groups,
+    differing_spellings,
+    group_rows,
+    ids_within_institutions,
+    image_hashes,
+    in_quotes,
+)
+from .splits import all_rows, assert_disjoint, draw_episode
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -27,11 +38,12 @@ class DataReport:
         groups_per_class: Groups that hold a class.
         problems: Errors that must be mended before any training, one sentence each.
         notes: Remarks, one sentence each.
-        duplicates: File names of identical images, one list for each content.
+        duplicates: File names of images with the same pixels, one list for each.
         left_out: Number of files and rows that were not read, by kind.
         fingerprint: See `dataset_fingerprint`; None if a file could not be read.
         digests: Of what decides a run, by file name and in the order of the rows: `images`,
             `labels`, `groups` and the other `columns` (split, stain, ...).
+        hashes: Of each row's image, see `image_hashes`; empty where one was not decoded.
     """
 
     classes: list[str]
@@ -45,10 +57,11 @@ class DataReport:
     left_out: dict[str, int] = field(default_factory=dict)
     fingerprint: str | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    hashes: list[tuple[str, str]] = field(default_factory=list, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable dictionary."""
-        return asdict(self)
+        """JSON-serialisable dictionary, without the images' hashes."""
+        return {name: value for name, value in asdict(self).items() if name != "hashes"}
 
     def raise_problems(self) -> None:
         """Raise the first problem, if there is one.
@@ -62,17 +75,27 @@ class DataReport:
             raise GloVLMError(self.problems[0] + rest)
 
 
-def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
+def check_dataset(
+    ds: "DatasetDict",
+    *,
+    decode: bool = True,
+    drawing: Mapping[str, Any] | None = None,
+    source: str | Path | None = None,
+) -> DataReport:
     """Check a data set: count, decode and compare all images; never raises for its content.
 
-    Problems: a single class; an image that cannot be read; identical images with different labels
-    or in different groups; a group on two sides of a given split; a class of the test without a
-    training image. Notes: what a group is, identical images within a group, classes in one group.
+    Problems: a single class; an image that cannot be read; the same pixels with different labels or
+    in different groups; classes or ids that differ in spelling only; a group on two sides of a
+    given split; a class of the test without a training image; what an episode cannot be drawn for.
+    Notes: what a group is, identical images within a group, classes in one group.
 
     Args:
         ds: As `load_dataset` makes it.
         decode: Decode every image; without it only the files' content is hashed, and without
             decoding there are no near-duplicate groups.
+        drawing: Settings of `draw_episode`: draw one as `glovlm train` does, and state as a problem
+            why that is refused.
+        source: Where the data lie: its `classes.yaml` is read, too, when an episode is drawn.
     """
     rows = all_rows(ds)
     names: list[str] = rows.features["label"].names
@@ -97,11 +120,13 @@ def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
             "class, or give the folder one level deeper if the classes lie there."
         )
     findings = in_threads(lambda image: _check_image(image, decode), images)
-    broken = [error for _, error in findings if error]
+    broken = [error for *_, error in findings if error]
     if len(broken) > 3:
         broken[3:] = [f"{len(broken) - 3} more images cannot be read."]
     report.problems += broken
-    contents = [content for content, _ in findings]
+    contents = [content for content, *_ in findings]
+    hashes = [known for _, known, _ in findings if known]
+    report.hashes = hashes if len(hashes) == len(findings) else []
     if all(contents):
         pairs = [(c, names[k]) for c, k in zip(contents, labels, strict=True) if c]
         report.fingerprint = fingerprint_of(pairs)
@@ -113,8 +138,16 @@ def check_dataset(ds: "DatasetDict", *, decode: bool = True) -> DataReport:
         groups = group_rows(rows)
         report.group_column = groups.column
         report.notes.append(groups.note + ".")
+        _compare_spellings(report, rows, groups)
         _compare_sides(report, sides, labels, groups)
-    _compare_duplicates(report, contents, labels, files, groups)
+    same = [known[0] if known else content for content, known, _ in findings]
+    _compare_duplicates(report, same, labels, files, groups)
+    if drawing is not None and not report.problems:
+        try:
+            load_classes(names, source=source)
+            draw_episode(rows, groups=groups, **drawing)
+        except GloVLMError as error:
+            report.problems.append(f"`glovlm train` would refuse these data: {error}")
     return report
 
 
@@ -136,15 +169,45 @@ def _digest_rows(
     }
 
 
-def _check_image(image: Any, decode: bool) -> tuple[str | None, str | None]:
-    """Content hash of an image, or the error where it cannot be read."""
+def _check_image(image: Any, decode: bool) -> tuple[str | None, tuple[str, str] | None, str | None]:
+    """Content hash of an image, its `image_hashes` if decoded, and why it cannot be read."""
     try:
-        content = content_hash(image)
-        if decode:
-            open_image(image)
+        return content_hash(image), image_hashes(image) if decode else None, None
     except GloVLMError as error:
-        return None, str(error)
-    return content, None
+        return None, None, str(error)
+
+
+def _compare_spellings(report: DataReport, rows: "Dataset", groups: Groups) -> None:
+    """Classes, and ids that make other groups, in more than one spelling."""
+    for written in differing_spellings(report.classes):
+        report.problems.append(
+            f"the classes {in_quotes(written)} differ in spelling only; give every image of them "
+            "one label (the name of the class folder, or the column label)."
+        )
+    ranks = list(GROUP_COLUMNS)
+    lower = ranks[ranks.index(groups.column) + 1 :] if groups.column in ranks else []
+    for name in (groups.column, *lower, "glomerulus_id"):
+        if name not in rows.column_names:
+            continue
+        ids = ids_within_institutions(rows, name)
+        if name in lower:  # there, an id groups the rows alone that have no better one
+            better = column(rows, groups.column)
+            ids = [value if one is None else None for value, one in zip(ids, better, strict=True)]
+        of: dict[str, set[str]] = {}
+        for value, group in zip(ids, groups.ids, strict=True):
+            if value is not None:
+                of.setdefault(value, set()).add(group)
+        apart = [
+            written
+            for written in differing_spellings(of)
+            if len(set.union(*(of[value] for value in written))) > 1
+        ]
+        if apart:
+            more = f" ({len(apart) - 1} more like these)" if len(apart) > 1 else ""
+            report.problems.append(
+                f"the values {in_quotes(apart[0])} of {name} differ in spelling only{more}, so one "
+                "patient could be in training and test; write each id in one way."
+            )
 
 
 def _compare_sides(report: DataReport, sides: list[str], labels: list[int], groups: Groups) -> None:
@@ -178,15 +241,15 @@ def _compare_sides(report: DataReport, sides: list[str], labels: list[int], grou
 
 def _compare_duplicates(
     report: DataReport,
-    contents: list[str | None],
+    images: list[str | None],
     labels: list[int],
     files: list[str],
     groups: Groups | None,
 ) -> None:
     same: dict[str, list[int]] = {}
-    for row, content in enumerate(contents):
-        if content is not None:
-            same.setdefault(content, []).append(row)
+    for row, image in enumerate(images):
+        if image is not None:
+            same.setdefault(image, []).append(row)
     copies = [rows for rows in same.values() if len(rows) > 1]
     report.duplicates = [[files[row] for row in rows] for rows in copies]
     relabelled = [rows for rows in copies if len({labels[row] for row in rows}) > 1]
@@ -204,12 +267,13 @@ def _compare_duplicates(
     if relabelled:
         report.problems.append(
             f"{len(relabelled)} images have different labels (for instance "
-            f"{example(relabelled[0])}); keep the right one."
+            f"{example(relabelled[0])}, the same pixels); keep the right one."
         )
     if apart and groups is not None:
         report.problems.append(
-            f"{len(apart)} images are in several groups (for instance {example(apart[0])}), so "
-            f"a copy could be in training and test; delete the copies or correct {groups.column}."
+            f"{len(apart)} images are in several groups (for instance {example(apart[0])}, the "
+            "same pixels), so a copy could be in training and test; delete the copies or correct "
+            f"{groups.column}."
         )
     within = len(copies) - len(relabelled) - len(apart)
     if within:

@@ -8,18 +8,18 @@ any larger k.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ..errors import GloVLMError, nearest
 from ..files import read_text, write_text
-from .folder import SPLIT_ORDER, ImageValue, column, in_threads, logger, open_image
+from .folder import SPLIT_ORDER, column, logger
+from .groups import Groups, group_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -28,34 +28,12 @@ ShotsFrom = Literal["spread", "random", "one_group"]
 Indices = NDArray[np.int64]
 
 EPISODES = "a file of frozen episodes"
-NEAR_DUPLICATE = "near_duplicate"
-GROUP_COLUMNS = {
-    "patient_id": "groups are patients",
-    "case_id": "groups are cases; patients are unknown",
-    "slide_id": "groups are slides; patients are unknown",
-    "group_id": "groups are as given in group_id; patients are unknown",
-}
 # Streams of random numbers, so that no draw depends on how many numbers another one used.
 _SPLIT, _SUPPORT, _RESERVE, _VALIDATION, _CALIBRATION = range(5)
 _TRIES = 256
 
 
-# ---------------------------------------------------------------------------------- groups
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Groups: the patient (or case, slide, near-duplicate cluster) of each row.
-
-    Attributes:
-        column: The column the ids come from, or `near_duplicate`.
-        ids: One id per row.
-        note: What a group is, and what was merged or missing.
-    """
-
-    column: str
-    ids: list[str]
-    note: str
+# ------------------------------------------------------------------------------------ rows
 
 
 def all_rows(ds: "DatasetDict") -> "Dataset":
@@ -71,132 +49,6 @@ def all_rows(ds: "DatasetDict") -> "Dataset":
         ds[name].add_column("split", [name] * len(ds[name])) for name in SPLIT_ORDER if name in ds
     ]
     return concatenate_datasets(parts)
-
-
-def group_rows(ds: "Dataset", *, group_column: str | None = None) -> Groups:
-    """Group rows by patient, case, slide or near-duplicate cluster.
-
-    Groups are patients where `patient_id` is known, else cases, else slides, else `group_id`, else
-    clusters of near-duplicate images. A row without a value in that column joins the rows with
-    which it shares a value in the next column (such as its slide), else it is a group of its own.
-    Rows that share a `glomerulus_id` (one glomerulus on several levels or stains) merge their
-    groups. A merged group bears the first of its ids.
-
-    Near duplicates: the 64 signs of the low frequencies of a cosine transform of the 32 x 32 grey
-    image differ in at most 6 places, and the 16 x 16 colour thumbnails by at most 10 of 255 on
-    average. Copies that were compressed anew, resized or made 5% brighter are found; of 2,325 real
-    glomeruli and tiles from different places no two were taken for copies.
-
-    Args:
-        ds: Rows as `load_dataset` makes them.
-        group_column: Use this column (or `near_duplicate`) instead of the first one known.
-
-    Raises:
-        GloVLMError: `group_column` is not there, or an image cannot be decoded.
-    """
-    known = [name for name in GROUP_COLUMNS if name in ds.column_names]
-    if group_column is None:
-        named = (name for name in known if any(v is not None for v in column(ds, name)))
-        group_column = next(named, NEAR_DUPLICATE)
-    if group_column == NEAR_DUPLICATE:
-        ids: list[str | None] = [None] * len(ds)
-        note = "no patient, case or slide is given: groups are near-duplicate clusters of images"
-        note += "; patients are unknown"
-        links = _near_duplicates(column(ds, "image"))
-        lower: list[str] = []
-    elif getattr(ds.features.get(group_column), "dtype", "") == "string":
-        ids = column(ds, group_column)
-        note = GROUP_COLUMNS.get(group_column, f"groups are values of {group_column}")
-        links = []
-        lower = known[known.index(group_column) + 1 :] if group_column in known else []
-    else:
-        have = ", ".join(known) or "none"
-        raise GloVLMError(
-            f"expected the group column '{group_column}', found {have}; add it to metadata.csv."
-        )
-    names = column(ds, "file_name")
-    raw = [name if value is None else value for name, value in zip(names, ids, strict=True)]
-    links += _same(raw)
-    alone = [row for row, value in enumerate(ids) if value is None]
-    if alone and group_column != NEAR_DUPLICATE:
-        note += f"; {len(alone)} of {len(ids)} rows have no {group_column}"
-        note += " and are grouped by " + ", ".join([*lower, "themselves"])
-        links += _fallback_links(ds, alone, lower)
-    before = len(set(_components(raw, links)))
-    if "glomerulus_id" in ds.column_names:
-        links += _same(column(ds, "glomerulus_id"))
-    merged = _components(raw, links)
-    joined = before - len(set(merged))
-    if joined:
-        note += f"; {joined} groups were merged into others that share a glomerulus_id with them"
-    return Groups(group_column, merged, note)
-
-
-def _same(values: Sequence[str | None]) -> list[list[int]]:
-    """The rows of each value that is not missing."""
-    rows: dict[str, list[int]] = {}
-    for row, value in enumerate(values):
-        if value is not None:
-            rows.setdefault(value, []).append(row)
-    return list(rows.values())
-
-
-def _fallback_links(ds: "Dataset", alone: Sequence[int], lower: Sequence[str]) -> list[list[int]]:
-    links: list[list[int]] = []
-    open_rows = set(alone)
-    for name in lower:
-        for rows in _same(column(ds, name)):
-            here = open_rows.intersection(rows)
-            if here:
-                links.append(rows)
-                open_rows -= here
-    return links
-
-
-def _components(raw: Sequence[str], links: Iterable[Sequence[int]]) -> list[str]:
-    """Connected components of rows; each row gets the smallest id of its component."""
-    from scipy.cluster.hierarchy import DisjointSet
-
-    rows = DisjointSet(range(len(raw)))
-    for first, *rest in links:
-        for other in rest:
-            rows.merge(first, other)
-    ids = list(raw)
-    for component in rows.subsets():
-        smallest = min(raw[row] for row in component)
-        for row in component:
-            ids[row] = smallest
-    return ids
-
-
-def _near_duplicates(images: Sequence[ImageValue], distance: int = 6) -> list[list[int]]:
-    """Pairs of rows with near-duplicate images."""
-    hashed = in_threads(_perceptual_hash, images)
-    hashes = np.array([code for code, _ in hashed], dtype=np.uint64)
-    thumbnails = np.array([thumbnail for _, thumbnail in hashed], dtype=np.float32)
-    pairs: list[list[int]] = []
-    for row in range(len(hashes) - 1):
-        differing = np.bitwise_count(hashes[row + 1 :] ^ hashes[row])
-        near = row + 1 + np.flatnonzero(differing <= distance)
-        if len(near):
-            apart = np.abs(thumbnails[near] - thumbnails[row]).mean(axis=1)
-            pairs += [[row, int(other)] for other in near[apart <= 10]]
-    return pairs
-
-
-def _perceptual_hash(value: ImageValue) -> tuple[np.uint64, NDArray[np.float32]]:
-    """Perceptual hash (64 bits) and flattened 16 x 16 colour thumbnail of an image."""
-    image = open_image(value)
-    small = image.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
-    low = (_COSINES @ np.asarray(small, dtype=np.float64) @ _COSINES.T).ravel()
-    bits = low > np.median(low[1:])  # without the mean grey
-    code = np.packbits(bits).view(np.uint64)[0]
-    thumbnail = image.resize((16, 16), Image.Resampling.BILINEAR)
-    return code, np.asarray(thumbnail, dtype=np.float32).ravel()
-
-
-# The 8 lowest frequencies of the discrete cosine transform (DCT-II) of 32 samples.
-_COSINES = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))
 
 
 def assert_disjoint(groups: Sequence[str], **sides: Sequence[int] | Indices) -> None:
@@ -222,6 +74,29 @@ def assert_disjoint(groups: Sequence[str], **sides: Sequence[int] | Indices) -> 
                 )
 
 
+def assert_unlearned(
+    groups: Sequence[str], learned: Collection[str], **sides: Sequence[int] | Indices
+) -> None:
+    """Assert that nothing is chosen, calibrated or measured on groups learned from before.
+
+    Args:
+        groups: Group id of every row.
+        learned: Groups that the backbone learned from.
+        sides: Row indices of each side, by the side's name; that of the support may hold them.
+
+    Raises:
+        GloVLMError: Names the side, and how many of its groups were learned from.
+    """
+    for name, rows in sides.items():
+        held = {groups[int(row)] for row in rows}
+        if name != "support" and (seen := len(held & set(learned))):
+            raise GloVLMError(
+                f"The backbone learned from {seen} of the {len(held)} groups on the {name} side "
+                "when it was adapted before, so the numbers would flatter it: move them to the "
+                "support side of the split, leave them out, or start from the base backbone."
+            )
+
+
 def _few(n: int, noun: str) -> str:
     return f"{n} {noun} stands" if n == 1 else f"{n} {noun}s stand"
 
@@ -237,6 +112,7 @@ def split_groups(
     test_fraction: float = 0.5,
     class_names: Sequence[str] | None = None,
     allow_fewer: bool = False,
+    pooled: Collection[str] = (),
 ) -> tuple[Indices, Indices]:
     """Group split into support pool and test.
 
@@ -252,6 +128,8 @@ def split_groups(
         class_names: For messages.
         allow_fewer: Classes that lie in one group only, which cannot be on both sides, go to the
             support pool instead of being an error: they are in training, and not measured.
+        pooled: Groups that may not be tested. They change nothing where the split would put none
+            of them there.
 
     Returns:
         Sorted row indices of the pool and of the test.
@@ -294,18 +172,30 @@ def split_groups(
         kept[only] = True
     n_test = min(max(round(len(ids) * test_fraction), 1), len(ids) - 1)
     movable = np.flatnonzero(~kept)
-    n_test = min(n_test, len(movable))
     shared_counts = counts[:, spread > 1]
-    in_test = _random_halves(shared_counts, movable, n_test, test_fraction, rng)
+    in_test = _halves(shared_counts, movable, n_test, test_fraction, rng)
+    barred = np.isin(ids, sorted(pooled))
+    if in_test is not None and (in_test & barred).any():
+        movable = np.flatnonzero(~kept & ~barred)
+        in_test = _halves(shared_counts, movable, n_test, test_fraction, rng)
     if in_test is None:
-        in_test = _search(shared_counts, movable, n_test, rng)
-    if in_test is None:
+        besides = f" without testing the {barred.sum()} that were learned from before"
         raise GloVLMError(
-            f"no split of the {len(ids)} groups puts every class on both sides; add patients or "
-            "slides that hold the rare classes, or leave those out."
+            f"no split of the {len(ids)} groups puts every class on both sides"
+            f"{besides if barred.any() else ''}; add patients or slides that hold the rare "
+            "classes, or leave those out."
         )
     tested = in_test[group_of]
     return np.flatnonzero(~tested), np.flatnonzero(tested)
+
+
+def _halves(
+    counts: Indices, movable: Indices, n_test: int, fraction: float, rng: np.random.Generator
+) -> NDArray[np.bool_] | None:
+    """Which groups are tested, at most `n_test` of those that may be; `None` without a split."""
+    n_test = min(n_test, len(movable))
+    in_test = _random_halves(counts, movable, n_test, fraction, rng)
+    return _search(counts, movable, n_test, rng) if in_test is None else in_test
 
 
 def _random_halves(
@@ -439,6 +329,7 @@ def draw_episode(
     validation_shots: int = 0,
     calibration_groups: int = 0,
     groups: Groups | None = None,
+    pooled: Collection[str] = (),
 ) -> Episode:
     """Draw a few-shot episode: support, validation, calibration and test.
 
@@ -466,10 +357,13 @@ def draw_episode(
             there are hardly enough images, and only there can the support of fewer shots fail to
             be a part of that of more.
         groups: `group_rows(rows)`, if at hand.
+        pooled: Groups that the backbone learned from before: they may give support, and nothing
+            is chosen, calibrated or measured on them. A split that tests none of them is what it
+            is without.
 
     Raises:
-        GloVLMError: Too few images, groups or classes; a group on two sides of a given split; an
-            unknown class or sampler.
+        GloVLMError: Too few images, groups or classes; a group on two sides of a given split, or
+            one of `pooled` that it tests; an unknown class or sampler.
     """
     if shots_from not in get_args(ShotsFrom):
         raise GloVLMError(
@@ -482,7 +376,7 @@ def draw_episode(
     present = set(np.unique(labels).tolist())
     requested = _per_class(shots, names, present)
     ids = np.asarray(groups.ids, dtype=object)
-    sampler = _Sampler(labels, ids, names, seed, draw, allow_fewer)
+    sampler = _Sampler(labels, ids, names, seed, draw, allow_fewer, pooled)
     if "split" in rows.column_names:
         given = np.asarray(column(rows, "split"))
         pool, reserve, test = (np.flatnonzero(given == side) for side in SPLIT_ORDER)
@@ -510,13 +404,19 @@ def draw_episode(
     sides = {"support": tuple(support), "validation": tuple(validation)}
     sides |= {"calibration": tuple(calibration.tolist()), "test": tuple(test.tolist())}
     assert_disjoint(groups.ids, **sides)
+    assert_unlearned(groups.ids, pooled, **sides)
     most = max(requested.values())
     name = f"{shots_from}-{most}"
     return Episode(name, draw, most, seed, shots_from, groups.column, **sides)
 
 
 def reserve_calibration(
-    rows: "Dataset", episode: Episode, n_groups: int, seed: int, groups: Groups | None = None
+    rows: "Dataset",
+    episode: Episode,
+    n_groups: int,
+    seed: int,
+    groups: Groups | None = None,
+    pooled: Collection[str] = (),
 ) -> Episode:
     """Add calibration groups to an episode, from the groups that it does not use.
 
@@ -527,6 +427,7 @@ def reserve_calibration(
             least half of its fair share of every class, where there is one.
         seed: Seed, 0 or more; the choice depends on it and on the number of the draw.
         groups: `group_rows(rows, group_column=episode.group_column)`, if at hand.
+        pooled: Groups that the backbone learned from before; none of them is taken.
 
     Returns:
         The episode with `calibration` filled; support, validation and test are as they were.
@@ -542,7 +443,7 @@ def reserve_calibration(
     groups = groups or group_rows(rows, group_column=episode.group_column)
     ids = np.asarray(groups.ids, dtype=object)
     sides = {"support": episode.support, "validation": episode.validation, "test": episode.test}
-    used = {groups.ids[row] for side in sides.values() for row in side}
+    used = {*pooled, *(groups.ids[row] for side in sides.values() for row in side)}
     unused_rows = np.array(
         [i for i, group in enumerate(groups.ids) if group not in used], dtype=int
     )
@@ -652,6 +553,7 @@ class _Sampler:
     seed: int
     draw: int
     allow_fewer: bool
+    pooled: Collection[str] = ()
 
     def split(self, rows: Indices, stream: int, test_fraction: float) -> tuple[Indices, Indices]:
         """Group split of rows into those that stay and those that go, all classes in both."""
@@ -662,6 +564,7 @@ class _Sampler:
             test_fraction=test_fraction,
             class_names=self.names,
             allow_fewer=self.allow_fewer,
+            pooled=self.pooled,
         )
         return rows[stay], rows[go]
 
@@ -686,19 +589,24 @@ class _Sampler:
             raise GloVLMError(f"expected 0 or more calibration groups, found {n}.")
         if n == 0:
             return pool, np.empty(0, dtype=np.int64)
+        barred = np.isin(self.ids[pool].astype(str), sorted(self.pooled))
+        pool, learned = pool[~barred], pool[barred]
         ids = self.ids[pool]
         available = len(set(ids))
-        if n >= available:
+        if n >= available + bool(len(learned)):
+            before = " that were not learned from before" if len(learned) else ""
+            most = max(available - (not len(learned)), 0)
             raise GloVLMError(
-                f"the support pool has {available} groups, so {n} cannot be set aside for "
-                f"calibration; ask for {available - 1} at most, or add patients or slides."
+                f"the support pool has {available} groups{before}, so {n} cannot be set aside for "
+                f"calibration; ask for {most} at most, or add patients or slides."
             )
         # A class that the support does not take must not leave the pool altogether either.
         needed = np.array([max(shots[name], 1) for name in self.names])
+        needed = (needed - np.bincount(self.labels[learned], minlength=len(needed))).clip(min=0)
         one_group = shots_from == "one_group"
         rng = _rng((self.seed, self.draw, _CALIBRATION))
         aside = _set_aside(self.labels[pool], ids, n, needed, one_group, rng)
-        return pool[~aside], pool[aside]
+        return np.sort(np.concatenate([pool[~aside], learned])), pool[aside]
 
     def take(
         self, side: Indices, k: int, n: int, shots_from: ShotsFrom, stream: int, where: str

@@ -19,7 +19,8 @@ from ..calibration import estimate_prior
 from ..calibration.inputs import softmax
 from ..data import all_rows, group_rows, load_dataset
 from ..data.folder import column
-from ..data.splits import Groups, ShotsFrom, draw_episode
+from ..data.groups import Groups
+from ..data.splits import ShotsFrom, draw_episode
 from ..errors import GloVLMError, nearest
 from ..inference import FeatureCache, embed_images
 from ..slides.counting import PRIOR_COUNT, adjust_fractions, confusion_counts, is_informative

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...data.folder import positive
+from ...data.groups import differing_spellings, in_quotes
 from ...data.listing import SPLIT_NAMES, few, split_role
 from ...errors import GloVLMError, nearest
 from ...tables import read_table
@@ -117,8 +118,8 @@ def read_slide_table(path: Path, *, classes: Sequence[str] | None = None) -> Sli
 
     Raises:
         GloVLMError: An unknown or missing column, a row without slide or label, a slide named
-            twice, an unknown label or split, a patient on two sides, a `patient_id`, `case_id` or
-            `split` that only some rows have.
+            twice, an unknown label or split, labels or patients that differ in spelling only, a
+            patient on two sides, a `patient_id`, `case_id` or `split` that only some rows have.
     """
     header, lines = _read_csv(path)
     rows = [dict(zip(header, line, strict=True)) for line in lines]
@@ -149,6 +150,12 @@ def read_slide_table(path: Path, *, classes: Sequence[str] | None = None) -> Sli
         raise GloVLMError(
             f"{path} names {len(twice)} slides more than once ({few(twice)}); keep one row each."
         )
+    for name in filter(None, ("label", patient_column)):
+        for written in differing_spellings(filter(None, (row.get(name) for row in rows))):
+            raise GloVLMError(
+                f"{path}: the values {in_quotes(written)} of {name} differ in spelling only; write "
+                "each in one way."
+            )
     known = tuple(classes) if classes is not None else tuple(sorted({r.label for r in table}))
     for row in table:
         if row.label not in known:
