@@ -403,11 +403,24 @@ def test_heat_maps_are_measured_by_the_same_rule(
     assert f"{left} images of groups that the model learned from" in done.err
     (measured,) = json.loads(done.out)["methods"].values()
     assert measured["groups"] == len(others)
-    # The same images by slides alone: evaluate and explain-check say that they cannot know.
+    # The same images by slides alone are known by their pixels.
     slides = by_slide(data, tmp_path / "slides")
+    done = check_heat(glovlm, run_folder, slides, masks)
+    assert done.code == 0, done.err
+    assert f"{left} images of groups that the model learned from" in done.err
+    done = glovlm("evaluate", run_folder, "--data", slides, "--output", tmp_path / "r.json")
+    assert done.code == 2
+    assert "known by the images alone: these data have no patient_id" in done.err
+
+
+def test_a_model_without_its_run_is_measured_with_a_word(
+    run_folder: Path, data: Path, tmp_path: Path, glovlm: Glovlm
+) -> None:
+    alone = Path(shutil.copytree(run_folder / "model", tmp_path / "alone"))
+    masks = with_masks(data, tmp_path / "masks")
     for done in (
-        check_heat(glovlm, run_folder, slides, masks),
-        glovlm("evaluate", run_folder, "--data", slides, "--output", tmp_path / "r.json"),
+        check_heat(glovlm, alone, data, masks),
+        glovlm("evaluate", alone, "--data", data, "--output", tmp_path / "r.json"),
     ):
         assert done.code == 0, done.err
         assert "learned from some of these groups cannot be known" in done.err
@@ -443,7 +456,8 @@ def test_a_frozen_split_that_leaks_is_refused(
 
 
 def test_what_is_left_out_was_not_learned_from() -> None:
-    from hf_glovlm.runs.evaluation import check_unlearned, hash_groups, measure
+    from hf_glovlm.runs.evaluation import check_unlearned, measure
+    from hf_glovlm.runs.provenance import hash_groups
 
     learned = hash_groups(["P1", "P2"])
     check_unlearned(learned, ["P3", "P4", "P4"])
@@ -452,6 +466,8 @@ def test_what_is_left_out_was_not_learned_from() -> None:
     predictions: Any = SimpleNamespace(labels=[0, 1], groups=["P3", "P1"])
     with pytest.raises(GloVLMError, match="learned from 1 of the 2 groups"):
         measure(predictions, learned=learned)
+    with pytest.raises(GloVLMError, match="1 of the images are the same"):
+        check_unlearned({*learned, "pixels"}, ["P3"], ["pixels", "others"])
 
 
 # ------------------------------------------------------------------------------------ identifiers

@@ -54,7 +54,9 @@ from .options import (
     ScaleFlag,
     Text,
     Texts,
+    Whole,
     options_of,
+    read_shots,
 )
 from .publish import card, explain, explain_check, export, push
 from .slides import caption, crops, get, mil, slide
@@ -172,8 +174,8 @@ def evaluate(
 
     from ..data import Columns
     from ..files import write_json
-    from ..runs.evaluation import UNKNOWN
     from ..runs.evaluation import evaluate as measure
+    from ..runs.provenance import UNKNOWN
 
     quiet_libraries()
     results = measure(
@@ -452,10 +454,18 @@ def check(
     label_column: LabelColumn = None,
     group_column: GroupColumn = None,
     group_from: GroupFrom = None,
+    shots: Annotated[Text, Option(help="As for train. (8)")] = None,
+    seed: Annotated[Whole, Option(min=0, max=SEEDS, help="As for train. (0)")] = None,
+    draw: Annotated[Whole, Option(min=0, help="As for train. (0)")] = None,
+    allow_fewer: Annotated[bool, Option(help="As for train.")] = False,
+    validation_shots: Annotated[Whole, Option(min=0, help="As for train. (0)")] = None,
+    calibration_groups: Annotated[Whole, Option(min=0, help="As for train. (0)")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Read every image, count classes and groups, look for leaks. Exit code 1 if there are any."""
+    """Read every image, look for leaks, draw as train would. Exit code 1 where that is refused."""
     from ..data import Columns, check_dataset, describe_reading, load_dataset
+    from ..runs.config import DRAWING
+    from ..settings import declarations
 
     columns = Columns(
         image_column=image_column,
@@ -463,8 +473,13 @@ def check(
         group_column=group_column,
         group_from=group_from,
     )
+    given = {"seed": seed, "draw": draw, "allow_fewer": allow_fewer, "shots": read_shots(shots)}
+    given |= {"validation_shots": validation_shots, "calibration_groups": calibration_groups}
+    table = declarations(TrainConfig)
+    drawing = {name: table[name].default for name in DRAWING}
+    drawing |= {name: table[name].read(v) for name, v in given.items() if v is not None}
     loaded = load_dataset(data, columns=columns)
-    report = check_dataset(loaded)
+    report = check_dataset(loaded, drawing=drawing, source=data)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -127,7 +127,7 @@ def read_config(kind: type[Settings], given: Mapping[str, Any], own: str = "") -
     values |= {k: v for k, v in given.items() if k not in beside and v is not None}
     table = declarations(kind)
     if "shots" in table and isinstance(values.get("shots"), str):
-        values["shots"] = _shots(values["shots"])
+        values["shots"] = read_shots(values["shots"])
     if "prior" in table and isinstance(values.get("prior"), str) and "=" in values["prior"]:
         values["prior"] = _fractions(values["prior"])
     if given.get("settings"):
@@ -145,8 +145,14 @@ def _setting(text: str) -> tuple[str, Any]:
     return key.strip(), read_yaml_value(value, f"--set {shown(text)}")
 
 
-def _shots(text: str) -> int | dict[str, int]:
-    """Read `8`, or `viable=8,sclerosed=4`."""
+def read_shots(text: str | None) -> int | dict[str, int] | None:
+    """Shots of an option: `8`, or `viable=8,sclerosed=4`.
+
+    Raises:
+        GloVLMError: It is neither.
+    """
+    if text is None:
+        return None
     if re.fullmatch(r"-?\d{1,18}", text.strip(), re.ASCII):
         return int(text)
     return _by_class(

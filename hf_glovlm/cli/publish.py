@@ -186,8 +186,8 @@ def explain_check(
     classifier.to(place)
     rows = all_rows(load_dataset(data))
     groups = group_rows(rows)
-    kept, sentence = unlearned_rows(run, rows, groups)
-    if sentence:
+    kept, sentences = unlearned_rows(run, rows, groups)
+    for sentence in sentences:
         note(sentence)
     rows = rows.select(kept)
     measured = evaluate_maps(

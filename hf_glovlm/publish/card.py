@@ -185,7 +185,8 @@ def _card_values(results: Mapping[str, Any], publication: Publication | None) ->
     """What `model_card.md.j2` names."""
     config, data = results["config"], results["data"]
     mark = SYNTHETIC if results.get("synthetic") else ""
-    title = f"{_backbone(results)} adapted by {config['method']}, {_shots(data)}{mark}"
+    former = _former(results)
+    title = f"{_backbone(results)}{former} adapted by {config['method']}, {_shots(data)}{mark}"
     confused = results["confusion_matrix"]
     mpp = data.get("mpp")
     return {
@@ -198,6 +199,7 @@ def _card_values(results: Mapping[str, Any], publication: Publication | None) ->
         "mark": mark,
         "glomeruli": _shows_glomeruli(results),
         "backbone": _backbone(results),
+        "former": former,
         "backbones": known_rows(_backbone(results)),
         "shots": _shots(data),
         "unit": group_unit(data["group_column"]),
@@ -430,9 +432,18 @@ def _is_plain(value: object) -> bool:
 
 def _backbone(results: Mapping[str, Any]) -> str:
     """Public name of the base: a Hub id, a name of the table, or "a local folder"."""
-    parts = str(results["backbone"]["name"]).split("+")
+    backbone = results["backbone"]
+    parts = str(backbone.get("base", backbone["name"])).split("+")
     public = [name if _HUB_ID.fullmatch(name) or _is_plain(name) else _FOLDER for name in parts]
     return "+".join(public)
+
+
+def _former(results: Mapping[str, Any]) -> str:
+    """What was made of the base in former runs, between its name and what was made in this one."""
+    backbone = results["backbone"]
+    if not backbone.get("adapted"):
+        return ""
+    return f"{str(backbone['name']).removeprefix(str(backbone['base']))}, then"
 
 
 def _shots(data: Mapping[str, Any]) -> str:

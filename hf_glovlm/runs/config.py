@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 IN_MEMORY = "data in memory"  # stands for a data set that has no place
 MINI = "mini"  # the embedded backbone
+DRAWING = (  # settings of an episode, as `draw_episode` takes them
+    "shots", "seed", "draw", "shots_from", "allow_fewer", "test_fraction", "validation_shots",
+    "calibration_groups",
+)  # fmt: skip
 RECIPE = ("epochs", "lr", "weight_decay", "batch_size")  # override the method's recipe
 
 

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.folder import column
+from ..data.folder import column, in_threads
+from ..data.groups import differing_spellings, image_hashes, in_quotes
 from ..errors import GloVLMError, nearest
 from ..inference import FeatureCache, MemoryCache, Predictions, predict
 from ..inference.sentences import copy_sharing_weights
 from ..methods import METHODS, FeatureMethod, HeadMethod
 from ..metrics import compute_metrics
 from ..training import AdaptConfig, adapt
-from .evaluation import check_unlearned, hash_groups
+from .evaluation import check_unlearned
+from .provenance import hash_groups
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,8 +88,8 @@ def leave_patients_out(
         on_patient: Told how many patients are done, of how many.
 
     Returns:
-        Metrics with intervals over patients; or, where patients are not known or a class has fewer
-        than two, the sentence that says so.
+        Metrics with intervals over patients; or the sentence that says why there are none: patients
+        are not known or spelled in two ways, two share an image, or a class has fewer than two.
 
     Raises:
         GloVLMError: The method does not work on frozen features; what `adapt` raises.
@@ -102,6 +104,9 @@ def leave_patients_out(
     reason = _why_not(labels, names, patients)
     if reason or patients is None:
         return LeftOut(NO_ESTIMATE + reason)
+    hashes = in_threads(image_hashes, column(rows, "image"))
+    if reason := _shared_image(hashes, patients):
+        return LeftOut(NO_ESTIMATE + reason)
     store = MemoryCache() if cache is None else cache
     processor = copy.copy(processor)  # `adapt` drops the learned context of a former task
     order = sorted(set(patients))
@@ -110,13 +115,14 @@ def leave_patients_out(
     logits = np.empty((len(rows), len(names)), np.float32)
     config = AdaptConfig(method_config or {}, seed=seed)
     for k in range(len(order)):
-        kept, left = np.flatnonzero(group != k), np.flatnonzero(group == k)
+        kept, left = np.flatnonzero(group != k).tolist(), np.flatnonzero(group == k).tolist()
         adapted = adapt(
             copy_sharing_weights(model), method, rows.select(kept),
             processor=processor, classes=classes, config=config, cache=store,
         )  # fmt: skip
-        learned = hash_groups(patients[int(i)] for i in kept)
-        check_unlearned(learned, [patients[int(i)] for i in left])
+        learned = hash_groups(patients[i] for i in kept).union(*(hashes[i] for i in kept))
+        images = {value for i in left for value in hashes[i]}
+        check_unlearned(learned, [patients[i] for i in left], images)
         predictions = predict(adapted.model, processor, rows.select(left), cache=store)
         probabilities[left], logits[left] = predictions.probabilities, predictions.logits
         if on_patient is not None:
@@ -144,12 +150,27 @@ def _why_not(labels: NDArray[np.int64], names: list[str], patients: Sequence[str
     if len(patients) != len(labels) or not all(patient.strip() for patient in patients):
         known = sum(bool(patient.strip()) for patient in patients)
         return f"the patient is known of {known} of {len(labels)} images; give that of every image."
+    for written in differing_spellings(patients):
+        return f"the patients {in_quotes(written)} differ in spelling only; write each in one way."
     for k, name in enumerate(names):
         held = len({patient for patient, y in zip(patients, labels, strict=True) if y == k})
         if held < MIN_PATIENTS:
             return (
                 f"leaving a patient out takes at least {MIN_PATIENTS} patients of every class, and "
                 f"'{name}' has {held}."
+            )
+    return ""
+
+
+def _shared_image(hashes: Sequence[tuple[str, str]], patients: Sequence[str]) -> str:
+    """Why nothing can be measured where two patients share an image; empty where none do."""
+    owner: dict[str, str] = {}
+    for (pixels, _), patient in zip(hashes, patients, strict=True):
+        first = owner.setdefault(pixels, patient)
+        if first != patient:
+            return (
+                f"the patients {in_quotes([first, patient])} have an image with the same pixels, "
+                "which would be learned from and measured; remove the copy."
             )
     return ""
 

@@ -1,38 +1,31 @@
 """Evaluation: a trained model measured on labelled images that it did not learn from.
 
 What a model learned from is never measured: the groups (patients, cases, slides) of its support,
-validation and calibration images are known by their hashes, and every command that measures asks
-`check_unlearned` or leaves `learned_rows` out.
+validation and calibration images and these groups' images are known by their hashes, see
+`provenance`, and every command that measures refuses them or leaves them out.
 """
 
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..environment import describe_environment
 from ..errors import GloVLMError, nearest
-from ..files import check_fields
 from ..inference import FeatureCache, Predictions, predict, resolve_device
 from ..inference.prediction import class_names
 from ..inference.scale import check_scale, listed_mpp
 from ..settings import declarations
+from ..tables import spelling
 from .config import IN_MEMORY, TrainConfig
+from .provenance import UNKNOWN, Provenance, Seen, contamination_notes, hash_groups
 from .results import RunResult
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
     from ..data import Columns, Groups
-
-_FIELDS: dict[str, tuple[type, ...]] = {  # of a run's results.json
-    "data": (dict,),
-    "data.group_column": (str, type(None)),
-    "data.support_groups_sha256": (list, type(None)),
-}
-UNKNOWN = "Whether the model learned from some of these groups cannot be known."
 
 
 class Evaluation(RunResult):
@@ -78,7 +71,7 @@ def evaluate(
         data: Folder, table, Hub id, or a data set in memory.
         columns: Which columns hold images, classes and patients; see `load_dataset`.
         split: Of the data; by default `test` where they are split, else all.
-        allow_seen: Accept groups that the model learned from.
+        allow_seen: Accept groups and images that the model learned from.
         allow_scale: Accept images at a very different scale.
         batch_size: Images encoded at a time, 1 or more.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
@@ -88,11 +81,12 @@ def evaluate(
 
     Returns:
         A mapping like a run's results (`kind` is `evaluation`; `metrics`, `per_class`, `data`,
-        `notes`, ...). `data["groups_seen_in_training"]` is `None` where that cannot be known.
+        `notes`, ...). `data["groups_seen_in_training"]` and `data["images_seen_in_training"]` are
+        `None` where that cannot be known.
 
     Raises:
         GloVLMError: The data have problems or labels that are no class of the model, the model
-            learned from some of their groups, or their scale is another.
+            learned from some of their groups or images, or their scale is another.
     """
     from ..data import Columns, check_dataset, describe_reading, group_rows, load_dataset
     from ..data.folder import is_synthetic
@@ -110,12 +104,10 @@ def evaluate(
     report = check_dataset({"all": rows})
     report.raise_problems()
     groups = group_rows(rows)
-    learned = learned_rows(run, rows, groups)
-    seen = None
-    if learned is not None:
-        seen = len({group for group, one in zip(groups.ids, learned, strict=True) if one})
-        if seen and not allow_seen:
-            raise _flattering(seen, len(set(groups.ids)))
+    seen = seen_rows(run, rows, groups, report.hashes)
+    learned = {group for group, one in zip(groups.ids, seen.rows, strict=True) if one}
+    if learned and not allow_seen:
+        raise _flattering(len(learned), len(set(groups.ids)), seen.notes)
     scale = check_scale(classifier, processor, rows, allow=allow_scale)
     predictions = predict(
         classifier, processor, rows,
@@ -123,6 +115,10 @@ def evaluate(
         cache=FeatureCache() if cache else None,
     )  # fmt: skip
     named = str(data) if isinstance(data, str | Path) else None
+    name = IN_MEMORY if named is None else Path(named).name
+    synthetic = classifier.config.synthetic or is_synthetic(data)
+    base = classifier.config.backbone_name
+    pretrained = contamination_notes(base, name, rows, synthetic=synthetic)
     results = {
         "kind": "evaluation",
         "config": {
@@ -134,21 +130,23 @@ def evaluate(
             "allow_scale": allow_scale,
         },
         "data": {
-            "name": IN_MEMORY if named is None else Path(named).name,
+            "name": name,
             "fingerprint": report.fingerprint,
             "classes": known,
             "counts": report.counts["all"],
             "group_column": groups.column,
-            "groups_seen_in_training": seen,
+            "groups_seen_in_training": len(learned) if seen.known else None,
+            "images_seen_in_training": sum(seen.rows) if seen.known else None,
             "mpp": scale,
         },
         **measure(predictions, n_resamples=n_resamples),
         "notes": [
             groups.note,
             *describe_reading({"all": rows}).notes,
-            *([UNKNOWN] if seen is None else []),
+            *seen.notes,
+            *pretrained,
         ],
-        "synthetic": classifier.config.synthetic or is_synthetic(data),
+        "synthetic": synthetic,
         "environment": describe_environment(place),
     }
     return Evaluation(results, Path(source), predictions)
@@ -158,6 +156,7 @@ def measure(
     predictions: Predictions,
     *,
     learned: Collection[str] = (),
+    images: Collection[str] = (),
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -165,17 +164,19 @@ def measure(
 
     Args:
         predictions: Of labelled images.
-        learned: Hashes of the groups that the model learned from, see `hash_groups`.
+        learned: Hashes of the groups that the model learned from, see `hash_groups`, and of their
+            images.
+        images: Hashes of the measured images, see `image_hashes`.
         n_resamples: Bootstrap resamples.
         seed: Of the bootstrap.
 
     Raises:
-        GloVLMError: The model learned from one of the groups.
+        GloVLMError: The model learned from one of the groups or images.
     """
     from ..metrics import compute_metrics
 
     assert predictions.labels is not None  # callers predict labelled rows
-    check_unlearned(learned, predictions.groups or ())
+    check_unlearned(learned, predictions.groups or (), images)
     return compute_metrics(
         predictions.labels,
         predictions.probabilities,
@@ -190,17 +191,15 @@ def measure(
 # --------------------------------------------------------------------------- what was learned from
 
 
-def hash_groups(groups: Iterable[str]) -> set[str]:
-    """Hashes by which results know the groups that a model learned from (SHA-256)."""
-    return {sha256(group.encode()).hexdigest() for group in groups}
-
-
-def check_unlearned(learned: Collection[str], groups: Iterable[str]) -> None:
-    """Check that a model learned from none of the groups that are to be measured.
+def check_unlearned(
+    learned: Collection[str], groups: Iterable[str], images: Collection[str] = ()
+) -> None:
+    """Check that a model learned from no group and no image that is to be measured.
 
     Args:
-        learned: Hashes of the groups that it learned from.
+        learned: Hashes of the groups that it learned from, and of their images.
         groups: Group of each measured image.
+        images: Hashes of the measured images, see `image_hashes`.
 
     Raises:
         GloVLMError: It learned from some.
@@ -208,69 +207,63 @@ def check_unlearned(learned: Collection[str], groups: Iterable[str]) -> None:
     measured = hash_groups(groups)
     if seen := len(measured & set(learned)):
         raise _flattering(seen, len(measured))
+    if seen := len(set(images) & set(learned)):
+        raise GloVLMError(
+            f"{seen} of the images are the same as some that the model learned from, so the "
+            "numbers would flatter it: leave them out."
+        )
 
 
-def learned_rows(
-    run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups"
-) -> list[bool] | None:
+def seen_rows(
+    run: Mapping[str, Any] | None,
+    rows: "Dataset",
+    groups: "Groups",
+    hashes: Sequence[tuple[str, str]] | None = None,
+) -> Seen:
     """Which rows a model learned from, by the results of its run.
 
     Args:
-        run: The results, as `load_model` returns them.
+        run: The results, as `load_model` returns them; `None` where none lie beside the model.
         rows: Images as `load_dataset` makes them.
         groups: Their groups.
-
-    Returns:
-        One value a row; `None` where it cannot be known: there are no results beside the model, or
-        the rows lack the column that its groups came from.
+        hashes: Of their images (`image_hashes`), if at hand.
     """
-    from ..data import group_rows
-
     if run is None:
-        return None
-    check_fields(Path("results.json"), run, _FIELDS)
-    group_column = run["data"].get("group_column")
-    hashes = run["data"].get("support_groups_sha256")
-    if not hashes or group_column not in (groups.column, "near_duplicate", *rows.column_names):
-        return None
-    if group_column != groups.column:
-        groups = group_rows(rows, group_column=group_column)
-    learned = {str(value) for value in hashes}
-    return [bool(hash_groups([group]) & learned) for group in groups.ids]
+        return Seen([False] * len(groups.ids), False, [UNKNOWN])
+    return Provenance.of_results(run).seen(rows, groups, hashes)
 
 
 def unlearned_rows(
     run: Mapping[str, Any] | None, rows: "Dataset", groups: "Groups"
-) -> tuple[list[int], str | None]:
+) -> tuple[list[int], list[str]]:
     """Rows that may be measured: without those of groups that a model learned from.
 
     Args:
-        run: See `learned_rows`.
-        rows: See `learned_rows`.
-        groups: See `learned_rows`.
+        run: See `seen_rows`.
+        rows: See `seen_rows`.
+        groups: See `seen_rows`.
 
     Returns:
-        Their numbers, and a sentence where rows are left out or nothing is known.
+        Their numbers, and sentences where rows are left out or not all is known.
 
     Raises:
         GloVLMError: Nothing is left.
     """
-    learned = learned_rows(run, rows, groups)
-    if learned is None:
-        return list(range(len(rows))), UNKNOWN
-    kept = [row for row, one in enumerate(learned) if not one]
+    seen = seen_rows(run, rows, groups)
+    kept = [row for row, one in enumerate(seen.rows) if not one]
     if not kept:
         raise GloVLMError("The model learned from every group in these data: give others.")
     left = len(rows) - len(kept)
     what = f"{left} images of groups that the model learned from are left out."
-    return kept, what if left else None
+    return kept, [*([what] if left else []), *seen.notes]
 
 
-def _flattering(seen: int, total: int) -> GloVLMError:
-    return GloVLMError(
+def _flattering(seen: int, total: int, notes: Iterable[str] = ()) -> GloVLMError:
+    sentence = (
         f"The model learned from {seen} of the {total} groups in these data, so the numbers would "
         "flatter it: leave them out, or give --allow-seen."
     )
+    return GloVLMError(" ".join([sentence, *notes]))
 
 
 # ------------------------------------------------------------------------------- what is measured
@@ -301,9 +294,17 @@ def choose_split(dataset: "DatasetDict", split: str | None) -> "Dataset":
 
 def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
     """The classes of a model; refuses rows with a label that is none of them."""
+    from ..data.groups import in_quotes
+
     known = class_names(classifier.config)
     unknown = next((name for name in rows.features["label"].names if name not in known), None)
     if unknown:
+        meant = next((name for name in known if spelling(name) == spelling(unknown)), None)
+        if meant is not None:
+            raise GloVLMError(
+                f"The labels {in_quotes([unknown, meant])} differ in spelling only, and the "
+                "second is the model's class: rename the first in the data."
+            )
         raise GloVLMError(
             f"The label '{unknown}' is no class of this model, which knows {', '.join(known)}."
             f"{nearest(unknown, known)}"

@@ -39,16 +39,26 @@ from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import SUBGROUPS, render_card
 from ..publish.identifiers import write_identifiers
 from ..training import Adapted, adapt
-from .config import MINI, TrainConfig, choose_backbone
-from .evaluation import check_unlearned, hash_groups, measure
+from .config import DRAWING, MINI, TrainConfig, choose_backbone
+from .evaluation import check_unlearned, measure
 from .folder import CODE_VERSION, RunFolder, make_accelerator
+from .provenance import (
+    ADAPTED,
+    Provenance,
+    contamination_notes,
+    describe_chain,
+    former_notes,
+    former_provenance,
+    hash_groups,
+    is_adapted,
+)
 from .results import RunResult
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset, DatasetDict
 
-    from ..data import ClassInfo, Episode
+    from ..data import ClassInfo, Episode, Groups
     from ..data.check import DataReport
     from ..data.folder import Reading
 
@@ -198,6 +208,8 @@ def _run(
 
     report("stage", {"name": f"loading the backbone: {backbone}"})
     model, processor = loader.backbone(backbone)
+    if task.former is None and is_adapted(model.config):
+        task = replace(task, former=ADAPTED)
     inputs = describe_inputs(config, task.report.digests, task.classes, loader)
     made_from = {**inputs, "split": _digest_split(task), "settings": folder.settings()}
     finished = folder.finished(made_from)
@@ -222,7 +234,11 @@ def _run(
 
         report("stage", {"name": "measuring"})
         measured = measure(
-            predictions, learned=task.learned(), n_resamples=config.n_resamples, seed=config.seed
+            predictions,
+            learned=task.learned(),
+            images=task.images("test"),
+            n_resamples=config.n_resamples,
+            seed=config.seed,
         )
         clock.lap("metrics")
 
@@ -281,10 +297,11 @@ class _Task:
         rows: All of them.
         episode: On which side each row stands.
         labels: Class number of each row.
-        groups: Patient, case or slide of each row.
+        grouping: Patient, case or slide of each row, and what a group is.
         classes: Names and prompts, in label order.
         summary: Labels and groups per class, as events and results state them.
         shift: What a declared prevalence adds to the logits, if one is declared.
+        former: Provenance of a backbone that was adapted before.
     """
 
     config: TrainConfig
@@ -294,34 +311,61 @@ class _Task:
     rows: "Dataset"
     episode: "Episode"
     labels: Sequence[int]
-    groups: Sequence[str]
+    grouping: "Groups"
     classes: Sequence["ClassInfo"]
     summary: dict[str, Any]
     shift: list[float] | None
+    former: Provenance | None
+
+    @property
+    def groups(self) -> list[str]:
+        """Group of each row."""
+        return self.grouping.ids
 
     def side(self, name: str) -> tuple["Dataset", list[str]]:
         """The rows on one side of the split, and the group of each."""
         index = getattr(self.episode, name)
         return self.rows.select(index), [self.groups[i] for i in index]
 
+    def images(self, name: str) -> set[str]:
+        """Hashes of the images on one side of the split."""
+        return {value for i in getattr(self.episode, name) for value in self.report.hashes[i]}
+
     def learned(self, *, calibrated: bool = True) -> set[str]:
-        """Hashes of the groups that the model learned from; also those of its calibration."""
-        sides = [self.episode.support, self.episode.validation]
-        sides += [self.episode.calibration] if calibrated else []
-        return hash_groups(self.groups[i] for index in sides for i in index)
+        """Hashes of the groups and images that the model learned from, in former runs too.
+
+        Args:
+            calibrated: Also those of its calibration.
+        """
+        sides = ["support", "validation", *(["calibration"] if calibrated else [])]
+        rows = [i for side in sides for i in getattr(self.episode, side)]
+        before = (self.former and self.former.images) or ()
+        return hash_groups(self.groups[i] for i in rows).union(before, *map(self.images, sides))
+
+    def provenance(self) -> Provenance:
+        """What the model learned from, in this run and in former ones."""
+        sides = (self.episode.support, self.episode.validation, self.episode.calibration)
+        rows = [row for side in sides for row in side]
+        own = Provenance.of_rows(self.rows, self.grouping, self.report.hashes, rows, len(rows))
+        return own if self.former is None else own.after(self.former)
 
 
 def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     """Read and split the data, and refuse what cannot be done before a backbone is loaded."""
-    from ..data import describe_reading, group_rows, load_classes
+    from ..data import all_rows, describe_reading, load_classes
     from ..data.folder import column
 
     dataset, report = loader.data(config)
-    rows, episode = _choose_episode(dataset, config)
+    rows = all_rows(dataset)
+    former = former_provenance(config.backbone or MINI)
+    episode, groups = _choose_episode(config, rows, former, report.hashes)
     names: list[str] = rows.features["label"].names
     classes = load_classes(names, source=config.folder, prompts=config.prompts, stain=config.stain)
-    groups = group_rows(rows, group_column=episode.group_column).ids
     labels = column(rows, "label")
+    summary = episode.summary(labels, groups.ids, names)
+    if former is not None:
+        summary["former_labels"] = former.labels
+        summary["label_budget"] += former.labels
     shift = None
     if config.prior is not None and not isinstance(config.prior, str):
         shift = prior_shift(declared_prior(config.prior, names)).tolist()
@@ -333,10 +377,11 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
         rows=rows,
         episode=episode,
         labels=labels,
-        groups=groups,
+        grouping=groups,
         classes=classes,
-        summary=episode.summary(labels, groups, names),
+        summary=summary,
         shift=shift,
+        former=former,
     )
     if episode.calibration and config.conformal:
         held = [labels[i] for i in episode.calibration]
@@ -383,10 +428,13 @@ def _adapt(
 def _describe_adapted(adapted: Adapted, task: _Task) -> dict[str, Any]:
     """Method, backbone and training, as the results state them."""
     model = adapted.model.config
+    chain = task.former.chain if task.former is not None else ()
     return {
         "method": task.method.describe() | {"settings": asdict(adapted.settings)},
         "backbone": {
-            "name": model.backbone_name,
+            "name": describe_chain(model.backbone_name, chain),
+            "base": model.backbone_name,
+            "adapted": [dict(link) for link in chain],
             "revision": model.backbone_revision,
             "license": model.backbone_license,
             "restrictions": model.backbone_restrictions,
@@ -448,7 +496,7 @@ def _calibrate(adapted: Adapted, task: _Task, processes: "_Processes") -> Calibr
     config, model, calibration = task.config, adapted.model.config, None
     if task.episode.calibration:
         rows, groups = task.side("calibration")
-        check_unlearned(task.learned(calibrated=False), groups)
+        check_unlearned(task.learned(calibrated=False), groups, task.images("calibration"))
         predictions = processes.predict(adapted, rows, groups)
         assert predictions.labels is not None  # rows of a labelled set
         calibration = calibrate(
@@ -584,28 +632,36 @@ def _measure_answers(predictions: Predictions, calibration: Mapping[str, Any]) -
     return results
 
 
-def _choose_episode(dataset: Any, config: TrainConfig) -> tuple["Dataset", "Episode"]:
-    from ..data import all_rows, draw_episode, load_episode, reserve_calibration
+def _choose_episode(
+    config: TrainConfig,
+    rows: "Dataset",
+    former: Provenance | None,
+    hashes: Sequence[tuple[str, str]],
+) -> tuple["Episode", "Groups"]:
+    """Draw or load the episode, with nothing measured that a former run learned from."""
+    from ..data import draw_episode, group_rows, load_episode, reserve_calibration
+    from ..data.splits import assert_unlearned
 
-    rows = all_rows(dataset)
-    if config.episodes is not None:
-        episode = load_episode(config.episodes, config.draw, rows)
-        if config.calibration_groups and not episode.calibration:
-            episode = reserve_calibration(
-                rows, episode, config.calibration_groups, seed=config.seed
-            )
-        return rows, episode
-    return rows, draw_episode(
-        rows,
-        shots=config.shots,
-        seed=config.seed,
-        draw=config.draw,
-        shots_from=config.shots_from,
-        allow_fewer=config.allow_fewer,
-        test_fraction=config.test_fraction,
-        validation_shots=config.validation_shots,
-        calibration_groups=config.calibration_groups,
-    )
+    def learned(groups: "Groups") -> set[str]:
+        if former is None:
+            return set()
+        seen = former.seen(rows, groups, hashes)
+        return {group for group, one in zip(groups.ids, seen.rows, strict=True) if one}
+
+    if config.episodes is None:
+        groups = group_rows(rows)
+        drawing = {name: getattr(config, name) for name in DRAWING}
+        return draw_episode(rows, groups=groups, pooled=learned(groups), **drawing), groups
+    episode = load_episode(config.episodes, config.draw, rows)
+    groups = group_rows(rows, group_column=episode.group_column)
+    pooled = learned(groups)
+    if config.calibration_groups and not episode.calibration:
+        episode = reserve_calibration(
+            rows, episode, config.calibration_groups, config.seed, groups, pooled
+        )
+    sides = {name: getattr(episode, name) for name in ("validation", "calibration", "test")}
+    assert_unlearned(groups.ids, pooled, **sides)
+    return episode, groups
 
 
 def episode_notes(episode: "Episode") -> list[str]:
@@ -623,6 +679,7 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
         *(f"{note[0].upper()}{note[1:]}." for note in task.reading.notes),
         *adapted.notes,
         *(calibrated.notes if calibrated is not None else ()),
+        *former_notes(adapted.model.config.backbone_name, task.former),
         *_pretraining_notes(adapted, task.config, task.rows),
     ]
 
@@ -636,13 +693,16 @@ def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -
     for name in _stains(rows) if named else filter(None, [config.stain]):
         with suppress(GloVLMError):  # a stain that the terminology does not know
             stains.add(find_stain(name))
-    model, data = adapted.model.config, config.data_name
+    model = adapted.model.config
     notes = [SYNTHETIC_BACKBONE] if model.backbone_name == MINI and not model.synthetic else []
+    notes += contamination_notes(
+        model.backbone_name, config.data_name, rows, synthetic=model.synthetic
+    )
     notes += [
         note
         for row in known_rows(model.backbone_name)
         for stain in sorted(stains, key=str)
-        for note in pretraining_notes(row, stain, data, model.mpp)
+        for note in pretraining_notes(row, stain, mpp=model.mpp)
     ]
     return list(dict.fromkeys(notes))
 
@@ -660,6 +720,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
         "calibration": episode.calibration,
         "test": episode.test,
     }
+    learned = [*episode.support, *episode.validation, *episode.calibration]
     return {
         "name": config.data_name,
         "hub_id": config.hub_id,
@@ -676,7 +737,8 @@ def _describe_data(task: _Task) -> dict[str, Any]:
         "shots": episode.shots,
         "sampler": episode.sampler,
         "support": task.summary,
-        "support_groups_sha256": sorted(task.learned()),
+        "support_groups_sha256": sorted(hash_groups(groups[i] for i in learned)),
+        "learned_from": task.provenance().to_dict(),
         "notes": [note for note in task.report.notes if note not in read],
     }
 
