@@ -616,6 +616,7 @@ def test_a_run_notes_how_its_task_relates_to_pretraining() -> None:
     notes = _pretraining_notes(adapted, config, rows)
     assert [re.sub(r"[:;].*", "", note) for note in notes] == [
         "uni saw GTEX in pretraining",
+        "What 'somebody/else' was pretrained on is not known",
         "uni was pretrained at 0.5 micrometres per pixel (20x)",
         "uni was pretrained on H&E",
     ]
