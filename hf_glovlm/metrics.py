@@ -1,25 +1,27 @@
 """Classification metrics with bootstrap intervals over groups: arrays in, dict out.
 
 A group is what was sampled, a patient, a case or a slide; its images are not independent. So every
-interval is the 95% percentile interval of a bootstrap that draws groups with replacement and keeps
-all images of a drawn group. A resample is a column of group multiplicities; the value is the same
+interval is made (by `intervals`) from a bootstrap that draws groups with replacement and keeps all
+images of a drawn group. A resample is a column of group multiplicities; the value is the same
 computation with all multiplicities one, so that value and interval cannot drift apart.
 
 Undefined is not zero. A mean over classes (balanced accuracy, macro-AUC, macro-F1) is undefined in
 a resample where a class of the labels vanished, because the mean over the remaining classes is
-another quantity. Such resamples are left out of the percentiles and counted.
+another quantity. Such resamples are left out of the interval and counted.
 """
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hf_glovlm import intervals
 from hf_glovlm.errors import GloVLMError, nearest
+from hf_glovlm.roc import Ranks, count_wins, rank_class, weigh_ranks
 
 __all__ = [
     "METRICS",
@@ -90,18 +92,31 @@ class Sample:
         return self._sums[per_image]
 
     @cached_property
-    def ranks(self) -> list["_Ranks"]:
+    def ranks(self) -> list[Ranks]:
         """Each class against the others."""
-        ranks = []
-        for c, scores in enumerate(self.probabilities.T):
-            own = self.labels == c
-            rest = np.flatnonzero(~own)
-            rest = rest[np.argsort(scores[rest], kind="stable")]
-            below, not_above = (
-                np.searchsorted(scores[rest], scores[own], side) for side in ("left", "right")
-            )
-            ranks.append(_Ranks(self.group[own], self.group[rest], below, not_above))
-        return ranks
+        columns = enumerate(self.probabilities.T)
+        return [rank_class(scores, self.labels == c, self.group) for c, scores in columns]
+
+    @cached_property
+    def wins(self) -> list[Floats]:
+        """Wins of each class in every pair of groups, `[G, G]`; a tie is half of one.
+
+        A win: an image of the class in the first group scores above another's in the second.
+        """
+        return [count_wins(ranks, self.n_groups) for ranks in self.ranks]
+
+    @cached_property
+    def class_shares(self) -> Floats:
+        """Share of each group in the images of each class, `[G, K]`; NaN without an image."""
+        with np.errstate(invalid="ignore"):
+            shares: Floats = self.actual / self.actual.sum(0)
+        return shares
+
+    def shares(self, over_classes: bool) -> Floats:
+        """Weight of each group in a metric, `[G]`: of its images, or a mean over classes."""
+        if over_classes:
+            return np.asarray(np.nanmean(self.class_shares, axis=1))
+        return np.asarray(self.actual.sum(1) / len(self.labels))
 
 
 class Resamples:
@@ -129,7 +144,14 @@ class Resamples:
     @cached_property
     def auc(self) -> Floats:
         """Area under the ROC curve of each class against the others, `[K, R]`."""
-        return np.stack([_auc(ranks, self.weights) for ranks in self.sample.ranks])
+        sample, weights = self.sample, self.weights
+        # pairs of groups are fewer than images unless the groups are nearly as many as these
+        if weights.shape[1] > 1 and sample.n_groups**2 <= 10 * len(sample.labels):
+            wins = np.stack([(weights * (table @ weights)).sum(0) for table in sample.wins])
+        else:
+            wins = np.stack([weigh_ranks(ranks, weights) for ranks in sample.ranks])
+        pairs = self.actual * (self.n - self.actual)
+        return np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
 
 
 PerImage = Callable[[Sample], Floats]
@@ -178,7 +200,8 @@ class Metric:
         definition: In one sentence.
         higher_is_better: None where a metric describes and does not rank.
         function: From resamples to a value each, `[R]`, NaN where undefined; see also `mean_of`.
-        bounds: The lowest and the highest value.
+        bounds: The lowest and the highest value; from 0 on it has an interval on log-odds.
+        has_interval: Whether its bootstrap is unbiased enough for an interval.
         of_similarities: Whether it needs cosines of images and class texts; else it is left out.
         over_classes: Whether it is a mean over classes; its note then names those without labels.
         summarised: Whether the report of a study has a column for it.
@@ -190,6 +213,7 @@ class Metric:
     higher_is_better: bool | None
     function: Statistic
     bounds: tuple[float, float] = (0.0, 1.0)
+    has_interval: bool = True
     of_similarities: bool = False
     over_classes: bool = False
     summarised: bool = True
@@ -233,6 +257,7 @@ METRICS: dict[str, Metric] = {
         "Calibration error of the top class over 15 equal bins (lower, upper].",
         False,
         lambda r: np.abs(r.total(_bin_gaps)).sum(0) / r.n,
+        has_interval=False,
     ),
     "brier": Metric(
         "Brier",
@@ -324,8 +349,8 @@ def compute_metrics(
         `recall`, `specificity`, `auc`, `n`, `groups`), `confusion_matrix` (rows are labels),
         `reliability` (ECE bins with counts), `prior` (class fractions of the labels), `threshold`,
         `n`, `n_groups`, `bootstrap`: plain Python values, None where a number is undefined. The
-        predicted class is the argmax of the probabilities as given, the first one on a tie. A
-        resampled ECE is biased upwards: its interval can lie above the value, and then says so.
+        predicted class is the argmax of the probabilities as given, the first one on a tie. The
+        ECE has no interval: a resampled one is biased upwards.
 
     Raises:
         GloVLMError: If an input has a wrong shape, range or length.
@@ -346,22 +371,35 @@ def compute_metrics(
     n_groups = len(group_ids)
     sample = Sample(y, p, group, n_groups, cosines)
     rows = {k: row for k, row in METRICS.items() if cosines is not None or not row.of_similarities}
-    functions = {name: row.function for name, row in rows.items()}
-    value = _statistics(functions | _PER_CLASS, sample, np.ones((n_groups, 1)))
-    resampled = {key: np.empty((len(v), n_resamples)) for key, v in value.items()}
+    functions = {name: row.function for name, row in rows.items()} | _PER_CLASS
+    value = _statistics(functions, sample, np.ones((n_groups, 1)))
+    drawn = {key: f for key, f in functions.items() if key not in rows or rows[key].has_interval}
+    resampled = {key: np.empty((len(value[key]), n_resamples)) for key in drawn}
     rng = np.random.default_rng(seed)
     for columns, weights in _resamples(rng, n_groups, n_resamples, len(y)):
-        for key, statistic in _statistics(functions | _PER_CLASS, sample, weights).items():
+        for key, statistic in _statistics(drawn, sample, weights).items():
             resampled[key][:, columns] = statistic
 
-    actual = sample.actual
+    actual, shares = sample.actual, sample.class_shares
+    others = actual.sum(1, keepdims=True) - actual
+    with np.errstate(invalid="ignore"):
+        other_shares = others / others.sum(0)
     holders = (actual > 0).sum(0)  # groups with an image of the class
-    others = (actual.sum(1, keepdims=True) > actual).sum(0)  # groups with an image of another
+    other_holders = (others > 0).sum(0)  # groups with an image of another
     unknown = "intervals over images: groups unknown" if groups is None and n_resamples else ""
 
-    def entry(key: str, at: int, holding: int, note: str = "") -> dict[str, Any]:
+    def entry(
+        key: str, at: int, share: Floats, bounds: tuple[float, float], holding: int, note: str = ""
+    ) -> dict[str, Any]:
         few = _few(n_groups, holding) if n_resamples else ""
-        return _entry(float(value[key][at, 0]), resampled[key][at], note, unknown, few)
+        if key not in resampled:
+            absent = "no interval: a resampled one is biased upwards" if n_resamples else ""
+            return _entry(float(value[key][at, 0]), np.empty(0), share, bounds, note, absent)
+        point, draws = float(value[key][at, 0]), resampled[key][at]
+        return _entry(point, draws, share, bounds, note, unknown, few)
+
+    def of_class(key: str, at: int, share: Floats, holding: int) -> dict[str, Any]:
+        return entry(f"{key} of a class", at, share, (0.0, 1.0), holding)
 
     counts = np.bincount(y, minlength=len(names))
     missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
@@ -370,14 +408,26 @@ def compute_metrics(
     np.add.at(confusion, (y, p.argmax(1)), 1)
     return {
         "metrics": {
-            name: entry(name, 0, holders.min(), macro_note if row.over_classes else "")
+            name: entry(
+                name,
+                0,
+                sample.shares(row.over_classes),
+                row.bounds,
+                holders.min(),
+                macro_note if row.over_classes else "",
+            )
             for name, row in rows.items()
         },
         "per_class": {
             name: {
-                "recall": entry("recall of a class", c, holders[c]),
-                "specificity": entry("specificity of a class", c, others[c]),
-                "auc": entry("auc of a class", c, min(holders[c], others[c])),
+                "recall": of_class("recall", c, shares[:, c], holders[c]),
+                "specificity": of_class("specificity", c, other_shares[:, c], other_holders[c]),
+                "auc": of_class(
+                    "auc",
+                    c,
+                    (shares[:, c] + other_shares[:, c]) / 2,
+                    min(holders[c], other_holders[c]),
+                ),
                 "n": int(counts[c]),
                 "groups": int(holders[c]),
             }
@@ -392,7 +442,7 @@ def compute_metrics(
         "n_groups": n_groups,
         "bootstrap": {
             "unit": "images" if groups is None else "groups",
-            "interval": "95% percentile",
+            "interval": intervals.METHOD,
             "n_resamples": n_resamples,
             "seed": seed,
             "note": unknown,
@@ -476,6 +526,11 @@ def paired_differences(
             raise GloVLMError(f"Expected a metric that ranks methods, '{name}' only describes.")
         if METRICS[name].of_similarities:
             raise GloVLMError(f"Expected a metric of probabilities, '{name}' is one of cosines.")
+        if not METRICS[name].has_interval:
+            raise GloVLMError(
+                f"Expected a metric that has an interval, '{name}' has none: its bootstrap is "
+                "biased. Compare macro_auc, balanced_accuracy or brier."
+            )
     if not runs or n_resamples < 1:
         given = f"{len(runs)} runs and {n_resamples} resamples"
         raise GloVLMError(f"Expected at least one run and one resample, found {given}.")
@@ -493,11 +548,14 @@ def paired_differences(
     union = np.unique(np.concatenate([ids for *_, ids in checked]))
     held = np.zeros((len(union), n_classes.pop()), dtype=bool)
     tables = []
+    shares = np.zeros((2, len(union)))  # of images, and as a mean over classes
     for y, a, b, ids in checked:
         own, group = np.unique(ids, return_inverse=True)
         place = np.searchsorted(union, own)
         held[place[group], y] = True
         of_a, of_b = (Sample(y, p, group, len(own)) for p in (a, b))
+        for over_classes in (False, True):
+            shares[int(over_classes), place] += of_a.shares(over_classes) / len(runs)
         tables.append((place, of_a, of_b))
 
     rng = np.random.default_rng(seed)
@@ -517,9 +575,12 @@ def paired_differences(
     for i, name in enumerate(metrics):
         spread = summarise_draws(points[i].tolist())
         lost = len(runs) - spread["n_draws"]
+        low, high = METRICS[name].bounds
         row = _entry(
             np.nan if spread["mean"] is None else spread["mean"],
             resampled[i],
+            shares[int(METRICS[name].over_classes)],
+            (low - high, high - low),
             f"undefined in {lost} of {len(runs)} draws" if lost else "",
             _few(len(union), held.sum(0).min()),
         )
@@ -656,15 +717,6 @@ def _evaluate_class(name: str, row: Metric) -> type[Any]:
     return type(title, (evaluate.Metric,), {"_info": _info, "_compute": _compute})
 
 
-class _Ranks(NamedTuple):
-    """Ranks of one class against the rest: negatives ascend, positives point into them."""
-
-    positive: Ints  # group of each positive [P]
-    negative: Ints  # group of each negative, by ascending score [N]
-    below: Ints  # negatives with a smaller score than the positive [P]
-    not_above: Ints  # and with a smaller or equal one [P]
-
-
 def _statistics(
     functions: Mapping[str, Statistic], sample: Sample, weights: Floats
 ) -> dict[str, Floats]:
@@ -672,19 +724,6 @@ def _statistics(
     resamples = Resamples(sample, weights)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {name: np.atleast_2d(function(resamples)) for name, function in functions.items()}
-
-
-def _auc(ranks: _Ranks, weights: Floats) -> Floats:
-    """Weighted Mann-Whitney statistic, `[G, R]` -> `[R]`: cumulative weights, no sorting."""
-    if not len(ranks.positive) or not len(ranks.negative):
-        return np.full(weights.shape[1], np.nan)
-    below = np.zeros((len(ranks.negative) + 1, weights.shape[1]))
-    np.cumsum(weights[ranks.negative], axis=0, out=below[1:])
-    positive = weights[ranks.positive]
-    wins = np.einsum("pr,pr->r", positive, below[ranks.below] + below[ranks.not_above]) / 2
-    pairs = positive.sum(0) * below[-1]
-    area: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
-    return area
 
 
 def _differences(
@@ -720,21 +759,19 @@ def _few(n_groups: int, holding: int) -> str:
     return "too few groups" if scarce else ""
 
 
-def _entry(value: float, resampled: Floats, *notes: str) -> dict[str, Any]:
+def _entry(
+    value: float, resampled: Floats, shares: Floats, bounds: tuple[float, float], *notes: str
+) -> dict[str, Any]:
     defined = resampled[~np.isnan(resampled)]
     undefined = bool(np.isnan(value))
-    shown = len(defined) > 0 and not undefined
-    low, high = np.percentile(defined, [2.5, 97.5]).tolist() if shown else (value, value)
-    # the margin is for rounding: a resample adds its rows in another order
-    outside = shown and not low - 1e-9 <= value <= high + 1e-9
-    notes = (
-        "undefined on these labels" if undefined else "",
-        *notes,
-        "value outside its interval: the resampled metric is biased" if outside else "",
-    )
+    ci95 = None
+    if len(defined) and not undefined:
+        of = intervals.mean_interval if bounds[0] < 0 else intervals.fraction_interval
+        ci95 = list(of(value, defined, intervals.count_effective_groups(shares), bounds))
+    notes = ("undefined on these labels" if undefined else "", *notes)
     return {
         "value": None if undefined else value,
-        "ci95": [low, high] if shown else None,
+        "ci95": ci95,
         "note": "; ".join(note for note in notes if note),
         "undefined_resamples": len(resampled) - len(defined),
     }

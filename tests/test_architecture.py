@@ -17,7 +17,7 @@ PACKAGE = "hf_glovlm"
 # in NEIGHBOURS. On the top floor stand the doors: the package root names what is public and brings
 # it in when it is asked for; `lab` makes data and measures, and nothing but the doors imports it.
 FLOORS = {
-    1: {"environment", "errors", "files", "lazy", "model"},
+    1: {"environment", "errors", "files", "intervals", "lazy", "model", "roc"},
     2: {"backbones", "calibration", "metrics", "settings", "tables"},
     3: {"data", "rendering"},
     4: {"methods"},
@@ -32,9 +32,9 @@ NEIGHBOURS = {"__main__": {"cli"}, "cli": {"lab"}, "train": {"cli"}}
 NEIGHBOURS |= {"environment": {"errors"}, "files": {"errors"}}
 ONLY: dict[str, set[str]] = {  # stricter than the floor
     "backbones": {"errors", "files", "model"},
-    "calibration": {"errors"},
+    "calibration": {"errors", "intervals"},
     "data": {"errors", "files", "lazy", "settings", "tables"},
-    "metrics": {"errors"},
+    "metrics": {"errors", "intervals", "roc"},
     "settings": {"errors", "files"},
     "tables": {"errors", "files"},
 }

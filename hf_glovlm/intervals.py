@@ -1,0 +1,106 @@
+"""Confidence intervals over groups: a t interval from the spread of a bootstrap that draws groups.
+
+The percentiles of such a bootstrap are too narrow where groups are few: they know neither that the
+spread of G values is estimated with G - 1 degrees of freedom, nor that a sample near 1 is likely to
+have missed the groups in which the errors lie. So only the standard error is the bootstrap's. The
+quantile is Student's, with as many degrees of freedom as there are groups of equal size that would
+say as much, and what lies between 0 and 1 has its interval on the scale of log-odds. How often it
+covers is measured by `lab.interval_bench`; docs/intervals.md has the table.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import betaincinv, expit, logit, stdtrit
+
+__all__ = ["LEVEL", "METHOD", "count_effective_groups", "fraction_interval", "mean_interval"]
+
+Floats = NDArray[np.float64]
+
+LEVEL = 0.95
+METHOD = "95% t over groups"
+# Groups that say nothing but that groups differ as much as they can, put beside those there are.
+PRIOR_GROUPS = 0.05
+_TAIL = (1 - LEVEL) / 2
+_NO_SPREAD = 1e-12  # a standard error of rounding
+
+
+def count_effective_groups(shares: ArrayLike) -> float:
+    """Effective number of groups (Kish 1965): `1 / sum of squared shares`, 1 to G.
+
+    As many groups of one size say as much about the spread between groups.
+
+    Args:
+        shares: Weight of each group in the value, `[G]`, of sum 1.
+    """
+    weights = np.asarray(shares, np.float64)
+    return float(1 / np.square(weights).sum())
+
+
+def fraction_interval(
+    value: float,
+    resampled: ArrayLike,
+    groups: float,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> tuple[float, float]:
+    """95% interval of a value between two bounds, such as an accuracy or an area under a curve.
+
+    With the value as a fraction v of its range, n groups and the bootstrap's variance s of v, the
+    interval is `logit(v) +- t[n - 1] sqrt(u) / (v (1 - v))`, where `s n / (n - 1)` is the unbiased
+    variance and u leans from it towards `v (1 - v) / n`, that of groups each wholly right or
+    wholly wrong: the weights are `n - 1` and `PRIOR_GROUPS`. Where all groups agree, nothing is
+    known of their spread, and every group counts as one trial (Clopper and Pearson 1934; the rule
+    of three): eight groups without an error are 0.63 to 1.
+
+    Args:
+        value: The value.
+        resampled: Values under resampled groups, `[R]`, defined ones only.
+        groups: Effective number of groups; of one group alone the interval is the whole range.
+        bounds: Lowest and highest value.
+
+    Returns:
+        Lower and upper bound, inside `bounds`, `value` between them.
+    """
+    low, high = bounds
+    v = min(max((value - low) / (high - low), 0.0), 1.0)
+    if groups <= 1 + 1e-9:
+        return bounds
+    spread = float(np.std(np.asarray(resampled, np.float64))) / (high - low)
+    if spread <= _NO_SPREAD or v in (0.0, 1.0):
+        ends = (
+            float(betaincinv(groups * v, groups * (1 - v) + 1, _TAIL)) if v > 0 else 0.0,
+            float(betaincinv(groups * v + 1, groups * (1 - v), 1 - _TAIL)) if v < 1 else 1.0,
+        )
+    else:
+        most = v * (1 - v)
+        variance = spread**2 * groups + PRIOR_GROUPS * most / groups
+        error = np.sqrt(variance / (groups - 1 + PRIOR_GROUPS)) / most
+        half = float(stdtrit(groups - 1, 1 - _TAIL)) * error
+        ends = float(expit(logit(v) - half)), float(expit(logit(v) + half))
+    return low + (high - low) * ends[0], low + (high - low) * ends[1]
+
+
+def mean_interval(
+    value: float,
+    resampled: ArrayLike,
+    groups: float,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+) -> tuple[float, float]:
+    """95% interval of a mean or a difference, symmetric: `value +- t[n - 1] s sqrt(n / (n - 1))`.
+
+    Args:
+        value: The value.
+        resampled: Values under resampled groups, `[R]`, defined ones only.
+        groups: Effective number n of groups; of one group alone the interval is the whole range.
+        bounds: The interval is cut there.
+
+    Returns:
+        Lower and upper bound. Where all groups agree it is that of a fraction of the range; but
+        methods that differ nowhere, a value of 0, differ by [0, 0].
+    """
+    if groups <= 1 + 1e-9:
+        return bounds
+    spread = float(np.std(np.asarray(resampled, np.float64)))
+    if spread <= _NO_SPREAD and value and np.isfinite(bounds).all():
+        return fraction_interval(value, resampled, groups, bounds)
+    half = float(stdtrit(groups - 1, 1 - _TAIL)) * spread * np.sqrt(groups / (groups - 1))
+    return max(value - half, bounds[0]), min(value + half, bounds[1])
