@@ -17,7 +17,7 @@ __all__ = ["LEVEL", "METHOD", "count_effective_groups", "fraction_interval", "me
 Floats = NDArray[np.float64]
 
 LEVEL = 0.95
-METHOD = "95% t over groups"
+METHOD = "95% t"
 # Groups that say nothing but that groups differ as much as they can, put beside those there are.
 PRIOR_GROUPS = 0.05
 _TAIL = (1 - LEVEL) / 2
@@ -94,13 +94,10 @@ def mean_interval(
         bounds: The interval is cut there.
 
     Returns:
-        Lower and upper bound. Where all groups agree it is that of a fraction of the range; but
-        methods that differ nowhere, a value of 0, differ by [0, 0].
+        Lower and upper bound; both are the value where groups do not differ.
     """
     if groups <= 1 + 1e-9:
         return bounds
     spread = float(np.std(np.asarray(resampled, np.float64)))
-    if spread <= _NO_SPREAD and value and np.isfinite(bounds).all():
-        return fraction_interval(value, resampled, groups, bounds)
     half = float(stdtrit(groups - 1, 1 - _TAIL)) * spread * np.sqrt(groups / (groups - 1))
     return max(value - half, bounds[0]), min(value + half, bounds[1])

@@ -766,7 +766,9 @@ def _entry(
     undefined = bool(np.isnan(value))
     ci95 = None
     if len(defined) and not undefined:
-        of = intervals.mean_interval if bounds[0] < 0 else intervals.fraction_interval
+        # what can be below 0 is a difference or a cosine; at its very bound it has no spread
+        symmetric = bounds[0] < 0 and bounds[0] < value < bounds[1]
+        of = intervals.mean_interval if symmetric else intervals.fraction_interval
         ci95 = list(of(value, defined, intervals.count_effective_groups(shares), bounds))
     notes = ("undefined on these labels" if undefined else "", *notes)
     return {

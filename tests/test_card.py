@@ -305,7 +305,7 @@ def test_every_number_comes_from_the_results(changes: dict[str, Any]) -> None:
     assert values <= numbers_in(results) | CITED
     for entry in results["metrics"].values():
         if entry["value"] is not None:
-            assert {f"{x:.3f}" for x in (entry["value"], *entry["ci95"])} <= values
+            assert {f"{x:.3f}" for x in (entry["value"], *(entry["ci95"] or ()))} <= values
 
 
 def test_the_test_of_numbers_can_fail() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import GloVLMError, nearest
+from ..intervals import count_effective_groups, fraction_interval, mean_interval
 from .inputs import Bools, Floats, checked_labels, checked_probabilities
 
 CONFORMAL = ("lac", "aps", "raps")
@@ -256,8 +257,8 @@ def measure_sets(
         sets: `[n, K]` from `conformal_sets`.
         labels: Class indices `[n]`.
         class_names: `[K]`.
-        groups: Patient, case or slide of each image `[n]`; adds 95% percentile intervals of a
-            bootstrap over groups.
+        groups: Patient, case or slide of each image `[n]`; adds 95% intervals over
+            groups (`intervals`).
         n_resamples: Of the bootstrap.
         seed: Of the bootstrap.
 
@@ -296,8 +297,13 @@ def measure_sets(
     share = np.full(len(ids), 1 / len(ids))
     times = np.random.default_rng(seed).multinomial(len(ids), share, size=n_resamples)
     n, covers, classes = held @ times.T
-    for name, values in (("coverage", covers / n), ("mean_size", classes / n)):
-        result[f"{name}_ci95"] = np.percentile(values, [2.5, 97.5]).tolist()
+    effective = count_effective_groups(held[0] / len(y))
+    for name, value, values, of in (
+        ("coverage", result["coverage"], covers / n, fraction_interval),
+        ("mean_size", result["mean_size"], classes / n, mean_interval),
+    ):
+        most = 1 if name == "coverage" else len(class_names)
+        result[f"{name}_ci95"] = list(of(value, values, effective, (0, most)))
     return result | {"n_groups": len(ids)}
 
 

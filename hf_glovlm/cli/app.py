@@ -535,13 +535,28 @@ def bench(
         Text, Option(help="What encodes; else mini, or random weights of a ViT-B/16.")
     ] = None,
     data: Annotated[Text, Option(help="For counting: labelled glomeruli with slide_id.")] = None,
+    cohorts: Annotated[int, Option(help="For intervals: cohorts per truth.", min=2)] = 2000,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time the package as ratios on this machine. `slide`: memory; `counting`: percentages."""
+    """Time the package here. `slide`: memory; `counting`: percentages; `intervals`: coverage."""
     quiet_libraries()
     chosen = names or []
-    if len(chosen) > 1 and {"counting", "slide"} & set(chosen):
-        raise GloVLMError("`bench slide` and `bench counting` run alone: name just one.")
+    alone = {"counting", "intervals", "slide"} & set(chosen)
+    if len(chosen) > 1 and alone:
+        raise GloVLMError(f"`bench {min(alone)}` runs alone: name just one.")
+    if chosen == ["intervals"]:
+        from ..lab.interval_bench import bench_intervals, summarise_coverage
+
+        measured = bench_intervals(
+            cohorts=cohorts,
+            on_row=lambda row: note("{metric}, {groups} groups: {coverage:.3f}".format(**row)),
+        )
+        if as_json:
+            print_json(measured)
+        else:
+            table = summarise_coverage(measured)
+            print_rows("Coverage of 95% intervals", table, tuple(table[0]), as_json)
+        return
     if chosen == ["counting"]:
         from ..lab.counting import bench_counting
 

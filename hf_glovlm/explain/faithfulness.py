@@ -16,7 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from ..data.folder import ImageValue
 from ..errors import GloVLMError
 from ..inference import evaluation_mode
+from ..intervals import count_effective_groups, mean_interval
 from .maps import HEAT_MAPS, ExplainedImage, HeatMap, explain, prepare_image
+
+BOUNDS = {"heat": (0.0, 1.0), "area": (0.0, 1.0), "excess": (-1.0, 1.0)}
 
 Curve = NDArray[np.float64]
 
@@ -238,9 +241,11 @@ def summarise_maps(
         ones = np.ones(len(of))
         columns["excess"] = columns["heat"] - columns["area"]
         means: dict[str, Any] = {
-            name: _mean(values, ones, ids, n_resamples, seed) for name, values in columns.items()
+            name: _mean(values, ones, ids, n_resamples, seed, BOUNDS.get(name, (-np.inf, np.inf)))
+            for name, values in columns.items()
         }
-        means["ratio"] = _mean(columns["heat"], columns["area"], ids, n_resamples, seed)
+        heat, area = columns["heat"], columns["area"]
+        means["ratio"] = _mean(heat, area, ids, n_resamples, seed, (0, np.inf))
         summary[method] = {"images": len(of), "groups": len(set(ids)), **means}
     return summary
 
@@ -343,9 +348,14 @@ def compare_with_shuffled(
 
 
 def _mean(
-    numerator: Curve, denominator: Curve, groups: Sequence[str], n_resamples: int, seed: int
+    numerator: Curve,
+    denominator: Curve,
+    groups: Sequence[str],
+    n_resamples: int,
+    seed: int,
+    bounds: tuple[float, float],
 ) -> dict[str, Any]:
-    """A ratio of sums, with the percentile interval of a bootstrap that draws whole groups."""
+    """A ratio of sums, with the t interval of a bootstrap that draws whole groups."""
     value = float(numerator.sum() / denominator.sum())
     names, group = np.unique(np.array(groups, dtype=str), return_inverse=True)
     if len(names) < 2:
@@ -354,5 +364,5 @@ def _mean(
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), n_resamples)
     above, below = drawn @ sums[0], drawn @ sums[1]
-    low, high = np.percentile(above / below, [2.5, 97.5])
-    return {"value": value, "ci95": [float(low), float(high)]}
+    effective = count_effective_groups(sums[1] / sums[1].sum())
+    return {"value": value, "ci95": list(mean_interval(value, above / below, effective, bounds))}

@@ -23,6 +23,7 @@ from ..data.groups import Groups
 from ..data.splits import ShotsFrom, draw_episode
 from ..errors import GloVLMError, nearest
 from ..inference import FeatureCache, embed_images
+from ..intervals import mean_interval
 from ..slides.counting import PRIOR_COUNT, adjust_fractions, confusion_counts, is_informative
 from ..training import adapt_features
 
@@ -303,9 +304,11 @@ def _summarise(
     rows = np.random.default_rng(seed).integers(len(truth), size=(n_resamples, len(truth)))
 
     def entry(by_slide: Floats) -> dict[str, Any]:
-        bounds = np.percentile(by_slide[rows].mean(axis=1), [2.5, 97.5]) if n_resamples else None
-        ci95 = None if bounds is None else bounds.tolist()
-        return {"value": float(by_slide.mean()), "ci95": ci95}
+        value = float(by_slide.mean())
+        if not n_resamples:
+            return {"value": value, "ci95": None}
+        bounds = mean_interval(value, by_slide[rows].mean(axis=1), len(by_slide))
+        return {"value": value, "ci95": list(bounds)}
 
     percent = {
         name: np.array([[each[name].percent for each in of_slide] for of_slide in draws])

@@ -250,9 +250,9 @@ def _true_differences(n_classes: int, shift: float, signal: float) -> dict[str, 
     noise = 0.5 * rng.normal(size=cohort.scores.shape)
     names, steps = ("balanced_accuracy", "macro_auc"), 5
     sums = dict.fromkeys(names, 0.0)
-    plain = compute_metrics(
-        cohort.labels, _softmax(cohort.with_signal(signal)), n_resamples=0
-    )["metrics"]
+    plain = compute_metrics(cohort.labels, _softmax(cohort.with_signal(signal)), n_resamples=0)[
+        "metrics"
+    ]
     for quantile in (np.arange(steps) + 0.5) / steps:
         gain = GAIN + DRAW_SPREAD * float(ndtri(quantile))
         scores = cohort.with_signal(signal + gain + by_group) + noise
@@ -272,9 +272,10 @@ def summarise_coverage(rows: Sequence[Row]) -> list[Row]:
         Rows `metric`, `groups`, a column a value, `least`, `width` (the mean).
     """
     summary: dict[tuple[str, int], Row] = {}
+    values = dict.fromkeys(f"{value:g}" for value in sorted({row["value"] for row in rows}))
     for row in rows:
         key = row["metric"], row["groups"]
-        entry = summary.setdefault(key, {"metric": key[0], "groups": key[1]})
+        entry = summary.setdefault(key, {"metric": key[0], "groups": key[1], **values})
         entry[f"{row['value']:g}"] = round(row["coverage"], 3)
     for key, entry in summary.items():
         of = [row for row in rows if (row["metric"], row["groups"]) == key]

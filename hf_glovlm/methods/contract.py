@@ -481,6 +481,11 @@ def get_method(name: str) -> Method:
     Raises:
         GloVLMError: There is none; names the nearest.
     """
+    if not isinstance(name, str):
+        raise GloVLMError(
+            f"Expected the name of a method, found {type(name).__name__}: `glovlm methods` lists "
+            f"{', '.join(METHODS)}."
+        )
     if name not in METHODS:
         raise GloVLMError(
             f"Unknown method '{name}': `glovlm methods` lists {', '.join(METHODS)}."

@@ -443,8 +443,8 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
         "failures": failures,
         "missing": missing,
         "notes": [
-            f"Intervals: 95% percentile bootstrap over {unit} (with all their images) crossed with "
-            "label draws, not corrected for the number of methods.",
+            f"Intervals: 95%, Student's t with the standard error of a bootstrap over {unit} (with "
+            "all their images) crossed with label draws, not corrected for the number of methods.",
             "Differences are taken draw by draw on identical splits and supports. Means of methods "
             "with different numbers of draws are not comparable.",
             "The spread is the standard deviation over label draws; these redraw the same "

@@ -26,6 +26,15 @@ from ..methods import (
     get_method,
     give_joint_space,
 )
+from ..methods.arrays import (
+    check_directions,
+    check_mapping,
+    count_classes,
+    read_features,
+    read_labels,
+    read_logit_scale,
+    read_seed,
+)
 from ..model.heads import ClassWeights, class_means
 from .config import AdaptConfig
 from .loop import (
@@ -108,12 +117,16 @@ class AdaptedFeatures(_Outcome):
     dim: int
 
     def predict_logits(self, features: Any) -> Any:
-        """Logits `[n, classes]` of features `[n, dim]`, as an array of numpy in float32."""
-        rows = _matrix(features, "features")
-        if rows.shape[1] != self.dim:
-            raise GloVLMError(f"Expected features of width {self.dim}, found {rows.shape[1]}.")
+        """Logits `[n, classes]` of features `[n, dim]`, as an array of numpy in float32.
+
+        Raises:
+            GloVLMError: They are no matrix of finite numbers of this width, or a row is zero.
+        """
+        rows = read_features(features, "features", width=self.dim)
         with torch.inference_mode():
-            return self.head.eval()(rows).numpy()
+            logits = self.head.eval()(rows)
+        _check_finite(logits)
+        return logits.numpy()
 
 
 @dataclass(frozen=True)
@@ -408,23 +421,27 @@ def adapt_features(
 
     Args:
         method: A name of `METHODS` that works on features.
-        support_features: `[n, dim]`.
-        support_labels: Class numbers `[n]`, 0 ... K-1, each at least once.
-        text_features: `[K, dim]`, one a class; where there are none, the class means of the support
-            stand in for them in methods that need them.
-        logit_scale: Factor between cosines and logits (CLIP: 100).
+        support_features: `[n, dim]`, real numbers of any type that numpy or torch reads; no row of
+            zeros. `zero_shot` takes none, `[0, dim]`.
+        support_labels: Class numbers `[n]`, 0 ... K-1, each at least once, K at least 2; names are
+            refused, since only their owner knows the order of `text_features`.
+        text_features: `[K, dim]`, one a class, all different; where there are none, the class
+            means of the support stand in for them in methods that need them.
+        logit_scale: Factor between cosines and logits (CLIP: 100), above 0, at most 1e6.
         query_features: `[m, dim]`, for transductive methods.
-        seed: Of everything random.
+        seed: Of everything random, 0 to 2**32 - 1.
         method_config: Settings of the method.
 
     Returns:
         An object with `predict_logits(features) -> [n, classes]`.
 
     Raises:
-        GloVLMError: The method works inside a tower; shapes do not fit; a class has no row.
+        GloVLMError: The method works inside a tower; an input cannot be read, or shapes do not
+            fit; a class has no row; what was fitted is not finite.
     """
     chosen = get_method(method)
-    settings = chosen.configure(method_config or {})
+    settings = chosen.configure(check_mapping(method_config, "method_config"))
+    logit_scale, seed = read_logit_scale(logit_scale), read_seed(seed)
     on_features = FeatureMethod | HeadMethod
     if not isinstance(chosen, on_features):
         fitting = ", ".join(name for name, m in METHODS.items() if isinstance(m, on_features))
@@ -432,30 +449,35 @@ def adapt_features(
             f"Method '{method}' trains inside a tower, so features alone do not do: use `adapt`, "
             f"or a method on features ({fitting})."
         )
-    features = _matrix(support_features, "support_features")
-    labels = _whole_numbers(support_labels, len(features))
-    prototypes = None if text_features is None else _matrix(text_features, "text_features")
+    features = read_features(support_features, "support_features")
+    labels = read_labels(support_labels, len(features))
+    prototypes = None if text_features is None else read_features(text_features, "text_features")
     if prototypes is not None and prototypes.shape[1] != features.shape[1]:
         raise GloVLMError(
             f"Image and text features must have one width; found {features.shape[1]} and "
             f"{prototypes.shape[1]}."
         )
-    num_classes = _count_classes(labels, prototypes)
-    _check_support(chosen, labels, [f"class {k}" for k in range(num_classes)])
     if chosen.name == "zero_shot" and prototypes is None:
         raise GloVLMError("Method 'zero_shot' compares with class texts: give text_features.")
+    num_classes = count_classes(labels, prototypes)
+    _check_support(chosen, labels, [f"class {k}" for k in range(num_classes)])
     stands_in = prototypes is None and chosen.needs_text
     if stands_in:
         prototypes = class_means(features, labels, num_classes)
     elif prototypes is not None:
         prototypes = nn.functional.normalize(prototypes, dim=-1)
-    query = None if query_features is None else _matrix(query_features, "query_features")
+    if prototypes is not None:
+        check_directions(prototypes)
+    query = None
+    if query_features is not None:
+        query = read_features(query_features, "query_features", width=features.shape[1])
     single = None if prototypes is None else list(prototypes.unsqueeze(1))
     rows = Support(features, labels, num_classes, prototypes, logit_scale, seed, query, single)
     seed_everything(seed)
     training = _Training(AdaptConfig(seed=seed), torch.device("cpu"))
     result = _fit_features(chosen, settings, rows, training, None, None, stands_in=stands_in)
     logits = result.fitted.query_logits
+    _check_finite(*result.fitted.head.state_dict().values(), *([] if logits is None else [logits]))
     return AdaptedFeatures(
         head=result.fitted.head.eval(),
         dim=features.shape[1],
@@ -468,27 +490,12 @@ def adapt_features(
     )
 
 
-def _whole_numbers(labels: Any, n: int) -> Tensor:
-    """Class numbers `[n]` from any array of integers."""
-    tensor = torch.as_tensor(labels)
-    if tensor.is_floating_point() or tensor.shape != (n,):
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()):
         raise GloVLMError(
-            f"Expected {n} whole class numbers as support_labels, found {tuple(tensor.shape)} of "
-            f"{tensor.dtype}."
+            "The classifier on these features came out with NaN or infinity: they, or a setting, "
+            "are too large. Scale the features to a length near 1, or keep the method's defaults."
         )
-    return tensor.long()
-
-
-def _count_classes(labels: Tensor, prototypes: Tensor | None) -> int:
-    """Number of classes: rows of the texts if there are any, else by the labels."""
-    lowest, highest = (int(labels.min()), int(labels.max())) if len(labels) else (0, -1)
-    num_classes = highest + 1 if prototypes is None else len(prototypes)
-    if lowest < 0 or highest >= num_classes:
-        raise GloVLMError(
-            f"Class numbers go from 0 to {num_classes - 1} (one row of text_features a class); "
-            f"found {lowest} to {highest}."
-        )
-    return num_classes
 
 
 # ------------------------------------------------------------------------- methods on features
@@ -866,20 +873,3 @@ def _check_support(method: Method, labels: Tensor, names: Sequence[str]) -> None
             f"Method '{method.name}' needs at least one labelled image of every class; none of: "
             f"{', '.join(empty)}. Label some, or leave the class out."
         )
-
-
-def _matrix(values: Any, name: str) -> Tensor:
-    """Finite matrix of fp32 from any array."""
-    import numpy as np
-
-    try:
-        tensor = torch.as_tensor(values if isinstance(values, Tensor) else np.asarray(values))
-        tensor = tensor.detach().cpu().float()
-    except (TypeError, ValueError, RuntimeError):
-        raise GloVLMError(f"Expected {name} to be a matrix of numbers.") from None
-    if tensor.dim() != 2 or not torch.isfinite(tensor).all():
-        raise GloVLMError(
-            f"Expected {name} to be a matrix of finite numbers, found shape {tuple(tensor.shape)}"
-            f"{'' if torch.isfinite(tensor).all() else ' with NaN or infinity'}."
-        )
-    return tensor
