@@ -163,11 +163,11 @@ def read_seed(value: Any) -> int:
     """
     number = _scalar(value)
     whole = isinstance(number, Integral) and not isinstance(number, bool | np.bool_)
-    if not whole or not 0 <= int(number) <= MAX_SEED:  # type: ignore[call-overload]
+    if not whole or not 0 <= int(number) <= MAX_SEED:
         raise GloVLMError(
             f"Expected seed as a whole number from 0 to {MAX_SEED}, found {_shown(value)}."
         )
-    return int(number)  # type: ignore[call-overload, no-any-return]
+    return int(number)
 
 
 def check_mapping(value: Any, name: str) -> Mapping[str, Any]:
