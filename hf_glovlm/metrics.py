@@ -151,7 +151,8 @@ class Resamples:
         else:
             wins = np.stack([weigh_ranks(ranks, weights) for ranks in sample.ranks])
         pairs = self.actual * (self.n - self.actual)
-        return np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
+        areas: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
+        return areas
 
 
 PerImage = Callable[[Sample], Floats]
