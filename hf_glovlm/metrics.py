@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -201,8 +201,9 @@ class Metric:
         definition: In one sentence.
         higher_is_better: None where a metric describes and does not rank.
         function: From resamples to a value each, `[R]`, NaN where undefined; see also `mean_of`.
-        bounds: The lowest and the highest value; from 0 on it has an interval on log-odds.
-        has_interval: Whether its bootstrap is unbiased enough for an interval.
+        bounds: The lowest and the highest value.
+        interval: On `log-odds`, for a fraction of its range; on the `plain` scale; or `none`, where
+            its bootstrap is biased. By default log-odds from 0 to 1, else plain.
         of_similarities: Whether it needs cosines of images and class texts; else it is left out.
         over_classes: Whether it is a mean over classes; its note then names those without labels.
         summarised: Whether the report of a study has a column for it.
@@ -214,11 +215,16 @@ class Metric:
     higher_is_better: bool | None
     function: Statistic
     bounds: tuple[float, float] = (0.0, 1.0)
-    has_interval: bool = True
+    interval: Literal["log-odds", "plain", "none"] | None = None
     of_similarities: bool = False
     over_classes: bool = False
     summarised: bool = True
     hub_name: str | None = None
+
+    @property
+    def scale(self) -> Literal["log-odds", "plain", "none"]:
+        """Scale of its interval, `interval` with the default filled in."""
+        return self.interval or ("log-odds" if self.bounds == (0, 1) else "plain")
 
 
 METRICS: dict[str, Metric] = {
@@ -258,7 +264,7 @@ METRICS: dict[str, Metric] = {
         "Calibration error of the top class over 15 equal bins (lower, upper].",
         False,
         lambda r: np.abs(r.total(_bin_gaps)).sum(0) / r.n,
-        has_interval=False,
+        interval="none",
     ),
     "brier": Metric(
         "Brier",
@@ -266,6 +272,7 @@ METRICS: dict[str, Metric] = {
         False,
         mean_of(lambda sample: ((sample.probabilities - sample.one_hot) ** 2).sum(1)),
         bounds=(0.0, 2.0),
+        interval="log-odds",
         summarised=False,
         hub_name="brier_score",
     ),
@@ -374,7 +381,7 @@ def compute_metrics(
     rows = {k: row for k, row in METRICS.items() if cosines is not None or not row.of_similarities}
     functions = {name: row.function for name, row in rows.items()} | _PER_CLASS
     value = _statistics(functions, sample, np.ones((n_groups, 1)))
-    drawn = {key: f for key, f in functions.items() if key not in rows or rows[key].has_interval}
+    drawn = {key: f for key, f in functions.items() if key not in rows or rows[key].scale != "none"}
     resampled = {key: np.empty((len(value[key]), n_resamples)) for key in drawn}
     rng = np.random.default_rng(seed)
     for columns, weights in _resamples(rng, n_groups, n_resamples, len(y)):
@@ -389,18 +396,17 @@ def compute_metrics(
     other_holders = (others > 0).sum(0)  # groups with an image of another
     unknown = "intervals over images: groups unknown" if groups is None and n_resamples else ""
 
-    def entry(
-        key: str, at: int, share: Floats, bounds: tuple[float, float], holding: int, note: str = ""
-    ) -> dict[str, Any]:
-        few = _few(n_groups, holding) if n_resamples else ""
+    def entry(key: str, at: int, share: Floats, holding: int, note: str = "") -> dict[str, Any]:
+        point, row = float(value[key][at, 0]), rows.get(key)
+        bounds, plain = (row.bounds, row.scale == "plain") if row else ((0.0, 1.0), False)
         if key not in resampled:
             absent = "no interval: a resampled one is biased upwards" if n_resamples else ""
-            return _entry(float(value[key][at, 0]), np.empty(0), share, bounds, note, absent)
-        point, draws = float(value[key][at, 0]), resampled[key][at]
-        return _entry(point, draws, share, bounds, note, unknown, few)
+            return _entry(point, np.empty(0), share, bounds, plain, note, absent)
+        few = _few(n_groups, holding) if n_resamples else ""
+        return _entry(point, resampled[key][at], share, bounds, plain, note, unknown, few)
 
     def of_class(key: str, at: int, share: Floats, holding: int) -> dict[str, Any]:
-        return entry(f"{key} of a class", at, share, (0.0, 1.0), holding)
+        return entry(f"{key} of a class", at, share, holding)
 
     counts = np.bincount(y, minlength=len(names))
     missing = [name for name, count in zip(names, counts, strict=True) if count == 0]
@@ -413,7 +419,6 @@ def compute_metrics(
                 name,
                 0,
                 sample.shares(row.over_classes),
-                row.bounds,
                 holders.min(),
                 macro_note if row.over_classes else "",
             )
@@ -527,7 +532,7 @@ def paired_differences(
             raise GloVLMError(f"Expected a metric that ranks methods, '{name}' only describes.")
         if METRICS[name].of_similarities:
             raise GloVLMError(f"Expected a metric of probabilities, '{name}' is one of cosines.")
-        if not METRICS[name].has_interval:
+        if METRICS[name].scale == "none":
             raise GloVLMError(
                 f"Expected a metric that has an interval, '{name}' has none: its bootstrap is "
                 "biased. Compare macro_auc, balanced_accuracy or brier."
@@ -582,6 +587,8 @@ def paired_differences(
             resampled[i],
             shares[int(METRICS[name].over_classes)],
             (low - high, high - low),
+            # at its very bound a difference has no spread, and every group is one trial
+            METRICS[name].scale == "plain" or abs(spread["mean"] or 0) < high - low,
             f"undefined in {lost} of {len(runs)} draws" if lost else "",
             _few(len(union), held.sum(0).min()),
         )
@@ -761,15 +768,18 @@ def _few(n_groups: int, holding: int) -> str:
 
 
 def _entry(
-    value: float, resampled: Floats, shares: Floats, bounds: tuple[float, float], *notes: str
+    value: float,
+    resampled: Floats,
+    shares: Floats,
+    bounds: tuple[float, float],
+    plain: bool,
+    *notes: str,
 ) -> dict[str, Any]:
     defined = resampled[~np.isnan(resampled)]
     undefined = bool(np.isnan(value))
     ci95 = None
     if len(defined) and not undefined:
-        # what can be below 0 is a difference or a cosine; at its very bound it has no spread
-        symmetric = bounds[0] < 0 and bounds[0] < value < bounds[1]
-        of = intervals.mean_interval if symmetric else intervals.fraction_interval
+        of = intervals.mean_interval if plain else intervals.fraction_interval
         ci95 = list(of(value, defined, intervals.count_effective_groups(shares), bounds))
     notes = ("undefined on these labels" if undefined else "", *notes)
     return {
