@@ -60,6 +60,14 @@ def labels(root: Any) -> dict[str, str]:
     }
 
 
+def problems(done: Any) -> list[str]:
+    """Problems of the data themselves, beside the draw that so few images do not allow."""
+    as_json = done.out.startswith("{")
+    listed = json.loads(done.out)["problems"] if as_json else done.err.splitlines()
+    of_data = [line for line in listed if as_json or line.startswith("problem:")]
+    return [line for line in of_data if "would refuse these data" not in line]
+
+
 def notes_of(root: Any) -> str:
     """All that the check notes."""
     return "\n".join(check_dataset(loaded(root), decode=False).notes)
@@ -126,7 +134,7 @@ def test_an_unusual_dialect_is_stated(
 ) -> None:
     text(put(tmp_path, "1.png", "2.png"), "metadata.csv", content, encoding)
     done = glovlm("data", "check", tmp_path)
-    assert done.code == 0, done.err
+    assert not problems(done), done.err
     assert f"the table is read {stated}" in done.err
     assert done.err.count("the table is read") == 1
     assert "the table is read" not in notes_of(
@@ -212,7 +220,7 @@ def test_two_columns_of_patients_are_refused_until_one_is_named(
     assert refused.code == 2
     assert "give --group-column patient" in refused.err
     done = glovlm("data", "check", tmp_path, "--group-column", "patient", "--json")
-    assert done.code == 0, done.err
+    assert not problems(done), done.err
     report = json.loads(done.out)
     assert report["group_column"] == "patient_id"
     assert report["groups"] == {"all": 2}
@@ -224,7 +232,7 @@ def test_column_flags_of_check_train_and_evaluate(tmp_path: Path, glovlm: Glovlm
     text(data, "metadata.csv", "\n".join(["pic;grade;label;donor;slide_id", *rows]) + "\n")
     flags = ["--image-column", "pic", "--label-column", "grade", "--group-column", "donor"]
     checked = glovlm("data", "check", data, *flags, "--json")
-    assert checked.code == 0, checked.err
+    assert not problems(checked), checked.err
     assert json.loads(checked.out)["groups"] == {"all": 8}
     out = tmp_path / "run"
     train = ["train", "--data", data, "--backbone", tiny_clip(), "--method", "prototype"]
@@ -437,7 +445,7 @@ def test_a_name_that_is_not_utf8_does_not_stop_the_others(tmp_path: Path, glovlm
         checked = glovlm("data", "check", data)
     except UnicodeEncodeError as error:
         raise AssertionError("a traceback") from error
-    assert checked.code == 0, checked.err
+    assert not problems(checked), checked.err
     assert r"a/\xe9.png" in checked.err
     train = ["train", "--data", data, "--backbone", tiny_clip(), "--method", "prototype"]
     run = tmp_path / "run"
@@ -461,7 +469,7 @@ def test_files_that_are_left_out_are_counted_by_kind(tmp_path: Path, glovlm: Glo
     for name in ("b/1.svs", "b/notes.txt", "a/.DS_Store", "b/slide"):
         text(tmp_path, name, "x")
     done = glovlm("data", "check", tmp_path, "--json")
-    assert done.code == 0, done.err
+    assert not problems(done), done.err
     report = json.loads(done.out)
     assert report["counts"] == {"all": {"a": 2, "b": 2}}
     (note,) = [note for note in report["notes"] if "left out" in note]
@@ -595,7 +603,7 @@ def proposal(note: str) -> str:
 def test_subfolders_that_look_like_patients_are_proposed(tmp_path: Path, glovlm: Glovlm) -> None:
     put(tmp_path, *FOLDERS)
     done = glovlm("data", "check", tmp_path)
-    assert done.code == 0, done.err
+    assert not problems(done), done.err
     assert "subfolders look like patients" in done.err
     assert "give --group-from parent" in done.err
     report = json.loads(
@@ -614,7 +622,7 @@ def test_ids_in_file_names_are_proposed_and_the_proposal_works(
     noted = notes_of(tmp_path)
     assert "file names look like patients" in noted
     done = glovlm("data", "check", tmp_path, "--group-from", proposal(noted), "--json")
-    assert done.code == 0, done.err
+    assert not problems(done), done.err
     assert json.loads(done.out)["groups"] == {"all": 4}
 
 
