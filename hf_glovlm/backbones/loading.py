@@ -19,7 +19,7 @@ from .checkpoints import (
     refuse_damaged,
     write_origin,
 )
-from .saved import check_processor, read_config
+from .saved import check_folder, check_processor, read_config
 from .table import BACKBONES, Backbone
 
 MINI = Path(__file__).parents[1] / "mini"
@@ -202,6 +202,7 @@ def _locate(name: str, revision: str | None = None) -> _Source:
 
 def _locate_folder(folder: Path, name: str, row: Backbone | None) -> _Source:
     public = row.name if row else folder.resolve().name
+    check_folder(folder)
     refuse_damaged(folder)
     hub_id, commit = read_origin(folder)
     if cached := _HUB_CACHE.search(folder.resolve().as_posix()):
