@@ -323,9 +323,9 @@ def test_lp_plus_plus_takes_the_published_path(counts: tuple[int, ...], dim: int
     features, labels, texts = problem(counts, dim, noise=2.0)
     expected, weight_rate, alpha_rate = numpy_lp_plus_plus(features, labels, texts)
     f, t = torch.from_numpy(unit(features)), torch.from_numpy(texts)
-    rates = lp_plus_plus_rates(f, f @ t.T)
+    rates = lp_plus_plus_rates(f[:, None], f[:, None] @ t.T)
     assert rates == pytest.approx((weight_rate, alpha_rate), rel=1e-9)
-    path = list(lp_plus_plus_path(f.unsqueeze(1), torch.from_numpy(labels), t, LpPlusPlusConfig()))
+    path = list(lp_plus_plus_path(f[:, None], torch.from_numpy(labels), t, LpPlusPlusConfig()))
     assert len(path) == 301
     for mine, theirs in zip(path, expected, strict=True):
         for a, b in zip(mine, theirs, strict=True):
@@ -392,8 +392,8 @@ def test_lp_plus_plus_starts_and_steps_alike_when_every_image_is_there_many_time
     for repeat in (1, times):
         f = torch.from_numpy(np.tile(unit(features), (repeat, 1)))
         y = torch.from_numpy(np.tile(labels, repeat))
-        ((weight, alpha, _),) = lp_plus_plus_path(f.unsqueeze(1), y, t, config)
-        starts.append((weight / repeat, alpha, lp_plus_plus_rates(f, f @ t.T)))
+        ((weight, alpha, _),) = lp_plus_plus_path(f[:, None], y, t, config)
+        starts.append((weight / repeat, alpha, lp_plus_plus_rates(f[:, None], f[:, None] @ t.T)))
     assert torch.allclose(starts[0][0], starts[1][0])
     assert torch.allclose(starts[0][1], starts[1][1])
     assert starts[0][2] == pytest.approx(starts[1][2], rel=1e-6)
