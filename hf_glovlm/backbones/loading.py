@@ -19,7 +19,7 @@ from .checkpoints import (
     refuse_damaged,
     write_origin,
 )
-from .saved import check_folder, check_processor, read_config
+from .saved import check_folder, check_processor, read_config, split_revision
 from .table import BACKBONES, Backbone
 
 MINI = Path(__file__).parents[1] / "mini"
@@ -181,6 +181,8 @@ class _Source:
 
 def _locate(name: str, revision: str | None = None) -> _Source:
     """Locate weights in transformers' layout; others are converted into the cache."""
+    if name not in BACKBONES:
+        name, revision = split_revision(name, revision)
     place, row = _resolve(name)
     folder = Path(place)
     if folder.is_dir():

@@ -52,6 +52,34 @@ _MOST = {  # of whole numbers, by how their names end: far above any model, far 
 _HUGE = 2**40
 
 
+def split_revision(name: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Hub id and revision of `owner/name@revision`; what lies on this disk keeps its name.
+
+    Args:
+        name: A Hub id, with or without a revision, or a path.
+        revision: Commit, tag or branch that was given beside it.
+
+    Raises:
+        GloVLMError: The revision is empty, another one than was given beside it, or of a path.
+    """
+    if Path(name).expanduser().exists():
+        if revision is not None:
+            raise GloVLMError(
+                f"Only what is on the Hub has revisions, and {name} lies on this disk: leave out "
+                f"revision '{revision}'."
+            )
+        return name, None
+    hub_id, sign, stated = name.partition("@")
+    if not sign:
+        return name, revision
+    if not stated.strip() or revision not in (None, stated):
+        raise GloVLMError(
+            f"Expected one revision, as in owner/name@main, found '{name}'"
+            f"{'' if revision is None else f' and revision {revision!r}'}."
+        )
+    return hub_id, stated
+
+
 def read_config(file: Path, what: str) -> dict[str, Any]:
     """Read and check a model's config.json.
 

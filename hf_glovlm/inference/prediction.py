@@ -23,6 +23,7 @@ from ..backbones.saved import (
     check_processor,
     loading_reason,
     read_config,
+    split_revision,
 )
 from ..calibration.inputs import softmax
 from ..data.folder import open_image
@@ -441,11 +442,14 @@ class Predictions:
 _METADATA = b"hf_glovlm"
 
 
-def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
+def load_classifier(
+    name: str | Path, *, revision: str | None = None
+) -> tuple[Any, Any, dict[str, Any] | None]:
     """Load a classifier that `glovlm train` wrote.
 
     Args:
-        name: A run's folder, its `model/`, or a Hub id.
+        name: A run's folder, its `model/`, or a Hub id, as `owner/name` or `owner/name@revision`.
+        revision: Commit, tag or branch of a Hub id.
 
     Returns:
         The classifier in fp32 and evaluation mode, its processor, and the results of its run where
@@ -458,6 +462,7 @@ def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
 
     from ..model import GloVLMForImageClassification, GloVLMProcessor
 
+    name, revision = split_revision(str(name), revision)
     folder, run = Path(name).expanduser(), None
     if folder.is_dir():
         folder = model_folder(name, "adaptation")
@@ -480,7 +485,7 @@ def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
         if folder.is_dir():
             about = read_config(folder / "config.json", f"The model {name}")
         else:
-            about, _ = PreTrainedConfig.get_config_dict(source)
+            about, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
             check_config(about, f"{name}/config.json")
         if about.get("architectures") != ["GloVLMForImageClassification"]:
             kind = ", ".join(about.get("architectures") or []) or "no known kind"
@@ -488,10 +493,11 @@ def load_classifier(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
                 f"{name} is no classifier of ours, but of {kind}: give what `glovlm train` wrote. "
                 "A backbone goes into `glovlm train --backbone`."
             )
-        classifier = GloVLMForImageClassification.from_pretrained(source).float().eval()
-        processor = GloVLMProcessor.from_pretrained(source)
+        options: dict[str, Any] = {"revision": revision}
+        classifier = GloVLMForImageClassification.from_pretrained(source, **options)
+        processor = GloVLMProcessor.from_pretrained(source, **options)
         check_processor(processor, classifier.config, source)
-        return classifier, processor, run
+        return classifier.float().eval(), processor, run
     except GloVLMError:
         raise
     except Exception as error:  # of whatever library reads it

@@ -67,7 +67,8 @@ def target_modules(
     """Names of the linear maps of a backbone's blocks, as PEFT's `target_modules` takes them.
 
     Args:
-        backbone: A dual encoder with `vision_model` and `text_model`.
+        backbone: A dual encoder with `vision_model` and `text_model`, such as a `CLIPModel`; a
+            `GloVLMModel` or a classifier with one inside; or the folder or name of either.
         towers: `both`, `vision` or `text`.
         last: How many blocks, counted from the end; 0 is all of them.
         layers: Or which blocks, counted from 0, negative ones from the end; empty goes by `last`.
@@ -75,11 +76,13 @@ def target_modules(
         mlp: Whether the linear maps outside the attention are named too.
 
     Returns:
-        Full names relative to the backbone, block by block.
+        Full names relative to the backbone, block by block. PEFT matches the ends of names, so
+        they serve for the models around it, too.
 
     Raises:
         GloVLMError: A tower, a block or a projection does not exist.
     """
+    backbone = _dual_encoder(backbone)
     unknown = set(projections) - set(ATTENTION_NAMES)
     if unknown:
         raise GloVLMError(f"Attention projections are q, k, v and o; found '{min(unknown)}'.")
@@ -403,6 +406,16 @@ class ClipLora(Lora):
         return LoraSettings(tuner="RSLORA", last=0, projections="qkv", **given)
 
 
+def _dual_encoder(model: Any) -> Any:
+    """The dual encoder in a model of ours or of the same name on disk; others as they are."""
+    if isinstance(model, str | Path):
+        from ..backbones import load_backbone
+
+        model = load_backbone(str(model))[0]
+    model = getattr(model, "glovlm", model)
+    return getattr(model, "backbone", model)
+
+
 def _blocks(
     backbone: Any, towers: str, last: int = 0, layers: Sequence[int] = ()
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -410,6 +423,11 @@ def _blocks(
     if towers not in TOWERS:
         raise GloVLMError(f"Towers are {', '.join(TOWERS)}; found '{towers}'.")
     for tower in TOWERS[towers]:
+        if not hasattr(backbone, tower):
+            raise GloVLMError(
+                f"Expected a dual encoder with {' and '.join(TOWERS['both'])}, such as a "
+                f"GloVLMModel or a CLIPModel; found {type(backbone).__name__} without {tower}."
+            )
         path, blocks = tower_layers(getattr(backbone, tower))
         count = len(blocks)
         wrong = [i for i in layers if not -count <= i < count]

@@ -80,6 +80,14 @@ class GloVLMConfig(PreTrainedConfig):
     """
 
     model_type = "glovlm"
+    # Beside what is predicted: `Trainer` would hand `compute_metrics` a tuple.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - of either model
+        "image_embeds",
+        "text_embeds",
+        "logits_per_text",
+        "vision_model_output",
+        "text_model_output",
+    ]
     sub_configs_defaults = {  # noqa: RUF012 - the name and type are transformers' own
         "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="clip")
     }
@@ -140,6 +148,11 @@ class GloVLMConfig(PreTrainedConfig):
                 f"prompts must hold one list per class: {self.num_labels} classes, "
                 f"{len(self.prompts or [])} lists."
             )
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """Configuration of the text tower; arguments as in `PreTrainedConfig`, not used."""
+        text: PreTrainedConfig = self._backbone().text_config
+        return text
 
     @property
     def is_pair(self) -> bool:

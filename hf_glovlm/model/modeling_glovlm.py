@@ -25,7 +25,7 @@ class GloVLMOutput(ModelOutput):
     """Output of `GloVLMModel`.
 
     Args:
-        loss: Symmetric InfoNCE over the batch, when `return_loss=True`.
+        loss: Of the batch, when `return_loss=True` (see `forward`).
         logits_per_image: Scaled cosines `[images, texts]`.
         logits_per_text: The same `[texts, images]`.
         image_embeds: L2-normalised image features `[images, dim]`.
@@ -41,6 +41,11 @@ class GloVLMOutput(ModelOutput):
     text_embeds: Tensor | None = None
     vision_model_output: BaseModelOutputWithPooling | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """All that is not `None`; the towers' outputs as tuples, too (as `CLIPOutput`)."""
+        values: tuple[Any, ...] = super().to_tuple()
+        return tuple(v.to_tuple() if isinstance(v, ModelOutput) else v for v in values)
 
 
 @dataclass
@@ -110,6 +115,50 @@ class GloVLMPreTrainedModel(PreTrainedModel):
             self.config.check_publishing()
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Token embedding of the text tower."""
+        embedding: nn.Module = self._backbone.text_model.get_input_embeddings()
+        return embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embedding of the text tower.
+
+        Args:
+            value: A `torch.nn.Embedding`.
+        """
+        self._backbone.text_model.set_input_embeddings(value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resize the token embedding of the text tower, as `PreTrainedModel` does.
+
+        Args:
+            *args: As `PreTrainedModel.resize_token_embeddings` takes them.
+            **kwargs: As `PreTrainedModel.resize_token_embeddings` takes them.
+
+        Raises:
+            ValueError: The last row is the class token of the texts, which has to stay the last.
+        """
+        resizes = any(value is not None for value in (*args[:2], *kwargs.values()))
+        if self.config.text_pooling == "appended_cls" and resizes:
+            raise ValueError(
+                "The last row of this text tower's embedding is its class token (text_pooling "
+                "'appended_cls'), so rows behind it would take its place: keep the embedding, or "
+                "write into rows that no text uses."
+            )
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        self._backbone.text_model.config.vocab_size = embedding.num_embeddings
+        return embedding
+
+    @property
+    def _backbone(self) -> Any:
+        return getattr(self, self.base_model_prefix, self).backbone
+
+    def _reply(self, output: ModelOutput, return_dict: bool | None) -> Any:
+        """The output, or a tuple where the caller or the config asks for one."""
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Only what is ours: the towers are transformers models and initialise themselves.
@@ -150,7 +199,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
             backbone = (
                 TowerPair(config)
                 if config.is_pair
-                else AutoModel.from_config(config.backbone_config)
+                else AutoModel.from_config(config.backbone_config, dtype=torch.get_default_dtype())
             )
         else:
             _keep_weights(backbone)
@@ -243,25 +292,24 @@ class GloVLMModel(GloVLMPreTrainedModel):
         """Whether image and text features share a space, so that they can be compared."""
         return self.config.joint_space
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Token embedding of the text tower."""
-        embedding: nn.Module = self.backbone.text_model.get_input_embeddings()
-        return embedding
-
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, return_dict: bool | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Encode images.
 
         Args:
             pixel_values: `[n, 3, height, width]` (SigLIP 2: flattened patches), from the processor.
+            return_dict: Whether to return an output object rather than a tuple.
             **kwargs: What the tower takes: `interpolate_pos_encoding`, `output_attentions`, ...
 
         Returns:
             The vision tower's output; `pooler_output` holds the features `[n, dim]`.
         """
-        features: BaseModelOutputWithPooling = self.backbone.get_image_features(
-            pixel_values=pixel_values, **_given(kwargs)
+        features = self.backbone.get_image_features(
+            pixel_values=pixel_values, **self._asked(kwargs)
         )
-        return features
+        answer: BaseModelOutputWithPooling = self._reply(features, return_dict)
+        return answer
 
     def pool_images(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
         """Pooled image vectors before the projection: what a frozen tower computes once.
@@ -288,13 +336,18 @@ class GloVLMModel(GloVLMPreTrainedModel):
         return pooled if projection is None else projection(pooled)
 
     def get_text_features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Encode texts.
 
         Args:
             input_ids: `[n, length]`.
             attention_mask: `[n, length]`, 1 where a token is text.
+            return_dict: Whether to return an output object rather than a tuple.
             **kwargs: What the tower takes.
 
         Returns:
@@ -303,10 +356,11 @@ class GloVLMModel(GloVLMPreTrainedModel):
         if "siglip" in self.config._backbone().model_type:
             # SigLIP was trained on texts padded to its full context and attends to the padding.
             input_ids, attention_mask = self._pad_to_context(input_ids), None
-        features: BaseModelOutputWithPooling = self.backbone.get_text_features(
-            input_ids=input_ids, attention_mask=attention_mask, **_given(kwargs)
+        features = self.backbone.get_text_features(
+            input_ids=input_ids, attention_mask=attention_mask, **self._asked(kwargs)
         )
-        return features
+        answer: BaseModelOutputWithPooling = self._reply(features, return_dict)
+        return answer
 
     def class_prototypes(
         self,
@@ -331,7 +385,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
         """
 
         def encode(ids: Tensor, mask: Tensor | None) -> Tensor:
-            features: Any = self.get_text_features(ids, mask).pooler_output
+            features: Any = self.get_text_features(ids, mask, return_dict=True).pooler_output
             return nn.functional.normalize(features, dim=-1)
 
         n = len(input_ids)
@@ -359,14 +413,18 @@ class GloVLMModel(GloVLMPreTrainedModel):
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
         **kwargs: Any,
-    ) -> GloVLMOutput | tuple[Any, ...]:
+    ) -> GloVLMOutput | BaseModelOutputWithPooling | tuple[Any, ...]:
         """Image-text similarity: scaled cosines between images and texts.
+
+        Given images or texts alone, what `get_image_features` or `get_text_features` returns, so
+        that the feature-extraction pipelines work.
 
         Args:
             input_ids: `[texts, length]`.
             pixel_values: `[images, 3, height, width]`.
             attention_mask: `[texts, length]`.
-            return_loss: Whether to return the symmetric InfoNCE loss of as many texts as images.
+            return_loss: Whether to return a loss of as many texts as images: symmetric InfoNCE, or
+                the sigmoid loss where the backbone has a bias of the logits (SigLIP).
             return_dict: Whether to return a `GloVLMOutput` rather than a tuple.
             token_type_ids: For text towers that take it.
             position_ids: For text towers that take it.
@@ -376,14 +434,16 @@ class GloVLMModel(GloVLMPreTrainedModel):
                 `output_hidden_states` to both.
 
         Raises:
-            ValueError: Images or texts are missing, or the two towers have no joint space.
+            ValueError: There are neither images nor texts, a loss is asked of one of them alone, or
+                the two towers have no joint space.
         """
-        if input_ids is None or pixel_values is None:
+        alone = input_ids is None or pixel_values is None
+        if alone and (return_loss or input_ids is pixel_values):
             raise ValueError(
-                "GloVLMModel compares images with texts: give pixel_values and input_ids, or call "
-                "get_image_features or get_text_features for one of them."
+                "GloVLMModel compares images with texts: give pixel_values and input_ids, or one "
+                "of them (without return_loss) for its features."
             )
-        if not self.has_joint_space:
+        if not alone and not self.has_joint_space:
             raise ValueError(
                 "These two towers were never trained together, so their features cannot be "
                 "compared; adapt them first (glovlm train), which fits a projection."
@@ -391,20 +451,29 @@ class GloVLMModel(GloVLMPreTrainedModel):
         shared = {
             k: kwargs.pop(k) for k in ("output_attentions", "output_hidden_states") if k in kwargs
         }
-        vision: Any = self.get_image_features(
-            pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
-            spatial_shapes=spatial_shapes,
-            **kwargs,
-            **shared,
-        )
-        text: Any = self.get_text_features(
-            input_ids,
-            attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            **shared,
-        )
+        vision: Any = None
+        if pixel_values is not None:
+            vision = self.get_image_features(
+                pixel_values,
+                pixel_attention_mask=pixel_attention_mask,
+                spatial_shapes=spatial_shapes,
+                return_dict=True,
+                **kwargs,
+                **shared,
+            )
+        text: Any = None
+        if input_ids is not None:
+            text = self.get_text_features(
+                input_ids,
+                attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                return_dict=True,
+                **shared,
+            )
+        if vision is None or text is None:
+            answer: BaseModelOutputWithPooling = self._reply(vision or text, return_dict)
+            return answer
         image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
         if not (self.training or return_loss or torch.compiler.is_compiling()):
@@ -415,11 +484,8 @@ class GloVLMModel(GloVLMPreTrainedModel):
             logits_per_text = logits_per_text + bias
         loss = None
         if return_loss:
-            target = torch.arange(len(logits_per_text), device=logits_per_text.device)
-            loss = (
-                nn.functional.cross_entropy(logits_per_text, target)
-                + nn.functional.cross_entropy(logits_per_text.T, target)
-            ) / 2
+            contrast = _contrast if bias is None else _contrast_pairwise
+            loss = contrast(logits_per_text)
         output = GloVLMOutput(
             loss=loss,
             logits_per_image=logits_per_text.T,
@@ -429,7 +495,16 @@ class GloVLMModel(GloVLMPreTrainedModel):
             vision_model_output=vision,
             text_model_output=text,
         )
-        return output if return_dict is not False else output.to_tuple()
+        both: GloVLMOutput = self._reply(output, return_dict)
+        return both
+
+    def _asked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of a tower: those given, and what the config asks for beside the features."""
+        given = {k: v for k, v in kwargs.items() if v is not None}
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(self.config, name):
+                given.setdefault(name, True)
+        return given
 
     def _pad_to_context(self, input_ids: Tensor) -> Tensor:
         text = self.config._backbone().text_config
@@ -481,10 +556,6 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
         )
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Token embedding of the text tower."""
-        return self.glovlm.get_input_embeddings()
-
     def classify_features(self, features: Tensor) -> Tensor:
         """Map image features `[n, dim]`, not normalised, to calibrated logits `[n, classes]`.
 
@@ -523,6 +594,7 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
             pixel_values,
             pixel_attention_mask=pixel_attention_mask,
             spatial_shapes=spatial_shapes,
+            return_dict=True,
             **kwargs,
         )
         features: Any = vision.pooler_output
@@ -535,7 +607,8 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
             hidden_states=getattr(vision, "hidden_states", None),
             attentions=getattr(vision, "attentions", None),
         )
-        return output if return_dict is not False else output.to_tuple()
+        answer: GloVLMImageClassifierOutput = self._reply(output, return_dict)
+        return answer
 
 
 _ONE_OF_BOTH = (
@@ -563,6 +636,19 @@ def _keep_weights(module: nn.Module) -> None:
     """Mark a module as initialised, or `post_init` would initialise it again."""
     for part in module.modules():
         part._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _contrast(logits: Tensor) -> Tensor:
+    """Symmetric InfoNCE of logits `[n, n]` whose diagonal belongs together, as CLIP."""
+    target = torch.arange(len(logits), device=logits.device)
+    rows = nn.functional.cross_entropy(logits, target)
+    return (rows + nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+def _contrast_pairwise(logits: Tensor) -> Tensor:
+    """Sigmoid loss of logits `[n, n]` whose diagonal belongs together, as SigLIP."""
+    signs = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
+    return -nn.functional.logsigmoid(signs * logits).sum(-1).mean()
 
 
 def _given(kwargs: dict[str, Any]) -> dict[str, Any]:

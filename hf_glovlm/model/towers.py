@@ -28,8 +28,9 @@ class TowerPair(nn.Module):
         super().__init__()
         towers: Any = config.backbone_config
         self.config = config
-        self.vision_model = AutoModel.from_config(towers.vision_config)
-        self.text_model = AutoModel.from_config(towers.text_config)
+        dtype = torch.get_default_dtype()  # that of the whole model, not of a tower's checkpoint
+        self.vision_model = AutoModel.from_config(towers.vision_config, dtype=dtype)
+        self.text_model = AutoModel.from_config(towers.text_config, dtype=dtype)
         self.vision_pooler = (
             AttentionalPooler(
                 int(towers.vision_config.hidden_size), config.pooler_dim, config.pooler_heads

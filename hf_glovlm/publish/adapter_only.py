@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backbones.saved import check_config, check_folder, loading_reason
+from ..backbones.saved import check_config, check_folder, loading_reason, split_revision
 from ..errors import GloVLMError
 from ..files import read_json, write_json
 from .hub_errors import refusal
@@ -19,13 +19,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def load_published(
-    name: str, *, revision: str | None = None, token: str | None = None
+    name: str | Path, *, revision: str | None = None, token: str | None = None
 ) -> tuple[Any, Any]:
     """Load a published model; base weights that it lacks come from their own page.
 
     Args:
-        name: A Hub id, or a folder with the same files.
-        revision: Commit or branch.
+        name: A Hub id, as `owner/name` or `owner/name@revision`, or a folder with the same files.
+        revision: Commit, tag or branch of a Hub id.
         token: Of the Hub.
 
     Returns:
@@ -40,6 +40,7 @@ def load_published(
 
     from ..model import GloVLMForImageClassification, GloVLMProcessor
 
+    name, revision = split_revision(str(name), revision)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         check_repo_id(name)
@@ -69,7 +70,7 @@ def load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
     """Load a model of a run's folder or of the Hub, whole or an adapter or head alone.
 
     Args:
-        name: A folder or a Hub id.
+        name: A folder or a Hub id, as `owner/name` or `owner/name@revision`.
 
     Returns:
         What `inference.load_classifier` returns; results are known of folders alone.
@@ -81,7 +82,7 @@ def load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
 
     folder = Path(name).expanduser()
     parts = (folder / PARTS).is_file()
-    if not parts and (folder.exists() or not _HUB_ID.fullmatch(name)):
+    if not parts and (folder.exists() or not _HUB_ID.fullmatch(split_revision(name)[0])):
         return load_classifier(name)
     return *load_published(name), None
 
