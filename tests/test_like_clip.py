@@ -90,18 +90,6 @@ def test_the_pipeline_of_image_features(model: Any, processor: Any, pixels: Any)
     assert_same_numbers(pooled, expected.pooler_output)
 
 
-def test_the_pipeline_of_text_features(model: Any, processor: Any) -> None:
-    encoded = processor(text="a viable glomerulus", return_tensors="pt")
-    try:
-        extract = pipeline("feature-extraction", model=model, tokenizer=processor.tokenizer)
-        tokens = np.array(extract("a viable glomerulus"))
-    except ValueError as error:
-        pytest.fail(str(error))
-    with torch.no_grad():
-        expected = model.get_text_features(encoded["input_ids"]).last_hidden_state
-    assert_same_numbers(tokens, expected)
-
-
 def test_nothing_or_a_loss_of_images_alone_is_refused(model: Any, pixels: Any) -> None:
     with pytest.raises(ValueError, match="pixel_values and input_ids"):
         model()

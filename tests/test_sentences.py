@@ -37,7 +37,11 @@ def predictions(rows: list[list[float]]) -> Predictions:
 
 def config(**calibration: Any) -> Any:
     return SimpleNamespace(
-        calibration=calibration or None, temperature=1.0, synthetic=False, backbone_name="x"
+        calibration=calibration or None,
+        temperature=1.0,
+        synthetic=False,
+        backbone_name="x",
+        guard={"images": 16},
     )
 
 

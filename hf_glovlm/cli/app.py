@@ -223,6 +223,7 @@ def predict(
     from ..files import write_csv
     from ..inference import FeatureCache, resolve_device
     from ..inference import predict as classify
+    from ..inference.guard import NO_GUARD
     from ..inference.scale import check_scale, describe_scale
     from ..inference.sentences import calibration_columns
     from ..publish.adapter_only import load_model
@@ -251,6 +252,8 @@ def predict(
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
         predictions = classify(*loaded, image_rows(readable, mpp), **options)
+    if predictions.support_distances is None:
+        note(NO_GUARD)
     answers = calibration_columns(predictions, loaded[0].config.calibration or {})
     shares = [f"p_{name}" for name in predictions.class_names]
     header = ["file_name", "predicted", *shares, *answers]

@@ -356,6 +356,8 @@ class Predictions:
         similarities: `[n, K]` cosines between image and class text, for heads that compare these.
         groups: Patient (or case, or slide) of each image, where known.
         labels: True class numbers `[n]`, -1 for an image without; `None` when none is known.
+        support_distances: `[n]` distances to the support as multiples of their limit; `None` where
+            the model has no guard.
     """
 
     probabilities: NDArray[np.float64]
@@ -365,6 +367,13 @@ class Predictions:
     similarities: NDArray[np.float32] | None = None
     groups: list[str] | None = None
     labels: NDArray[np.int64] | None = None
+    support_distances: NDArray[np.float64] | None = None
+
+    @property
+    def unlike_support(self) -> NDArray[np.bool_] | None:
+        """Which images are unlike the support, `[n]`; their class may mean nothing."""
+        distances = self.support_distances
+        return None if distances is None else distances > 1
 
     @property
     def predicted(self) -> list[str]:
@@ -375,7 +384,8 @@ class Predictions:
         """Write a parquet file: one row an image, columns as `glovlm predict` names them.
 
         `file_name`, `label` (null if unknown), `predicted`, `p_<class>` and `logit_<class>` for
-        every class; `similarity_<class>` and `group` where known.
+        every class; `similarity_<class>`, `group`, `unlike_support` and `support_distance` where
+        known.
         """
         labels = [None] * len(self.file_names) if self.labels is None else self.labels.tolist()
         names = [None if k is None or k < 0 else self.class_names[k] for k in labels]
@@ -389,6 +399,9 @@ class Predictions:
                 columns[f"{prefix}_{name}"] = pa.array(values[:, k])
         if self.groups is not None:
             columns["group"] = pa.array(self.groups, pa.string())
+        if self.support_distances is not None:
+            columns["unlike_support"] = pa.array(self.unlike_support)
+            columns["support_distance"] = pa.array(self.support_distances)
         metadata = {_METADATA: json.dumps({"class_names": self.class_names})}
         write_table(Path(path), columns, metadata)
 
@@ -428,6 +441,11 @@ class Predictions:
             ),
             groups=table["group"].to_pylist() if "group" in table.column_names else None,
             labels=None if max(true, default=-1) < 0 else np.array(true, np.int64),
+            support_distances=(
+                table["support_distance"].to_numpy()
+                if "support_distance" in table.column_names
+                else None
+            ),
         )
 
     def _matrices(self) -> list[tuple[str, NDArray[Any]]]:
@@ -535,10 +553,12 @@ def predict(
     _move(model, device)
     names = class_names(model.config)
     labels = _labels(images, names)
-    features = embed_images(
-        model.glovlm, processor, images, batch_size=batch_size, cache=cache, progress=progress
-    )
+    pooled = embed_images(
+        model.glovlm, processor, images,
+        batch_size=batch_size, cache=cache, progress=progress, project=False,
+    )  # fmt: skip
     with exact_inference(model):
+        features = _project(model.glovlm, pooled)
         tensor = torch.from_numpy(features).to(model_device(model), model.dtype)
         head: Any = model.head
         logits = to_array(model.classify_features(tensor))
@@ -546,6 +566,11 @@ def predict(
         if getattr(head, "cosine", False):
             unit = torch.nn.functional.normalize(tensor, dim=-1)
             similarities = to_array(unit @ head.weight.T)
+        distances = None
+        if model.guard is not None:
+            distances = to_array(model.guard(torch.from_numpy(pooled).to(model_device(model))))
+            if np.isnan(distances).any():  # described by the config, but its numbers are not there
+                distances = None
     if not np.isfinite(logits).all():
         raise GloVLMError(
             "The head returned logits that are not finite: the model's training diverged; train it "
@@ -560,6 +585,7 @@ def predict(
         similarities=similarities,
         groups=None if groups is None else list(groups),
         labels=labels,
+        support_distances=None if distances is None else distances.astype(np.float64),
     )
 
 

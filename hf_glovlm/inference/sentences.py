@@ -6,7 +6,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ..calibration import ConformalThresholds, conformal_sets, describe_sets
 from ..data.terminology import find_term
 from ..errors import GloVLMError
 from ..model.heads import prototype_head
+from .guard import NO_GUARD
 from .prediction import Predictions, class_names
 from .scale import check_scale, describe_scale
 from .texts import check_class_texts, embed_prompts
@@ -43,8 +44,11 @@ class ImagePrediction:
         label: The most probable class.
         probabilities: Of each class, in the model's order; they sum to 1.
         classes: The conformal set, most probable first; `None` where the model has none.
-        answered: Whether the model answers rather than abstains; `None` where it never abstains.
+        answered: Whether the model answers rather than abstains, as it does where the image is
+            unlike the support; `None` where it has no limit of confidence and the image is none.
         sentence: All of this in words.
+        support_distance: Distance to the support as a multiple of its limit: above 1, the image is
+            unlike the support. `None` where the model has no guard.
     """
 
     file_name: str
@@ -53,6 +57,7 @@ class ImagePrediction:
     classes: tuple[str, ...] | None
     answered: bool | None
     sentence: str
+    support_distance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def describe_predictions(predictions: Predictions, config: Any) -> list[ImagePre
     calibration = config.calibration or {}
     inside = _prediction_sets(predictions, calibration)
     abstention = calibration.get("abstention")
+    distances = predictions.support_distances
     answers = []
     for i, p in enumerate(predictions.probabilities):
         order = np.argsort(-p, kind="stable")
@@ -89,6 +95,10 @@ def describe_predictions(predictions: Predictions, config: Any) -> list[ImagePre
             chosen = tuple(predictions.class_names[k] for k in order if inside[i, k])
         answered = None if not abstention else _is_answered(p, abstention)
         sentences = [_label_sentence(label, float(p.max()), answered, abstention)]
+        distance = None if distances is None else float(distances[i])
+        if distance is not None and distance > 1:
+            answered = False
+            sentences = [_unlike_sentence(label, float(p.max()), distance)]
         if chosen is not None:
             sentences.append(_set_sentence(chosen, calibration["conformal"]))
         answers.append(
@@ -99,6 +109,7 @@ def describe_predictions(predictions: Predictions, config: Any) -> list[ImagePre
                 classes=chosen,
                 answered=answered,
                 sentence=" ".join(sentences),
+                support_distance=distance,
             )
         )
     return answers
@@ -106,24 +117,31 @@ def describe_predictions(predictions: Predictions, config: Any) -> list[ImagePre
 
 def calibration_columns(
     predictions: Predictions, calibration: Mapping[str, Any]
-) -> dict[str, list[str]]:
-    """Table columns of a calibrated model: prediction sets and abstention.
+) -> dict[str, list[Any]]:
+    """Table columns of a model's limits: prediction sets, abstention, distance to the support.
 
     Args:
         predictions: From `predict`.
         calibration: From the config; empty for a model without.
 
     Returns:
-        `set`, its prediction sets (`"ischemic or viable"`), and `answers`, `yes` or `no`; each
-        where the model has it.
+        `set`, its prediction sets (`"ischemic or viable"`), `answers` and `unlike_support`, `yes`
+        or `no`, and `support_distance`, above 1 where the image is unlike; each where the model has
+        it.
     """
-    columns: dict[str, list[str]] = {}
+    columns: dict[str, list[Any]] = {}
+    distances, unlike = predictions.support_distances, predictions.unlike_support
     inside = _prediction_sets(predictions, calibration)
     if inside is not None:
         columns["set"] = describe_sets(inside, predictions.class_names)
     if calibration.get("abstention"):
         given = [_is_answered(p, calibration["abstention"]) for p in predictions.probabilities]
-        columns["answers"] = ["yes" if answered else "no" for answered in given]
+        if unlike is not None:
+            given = [answered and not far for answered, far in zip(given, unlike, strict=True)]
+        columns["answers"] = _yes_or_no(given)
+    if distances is not None and unlike is not None:
+        columns["unlike_support"] = _yes_or_no(unlike)
+        columns["support_distance"] = [round(float(d), 3) for d in distances]
     return columns
 
 
@@ -160,6 +178,8 @@ def describe_limits(config: Any) -> list[str]:
         limits.append(
             "Not calibrated: no held-out images have shown how often such probabilities are right."
         )
+    if not config.guard:
+        limits.append(NO_GUARD)
     return [*limits, RESEARCH_ONLY]
 
 
@@ -241,7 +261,8 @@ def build_zero_shot(
     config.label2id = {name: k for k, name in enumerate(texts)}
     config.problem_type = "single_label_classification"
     config.prompts = list(texts.values())
-    config.temperature, config.prior_shift, config.calibration = 1.0, None, None
+    config.temperature = 1.0
+    config.prior_shift = config.calibration = config.guard = None
     head = prototype_head(prototypes, own.logit_scale.exp().item())
     return GloVLMForImageClassification(config, glovlm=own, head=head).eval()
 
@@ -317,6 +338,18 @@ def _label_sentence(
         f"No answer: the most probable class, {label}, has {p:.2f}, and below {least:.2f} more "
         f"than {risk:.0%} of the answers may be wrong."
     )
+
+
+def _unlike_sentence(label: str, p: float, distance: float) -> str:
+    return (
+        "No answer: the image is unlike those that the model learned from "
+        f"({distance:.1f} times the limit of their distance), so its most probable class, "
+        f"{label.replace('_', ' ')} with {p:.2f}, may mean nothing."
+    )
+
+
+def _yes_or_no(values: Iterable[bool]) -> list[str]:
+    return ["yes" if value else "no" for value in values]
 
 
 def _set_sentence(classes: Sequence[str], conformal: Mapping[str, Any]) -> str:

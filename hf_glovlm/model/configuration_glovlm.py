@@ -74,6 +74,8 @@ class GloVLMConfig(PreTrainedConfig):
             correct for a prevalence other than that of the training labels.
         calibration: Conformal sets and abstention, as `calibration` fitted them on held-out
             groups; `None` where that was not done.
+        guard: Distance to the support and its limit (see `SupportGuard`); `None` where images
+            unlike the support are not noticed.
         mpp: Micrometres per input pixel (after the image transform's resizing) that the model was
             adapted at; `None` is unknown.
         synthetic: Whether its training images were synthetic, not of patients.
@@ -117,6 +119,7 @@ class GloVLMConfig(PreTrainedConfig):
     temperature: float = 1.0
     prior_shift: list[float] | None = None
     calibration: dict[str, Any] | None = None
+    guard: dict[str, Any] | None = None
     mpp: float | None = None
     synthetic: bool = False
 
@@ -199,7 +202,7 @@ class GloVLMConfig(PreTrainedConfig):
         before = self.__dict__.get(_LABELS)
         self.__dict__[_LABELS] = names
         if before is not None and names != before:
-            self.prompts = self.prior_shift = self.calibration = None
+            self.prompts = self.prior_shift = self.calibration = self.guard = None
             self.temperature = 1.0
 
     def check_publishing(self) -> None:

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_glovlm import GloVLMConfig
 from .context import ContextGuide
+from .guard import SupportGuard
 from .heads import Head, build_head, describe_head
 from .prompts import TEXT_CHUNK, AdapterModules, Bottleneck, LayerTokens
 from .towers import AttentionalPooler, TowerPair
@@ -170,7 +171,9 @@ class GloVLMPreTrainedModel(PreTrainedModel):
                         init.normal_(linear.weight, std=linear.in_features**-0.5)
                         if linear.bias is not None:
                             init.zeros_(linear.bias)
-        elif isinstance(module, AttentionalPooler | LayerTokens | Bottleneck | ContextGuide):
+        elif isinstance(
+            module, AttentionalPooler | LayerTokens | Bottleneck | ContextGuide | SupportGuard
+        ):
             module.reset()
         elif isinstance(module, Head):
             module.reset()
@@ -189,7 +192,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
         backbone: Pretrained towers to wrap; built from the config, untrained, when not given.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^head\.", r"^guard\."]  # noqa: RUF012
 
     backbone: Any  # a transformers dual encoder or a TowerPair
 
@@ -416,8 +419,8 @@ class GloVLMModel(GloVLMPreTrainedModel):
     ) -> GloVLMOutput | BaseModelOutputWithPooling | tuple[Any, ...]:
         """Image-text similarity: scaled cosines between images and texts.
 
-        Given images or texts alone, what `get_image_features` or `get_text_features` returns, so
-        that the feature-extraction pipelines work.
+        Given images alone, what `get_image_features` returns, as a vision model's would, so that
+        `pipeline("image-feature-extraction")` works.
 
         Args:
             input_ids: `[texts, length]`.
@@ -434,16 +437,15 @@ class GloVLMModel(GloVLMPreTrainedModel):
                 `output_hidden_states` to both.
 
         Raises:
-            ValueError: There are neither images nor texts, a loss is asked of one of them alone, or
-                the two towers have no joint space.
+            ValueError: There are no images, or a loss but no texts, or the two towers have no joint
+                space.
         """
-        alone = input_ids is None or pixel_values is None
-        if alone and (return_loss or input_ids is pixel_values):
+        if pixel_values is None or (input_ids is None and return_loss):
             raise ValueError(
-                "GloVLMModel compares images with texts: give pixel_values and input_ids, or one "
-                "of them (without return_loss) for its features."
+                "GloVLMModel compares images with texts: give pixel_values and input_ids, or call "
+                "get_image_features or get_text_features for one of them."
             )
-        if not alone and not self.has_joint_space:
+        if input_ids is not None and not self.has_joint_space:
             raise ValueError(
                 "These two towers were never trained together, so their features cannot be "
                 "compared; adapt them first (glovlm train), which fits a projection."
@@ -451,29 +453,25 @@ class GloVLMModel(GloVLMPreTrainedModel):
         shared = {
             k: kwargs.pop(k) for k in ("output_attentions", "output_hidden_states") if k in kwargs
         }
-        vision: Any = None
-        if pixel_values is not None:
-            vision = self.get_image_features(
-                pixel_values,
-                pixel_attention_mask=pixel_attention_mask,
-                spatial_shapes=spatial_shapes,
-                return_dict=True,
-                **kwargs,
-                **shared,
-            )
-        text: Any = None
-        if input_ids is not None:
-            text = self.get_text_features(
-                input_ids,
-                attention_mask,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                return_dict=True,
-                **shared,
-            )
-        if vision is None or text is None:
-            answer: BaseModelOutputWithPooling = self._reply(vision or text, return_dict)
+        vision: Any = self.get_image_features(
+            pixel_values,
+            pixel_attention_mask=pixel_attention_mask,
+            spatial_shapes=spatial_shapes,
+            return_dict=True,
+            **kwargs,
+            **shared,
+        )
+        if input_ids is None:
+            answer: BaseModelOutputWithPooling = self._reply(vision, return_dict)
             return answer
+        text: Any = self.get_text_features(
+            input_ids,
+            attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            return_dict=True,
+            **shared,
+        )
         image_embeds = nn.functional.normalize(vision.pooler_output, dim=-1)
         text_embeds = nn.functional.normalize(text.pooler_output, dim=-1)
         if not (self.training or return_loss or torch.compiler.is_compiling()):
@@ -554,7 +552,20 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
             if head is not None
             else build_head(config.head, config.image_feature_dim, int(config.num_labels or 2))
         )
+        self.guard = SupportGuard(**config.guard) if config.guard else None
         self.post_init()
+
+    def set_guard(self, guard: SupportGuard | None) -> None:
+        """Put a guard against images unlike the support into the model, or take it away.
+
+        Args:
+            guard: As `inference.guard.fit_guard` fits it.
+        """
+        if guard is not None:
+            _keep_weights(guard)
+            guard = guard.to(self.device, self.dtype)
+        self.guard = guard
+        self.config.guard = None if guard is None else guard.describe()
 
     def classify_features(self, features: Tensor) -> Tensor:
         """Map image features `[n, dim]`, not normalised, to calibrated logits `[n, classes]`.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..environment import describe_environment
 from ..errors import GloVLMError, nearest
 from ..inference import FeatureCache, Predictions, predict, resolve_device
+from ..inference.guard import count_unlike
 from ..inference.prediction import class_names
 from ..inference.scale import check_scale, listed_mpp
 from ..settings import declarations
@@ -142,6 +143,7 @@ def evaluate(
         **measure(predictions, n_resamples=n_resamples),
         "notes": [
             groups.note,
+            count_unlike(predictions),
             *describe_reading({"all": rows}).notes,
             *seen.notes,
             *pretrained,

@@ -157,12 +157,14 @@ def classify_objects(
     level0 = mpp if mpp is not None else slide.mpp
     scale = _check_scale(model, processor, boxes[once, 2], level0, allow_scale)
 
-    parts = []
+    parts, unlike = [], 0
     chosen = np.flatnonzero(once)
     for start in range(0, len(chosen), batch_size):
         crops = [_read_crop(slide, *boxes[i].tolist()) for i in chosen[start : start + batch_size]]
         predictions = predict(model, processor, _image_rows(crops), batch_size=batch_size)
         parts.append(predictions.probabilities)
+        if predictions.unlike_support is not None:
+            unlike += int(predictions.unlike_support.sum())
         if on_progress is not None:
             on_progress(min(start + batch_size, len(chosen)), len(chosen))
     probabilities = np.empty((len(objects), parts[0].shape[1]))
@@ -174,6 +176,11 @@ def classify_objects(
         notes.append(
             f"{int((~once).sum())} of {len(objects)} outlines repeat another one and are not "
             "counted."
+        )
+    if unlike:
+        notes.append(
+            f"{unlike} of {len(chosen)} objects are unlike the images that the model learned from, "
+            "so their classes may mean nothing."
         )
     if scale == "unknown":
         notes.append(

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..backbones import load_backbone
 from ..errors import GloVLMError
-from ..inference import FeatureCache, embed_images, embed_prompts
+from ..inference import FeatureCache, MemoryCache, embed_images, embed_prompts
+from ..inference.guard import add_guard
 from ..inference.texts import check_class_texts
 from ..methods import (
     METHODS,
@@ -309,6 +310,7 @@ def adapt(
             model, processor, (support, validation), classes, method, asdict(config)
         )
     _forget_task(model.config, processor)
+    cache = cache if cache is not None else MemoryCache()  # nothing is encoded twice
 
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
     model.to(device).requires_grad_(False)
@@ -333,12 +335,14 @@ def adapt(
             "(crops, flips, quarter turns, stain jitter); a label counts once."
         )
     result.fitted.notes += notes
-    return _put_together(images, result)
+    adapted = _put_together(images, result)
+    add_guard(adapted.model, processor, support, labels.tolist(), groups, cache)
+    return adapted
 
 
 def _forget_task(config: Any, processor: Any) -> None:
     """Drop what a model has of a task that it was adapted to before; its weights stay."""
-    for name in ("head", "prompts", "prior_shift", "calibration", "mpp", "problem_type"):
+    for name in ("head", "prompts", "prior_shift", "calibration", "guard", "mpp", "problem_type"):
         setattr(config, name, None)
     config.temperature = 1.0
     processor.context_token_ids = None
