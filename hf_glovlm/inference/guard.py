@@ -1,8 +1,8 @@
 """Guard against images unlike the support: fitted on the support itself, without other labels.
 
-The distance is Mahalanobis's, on what the vision tower makes of an image before any projection or
-head, so that every method's model has it. Each group of the support in turn is measured by the
-others; the limit is the upper 95% prediction limit of those distances for a further group.
+The distance is Mahalanobis's, on the mean patch token behind the vision tower's middle block, so that
+every method's model has it. Each group of the support in turn is measured by the others; the limit
+is the upper 97.5% prediction limit of those distances for a further group.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from ..model.guard import SupportGuard
 from .cache import FeatureCache
-from .prediction import Predictions, embed_images
+from .prediction import Predictions, embed_twice
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SHARE = 0.95  # of further images of the same kind that the limit is meant to let through
+SHARE = 0.975  # of further images of the same kind that the limit is meant to let through
 SHRINKAGE = 0.5  # of the covariance within the classes, towards a multiple of the identity
 MIN_IMAGES = 4  # that others of their class, of other groups, can measure
 MOST_IMAGES = 1000  # that a guard is fitted on; more are drawn from
@@ -50,18 +50,18 @@ def add_guard(
     """
     guard = None
     if len(support):
-        pooled = embed_images(classifier.glovlm, processor, support, cache=cache, project=False)
-        guard = fit_guard(pooled[:, : _class_token(classifier.config)], labels, groups)
+        _, vectors = embed_twice(classifier.glovlm, processor, support, cache=cache)
+        guard = fit_guard(vectors, labels, groups)
     classifier.set_guard(guard)
 
 
 def fit_guard(
-    pooled: NDArray[np.float32], labels: Sequence[int], groups: Sequence[str] | None = None
+    vectors: NDArray[np.float32], labels: Sequence[int], groups: Sequence[str] | None = None
 ) -> SupportGuard | None:
-    """Fit a guard on pooled vectors.
+    """Fit a guard on vectors of the support.
 
     Args:
-        pooled: `[n, width]`.
+        vectors: `[n, width]`, the second of `embed_twice`.
         labels: Class number of each.
         groups: Patient, case or slide of each; by default each image is one of its own.
 
@@ -78,9 +78,9 @@ def fit_guard(
     group = np.unique(np.asarray([str(g) for g in known]), return_inverse=True)[1]
     if len(y) > MOST_IMAGES:
         drawn = np.random.default_rng(0).permutation(len(y))[:MOST_IMAGES]
-        pooled, y, group = pooled[drawn], y[drawn], group[drawn]
+        vectors, y, group = vectors[drawn], y[drawn], group[drawn]
         y, group = (np.unique(v, return_inverse=True)[1] for v in (y, group))
-    unit = pooled.astype(np.float64)
+    unit = vectors.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True).clip(1e-12)
     fold = group % min(FOLDS, max(5, 5 * MOST_IMAGES // len(y)))
     distances = []
@@ -134,12 +134,3 @@ def _fit(unit: NDArray[np.float64], y: NDArray[np.int64]) -> SupportGuard | None
     guard.directions.copy_(torch.from_numpy(directions[kept]))
     guard.shrinkage.copy_(torch.from_numpy(1 - np.sqrt(floor / variances)))
     return guard
-
-
-def _class_token(config: Any) -> int:
-    """How much of a pooled vector is compared: of a class token joined to a mean, the token.
-
-    The mean of the patches separates one organ's images from another's far less.
-    """
-    width = int(config.vision_pooled_dim)
-    return width // 2 if config.is_pair and config.vision_pooling == "cls_mean" else width

@@ -122,13 +122,56 @@ def embed_images(
         GloVLMError: An image cannot be decoded, its features are not finite, or one image alone
             does not fit into memory.
     """
+    pooled, _ = embed_twice(
+        model, processor, images,
+        batch_size=batch_size, device=device, cache=cache, progress=progress, views=views,
+        seed=seed,
+    )  # fmt: skip
+    if not project:
+        return pooled
+    with exact_inference(model):
+        return _project(model, pooled)
+
+
+def embed_twice(
+    model: "GloVLMModel",
+    processor: "GloVLMProcessor",
+    images: "Dataset",
+    *,
+    batch_size: int = 32,
+    device: "str | torch.device | None" = None,
+    cache: FeatureCache | None = None,
+    progress: bool = False,
+    views: int = 0,
+    seed: int = 0,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Pooled vectors, and what a guard compares: see `GloVLMModel.pool_images_and_middle`.
+
+    Args:
+        model: See `embed_images`, as of all arguments.
+        processor: See there.
+        images: See there.
+        batch_size: See there.
+        device: See there.
+        cache: See there.
+        progress: See there.
+        views: See there.
+        seed: See there.
+
+    Returns:
+        Pooled vectors `[n, width]`; mean patches of the middle `[n, hidden]`, or the pooled vectors
+        again where the tower has no such middle.
+
+    Raises:
+        GloVLMError: See `embed_images`.
+    """
     _move(model, device)
     rows = _Views(images, views, seed) if views else _Rows(images)
     digests = rows.digests()
     first: dict[bytes, int] = {}
     for row, digest in enumerate(digests):
         first.setdefault(digest, row)
-    key = encoder_key(model, processor) if cache is not None else ""
+    key = f"{encoder_key(model, processor)}m" if cache is not None else ""  # m: with the middle
     vectors = cache.get(key, list(first)) if cache is not None else {}
     missing = [(digest, row) for digest, row in first.items() if digest not in vectors]
     with exact_inference(model), _bar("Encoding images", len(missing), progress) as advance:
@@ -141,11 +184,13 @@ def embed_images(
                 config: Any = model.config
                 name = config.backbone_name or config.backbone_config.model_type
                 cache.put(key, [digest for digest, _ in part], pooled, name)
-        if not digests:
-            pooled = np.empty((0, model.config.vision_pooled_dim), np.float32)
-        else:
-            pooled = np.stack([vectors[digest] for digest in digests])
-        return _project(model, pooled) if project else pooled
+    width = model.config.vision_pooled_dim
+    if not digests:
+        empty = np.empty((0, width), np.float32)
+        return empty, empty
+    both = np.stack([vectors[digest] for digest in digests])
+    pooled, middle = np.split(both, [width], axis=1)
+    return pooled, middle if middle.shape[1] else pooled
 
 
 class _Rows:
@@ -213,7 +258,7 @@ def _encode(
     batch_size: int,
     advance: Callable[[int], None],
 ) -> NDArray[np.float32]:
-    """Decode, preprocess and pool the selected rows: `[n, width]`."""
+    """Decode, preprocess and pool the selected rows, pooled vectors and middle tokens joined."""
     device = model_device(model)
     batches = [selected[i : i + batch_size] for i in range(0, len(selected), batch_size)]
     fits = batch_size
@@ -230,7 +275,8 @@ def _encode(
         n = len(inputs["pixel_values"])
         if n <= fits:
             try:
-                return to_array(model.pool_images(**move_inputs(inputs, model)))
+                both = model.pool_images_and_middle(**move_inputs(inputs, model))
+                return to_array(torch.cat(both, dim=1))
             except RuntimeError as error:
                 if "out of memory" not in str(error):
                     raise
@@ -553,10 +599,9 @@ def predict(
     _move(model, device)
     names = class_names(model.config)
     labels = _labels(images, names)
-    pooled = embed_images(
-        model.glovlm, processor, images,
-        batch_size=batch_size, cache=cache, progress=progress, project=False,
-    )  # fmt: skip
+    pooled, compared = embed_twice(
+        model.glovlm, processor, images, batch_size=batch_size, cache=cache, progress=progress
+    )
     with exact_inference(model):
         features = _project(model.glovlm, pooled)
         tensor = torch.from_numpy(features).to(model_device(model), model.dtype)
@@ -568,7 +613,7 @@ def predict(
             similarities = to_array(unit @ head.weight.T)
         distances = None
         if model.guard is not None:
-            distances = to_array(model.guard(torch.from_numpy(pooled).to(model_device(model))))
+            distances = to_array(model.guard(torch.from_numpy(compared).to(model_device(model))))
             if np.isnan(distances).any():  # described by the config, but its numbers are not there
                 distances = None
     if not np.isfinite(logits).all():

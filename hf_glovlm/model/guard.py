@@ -14,7 +14,7 @@ class SupportGuard(nn.Module):
     support is small. No single image is kept: class means, principal directions and shrinkage.
 
     Args:
-        width: Leading numbers of a pooled vector that are compared.
+        width: Of the vectors that are compared.
         classes: Number of class means.
         rank: Number of principal directions.
         variance: Variance of every direction that is not kept, after shrinkage.
@@ -44,17 +44,18 @@ class SupportGuard(nn.Module):
         self.register_buffer("directions", torch.zeros(rank, width))
         self.register_buffer("shrinkage", torch.zeros(rank))
 
-    def forward(self, pooled: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor) -> Tensor:
         """Distances of images, as multiples of the limit: an image above 1 is unlike the support.
 
         Args:
-            pooled: Vectors `[n, at least width]` of `GloVLMModel.pool_images`.
+            vectors: `[n, width]` of `GloVLMModel.pool_images_and_middle`, the second where it has
+                numbers.
 
         Returns:
             `[n]`, 0 or more; not a number where the guard was never fitted.
         """
         classes, width = self.means.shape
-        vectors = self._whiten(nn.functional.normalize(pooled[:, :width].float(), dim=-1))
+        vectors = self._whiten(nn.functional.normalize(vectors.float(), dim=-1))
         means = self._whiten(self.means.float())
         nearest = torch.stack([(vectors - means[k]).norm(dim=-1) for k in range(classes)]).amin(0)
         return nearest / (self.variance * width) ** 0.5 / self.threshold

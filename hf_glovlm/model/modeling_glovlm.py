@@ -18,7 +18,7 @@ from .context import ContextGuide
 from .guard import SupportGuard
 from .heads import Head, build_head, describe_head
 from .prompts import TEXT_CHUNK, AdapterModules, Bottleneck, LayerTokens
-from .towers import AttentionalPooler, TowerPair
+from .towers import AttentionalPooler, TowerPair, count_patches
 
 
 @dataclass
@@ -332,6 +332,39 @@ class GloVLMModel(GloVLMPreTrainedModel):
             pixel_values=pixel_values, **_given(kwargs)
         ).pooler_output
         return pooled
+
+    def pool_images_and_middle(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Pooled image vectors, and the mean patch token behind the middle block, in one pass.
+
+        The middle of a tower knows texture, stain and sharpness, which its end has put aside.
+
+        Args:
+            pixel_values: `[n, 3, height, width]`, from the processor.
+            **kwargs: What the tower takes.
+
+        Returns:
+            Pooled vectors `[n, width]` and mean patches `[n, hidden]`; the latter `[n, 0]` where the
+            tower has no blocks that tokens pass through one after the other.
+        """
+        lists = [m for m in self.backbone.vision_model.modules() if isinstance(m, nn.ModuleList)]
+        blocks = max(lists, key=len, default=nn.ModuleList())
+        seen: list[Tensor] = []
+        vision = self.config._backbone().vision_config
+        patches = 0 if pixel_values.dim() < 4 else count_patches(vision, pixel_values)
+
+        def read(module: nn.Module, args: Any, output: Any) -> None:
+            tokens = output[0] if isinstance(output, tuple) else output
+            if tokens.dim() == 3:
+                mask = kwargs.get("pixel_attention_mask")
+                seen.append(_mean_patch(tokens, patches, mask))
+
+        hooks = [block.register_forward_hook(read) for block in blocks[len(blocks) // 2 :][:1]]
+        try:
+            pooled = self.pool_images(pixel_values, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return pooled, seen[0] if seen else pooled[:, :0]
 
     def project_images(self, pooled: Tensor) -> Tensor:
         """Project pooled vectors `[n, width]` to image features `[n, dim]`."""
@@ -647,6 +680,15 @@ def _keep_weights(module: nn.Module) -> None:
     """Mark a module as initialised, or `post_init` would initialise it again."""
     for part in module.modules():
         part._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _mean_patch(tokens: Tensor, patches: int, mask: Tensor | None) -> Tensor:
+    """Mean of the patch tokens, which stand last; of those that a mask `[n, patches]` lets count."""
+    tokens = tokens[:, -min(patches or tokens.shape[1], tokens.shape[1]) :]
+    if mask is None or mask.shape != tokens.shape[:2]:
+        return tokens.mean(1)
+    weights = mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)
 
 
 def _contrast(logits: Tensor) -> Tensor:
