@@ -1,8 +1,8 @@
 """Guard against images unlike the support: fitted on the support itself, without other labels.
 
-The distance is Mahalanobis's, on the mean patch token behind the vision tower's middle block, so that
-every method's model has it. Each group of the support in turn is measured by the others; the limit
-is the upper 97.5% prediction limit of those distances for a further group.
+The distance is Mahalanobis's, on the mean patch token behind the vision tower's middle block, so
+that every method's model has it. Each group of the support in turn is measured by the others; the
+limit is the upper 97.5% prediction limit of those distances for a further group.
 """
 
 from collections.abc import Sequence

@@ -148,15 +148,15 @@ def embed_twice(
     """Pooled vectors, and what a guard compares: see `GloVLMModel.pool_images_and_middle`.
 
     Args:
-        model: See `embed_images`, as of all arguments.
-        processor: See there.
-        images: See there.
-        batch_size: See there.
-        device: See there.
-        cache: See there.
-        progress: See there.
-        views: See there.
-        seed: See there.
+        model: As `embed_images` takes it, and the others.
+        processor: Its processor.
+        images: Rows with an `image` column.
+        batch_size: Images at a time.
+        device: Where to compute; by default where the model is.
+        cache: Where these vectors are looked up and stored.
+        progress: Whether to show a progress bar on the terminal.
+        views: How many augmented views of each image to encode in its place.
+        seed: Of the views.
 
     Returns:
         Pooled vectors `[n, width]`; mean patches of the middle `[n, hidden]`, or the pooled vectors

@@ -343,8 +343,8 @@ class GloVLMModel(GloVLMPreTrainedModel):
             **kwargs: What the tower takes.
 
         Returns:
-            Pooled vectors `[n, width]` and mean patches `[n, hidden]`; the latter `[n, 0]` where the
-            tower has no blocks that tokens pass through one after the other.
+            Pooled vectors `[n, width]` and mean patches `[n, hidden]`; the latter `[n, 0]` where
+            the tower has no blocks that tokens pass through one after the other.
         """
         lists = [m for m in self.backbone.vision_model.modules() if isinstance(m, nn.ModuleList)]
         blocks = max(lists, key=len, default=nn.ModuleList())
@@ -683,7 +683,7 @@ def _keep_weights(module: nn.Module) -> None:
 
 
 def _mean_patch(tokens: Tensor, patches: int, mask: Tensor | None) -> Tensor:
-    """Mean of the patch tokens, which stand last; of those that a mask `[n, patches]` lets count."""
+    """Mean of the patch tokens, which stand last; of those that a mask `[n, patches]` keeps."""
     tokens = tokens[:, -min(patches or tokens.shape[1], tokens.shape[1]) :]
     if mask is None or mask.shape != tokens.shape[:2]:
         return tokens.mean(1)
