@@ -360,7 +360,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
 
         hooks = [block.register_forward_hook(read) for block in blocks[len(blocks) // 2 :][:1]]
         try:
-            pooled = self.pool_images(pixel_values, **kwargs)
+            pooled = self.pool_images(pixel_values=pixel_values, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
