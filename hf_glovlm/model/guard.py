@@ -57,7 +57,8 @@ class SupportGuard(nn.Module):
         classes, width = self.means.shape
         vectors = self._whiten(nn.functional.normalize(vectors.float(), dim=-1))
         means = self._whiten(self.means.float())
-        nearest = torch.stack([(vectors - means[k]).norm(dim=-1) for k in range(classes)]).amin(0)
+        apart = [(vectors - means[k]).norm(dim=-1) for k in range(classes)]
+        nearest: Tensor = torch.stack(apart).amin(0)
         return nearest / (self.variance * width) ** 0.5 / self.threshold
 
     def describe(self) -> dict[str, Any]:
