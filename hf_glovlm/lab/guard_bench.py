@@ -1,6 +1,6 @@
 """Benchmark of the guard: share of images flagged as unlike the support, own and foreign.
 
-`python -m hf_glovlm.lab.guard_bench docs/guard.yaml --root FOLDER` runs what the file describes
+`python -m hf_glovlm.lab.guard_bench experiments/guard.yaml --root FOLDER` runs what the file describes
 and prints a row for each set of images.
 """
 
@@ -32,7 +32,7 @@ def bench_guard(settings: dict[str, Any], root: Path) -> list[Row]:
     """Measure how many images a guard flags, over frozen label draws.
 
     Args:
-        settings: `run` of docs/guard.yaml.
+        settings: `run` of experiments/guard.yaml.
         root: Folder that its paths are relative to.
 
     Returns:
