@@ -265,7 +265,7 @@ def test_a_calibrated_model_shows_sets_and_abstains(
     browser: Any, served: Served, tmp_path: Path
 ) -> None:
     data = write_cohort(tmp_path / "drawings", 40, 10, seed=123)
-    sets = {"calibration_groups": 10, "conformal": "aps", "max_risk": 0.25}
+    sets = {"calibration_groups": 10, "conformal": "aps", "max_risk": 0.13}
     hf_glovlm.run(
         hf_glovlm.TrainConfig(
             data=str(data), method="linear_probe", shots=8, n_resamples=20,

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageClassification, CLIPModel, pipeline
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import ClassInfo, all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.inference import FeatureCache, embed_images, predict, prediction
+from hf_glovlm.inference import FeatureCache, embed_images, embed_prompts, predict
 from hf_glovlm.methods import METHODS, HeadMethod, TowerMethod, give_joint_space
 from hf_glovlm.model import GloVLMModel, GloVLMProcessor
 from hf_glovlm.training import AdaptConfig, Adapted, adapt
@@ -779,7 +779,7 @@ def test_given_classes_name_the_prompts(rows: Dataset) -> None:
     adapted = quick("zero_shot", "clip", rows, classes=classes)
     assert adapted.model.config.prompts == [["viable"], ["a", "b"], ["c"]]
     head = adapted.model.head.weight
-    expected = prediction.embed_prompts(*backbone("clip"), [["viable"], ["a", "b"], ["c"]])
+    expected = embed_prompts(*backbone("clip"), [["viable"], ["a", "b"], ["c"]])
     assert_same_numbers(head, expected)
 
 
@@ -790,7 +790,7 @@ def test_the_head_holds_the_texts_as_the_adapted_towers_see_them(rows: Dataset) 
         settings = {"logits": "cosine"} if method == "convlm" else {}
         adapted = quick(method, "clip", pick(rows, 2, 2, 2), method_config=settings)
         prompts = adapted.model.config.prompts
-        texts = prediction.embed_prompts(adapted.model.glovlm, adapted.processor, prompts)
+        texts = embed_prompts(adapted.model.glovlm, adapted.processor, prompts)
         assert np.abs(adapted.model.head.weight.detach().numpy() - texts).max() < 1e-5
         assert adapted.model.head.cosine
         scale = adapted.model.glovlm.logit_scale.exp().item()

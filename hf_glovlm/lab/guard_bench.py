@@ -1,7 +1,7 @@
 """Benchmark of the guard: share of images flagged as unlike the support, own and foreign.
 
-`python -m hf_glovlm.lab.guard_bench experiments/guard.yaml --root FOLDER` runs what the file describes
-and prints a row for each set of images.
+`python -m hf_glovlm.lab.guard_bench experiments/guard.yaml --root FOLDER` runs what the file
+describes and prints a row for each set of images.
 """
 
 import argparse

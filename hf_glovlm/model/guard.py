@@ -58,9 +58,7 @@ class SupportGuard(nn.Module):
         vectors = self._whiten(nn.functional.normalize(vectors.float(), dim=-1))
         means = self._whiten(self.means.float())
         apart = [(vectors - means[k]).norm(dim=-1) for k in range(classes)]
-        relative: Tensor = torch.stack(apart).amin(0) / (self.variance * width) ** 0.5
-        relative = relative / self.threshold
-        return relative
+        return torch.stack(apart).amin(0).div((self.variance * width) ** 0.5 * self.threshold)
 
     def describe(self) -> dict[str, Any]:
         """Constructor arguments, for the config."""

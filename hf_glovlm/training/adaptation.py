@@ -336,7 +336,8 @@ def adapt(
         )
     result.fitted.notes += notes
     adapted = _put_together(images, result)
-    add_guard(adapted.model, processor, support, labels.tolist(), groups, cache)
+    if chosen.name != "zero_shot":  # which learned from no image, whatever it was given
+        add_guard(adapted.model, processor, support, labels.tolist(), groups, cache)
     return adapted
 
 
