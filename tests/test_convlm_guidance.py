@@ -276,7 +276,7 @@ def test_the_seed_draws_from_a_support_beyond_a_batch(monkeypatch: pytest.Monkey
         ({"context": "none"}, set()),
         ({"autoencoder_steps": 0}, set()),
     ],
-    ids=str,
+    ids=["both train", "no weight_c", "no weight_v", "no context", "no steps"],
 )
 def test_what_no_loss_or_query_reads_stays(settings: dict[str, Any], moved: set[str]) -> None:
     model, tuning = attached("clip", **{"autoencoder_steps": 2, **settings})
