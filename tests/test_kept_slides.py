@@ -490,6 +490,7 @@ def note(text):
     print_note(text)
     if ": 8 of" in text:
         threading.Thread(target=interrupt).start()
+        time.sleep(5)  # no further tile before the first signal
 
 commands.note = note
 sys.exit(main())
