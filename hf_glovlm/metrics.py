@@ -358,7 +358,7 @@ def compute_metrics(
         `reliability` (ECE bins with counts), `prior` (class fractions of the labels), `threshold`,
         `n`, `n_groups`, `bootstrap`: plain Python values, None where a number is undefined. The
         predicted class is the argmax of the probabilities as given, the first one on a tie. The
-        ECE has no interval: a resampled one is too large.
+        ECE has no interval: resampling overstates it.
 
     Raises:
         GloVLMError: If an input has a wrong shape, range or length.
@@ -400,7 +400,7 @@ def compute_metrics(
         point, row = float(value[key][at, 0]), rows.get(key)
         bounds, plain = (row.bounds, row.scale == "plain") if row else ((0.0, 1.0), False)
         if key not in resampled:
-            absent = "no interval: a resampled one is too large" if n_resamples else ""
+            absent = "no interval: resampling overstates it" if n_resamples else ""
             return _entry(point, np.empty(0), share, bounds, plain, note, absent)
         few = _few(n_groups, holding) if n_resamples else ""
         return _entry(point, resampled[key][at], share, bounds, plain, note, unknown, few)
