@@ -20,7 +20,8 @@ class SlideConfig(Settings):
         argument=True,
     )
     slides: list[str] = setting(
-        help="Slides: SVS, TIFF, QPTIFF, DICOM.", group="Data", argument=True
+        help="Slides (SVS, TIFF, OME-TIFF, QPTIFF, NDPI, MRXS, SCN, BIF, DICOM), or folders of "
+        "them.", group="Data", argument=True
     )
     output_dir: str = setting(
         help="Where the results are written; a run that stopped goes on there.", group="Output"
@@ -31,6 +32,12 @@ class SlideConfig(Settings):
         group="Tiles",
         above=0,
         unset="the file's own",
+    )
+    scene: str | None = setting(
+        None,
+        help="Which picture of a file that holds several: its number, from 1, or its name.",
+        group="Data",
+        unset="the largest",
     )
     tile_mpp: float | None = setting(
         None,
@@ -57,11 +64,31 @@ class SlideConfig(Settings):
     min_tissue: float = setting(
         0.25, help="Least part of a tile that is tissue.", group="Tiles", least=0, most=1
     )
+    drop_pen: bool = setting(
+        True, help="Leave strokes of a pen out of the tissue.", group="Tiles"
+    )
     objects: str | None = setting(
         None,
         help="GeoJSON of outlined glomeruli; for several slides a folder of NAME.geojson.",
         group="Objects",
         unset="tiles alone",
+    )
+    origin: str = setting(
+        "auto",
+        help="Where the outlines count from: auto (as QuPath: the scanned part's corner where the "
+        "slide states one), slide (level 0's corner), bounds, or X,Y in pixels of level 0.",
+        group="Objects",
+    )
+    classes: list[str] = setting(
+        factory=list,
+        help="Classes of outlines that are counted, and no other; repeat the option. By default "
+        "all but those that QuPath reserves.",
+        group="Objects",
+    )
+    exclude: list[str] = setting(
+        factory=list,
+        help="Classes of outlines that are left out; repeat the option.",
+        group="Objects",
     )
     margin: float = setting(
         1.25,
