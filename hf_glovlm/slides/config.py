@@ -21,7 +21,9 @@ class SlideConfig(Settings):
     )
     slides: list[str] = setting(
         help="Slides (SVS, TIFF, OME-TIFF, QPTIFF, NDPI, MRXS, SCN, BIF, DICOM), or folders of "
-        "them.", group="Data", argument=True
+        "them.",
+        group="Data",
+        argument=True,
     )
     output_dir: str = setting(
         help="Where the results are written; a run that stopped goes on there.", group="Output"
@@ -64,9 +66,7 @@ class SlideConfig(Settings):
     min_tissue: float = setting(
         0.25, help="Least part of a tile that is tissue.", group="Tiles", least=0, most=1
     )
-    drop_pen: bool = setting(
-        True, help="Leave strokes of a pen out of the tissue.", group="Tiles"
-    )
+    drop_pen: bool = setting(True, help="Leave strokes of a pen out of the tissue.", group="Tiles")
     objects: str | None = setting(
         None,
         help="GeoJSON of outlined glomeruli; for several slides a folder of NAME.geojson.",

@@ -1,7 +1,7 @@
 """Origin of outlines: where a file of annotations counts its pixels from.
 
-All coordinates inside this package are pixels of level 0, counted from its upper left corner. QuPath
-counts from the corner of the part that was scanned (OpenSlide's `openslide.bounds-x` and
+All coordinates inside this package are pixels of level 0, counted from its upper left corner.
+QuPath counts from the corner of the part that was scanned (OpenSlide's `openslide.bounds-x` and
 `openslide.bounds-y`), which lies elsewhere in slides of Leica (SCN), 3DHISTECH (MRXS) and Ventana
 (BIF). A file is converted where it is read and where it is written, and nowhere else.
 """
@@ -37,11 +37,11 @@ class Origin:
 
     def to_level0(self, points: NDArray[Any]) -> NDArray[np.float64]:
         """Points `[..., 2]` (x, y) of a file in pixels of level 0."""
-        return np.asarray(points, np.float64) + (self.x, self.y)
+        return np.add(points, (self.x, self.y), dtype=np.float64)
 
     def from_level0(self, points: NDArray[Any]) -> NDArray[np.float64]:
         """Points `[..., 2]` (x, y) in pixels of level 0 as a file counts them."""
-        return np.asarray(points, np.float64) - (self.x, self.y)
+        return np.subtract(points, (self.x, self.y), dtype=np.float64)
 
     def describe(self) -> dict[str, Any]:
         """As results and GeoJSON files state it."""
