@@ -212,7 +212,8 @@ def test_tables_and_page_say_the_same(tmp_path: Path) -> None:
     assert [rows[0]["low_lesion"], rows[0]["high_lesion"]] == entry["ci95"]
     assert float(text[2]["corrected_lesion"]) == entry["corrected"]["percent"]
     assert rows[1]["count_lesion"] is None
-    assert rows[1]["notes"] == "s2 is broken."
+    assert (rows[1]["error"], text[1]["error"]) == ("s2 is broken.", "s2 is broken.")
+    assert (text[0]["error"], text[1]["notes"]) == ("", "")
 
     page = (tmp_path / "README.md").read_text()
     assert RESEARCH_USE in page

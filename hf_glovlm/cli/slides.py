@@ -59,12 +59,14 @@ def slide(checked: SlideConfig, as_json: JsonFlag = False) -> None:
                 str(entry["slide"]),
                 entry["status"],
                 str(entry.get("label") or ""),
-                "  ".join(f"{k} {p:.3f}" for k, p in (entry.get("probabilities") or {}).items()),
+                entry.get("error")
+                or "  ".join(f"{k} {p:.3f}" for k, p in (entry.get("probabilities") or {}).items()),
             ]
             for entry in results["slides"]
         ]
         mark = " (the model learned from synthetic images)" if results["synthetic"] else ""
-        header = ["slide", "status", "label", "probabilities"]
+        reasons = ", or why it failed" if results["failed"] else ""
+        header = ["slide", "status", "label", f"probabilities{reasons}"]
         print_table(f"Slides{mark}. Research use only, not for diagnosis", header, rows)
     for entry in results["slides"]:
         for sentence in [*entry.get("flags", ()), *entry.get("notes", ())]:

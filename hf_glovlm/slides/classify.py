@@ -163,8 +163,7 @@ def _classify_all(config: SlideConfig, output: Path, notify: Event) -> dict[str,
     notify("stage", {"name": f"encoding {len(todo)} of {len(tasks)} slides"})
 
     def finish(task: _Task, outcome: Outcome) -> None:
-        entry = _classify(task, outcome, run)
-        entries[task.name] = entry
+        entries[task.name] = entry = _classify(task, outcome, run)
         notify("slide", {name: entry.get(name) for name in ("slide", "status", "error")})
 
     try:
@@ -327,8 +326,8 @@ def _finished(task: _Task, run: _Run) -> dict[str, Any] | None:
         entry: dict[str, Any] = read_json(folder / "slide.json")
     except _Other:
         raise
-    except GloVLMError as error:
-        again = [task.hide(str(error))]
+    except (GloVLMError, OSError) as error:  # such as outlines that may not be read
+        again = [task.hide(describe_error(error))]
     if not again:
         return entry
     logger.warning("%s is done again: %s", task.name, "; ".join(again))

@@ -429,6 +429,7 @@ def _encode(model: Any, backbone: Any, inputs: dict[str, Any], classify: bool) -
 
 # ----------------------------------------------------------------------------------- processes
 
+MAX_WORDS = 200  # characters of an error that a library raised
 GRACE = 10.0  # seconds in which a worker closes its slide
 _Job = tuple[Path, Path, dict[str, Any]]  # slide, bag, settings of encode_slide
 _KILLED = (
@@ -461,10 +462,11 @@ def _attempt(encoder: tuple[Any, Any], slide: Path, bag: Path, settings: dict[st
 
 
 def describe_error(error: Exception) -> str:
-    """Error in a sentence; one that is not ours with its type."""
+    """Error in a sentence; of one that is not ours its type and its first words."""
     if isinstance(error, GloVLMError):
         return str(error)
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:MAX_WORDS]}".removesuffix(": ")
 
 
 def _work(connection: Connection, model: str, threads: int) -> None:

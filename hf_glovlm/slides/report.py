@@ -266,6 +266,7 @@ def _summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "name": entry[level],
                 "case": entry.get("case"),
                 "status": entry.get("status", "done"),
+                "error": entry.get("error"),
                 "label": entry.get("label"),
                 "tiles": entry.get("n_tiles"),
                 "counted": counts["unit"],
@@ -280,7 +281,7 @@ def _summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row[f"percent_{name}"] = measured.get("percent")
                 row[f"low_{name}"], row[f"high_{name}"] = low, high
                 row[f"corrected_{name}"] = measured.get("corrected", {}).get("percent")
-            row["notes"] = " ".join([*entry.get("flags", []), *filter(None, [entry.get("error")])])
+            row["notes"] = " ".join(entry.get("flags", []))
             rows.append(row)
     return rows
 
