@@ -24,7 +24,7 @@ from ..data.splits import ShotsFrom, draw_episode
 from ..errors import GloVLMError, nearest
 from ..inference import FeatureCache, embed_images
 from ..intervals import mean_interval
-from ..slides.counting import PRIOR_COUNT, adjust_fractions, confusion_counts, is_informative
+from ..slides.prevalence import LIMIT, confusion_counts, estimate_fractions, informative_calls
 from ..training import adapt_features
 
 Floats = NDArray[np.float64]
@@ -68,9 +68,9 @@ def leave_slides_out(
     classified. No label of the slide is used by any estimate.
     `adjusted` measures its confusion matrix on the support alone, each of the support's slides
     left out of a fit of its own; `adjusted_all` on every labelled object of the other slides,
-    classified by fits that leave their slide out, so it needs far more labels. To each cell of
-    either matrix 1/2 is added. Where the matrix is not informative the plain count stands, and how
-    often is reported.
+    classified by fits that leave their slide out, so it needs far more labels. Either is used as
+    in the results of `glovlm slide`: the estimate is the expected share by the posterior. Where
+    that would report no correction the plain count stands, and how often is reported.
 
     Args:
         features: `[n, dim]`.
@@ -247,19 +247,20 @@ def _estimates(
     """Chosen estimates of one class on a slide, from one support."""
     inside = objects.slides == slide
     p = fit(support)(inside)
-    calls = np.bincount(p.argmax(axis=1), minlength=len(objects.class_names)) / len(p)
-    fractions = {"counted": calls, "expected": p.mean(axis=0)}
+    calls = np.bincount(p.argmax(axis=1), minlength=len(objects.class_names))
+    fractions = {"counted": calls / len(p), "expected": p.mean(axis=0)}
     if "em" in chosen:
         fractions["em"] = estimate_prior(p).prior
     fell_back: set[str] = set()
     if {"adjusted", "adjusted_all"} & set(chosen):
         held_out = np.unique(objects.slides[~inside if "adjusted_all" in chosen else support])
         for name, matrix in _confusions_by_slide(fit, objects, support, held_out).items():
-            smooth = matrix + PRIOR_COUNT
-            if is_informative(smooth):
-                fractions[name] = adjust_fractions(calls, smooth)
+            if name not in chosen:
+                continue
+            if matrix.any(axis=1).all() and informative_calls(matrix)[column] >= LIMIT:
+                fractions[name] = estimate_fractions(calls, matrix).share
             else:
-                fractions[name] = calls
+                fractions[name] = fractions["counted"]
                 fell_back.add(name)
     used = dict.fromkeys(chosen, len(support)) | {"adjusted_all": int((~inside).sum())}
     return {

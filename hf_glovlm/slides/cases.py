@@ -44,22 +44,33 @@ def count_cases(
     """Case-level counts over the slides of each case; a glomerulus on several of them counts once.
 
     Where some slides of a case have outlined objects, these are counted and the others left out.
+    Percentages are corrected as those of a slide are, from all calls of the case at once.
 
     Args:
         slides: Entries of the results.
         output: The folder of the run.
-        class_names: `[K]`.
+        class_names: `[K]`; without classes nothing is counted.
         confusion: As for `count_classes`.
 
     Returns:
-        `case`, `slides` (those that are counted), `counts` and `flags` of each case.
+        `case`, `status`, `slides` (those that are counted), `counts` and `flags` of each case. The
+        flags name the slides that are not counted and why; a case without any that is has the
+        status `failed`, and `None` for counts.
     """
     cases: dict[str, list[Mapping[str, Any]]] = {}
     for entry in slides:
-        if entry["case"] is not None and entry["counts"] is not None:
+        if entry["case"] is not None and class_names:
             cases.setdefault(entry["case"], []).append(entry)
-    counted = []
-    for case, entries in cases.items():
+    counted: list[dict[str, Any]] = []
+    for case, every in cases.items():
+        entries = [e for e in every if e["counts"] is not None]
+        failed = ", ".join(e["slide"] for e in every if e["counts"] is None)
+        notes = [f"not counted, as failed: {failed}"] if failed else []
+        if not entries:
+            counted.append(
+                {"case": case, "status": "failed", "slides": [], "counts": None, "flags": notes}
+            )
+            continue
         with_objects = [e for e in entries if e["counts"]["unit"] == "objects"]
         used = with_objects or entries
         if with_objects:
@@ -80,7 +91,9 @@ def count_cases(
             calls = np.repeat(np.arange(len(totals)), totals)
             counts = count_classes(calls, class_names, unit="tiles")["all"]
         names = [e["slide"] for e in used]
-        uncounted = [e["slide"] for e in entries if e["slide"] not in names]
-        notes = [f"not counted, as without objects: {', '.join(uncounted)}"] if uncounted else []
-        counted.append({"case": case, "slides": names, "counts": counts, "flags": notes})
+        if uncounted := ", ".join(e["slide"] for e in entries if e["slide"] not in names):
+            notes.append(f"not counted, as without objects: {uncounted}")
+        counted.append(
+            {"case": case, "status": "done", "slides": names, "counts": counts, "flags": notes}
+        )
     return counted

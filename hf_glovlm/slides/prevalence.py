@@ -212,8 +212,7 @@ def _slide(
 def _solve(rates: Floats, calls: Floats) -> Floats:
     """Solve `rates.T @ x = calls`, and equal rows too."""
     kept = rates.swapaxes(-1, -2) + 1e-12 * np.eye(rates.shape[-1])
-    solution: Floats = np.linalg.solve(kept, calls[..., None])[..., 0]
-    return solution
+    return np.asarray(np.linalg.solve(kept, calls[..., None])[..., 0], np.float64)
 
 
 def _dirichlet(rng: np.random.Generator, alpha: NDArray[np.floating]) -> Floats:

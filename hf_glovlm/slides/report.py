@@ -280,7 +280,10 @@ def _summary_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
                 row[f"count_{name}"] = measured.get("count")
                 row[f"percent_{name}"] = measured.get("percent")
                 row[f"low_{name}"], row[f"high_{name}"] = low, high
-                row[f"corrected_{name}"] = measured.get("corrected", {}).get("percent")
+                corrected = measured.get("corrected", {})
+                low, high = corrected.get("ci95") or (None, None)
+                row[f"corrected_{name}"] = corrected.get("percent")
+                row[f"corrected_low_{name}"], row[f"corrected_high_{name}"] = low, high
             row["notes"] = " ".join(entry.get("flags", []))
             rows.append(row)
     return rows
@@ -315,7 +318,10 @@ def render_summary(results: Mapping[str, Any]) -> str:
             _level_values("slide", done, results["class_names"]),
             _level_values("case", results["cases"], results["class_names"]),
         ],
-        "flags": [(entry["slide"], flag) for entry in results["slides"] for flag in entry["flags"]],
+        "flags": [
+            *((entry["slide"], flag) for entry in results["slides"] for flag in entry["flags"]),
+            *((f"case {of['case']}", flag) for of in results["cases"] for flag in of["flags"]),
+        ],
         "failed": [entry for entry in results["slides"] if entry["status"] != "done"],
     }
     return render("slide_report.md.j2", values)

@@ -1,0 +1,195 @@
+"""Posterior of class fractions: held against sums over a grid, importance sampling and limits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import beta
+
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.lab.prevalence_bench import simulate_cell
+from hf_glovlm.settings import read_yaml
+from hf_glovlm.slides.prevalence import (
+    LIMIT,
+    MARGIN,
+    TAIL,
+    confusion_counts,
+    corrected_percentages,
+    estimate_fractions,
+    informative_calls,
+)
+
+Floats = NDArray[np.float64]
+
+
+def quantile(values: Floats, weights: Floats, level: float) -> float:
+    order = np.argsort(values)
+    return float(values[order][np.searchsorted(weights[order].cumsum(), level * weights.sum())])
+
+
+def by_grid(calls: list[int], table: list[list[int]]) -> tuple[float, float, float]:
+    """Share and bounds of class 1: the joint density of prevalence and rates, summed on a grid.
+
+    On the scale of arcsin(sqrt(.)) Jeffreys' prior is uniform, so equal steps hold equal mass.
+    """
+    p, steps = (np.sin((np.arange(n) + 0.5) / n * np.pi / 2) ** 2 for n in (240, 50))
+    p, false_calls, hits = p[:, None, None], steps[None, :, None], steps[None, None, :]
+    positive = p * hits + (1 - p) * false_calls  # the probability of a call of class 1
+    log_density = calls[0] * np.log1p(-positive) + calls[1] * np.log(positive)
+    for rate, (no, yes) in ((false_calls, table[0]), (hits, table[1])):
+        log_density = log_density + no * np.log1p(-rate) + yes * np.log(rate)
+    density = np.exp(log_density - log_density.max())
+    density /= density.sum()
+    true_of_called = p * hits / positive
+    true_of_others = p * (1 - hits) / (1 - positive)
+    share = calls[1] * true_of_called + calls[0] * true_of_others
+    none = (1 - true_of_called) ** calls[1] * (1 - true_of_others) ** calls[0]
+    every = true_of_called ** calls[1] * true_of_others ** calls[0]
+    of_p = density.sum(axis=(1, 2))
+    low = 0.0 if (density * none).sum() > TAIL else quantile(p.ravel(), of_p, TAIL)
+    high = 1.0 if (density * every).sum() > TAIL else quantile(p.ravel(), of_p, 1 - TAIL)
+    return float((density * share).sum() / sum(calls)), low, high
+
+
+@pytest.mark.parametrize(
+    ("calls", "table"),
+    [
+        ([30, 10], [[13, 3], [3, 13]]),
+        ([3, 7], [[190, 10], [10, 190]]),
+        ([10, 0], [[16, 0], [0, 16]]),
+        ([0, 40], [[12, 4], [1, 3]]),
+        ([18, 1], [[79, 47], [206, 264]]),
+        ([5, 15], [[3, 1], [0, 2]]),
+        ([1500, 500], [[14, 2], [3, 13]]),  # the rates weigh more than the counts: a ridge
+        ([300, 300], [[2, 0], [0, 2]]),
+    ],
+)
+def test_two_classes_are_the_sums_over_a_grid(calls: list[int], table: list[list[int]]) -> None:
+    share, low, high = by_grid(calls, table)
+    measured = [estimate_fractions(calls, table, seed=seed) for seed in range(3)]
+    for value, expected in (
+        (np.mean([each.share[1] for each in measured]), share),
+        (np.mean([each.low[1] for each in measured]), low),
+        (np.mean([each.high[1] for each in measured]), high),
+    ):
+        assert value == pytest.approx(expected, abs=0.04 * max(high - low, 0.1) + 0.01)
+    assert np.isclose(measured[0].low + measured[0].high[::-1], 1, atol=0.02).all()
+
+
+def test_three_classes_are_what_importance_sampling_finds() -> None:
+    calls, table = np.array([7, 3, 2]), np.array([[12, 3, 1], [2, 9, 5], [1, 4, 11]])
+    rng = np.random.default_rng(1)
+    p = rng.dirichlet([0.5] * 3, size=60_000)
+    rates = np.stack([rng.dirichlet(row + 0.5, size=len(p)) for row in table], axis=1)
+    expected_calls = np.einsum("nk,nkc->nc", p, rates)
+    weights = np.exp((calls * np.log(expected_calls)).sum(axis=1))
+    assert weights.sum() ** 2 / (weights**2).sum() > 2000  # the effective number of draws
+    true = p[:, :, None] * rates / expected_calls[:, None]
+    share = np.average((true * calls).sum(axis=2), axis=0, weights=weights) / calls.sum()
+    measured = estimate_fractions(calls, table)
+    assert measured.share == pytest.approx(share, abs=0.02)
+    for k in range(3):
+        none = np.average(((1 - true[:, k]) ** calls).prod(axis=1), weights=weights)
+        low = 0.0 if none > TAIL else quantile(p[:, k], weights, TAIL)
+        assert measured.low[k] == pytest.approx(low, abs=0.03)
+        assert measured.high[k] == pytest.approx(quantile(p[:, k], weights, 1 - TAIL), abs=0.04)
+
+
+@pytest.mark.parametrize("counts", [[9, 3], [0, 20, 5], [4, 0, 3, 1, 0, 9, 2, 2, 1, 4]])
+def test_without_errors_only_counting_is_left(counts: list[int]) -> None:
+    n, k = sum(counts), len(counts)
+    measured = estimate_fractions(counts, 10**7 * np.eye(k, dtype=int))
+    assert measured.share == pytest.approx(np.array(counts) / n, abs=1e-3)
+    for i, count in enumerate(counts):
+        a, b = count + 0.5, n - count + 0.5 * (k - 1)
+        low = beta.ppf(TAIL, a, b) if count else 0.0
+        assert measured.low[i] == pytest.approx(low, abs=0.02)
+        assert measured.high[i] == pytest.approx(beta.ppf(1 - TAIL, a, b), abs=0.03)
+
+
+def test_calls_that_do_not_depend_on_the_class_leave_everything_possible() -> None:
+    same = [[10**6, 10**6]] * 2
+    measured = estimate_fractions([[8, 2], [5, 5]], [same, same])
+    assert measured.share == pytest.approx(np.full((2, 2), 0.5), abs=0.15)
+    assert (measured.low == 0).all()
+    assert (measured.high == 1).all()
+    missing = estimate_fractions([8, 2], [[0, 0], [0, 0]])
+    assert missing.low == pytest.approx([0, 0])
+    assert missing.high == pytest.approx([1, 1])
+
+
+def test_slides_together_are_each_alone() -> None:
+    calls = np.array([[12, 8], [0, 30], [25, 5]])
+    tables = np.array([[[40, 10], [5, 45]], [[9, 3], [2, 10]], [[90, 10], [30, 70]]])
+    together = estimate_fractions(calls, tables)
+    for i in range(3):
+        alone = estimate_fractions(calls[i], tables[i], seed=1)
+        for name in ("share", "low", "high"):
+            assert getattr(together, name)[i] == pytest.approx(getattr(alone, name), abs=0.05)
+    assert together.share.sum(axis=1) == pytest.approx(np.ones(3))
+    assert (together.low <= together.share).all()
+    assert (together.share <= together.high).all()
+
+
+def test_intervals_shrink_to_the_truth_with_many_labels_and_objects() -> None:
+    percent, bounds = corrected_percentages([60_000, 40_000], [[80_000, 20_000], [10_000, 90_000]])
+    assert percent[1] == pytest.approx(100 * (0.4 - 0.2) / 0.7, abs=0.5)
+    assert np.ptp(bounds, axis=1) == pytest.approx([0, 0], abs=3)
+    assert corrected_percentages([7, 5], [[8, 2], [1, 9]]) == corrected_percentages(
+        [7, 5], [[8, 2], [1, 9]]
+    )
+
+
+def test_a_call_is_informative_where_it_is_clearly_likelier_from_its_own_class() -> None:
+    rng = np.random.default_rng(0)
+    table = [[12, 8], [6, 14]]
+    youden = rng.beta(12.5, 8.5, 50_000) + rng.beta(14.5, 6.5, 50_000) - 1
+    probability = informative_calls(table)
+    assert probability == pytest.approx(np.full(2, (youden > MARGIN).mean()), abs=0.03)
+    assert (informative_calls([[79, 47], [206, 264]]) < LIMIT).all()
+    assert (informative_calls([[160, 40], [40, 160]]) > 0.99).all()
+    assert (informative_calls([[40, 160], [160, 40]]) < 0.01).all()
+    three = informative_calls([[95, 3, 2], [4, 48, 48], [4, 49, 47]])
+    assert (three >= LIMIT).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("calls", [[0, 0], [-1, 3], [0.5, 0.5], [[1, 2]]])
+def test_what_is_no_count_is_refused(calls: Any) -> None:
+    with pytest.raises(GloVLMError, match="number of calls of each class"):
+        corrected_percentages(calls, [[5, 1], [1, 5]])
+
+
+def test_the_confusion_matrix_has_labels_as_rows() -> None:
+    assert confusion_counts([0, 0, 1], [0, 1, 1], 2).tolist() == [[1, 1], [0, 1]]
+
+
+# ------------------------------------------------------------------------------------ simulation
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [(2, 10, 0.95, 0.05, 16), (2, 40, 0.8, 0.0, 200), (2, 20, 0.8, 0.5, 16), (3, 20, 0.8, 0.2, 16)],
+    ids=str,
+)
+def test_simulated_biopsies_are_covered(cell: tuple[int, int, float, float, int]) -> None:
+    row = simulate_cell(*cell, draws=120)
+    assert row["corrected"] > 0.9
+    # 0.93 less two standard errors of so few biopsies; the file's own run has 2,000
+    assert min(row["coverage"], row["own"], row["others"]) >= 0.88, row
+    assert 5 < row["width"] < 95
+
+
+def test_where_nothing_can_be_corrected_the_simulation_says_so() -> None:
+    row = simulate_cell(2, 10, 0.5, 0.2, 200, draws=20)
+    assert (row["corrected"], row["coverage"], row["width"]) == (0, None, None)
+    with pytest.raises(GloVLMError, match="2 or 3 classes, found 4"):
+        simulate_cell(4, 10, 0.5, 0.2, 200)
+
+
+def test_the_experiment_states_what_the_package_does() -> None:
+    path = Path(__file__).resolve().parent.parent / "experiments" / "counting.yaml"
+    chosen = read_yaml(path)["chosen"]
+    assert chosen["tail"] == TAIL
+    assert chosen["informative"] == {"margin": MARGIN, "limit": LIMIT}
