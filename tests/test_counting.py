@@ -1,5 +1,6 @@
 """Counts, intervals and corrections, each against a restatement that shares no code."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,15 @@ def test_calls_near_chance_are_not_corrected(confusion: list[list[int]]) -> None
     assert "too near 1" in entry["notes"][-1]
 
 
+def test_few_calls_of_a_poor_classifier_are_never_certain() -> None:
+    counting: Any = import_module("hf_glovlm.slides.counting")
+    percent, bounds = counting.corrected_percentages([18, 1], [[79, 47], [206, 264]])
+    assert percent[0] + percent[1] == pytest.approx(100)
+    for value, (low, high) in zip(percent, bounds, strict=True):
+        assert low < value < high
+        assert high - low > 30
+
+
 def test_a_class_that_was_never_called_keeps_an_upper_bound() -> None:
     for confusion in ([[80, 20], [20, 80]], [[180, 20], [60, 140]], [[16, 0], [0, 16]]):
         entry = count_classes([0] * 12, NAMES, confusion=confusion)["all"]["classes"]
@@ -166,6 +176,14 @@ def test_errors_that_nobody_measured_are_said_to_be_unknown() -> None:
     assert "corrected" not in entry["classes"]["sclerosed"]
     assert "no object of sclerosed" in entry["notes"][-1]
     assert "corrected" not in count_classes([], NAMES)["all"]["notes"][-1]
+
+
+def test_calls_that_no_mixture_explains_are_named() -> None:
+    confusion = [[140, 60], [40, 160]]
+    notes = count_classes([0] * 30, NAMES, confusion=confusion)["all"]["notes"]
+    assert any("how many objects are called non_sclerosed, sclerosed" in note for note in notes)
+    notes = count_classes([0] * 20 + [1] * 10, NAMES, confusion=confusion)["all"]["notes"]
+    assert not any("mixture" in note for note in notes)
 
 
 # ---------------------------------------------------------------------------------------- cases

@@ -12,6 +12,7 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab.prevalence_bench import simulate_cell
 from hf_glovlm.settings import read_yaml
 from hf_glovlm.slides.prevalence import (
+    CONTRADICTION,
     LIMIT,
     MARGIN,
     TAIL,
@@ -19,6 +20,7 @@ from hf_glovlm.slides.prevalence import (
     corrected_percentages,
     estimate_fractions,
     informative_calls,
+    unexplained_calls,
 )
 
 Floats = NDArray[np.float64]
@@ -153,6 +155,19 @@ def test_a_call_is_informative_where_it_is_clearly_likelier_from_its_own_class()
     assert (informative_calls([[40, 160], [160, 40]]) < 0.01).all()
     three = informative_calls([[95, 3, 2], [4, 48, 48], [4, 49, 47]])
     assert (three >= LIMIT).tolist() == [True, False, False]
+
+
+def test_calls_that_no_mixture_explains_are_improbable() -> None:
+    """Against simulated numbers of calls, all objects of the class that is called so most often."""
+    rng = np.random.default_rng(3)
+    table = np.array([[15, 5, 4], [3, 30, 7], [6, 2, 12]])
+    rates = np.stack([rng.dirichlet(row + 0.5, size=100_000) for row in table], axis=1)
+    many, least = rates[:, :, 0].max(axis=1), rates[:, :, 1].min(axis=1)
+    probability = unexplained_calls([18, 0, 2], table)
+    assert probability[0] == pytest.approx((rng.binomial(20, many) >= 18).mean(), abs=0.02)
+    assert probability[1] == pytest.approx((rng.binomial(20, least) == 0).mean(), abs=0.03)
+    assert (unexplained_calls([8, 7, 5], table) > 0.2).all()
+    assert (unexplained_calls([40, 0], [[140, 60], [40, 160]]) < CONTRADICTION).all()
 
 
 @pytest.mark.parametrize("calls", [[0, 0], [-1, 3], [0.5, 0.5], [[1, 2]]])

@@ -15,7 +15,15 @@ from scipy.stats import binomtest
 
 from ..data.listing import few
 from ..errors import GloVLMError
-from .prevalence import LIMIT, MARGIN, check_confusion, corrected_percentages, informative_calls
+from .prevalence import (
+    CONTRADICTION,
+    LIMIT,
+    MARGIN,
+    check_confusion,
+    corrected_percentages,
+    informative_calls,
+    unexplained_calls,
+)
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -158,6 +166,14 @@ def _correct(
             f"errors found on {int(confusion.sum())} labelled objects; their 95% intervals hold "
             "counting and these errors, and trust that the classifier errs here as it did there."
         )
+        unlikely = unexplained_calls(counts, confusion, seed=seed)
+        odd = [name for name, p in zip(names, unlikely, strict=True) if p <= CONTRADICTION]
+        if odd:
+            notes.append(
+                f"No mixture of classes explains how many objects are called {few(odd)}: the "
+                "classifier errs otherwise here than on the labelled objects, so do not rely on "
+                "the corrected percentages."
+            )
     if weak:
         notes.append(
             f"Not corrected: {few(weak)}. Such calls say too little: on the labelled objects they "

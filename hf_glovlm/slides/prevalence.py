@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.stats import binom
 
 from ..errors import GloVLMError
 
@@ -27,6 +28,8 @@ Ints = NDArray[np.int64]
 PRIOR_COUNT = 0.5  # Jeffreys: what every class and every cell of the matrix is given beforehand
 # In each tail of an interval. 0.025 covers below 0.93 where ten objects give eleven percentages.
 TAIL = 0.02
+# Calls this unlikely in every mixture of the classes contradict the confusion matrix.
+CONTRADICTION = 0.005
 # A call is informative where it is likelier from its own class than from any other by MARGIN, with
 # a posterior probability of LIMIT. For two classes: sensitivity + specificity above 1.2.
 MARGIN, LIMIT = 0.2, 0.5
@@ -94,12 +97,34 @@ def informative_calls(confusion: ArrayLike, *, n_draws: int = 2000, seed: int = 
         n_draws: Draws of the rates.
         seed: Of the draws.
     """
-    table = np.asarray(confusion, np.float64) + PRIOR_COUNT
-    rates = _dirichlet(np.random.default_rng(seed), np.broadcast_to(table, (n_draws, *table.shape)))
+    rates = _draw_rates(confusion, n_draws, seed)
     own = np.diagonal(rates, axis1=-2, axis2=-1)
-    others = np.where(np.eye(len(table), dtype=bool), -np.inf, rates).max(axis=-2)
+    others = np.where(np.eye(rates.shape[-1], dtype=bool), -np.inf, rates).max(axis=-2)
     probability: Floats = (own - others > MARGIN).mean(axis=0)
     return probability
+
+
+def unexplained_calls(
+    counts: ArrayLike, confusion: ArrayLike, *, n_draws: int = 2000, seed: int = 0
+) -> Floats:
+    """Posterior predictive probability `[K]` of a number of calls as extreme, in any mixture.
+
+    Whatever the objects are, a call is no likelier than from the class that is called so most
+    often, and no rarer than from the one that is called so least; so the number of such calls lies
+    between two binomial ones. Where it is `CONTRADICTION` or less for some call, the classifier
+    errs otherwise here than where its confusion matrix was measured.
+
+    Args:
+        counts: Calls of each class `[K]`.
+        confusion: Counts `[K, K]`, rows are labels.
+        n_draws: Draws of the rates.
+        seed: Of the draws.
+    """
+    calls = np.asarray(counts, np.int64)
+    rates = _draw_rates(confusion, n_draws, seed)
+    as_many = binom.sf(calls - 1, calls.sum(), rates.max(axis=-2)).mean(axis=0)
+    as_few = binom.cdf(calls, calls.sum(), rates.min(axis=-2)).mean(axis=0)
+    return np.asarray(np.minimum(as_many, as_few), np.float64)
 
 
 def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0) -> Fractions:
@@ -187,6 +212,12 @@ def corrected_percentages(
     measured = estimate_fractions(calls, check_confusion(confusion, len(calls)), seed=seed)
     bounds = np.stack([measured.low, measured.high], axis=1)
     return (100 * measured.share).tolist(), (100 * bounds).tolist()
+
+
+def _draw_rates(confusion: ArrayLike, n_draws: int, seed: int) -> Floats:
+    """Rates `[n_draws, K, K]` from the posterior of the labelled objects alone."""
+    table = np.asarray(confusion, np.float64) + PRIOR_COUNT
+    return _dirichlet(np.random.default_rng(seed), np.broadcast_to(table, (n_draws, *table.shape)))
 
 
 def _slide(
