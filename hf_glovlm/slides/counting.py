@@ -7,6 +7,7 @@ corrected percentage stands beside the count and never in its place; `lab.counti
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -153,7 +154,7 @@ def _correct(
             "Percentages are not corrected: how the classifier calls its classes was measured on "
             f"no object of {few(unlabelled)}."
         ]
-    informative = informative_calls(confusion, seed=seed) >= LIMIT
+    informative = _informative(tuple(map(tuple, confusion.tolist())), seed)
     weak = [name for name, enough in zip(names, informative, strict=True) if not enough]
     notes = []
     if len(weak) < len(names):
@@ -181,6 +182,11 @@ def _correct(
             f"for two classes, sensitivity + specificity is too near 1 (below {1 + MARGIN:g})."
         )
     return notes
+
+
+@lru_cache(maxsize=8)  # every slide of a run has the same matrix
+def _informative(confusion: tuple[tuple[int, ...], ...], seed: int) -> tuple[bool, ...]:
+    return tuple((informative_calls(confusion, seed=seed) >= LIMIT).tolist())
 
 
 def _votes(calls: ArrayLike, n_classes: int) -> Floats:

@@ -105,7 +105,7 @@ def informative_calls(confusion: ArrayLike, *, n_draws: int = 2000, seed: int = 
 
 
 def unexplained_calls(
-    counts: ArrayLike, confusion: ArrayLike, *, n_draws: int = 2000, seed: int = 0
+    counts: ArrayLike, confusion: ArrayLike, *, n_draws: int = 500, seed: int = 0
 ) -> Floats:
     """Posterior predictive probability `[K]` of a number of calls as extreme, in any mixture.
 
@@ -164,7 +164,7 @@ def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0
     expected, none, every = (np.zeros((len(n), k)) for _ in range(3))
     for step in range(_BURN + _KEEP):
         if step % 2 == 0:
-            _slide(rng, fractions, rates, alpha, row=step // 2 % k)
+            _move_along_ridge(rng, fractions, rates, alpha, row=step // 2 % k)
         true = fractions[..., None, :] * rates.swapaxes(-1, -2)  # [call, class]
         true /= true.sum(axis=-1, keepdims=True)
         cells = rng.multinomial(n, true)
@@ -220,7 +220,7 @@ def _draw_rates(confusion: ArrayLike, n_draws: int, seed: int) -> Floats:
     return _dirichlet(np.random.default_rng(seed), np.broadcast_to(table, (n_draws, *table.shape)))
 
 
-def _slide(
+def _move_along_ridge(
     rng: np.random.Generator, fractions: Floats, rates: Floats, alpha: Floats, row: int
 ) -> None:
     """Metropolis step along the ridge: one row of the rates anew, the same expected calls.
