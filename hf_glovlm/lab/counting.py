@@ -118,12 +118,13 @@ def leave_slides_out(
     for i, slide in enumerate(tested):
         if on_slide is not None:
             on_slide(slide, i, len(tested))
-        estimates.append([])
-        for draw in range(draws):
-            support = _draw_support(
+        supports = [
+            _draw_support(
                 objects.labels, objects.slides, slide, names, shots, seed, draw, shots_from
             )
-            estimates[i].append(_estimates(objects, slide, column, support, fit, chosen))
+            for draw in range(draws)
+        ]
+        estimates.append(_estimates(objects, slide, column, supports, fit, chosen))
     own_labels = [objects.labels[objects.slides == slide] for slide in tested]
     truth = np.array([100 * np.mean(own == column) for own in own_labels])
     return {
@@ -240,56 +241,69 @@ def _estimates(
     objects: _Objects,
     slide: str,
     column: int,
-    support: Ints,
+    supports: Sequence[Ints],
     fit: Callable[[Ints], Predict],
     chosen: Sequence[str],
-) -> dict[str, _Estimate]:
-    """Chosen estimates of one class on a slide, from one support."""
+) -> list[dict[str, _Estimate]]:
+    """Chosen estimates of one class on a slide, from each support."""
     inside = objects.slides == slide
-    p = fit(support)(inside)
-    calls = np.bincount(p.argmax(axis=1), minlength=len(objects.class_names))
-    fractions = {"counted": calls / len(p), "expected": p.mean(axis=0)}
-    if "em" in chosen:
-        fractions["em"] = estimate_prior(p).prior
-    fell_back: set[str] = set()
-    if {"adjusted", "adjusted_all"} & set(chosen):
-        held_out = np.unique(objects.slides[~inside if "adjusted_all" in chosen else support])
-        for name, matrix in _confusions_by_slide(fit, objects, support, held_out).items():
-            if name not in chosen:
-                continue
-            if matrix.any(axis=1).all() and informative_calls(matrix)[column] >= LIMIT:
-                fractions[name] = estimate_fractions(calls, matrix).share
-            else:
-                fractions[name] = fractions["counted"]
-                fell_back.add(name)
-    used = dict.fromkeys(chosen, len(support)) | {"adjusted_all": int((~inside).sum())}
-    return {
-        name: _Estimate(100 * fractions[name][column], used[name], name in fell_back)
-        for name in chosen
-    }
+    calls, plain, confusions = [], [], []
+    for support in supports:
+        predict = fit(support)
+        p = predict(inside)
+        calls.append(np.bincount(p.argmax(axis=1), minlength=len(objects.class_names)))
+        plain.append({"counted": calls[-1] / len(p), "expected": p.mean(axis=0)})
+        if "em" in chosen:
+            plain[-1]["em"] = estimate_prior(p).prior
+        if {"adjusted", "adjusted_all"} & set(chosen):
+            held_out = np.unique(objects.slides[~inside if "adjusted_all" in chosen else support])
+            confusions.append(_confusions_by_slide(fit, predict, objects, support, held_out))
+    values = {name: [100 * each[name][column] for each in plain] for name in plain[0]}
+    fell_back = {name: [False] * len(supports) for name in chosen}
+    for name in {"adjusted", "adjusted_all"} & set(chosen):
+        tables = np.stack([each[name] for each in confusions])
+        informative = [
+            bool(table.any(axis=1).all() and informative_calls(table)[column] >= LIMIT)
+            for table in tables
+        ]
+        corrected = 100 * estimate_fractions(np.stack(calls), tables).share[:, column]
+        values[name] = np.where(informative, corrected, values["counted"]).tolist()
+        fell_back[name] = [not enough for enough in informative]
+    return [
+        {
+            name: _Estimate(
+                float(values[name][draw]),
+                int((~inside).sum()) if name == "adjusted_all" else len(support),
+                fell_back[name][draw],
+            )
+            for name in chosen
+        }
+        for draw, support in enumerate(supports)
+    ]
 
 
 def _confusions_by_slide(
-    fit: Callable[[Ints], Predict], objects: _Objects, support: Ints, held_out: Iterable[str]
+    fit: Callable[[Ints], Predict],
+    whole: Predict,
+    objects: _Objects,
+    support: Ints,
+    held_out: Iterable[str],
 ) -> dict[str, Ints]:
     """Leave-one-slide-out confusion matrices: each slide by a fit without its own rows.
 
-    A slide that holds the support's only rows of a class cannot be left out, and is not counted.
+    A slide that holds the support's only rows of a class cannot be left out, and is not counted;
+    one without any is classified by `whole`, the fit on all of the support.
 
     Returns:
         `adjusted` over the rows of the support, `adjusted_all` over all rows of the slides.
     """
     labels, n_classes = objects.labels, len(objects.class_names)
     table = np.zeros((2, n_classes, n_classes), np.int64)
-    whole: Predict | None = None
     for slide in held_out:
         kept = support[objects.slides[support] != slide]
         if len(np.unique(labels[kept])) < n_classes:
             continue
-        if len(kept) < len(support):
-            predict = fit(kept)
-        else:
-            predict = whole = whole or fit(support)
+        predict = fit(kept) if len(kept) < len(support) else whole
         rows = np.flatnonzero(objects.slides == slide)
         calls = predict(rows).argmax(axis=1)
         shown = np.isin(rows, support)
