@@ -69,7 +69,7 @@ def leave_slides_out(
     `adjusted` measures its confusion matrix on the support alone, each of the support's slides
     left out of a fit of its own; `adjusted_all` on every labelled object of the other slides,
     classified by fits that leave their slide out, so it needs far more labels. Either is used as
-    in the results of `glovlm slide`: the estimate is the expected share by the posterior. Where
+    in the results of `glovlm slide`: the estimate is the share by the posterior. Where
     that would report no correction the plain count stands, and how often is reported.
 
     Args:

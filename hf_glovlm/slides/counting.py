@@ -96,9 +96,9 @@ def count_classes(
     Returns:
         By group, in the order given: `unit`, `n`, `classes` and `notes`. A class has `count`,
         `percent` and `ci95` (Wilson's, in per cent) of the calls, as if they were all right; and
-        `corrected`: `percent`, the expected share of these objects that truly is of the class, and
-        `ci95` of the fraction that they are a sample of, which holds counting and the errors (see
-        `prevalence.estimate_fractions`). Without an object a percentage is `None`.
+        `corrected`: `percent`, the share of these objects that truly is of the class (posterior
+        median), and `ci95` of the fraction that they are a sample of, which holds counting and the
+        errors (`prevalence.estimate_fractions`). Without an object a percentage is `None`.
 
     Raises:
         GloVLMError: A shape, class number or length is wrong.

@@ -43,7 +43,8 @@ class Fractions:
     """Class fractions behind some calls, each array `[..., K]`, in 0 ... 1.
 
     Attributes:
-        share: Expected share of these objects that is truly of the class; sums to 1.
+        share: Share of these objects that truly is of the class, the posterior median; of more than
+            two classes they need not sum to 1.
         low: Lower bound of the fraction that the objects were drawn from.
         high: Upper bound.
     """
@@ -131,7 +132,8 @@ def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0
     """Posterior of class fractions, given calls and the confusion matrix of the classifier.
 
     `share` is of the objects that were counted, as Banff and Oxford report the share of the
-    glomeruli in the biopsy: with a classifier without errors it is the counted one. The interval is
+    glomeruli in the biopsy: with a classifier without errors it is the counted one. It is the
+    median, since next to 0 a mean is drawn up by a tail that is all on one side. The interval is
     wider: like Wilson's it holds the fraction that the objects are a sample of, and so the error of
     counting, and the errors of the classifier and of their measurement. Its bounds leave `TAIL` of
     the draws on either side; the lower is 0 where more of them than that hold no object of the
@@ -145,7 +147,7 @@ def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0
     calls.
 
     Args:
-        counts: Calls of each class `[..., K]`.
+        counts: Calls of each class `[..., K]`, of one object or more.
         confusion: Counts `[..., K, K]` with the same leading axes; rows are labels.
         seed: Of the draws.
     """
@@ -160,24 +162,21 @@ def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0
     fractions = _solve(rates, _dirichlet(rng, n + PRIOR_COUNT))
     fractions = np.clip(fractions, PRIOR_COUNT / (n.sum(axis=-1, keepdims=True) + 1), 1)
     fractions /= fractions.sum(axis=-1, keepdims=True)
-    draws = np.empty((_KEEP, *n.shape))
-    expected, none, every = (np.zeros((len(n), k)) for _ in range(3))
+    drawn, objects = np.empty((_KEEP, *n.shape)), np.empty((_KEEP, *n.shape), np.int64)
     for step in range(_BURN + _KEEP):
         if step % 2 == 0:
             _move_along_ridge(rng, fractions, rates, alpha, row=step // 2 % k)
         true = fractions[..., None, :] * rates.swapaxes(-1, -2)  # [call, class]
         true /= true.sum(axis=-1, keepdims=True)
         cells = rng.multinomial(n, true)
-        objects = cells.sum(axis=-2)
-        fractions = _dirichlet(rng, objects + PRIOR_COUNT)
+        kept = max(step - _BURN, 0)  # what is burned is overwritten
+        objects[kept] = cells.sum(axis=-2)
+        fractions = drawn[kept] = _dirichlet(rng, objects[kept] + PRIOR_COUNT)
         rates = _dirichlet(rng, cells.swapaxes(-1, -2) + alpha)
-        if step >= _BURN:
-            draws[step - _BURN] = fractions
-            expected += (n[..., None] * true).sum(axis=(1, 2))
-            none += (objects == 0).mean(axis=1)
-            every += (objects == n.sum(axis=-1, keepdims=True)).mean(axis=1)
-    share = expected / expected.sum(axis=-1, keepdims=True)
-    low, high = np.quantile(draws, [TAIL, 1 - TAIL], axis=(0, 2))
+    total = calls.reshape(-1, k).sum(axis=-1, keepdims=True)
+    share = np.median(objects, axis=(0, 2)) / total
+    low, high = np.quantile(drawn, [TAIL, 1 - TAIL], axis=(0, 2))
+    none, every = ((objects == n).mean(axis=2).sum(axis=0) for n in (0, total[:, None]))
     low = np.minimum(np.where(none > TAIL * _KEEP, 0, low), share)
     high = np.maximum(np.where(every > TAIL * _KEEP, 1, high), share)
     return Fractions(*(values.reshape(*batch, k) for values in (share, low, high)))
