@@ -14,8 +14,8 @@ from PIL import Image
 from slides_made import write_slide
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.slides.files import wsi
-from hf_glovlm.slides.files.wsi import Slide, _TiffReader, name_flags, open_slide
+from hf_glovlm.slides.files import tiff_reader, wsi
+from hf_glovlm.slides.files.wsi import Slide, name_flags, open_slide
 
 # What becomes of every file in the shared folder: size, scale, where that is from, reader; or why
 # it is refused.

@@ -1,47 +1,71 @@
 """Whole-slide images: opened with their scale or an unknown one, and read in pieces.
 
-OpenSlide reads what it knows (SVS, pyramidal TIFF, NDPI, MRXS, SCN, BIF, DICOM and more); tifffile
-reads the rest (plain TIFF, OME-TIFF with its pyramid, QPTIFF). Only the picture of the slide is
-ever decoded: label and macro images may show a name and are not touched. Colour profiles are
-ignored, and whatever the scanner left out is white.
+OpenSlide knows the formats of scanners (SVS, NDPI, MRXS, SCN, BIF, DICOM and more); the package's
+own TIFF reader reads plain TIFF, OME-TIFF and QPTIFF, and in place of OpenSlide whatever it was
+seen to read to the same bit, as it is faster. Only the picture of the slide is ever decoded: label
+and macro images may show a name and are not touched. Colour profiles are ignored, and whatever the
+scanner left out is white.
 """
 
 import math
 import os
 import re
-from collections import OrderedDict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-from ...data.folder import MAX_PIXELS, positive
+from ...data.folder import MAX_PIXELS
+from ...data.listing import few
 from ...errors import GloVLMError
 from ...files import describe_file, digest_value, is_same_file
+from .listing import files_of
+from .openslide_reader import OpenSlideReader, describe_format, import_openslide
+from .pixel_size import check_given
+from .tiff_pictures import (
+    INSTALL,
+    TiffPicture,
+    TiffPictures,
+    is_tiff,
+    reason,
+)
+from .tiff_reader import BLOCK, TiffReader, segment_size
 
-BLOCK = 2048  # side of the largest piece of a level that is decoded at once, in its pixels
-CACHE_BYTES = 64 * 2**20  # decoded tiles or strips of a TIFF that are kept
-SCALE_TAGS = (0.02, 20.0)  # micrometres per pixel; TIFF tags beyond it describe paper, not glass
-CONTRADICTION = 1.1  # between the scale that was given and that of the file
-_INSTALL = "pip install 'hf-glovlm[slides]'"
-_NOT_THE_SLIDE = re.compile(r"label|macro|thumbnail|overview|barcode|map", re.IGNORECASE)
+CONTRADICTION = 1.1  # between the scale that was given and that of the file, from which it is told
+REFUSED = 2.0  # and from which one of the two must be wrong
+_PROVED = (1, 5, 7, 8, 32946)  # compressions that are tried: none, LZW, JPEG, deflate
 
 
-class _Reader(Protocol):
-    """Image pyramid of a file, the finest level first, and the scale that the file states."""
+class Reader(Protocol):
+    """Image pyramid of a file, the finest level first, and the scale that the file states.
+
+    Attributes:
+        name: Library and format.
+        levels: Width and height of every level.
+        downsamples: Pixels of level 0 per pixel of every level.
+        mpp: Micrometres per pixel along x and y.
+        magnification: Of the objective.
+        bounds: Corner of the scanned part in pixels of level 0, where it is not (0, 0).
+        notes: Sentences for a person.
+    """
 
     name: str
     levels: list[tuple[int, int]]
     downsamples: list[float]
     mpp: tuple[float, float] | None
     magnification: float | None
+    bounds: tuple[int, int] | None
     notes: list[str]
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image: ...
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        """Part of a level, wholly inside of it, as RGB."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close the file."""
+        ...
 
 
 class Slide:
@@ -55,20 +79,35 @@ class Slide:
         mpp_source: Where that comes from: the `file`, 10 / `magnification`, `given` or `unknown`.
         magnification: Of the objective, as the file says; `None` is unknown.
         reader: `openslide` or `tifffile`, with the format.
-        flags: Sentences for a person: about the scale, and what the name may give away.
+        bounds: Corner (x, y) of the scanned part in pixels of level 0, where the file states one
+            other than (0, 0), as slides of Leica, 3DHISTECH and Ventana do; QuPath counts from it.
+        scene: Which picture of a file that holds several: its name, or its number from 1; `None`
+            where there is one.
+        flags: Sentences for a person: about the scale, further pictures, and what the name may
+            give away.
     """
 
-    def __init__(self, path: Path, reader: _Reader, mpp: float | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        reader: Reader,
+        mpp: float | None = None,
+        *,
+        scene: str | None = None,
+        allow_scale: bool = False,
+    ) -> None:
         self.path = path
         self.name = slide_name(path)
         self.size = reader.levels[0]
         self.reader = reader.name
         self.magnification = reader.magnification
+        self.bounds = reader.bounds
+        self.scene = scene
         self.flags = [*name_flags(self.name), *reader.notes]
         self._file = reader
         self.mpp: float | None = None
         self.mpp_source: Literal["file", "magnification", "given", "unknown"] = "unknown"
-        self._find_scale(reader.mpp, mpp)
+        self._find_scale(reader.mpp, mpp, allow_scale)
 
     def __enter__(self) -> "Slide":
         return self
@@ -170,7 +209,7 @@ class Slide:
         except Exception as error:  # decoders fail on damaged files in a dozen ways
             raise GloVLMError(
                 f"{self.path} is damaged: pixels around x {left}, y {top} of level {level} cannot "
-                f"be read ({_reason(error)}); copy or export it again."
+                f"be read ({reason(error)}); copy or export it again."
             ) from None
         if image.size == (width, height):
             return image
@@ -178,8 +217,10 @@ class Slide:
         canvas.paste(image, (left - x, top - y))
         return canvas
 
-    def _find_scale(self, of_file: tuple[float, float] | None, given: float | None) -> None:
-        """Set the scale, and flag contradictions."""
+    def _find_scale(
+        self, of_file: tuple[float, float] | None, given: float | None, allow: bool
+    ) -> None:
+        """Set the scale, and refuse or flag contradictions."""
         stated = None
         if of_file is not None:
             stated = math.sqrt(of_file[0] * of_file[1])
@@ -197,7 +238,15 @@ class Slide:
         if given is not None:
             self.mpp, self.mpp_source = given, "given"
             known, source = stated or by_lens, "file" if stated else "magnification in the file"
-            if known and max(given / known, known / given) > CONTRADICTION:
+            ratio = max(given / known, known / given) if known else 1.0
+            # The margin is for 0.5 against a file's 0.2501. A magnification is only about a scale.
+            if stated and ratio > 0.99 * REFUSED and not allow:
+                raise GloVLMError(
+                    f"{self.path}: the given {given:.4g} micrometres per pixel contradict the file "
+                    f"({stated:.4g}, {ratio:.1f} times apart): correct --mpp or the table's mpp, "
+                    "leave it out, or give --allow-scale if the file is wrong."
+                )
+            if known and ratio > CONTRADICTION:
                 self.flags.append(
                     f"the given {given:.4g} micrometres per pixel contradict the {source}, which "
                     f"says {known:.4g}"
@@ -214,21 +263,29 @@ class Slide:
             self.flags.append("the file states no scale: give --mpp if you know it")
 
 
-def open_slide(path: str | Path, *, mpp: float | None = None) -> Slide:
+def open_slide(
+    path: str | Path,
+    *,
+    mpp: float | None = None,
+    scene: str | None = None,
+    allow_scale: bool = False,
+) -> Slide:
     """Open a slide of any supported format.
 
     Args:
-        path: SVS, pyramidal or plain TIFF, OME-TIFF, brightfield QPTIFF, a `.dcm` file of a DICOM
-            slide, and what else OpenSlide reads.
+        path: SVS, pyramidal or plain TIFF, OME-TIFF, brightfield QPTIFF, NDPI, MRXS, SCN, BIF, any
+            `.dcm` file of a DICOM series, and what else OpenSlide reads.
         mpp: Micrometres per pixel of level 0, where the file's own scale is missing or wrong.
+        scene: Which picture of a file that holds several: its number, from 1, or its name; by
+            default the largest. What else there is, is flagged.
+        allow_scale: Accept an `mpp` that is twice or half of what the file states, or more.
 
     Raises:
-        GloVLMError: The file is missing, of another kind, damaged, a fluorescence slide, or needs
-            a package that is not installed.
+        GloVLMError: The file is missing, of another kind, damaged, no brightfield RGB, holds no
+            such scene, contradicts the given scale, or needs a package that is not installed.
     """
     path = Path(path).expanduser()
-    if mpp is not None and not 0 < mpp < math.inf:
-        raise GloVLMError(f"Expected a positive number of micrometres per pixel, found {mpp}.")
+    check_given(mpp)
     if path.is_dir():
         hint = "one of its .dcm files" if any(path.glob("*.dcm")) else "one file"
         raise GloVLMError(f"{path} is a folder, a slide is a file: give {hint}.")
@@ -236,14 +293,14 @@ def open_slide(path: str | Path, *, mpp: float | None = None) -> Slide:
         raise GloVLMError(f"There is no slide {path}: correct the path.")
     if path.stat().st_size == 0:
         raise GloVLMError(f"{path} is empty (0 bytes): copy or export it again.")
-    slide = Slide(path, _open_reader(path), mpp)
-    try:
+    reader, chosen = _open_reader(path, scene)
+    with ExitStack() as stack:
+        stack.callback(reader.close)
+        slide = Slide(path, reader, mpp, scene=chosen, allow_scale=allow_scale)
         for level in (0, len(slide.levels) - 1):  # a header that opens may sit on broken pixels
             columns, rows = slide.levels[level]
             slide._canvas(level, columns // 2, rows // 2, 1, 1)
-    except GloVLMError:
-        slide.close()
-        raise
+        stack.pop_all()
     return slide
 
 
@@ -256,7 +313,7 @@ def describe_slide(path: Path, *, dated: bool = True) -> list[dict[str, Any]]:
             digest of the place.
     """
     left_out = () if dated else ("modified",)
-    parts = [describe_file(part) for part in _files_of(path)]
+    parts = [describe_file(part) for part in files_of(path)]
     parts = [{k: v for k, v in part.items() if k not in left_out} for part in parts]
     return [parts[0] | {"place": _digest_place(path)}, *parts[1:]] if dated else parts
 
@@ -264,7 +321,7 @@ def describe_slide(path: Path, *, dated: bool = True) -> list[dict[str, Any]]:
 def is_same_slide(path: Path, known: Any) -> bool:
     """Whether a slide holds the bytes that `describe_slide` saw; never for a file that is gone."""
     try:
-        parts = _files_of(path)
+        parts = files_of(path)
         if not isinstance(known, list) or len(parts) != len(known):
             return False
         return all(map(is_same_file, parts, known))
@@ -280,15 +337,7 @@ def is_elsewhere(path: Path, known: Any) -> bool:
 
 
 def _digest_place(path: Path) -> str:
-    return digest_value(os.path.realpath(path))
-
-
-def _files_of(path: Path) -> list[Path]:
-    """Files of a slide: the picture of a MIRAX slide lies in a folder beside it."""
-    folder = path.with_suffix("")
-    if path.suffix.lower() != ".mrxs" or not folder.is_dir():
-        return [path]
-    return [path, *sorted(part for part in folder.rglob("*") if part.is_file())]
+    return digest_value(os.path.realpath(files_of(path)[0]))
 
 
 def slide_name(path: Path) -> str:
@@ -355,281 +404,129 @@ _NOT_NAMES = frozenset((
 ))  # fmt: skip
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _tagged_scale(x: float | None, y: float | None) -> tuple[tuple[float, float] | None, list[str]]:
-    """Micrometres per pixel by TIFF resolution tags, unless they describe paper."""
-    if x is None or y is None:
-        return None, []
-    if not all(SCALE_TAGS[0] <= value <= SCALE_TAGS[1] for value in (x, y)):
-        return None, [
-            f"the TIFF resolution of {25400 / x:.4g} dpi is a default for printing, not a scale"
-        ]
-    return (x, y), []
-
-
-def _open_reader(path: Path) -> _Reader:
-    """Reader of a slide: OpenSlide where it knows the format, tifffile for the rest."""
-    openslide, failed = _openslide(), None
-    if openslide is not None:
-        vendor = openslide.OpenSlide.detect_format(path)
-        # OpenSlide sees the first level alone of an OME-TIFF, and not what its channels are.
-        if vendor is not None and not (vendor == "generic-tiff" and _has_own_metadata(path)):
-            try:
-                return _OpenSlideReader(openslide, path, vendor)
-            except openslide.OpenSlideError as error:
-                failed = _reason(error)
-    with path.open("rb") as file:
-        head = file.read(4)
-    if head not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        if failed:
-            raise GloVLMError(f"{path} is a damaged slide ({failed}): copy or export it again.")
-        if openslide is None:
-            raise GloVLMError(
-                f"{path} is no TIFF; other slides are read by openslide, which is not installed: "
-                f"{_INSTALL}."
-            )
+def _open_reader(path: Path, scene: str | None) -> tuple[Reader, str | None]:
+    """Reader of a slide, and the scene that it shows where the file holds several."""
+    openslide = import_openslide()
+    # OpenSlide tells formats apart by their content.
+    vendor = openslide.OpenSlide.detect_format(path) if openslide is not None else None
+    if is_tiff(path):
+        with ExitStack() as stack:
+            tiff = TiffPictures(path)
+            stack.callback(tiff.close)
+            opened = _open_tiff(tiff, openslide, vendor, scene)
+            if isinstance(opened[0], TiffReader):
+                stack.pop_all()  # it reads through the same file
+        return opened
+    if vendor is None and openslide is None:
         raise GloVLMError(
-            f"{path} is no slide that can be read (SVS, TIFF, OME-TIFF, QPTIFF, NDPI, MRXS, "
-            "DICOM): convert it to a pyramidal TIFF, or give a picture to `glovlm predict`."
+            f"{path} is no TIFF; other slides are read by openslide, which is not installed: "
+            f"{INSTALL}."
         )
-    return _TiffReader(path)
-
-
-def _has_own_metadata(path: Path) -> bool:
-    """Whether a TIFF is an OME-TIFF or a QPTIFF."""
-    try:
-        with _tifffile().TiffFile(path) as file:
-            return bool(file.is_ome or file.is_qpi)
-    except Exception:  # damaged, or tifffile is missing: then OpenSlide's way is the only one
-        return False
-
-
-class _OpenSlideReader:
-    """A slide by OpenSlide; its associated images are never read."""
-
-    def __init__(self, openslide: Any, path: Path, vendor: str) -> None:
-        self._slide = openslide.OpenSlide(path)
-        about = self._slide.properties
-        self.name = f"openslide ({vendor})"
-        self.levels = [(int(w), int(h)) for w, h in self._slide.level_dimensions]
-        self.downsamples = [float(d) for d in self._slide.level_downsamples]
-        x, y = (positive(about.get(f"openslide.mpp-{axis}")) for axis in "xy")
-        stated = ((x, y) if x and y else None), list[str]()
-        self.mpp, self.notes = _tagged_scale(x, y) if vendor == "generic-tiff" else stated
-        self.magnification = positive(about.get("openslide.objective-power"))
-
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
-        at = round(x * self.downsamples[level]), round(y * self.downsamples[level])
-        part = self._slide.read_region(at, level, (width, height))
-        image = Image.new("RGB", part.size, "white")
-        image.paste(part, mask=part.getchannel("A"))  # what was not scanned is transparent
-        return image
-
-    def close(self) -> None:
-        self._slide.close()
-
-
-class _TiffReader:
-    """A TIFF by tifffile: only the tiles or strips under the requested part are decoded."""
-
-    def __init__(self, path: Path) -> None:
-        tifffile = _tifffile()
-        self._path = path
-        self._file: Any = None
-        try:
-            self._file = tifffile.TiffFile(path)
-            self._find_pyramid()
-        except Exception as error:
-            if self._file is not None:
-                self._file.close()
-            if isinstance(error, GloVLMError):
-                raise
-            raise GloVLMError(
-                f"{path} is a damaged TIFF ({_reason(error)}): copy or export it again."
-            ) from None
-
-    def _find_pyramid(self) -> None:
-        """Find the pyramid of the slide among the series; labels and overviews are left alone."""
-        series = [s for s in self._file.series if not _NOT_THE_SLIDE.search(s.name or "")]
-        if not series:
-            raise GloVLMError(f"{self._path} holds no picture of a slide.")
-        chosen = max(series, key=lambda s: s.keyframe.imagewidth * s.keyframe.imagelength)
-        self._refuse_unless_rgb(chosen)
-        self._pages = [level.pages[0] for level in chosen.levels]
-        self._keys = [level.keyframe for level in chosen.levels]
-        self.levels = [(int(k.imagewidth), int(k.imagelength)) for k in self._keys]
-        width, height = self.levels[0]
-        self.downsamples = [(width / w + height / h) / 2 for w, h in self.levels]
-        self._mapped = [self._must_be_mapped(key) for key in self._keys]
-        kind = "OME-TIFF" if self._file.is_ome else "QPTIFF" if self._file.is_qpi else "TIFF"
-        self.name = f"tifffile ({kind})"
-        self.mpp, self.magnification, self.notes = self._read_scale(self._pages[0])
-        self._cache: OrderedDict[tuple[int, int], NDArray[np.uint8] | None] = OrderedDict()
-        self._cached = 0
-
-    def _refuse_unless_rgb(self, series: Any) -> None:
-        key = series.keyframe
-        channels = dict(zip(series.axes, series.shape, strict=True))
-        n = max(channels.get("C", 1), channels.get("S", 1))
-        if "C" in channels or "S" not in channels:
-            names = [_first(r"<Name>([^<]+)</Name>", _description(p)) for p in series.pages]
-            named = f" ({', '.join(filter(None, names))})" if any(names) else ""
-            many = f"{n} separate channels{named}" if n > 1 else "one grey channel"
-            raise GloVLMError(
-                f"{self._path} holds {many}, as fluorescence does; brightfield slides in RGB are "
-                "read: export it as RGB."
-            )
-        several = [f"{channels[axis]} along {axis}" for axis in series.axes if axis not in "YXS"]
-        if several:
-            raise GloVLMError(
-                f"{self._path} holds a stack of pictures ({', '.join(several)}), a slide is one: "
-                "export the plane that you need."
-            )
-        rgb = key.photometric in (2, 6) and n in (3, 4) and key.planarconfig == 1
-        if not rgb or key.dtype != np.uint8:
-            raise GloVLMError(
-                f"{self._path} holds {n} x {key.dtype} of kind {key.photometric.name}; expected "
-                "interleaved RGB of 8 bits: convert it."
-            )
-
-    def _must_be_mapped(self, key: Any) -> bool:
-        """Whether a level is one piece so large that it is read through the file system."""
-        columns, rows = _segment_size(key)
-        if key.is_tiled or columns * rows <= BLOCK**2:
-            return False
-        if not key.is_memmappable and columns * rows > MAX_PIXELS:
-            raise GloVLMError(
-                f"{self._path} is compressed in one piece of {columns * rows:,} pixels (at most "
-                f"{MAX_PIXELS:,} are decoded at once): convert it to a tiled, pyramidal TIFF."
-            )
-        return bool(key.is_memmappable)
-
-    def _read_scale(self, page: Any) -> tuple[tuple[float, float] | None, float | None, list[str]]:
-        """Scale and magnification out of the metadata of OME, QPTIFF, Aperio, or the tags."""
-        text = _description(page)
-        lens = positive(
-            _first(r"AppMag ?= ?([\d.]+)", text)
-            or _first(r"<Objective>([\d.]+)x?</Objective>", text)
-            or _first(r'NominalMagnification="([\d.]+)"', text)
-        )
-        if self._file.is_ome:
-            x, y = (_ome_size(text, axis) for axis in "XY")
-            if x and y:
-                return (x, y), lens, []
-        for pattern in (r"MPP ?= ?([\d.]+)", r"<PixelSizeMicrons>([\d.eE+-]+)</PixelSizeMicrons>"):
-            if size := positive(_first(pattern, text)):
-                return (size, size), lens, []
-        unit = {2: 25400.0, 3: 10000.0}.get(int(page.tags.valueof("ResolutionUnit", 0) or 0))
-        tags = [page.tags.valueof(f"{axis}Resolution") for axis in "XY"]
-        per_unit = [positive(t[0] / t[1]) if t and t[1] else None for t in tags]
-        sizes = [unit / p if unit and p else None for p in per_unit]
-        mpp, notes = _tagged_scale(*sizes)
-        return mpp, lens, notes
-
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
-        key = self._keys[level]
-        if self._mapped[level]:
-            shape = (key.imagelength, key.imagewidth, key.samplesperpixel)
-            offset = self._pages[level].dataoffsets[0]
-            rows = np.memmap(self._path, np.uint8, "r", offset, shape)[y : y + height]
-            return _rgb(np.array(rows[:, x : x + width]))
-        part = np.full((height, width, key.samplesperpixel), 255, np.uint8)
-        columns, rows_ = _segment_size(key)
-        across = -(-key.imagewidth // columns)
-        for row in range(y // rows_, (y + height - 1) // rows_ + 1):
-            for column in range(x // columns, (x + width - 1) // columns + 1):
-                segment = self._segment(level, row * across + column)
-                if segment is None:  # never written
-                    continue
-                left, top = column * columns - x, row * rows_ - y
-                h, w = segment.shape[:2]
-                h, w = min(h, height - top), min(w, width - left)
-                part[max(0, top) : top + h, max(0, left) : left + w] = segment[
-                    max(0, -top) : h, max(0, -left) : w
-                ]
-        return _rgb(part)
-
-    def _segment(self, level: int, index: int) -> NDArray[np.uint8] | None:
-        """One decoded tile or strip `[h, w, samples]`, from the cache if it was used lately."""
-        if (level, index) in self._cache:
-            self._cache.move_to_end((level, index))
-            return self._cache[level, index]
-        page, key = self._pages[level], self._keys[level]
-        offset, count = page.dataoffsets[index], page.databytecounts[index]
-        segment = None
-        if count:
-            self._file.filehandle.seek(offset)
-            content = self._file.filehandle.read(count)
-            tables = (
-                {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
-                if key.compression in (6, 7, 34892, 33007)
-                else {}
-            )
-            decoded = key.decode(content, index, **tables)[0]
-            segment = None if decoded is None else decoded[0]
-        self._cache[level, index] = segment
-        self._cached += 0 if segment is None else segment.nbytes
-        while self._cached > CACHE_BYTES and len(self._cache) > 1:
-            _, old = self._cache.popitem(last=False)
-            self._cached -= 0 if old is None else old.nbytes
-        return segment
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _segment_size(key: Any) -> tuple[int, int]:
-    """Width and height of a level's tiles or strips."""
-    if key.is_tiled:
-        return int(key.tilewidth), int(key.tilelength)
-    return int(key.imagewidth), int(min(key.rowsperstrip, key.imagelength))
-
-
-def _rgb(pixels: NDArray[np.uint8]) -> Image.Image:
-    """RGB, or RGBA over white."""
-    if pixels.shape[2] == 3:
-        return Image.fromarray(pixels)
-    part = Image.fromarray(pixels)
-    image = Image.new("RGB", part.size, "white")
-    image.paste(part, mask=part.getchannel("A"))
-    return image
-
-
-def _openslide() -> Any:
-    """OpenSlide, or `None`: tifffile alone reads much already."""
-    try:
-        import openslide
-    except ImportError:
-        return None
-    return openslide
-
-
-def _tifffile() -> Any:
-    try:
-        import imagecodecs  # noqa: F401 - tifffile decodes with it
-        import tifffile
-    except ImportError:
+    if vendor is None:
         raise GloVLMError(
-            f"This slide is read by tifffile with imagecodecs, which are not installed: {_INSTALL}."
+            f"{path} is no slide that can be read (SVS, TIFF, OME-TIFF, QPTIFF, NDPI, MRXS, SCN, "
+            "BIF, DICOM): convert it to a pyramidal TIFF, or give a picture to `glovlm predict`."
+        )
+    return _open_whole(openslide, path, vendor, scene), None
+
+
+def _open_whole(openslide: Any, path: Path, vendor: str, scene: str | None) -> OpenSlideReader:
+    """Slide of a format all of whose regions OpenSlide lays out on one picture."""
+    if scene is not None and scene.strip() != "1":
+        raise GloVLMError(
+            f"{path} ({describe_format(vendor)}) is read as one picture on which all its scanned "
+            f"regions lie, so there is no scene '{scene}': leave --scene out."
+        )
+    try:
+        return OpenSlideReader(openslide, path, vendor)
+    except openslide.OpenSlideError as error:
+        raise GloVLMError(
+            f"{path} is a damaged slide ({reason(error)}): copy or export it again."
         ) from None
-    return tifffile
 
 
-def _description(page: Any) -> str:
-    return str(getattr(page, "description", "") or "")
+def _open_tiff(
+    tiff: TiffPictures, openslide: Any, vendor: str | None, scene: str | None
+) -> tuple[Reader, str | None]:
+    """Reader of a TIFF, whose picture is brightfield RGB."""
+    path = tiff.path
+    if vendor not in (None, "generic-tiff", "aperio"):
+        tiff.refuse_unless_any_is_brightfield()
+        return _open_whole(openslide, path, vendor, scene), None
+    picture = tiff.choose(scene)
+    tiff.refuse_unless_brightfield(picture)
+    reader = _read_chosen(tiff, picture, openslide, vendor)
+    further = [
+        other.title
+        for other in tiff.pictures
+        if other is not picture and other.size not in reader.levels[1:]
+    ]
+    if further:
+        reader.notes.append(
+            f"holds {len(further)} further picture{'s' if len(further) > 1 else ''}: "
+            f"{few(further)}; {picture.title} is read: choose with --scene"
+        )
+    shown = picture.name or str(picture.number)
+    return reader, shown if len(tiff.pictures) > 1 else None
 
 
-def _first(pattern: str, text: str) -> str | None:
-    match = re.search(pattern, text)
-    return match.group(1) if match else None
+def _read_chosen(
+    tiff: TiffPictures, picture: TiffPicture, openslide: Any, vendor: str | None
+) -> Reader:
+    """Own reader where OpenSlide does not read the picture, or reads the same pixels."""
+    # OpenSlide shows the first page, and of an OME-TIFF or QPTIFF its first level alone.
+    first = picture.levels[0][0].index == 0 and not (tiff.file.is_ome or tiff.file.is_qpi)
+    try:
+        own = TiffReader(tiff, picture)
+    except GloVLMError:
+        if vendor is None or not first:
+            raise
+        return OpenSlideReader(openslide, tiff.path, vendor)
+    if vendor is None or not first:
+        return own
+    try:
+        other = OpenSlideReader(openslide, tiff.path, vendor)
+    except openslide.OpenSlideError:
+        return own
+    try:
+        same = _reads_same(picture, own, other)
+    except Exception:  # of pixels that one of them cannot read; OpenSlide reads nothing after that
+        same = False
+        other.close()
+        other = OpenSlideReader(openslide, tiff.path, vendor)
+    if not same:
+        other.mpp, other.magnification, other.notes = own.mpp, own.magnification, own.notes
+        return other
+    other.close()
+    return own
 
 
-def _ome_size(text: str, axis: str) -> float | None:
-    """Micrometres per pixel of the first picture in OME-XML; other units than lengths say none."""
-    size = positive(_first(rf'PhysicalSize{axis}="([^"]+)"', text))
-    unit = _first(rf'PhysicalSize{axis}Unit="([^"]+)"', text) or "µm"
-    per = {"µm": 1.0, "&#181;m": 1.0, "&#xB5;m": 1.0, "um": 1.0, "nm": 1e-3, "mm": 1e3, "cm": 1e4}
-    return size * per[unit] if size and unit in per else None
+def _reads_same(picture: TiffPicture, own: TiffReader, other: OpenSlideReader) -> bool:
+    """Whether both readers give the same pixels, bit by bit, where they are compared.
+
+    Compared are two pieces of level 0: the one that took the most bytes, as it shows the most, and
+    the last, which the edges cut. Of a level that is coded in another way, the first is: OpenSlide
+    shifts the others by parts of a pixel where the level is no whole number of times coarser.
+    """
+    if own.levels != other.levels or len(picture.levels[0]) > 1:
+        return False
+    coded: set[Any] = set()
+    for level, (page,) in enumerate(picture.levels):
+        key, counts = page.keyframe, page.databytecounts
+        if key.compression not in _PROVED or key.samplesperpixel != 3 or key.planarconfig != 1:
+            return False
+        if not all(counts):  # OpenSlide may fill what was never written from another level
+            return False
+        coding = key.compression, key.photometric, key.predictor, key.subsampling, key.fillorder
+        if coding in coded:
+            continue
+        coded.add(coding)
+        width, height = own.levels[level]
+        columns, rows = segment_size(key)
+        across = -(-width // columns)
+        for piece in {int(np.argmax(counts)), len(counts) - 1} if level == 0 else {0}:
+            x, y = piece % across * columns, piece // across * rows
+            part = x, y, min(columns, width - x, BLOCK), min(rows, height - y, BLOCK)
+            if own.read(level, *part).tobytes() != other.read(level, *part).tobytes():
+                return False
+    return True

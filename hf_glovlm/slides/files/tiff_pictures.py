@@ -1,0 +1,289 @@
+"""Pictures of a TIFF: which there are, which is the slide, and whether that is brightfield RGB.
+
+Everything is found in the headers before any reader is chosen; no pixel is decoded.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...data.listing import few, short
+from ...errors import GloVLMError, nearest
+from .ome import OmeImage, read_ome
+
+_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_ASIDE = frozenset({"label", "macro", "thumbnail", "overview", "barcode", "map"})
+_PAGES = "IQ"  # axes along which tifffile lines up pages that nothing describes
+_RGB, _PALETTE, _YCBCR = 2, 3, 6  # photometric interpretations
+_JPEG = (6, 7, 33007, 34892)  # compressions whose decoder turns YCbCr into RGB
+INSTALL = "pip install 'hf-glovlm[slides]'"
+
+
+@dataclass(frozen=True)
+class TiffPicture:
+    """One picture of a TIFF with its pyramid.
+
+    Attributes:
+        number: Among the pictures that can be chosen, from 1.
+        name: As the file has it; may be empty.
+        levels: Pages of every level, the finest first: one of all samples, or one a colour.
+        axes: Of the whole series that it is of, as tifffile names them, with their lengths.
+        image: What OME-XML says of it.
+        is_aside: Whether it is a label, a macro image and the like, which are never read.
+    """
+
+    number: int
+    name: str
+    levels: list[list[Any]]
+    axes: dict[str, int]
+    image: OmeImage | None
+    is_aside: bool = False
+
+    @property
+    def key(self) -> Any:
+        """Page that describes level 0."""
+        return self.levels[0][0].keyframe
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of level 0."""
+        return int(self.key.imagewidth), int(self.key.imagelength)
+
+    @property
+    def title(self) -> str:
+        """Its number, name and size, as sentences have them."""
+        named = f" '{short(self.name, 60)}'" if self.name else ""
+        return f"{self.number}{named} ({self.size[0]:,} x {self.size[1]:,} pixels)"
+
+
+class TiffPictures:
+    """Pictures of an open TIFF.
+
+    Attributes:
+        path: The file.
+        file: It, open, by tifffile.
+        pictures: Those that can be chosen, numbered from 1 in the file's order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        tifffile = import_tifffile()
+        self.path = path
+        self.file: Any = None
+        try:
+            # Files that the metadata of others name are not opened: each is a slide of its own.
+            self.file = tifffile.TiffFile(path, _multifile=False)
+            self.pictures = self._list_pictures()
+        except Exception as error:
+            self.close()
+            if isinstance(error, GloVLMError):
+                raise
+            raise damaged(path, error) from None
+
+    def close(self) -> None:
+        """Close the file."""
+        if self.file is not None:
+            self.file.close()
+
+    @property
+    def kind(self) -> str:
+        """Kind of TIFF, as results name it."""
+        kinds = {"OME-TIFF": "is_ome", "QPTIFF": "is_qpi", "SVS": "is_svs"}
+        return next((name for name, has in kinds.items() if getattr(self.file, has)), "TIFF")
+
+    def choose(self, scene: str | None) -> TiffPicture:
+        """The picture of a scene, or the largest.
+
+        Args:
+            scene: Its number from 1, or its name.
+
+        Raises:
+            GloVLMError: There is none of that number or name, or several of that name.
+        """
+        if scene is None:
+            return max(self.pictures, key=lambda picture: prod(picture.size))
+        return self.pictures[choose_scene(scene, [p.name for p in self.pictures], self.path)]
+
+    def refuse_unless_brightfield(self, picture: TiffPicture) -> None:
+        """Guard: brightfield RGB of 8 bits is read, and nothing else as if it were that.
+
+        Raises:
+            GloVLMError: It is grey, fluorescence, a palette, a stack of planes or deeper.
+        """
+        key, n = picture.key, picture.axes.get("C", 1)
+        depth = key.dtype
+        if key.photometric == _PALETTE:
+            raise GloVLMError(
+                f"{self.path} holds a palette of colours, as masks of classes do; brightfield "
+                "slides in RGB are read: export it as RGB."
+            )
+        colours = max(key.samplesperpixel, len(picture.levels[0]))
+        if n > 1 and len(picture.levels[0]) == 1:
+            names = list(picture.image.channels) if picture.image else []
+            names = list(filter(None, names or _page_names(self.file.series)))
+            self._refuse_channels(f"{n} separate channels", names)
+        if colours == 1:
+            pages = sum(picture.axes.get(axis, 0) for axis in _PAGES)
+            several = f" a page ({pages} pages)" if pages > 1 else ""
+            self._refuse_channels(f"one grey channel{several}", [])
+        stack = [f"{k} along {axis}" for axis, k in picture.axes.items() if axis not in "YXSC"]
+        stack = [text for text in stack if text[-1] not in _PAGES]
+        if stack:
+            raise GloVLMError(
+                f"{self.path} holds a stack of pictures ({', '.join(stack)}), a slide is one: "
+                "export the plane that you need."
+            )
+        planes = len(picture.levels[0]) == 3
+        if (
+            depth != np.uint8
+            or colours not in (3, 4)
+            or not (planes or key.photometric in (_RGB, _YCBCR))
+        ):
+            raise GloVLMError(
+                f"{self.path} holds {colours} x {depth} of kind {key.photometric.name}; expected "
+                "RGB of 8 bits: convert it."
+            )
+
+    def refuse_unless_any_is_brightfield(self) -> None:
+        """Guard of formats whose pictures OpenSlide puts together: the largest page is RGB."""
+        page = max(self.file.pages, key=lambda page: page.imagewidth * page.imagelength).keyframe
+        axes = {"Y": 1, "X": 1}
+        self.refuse_unless_brightfield(TiffPicture(1, "", [[page]], axes, None))
+
+    def _refuse_channels(self, what: str, names: Sequence[str]) -> None:
+        named = f" ({', '.join(short(name, 40) for name in names[:8])})" if names else ""
+        raise GloVLMError(
+            f"{self.path} holds {what}{named}, as fluorescence does; brightfield slides in RGB are "
+            "read: export it as RGB."
+        )
+
+    def _list_pictures(self) -> list[TiffPicture]:
+        """Pictures of every series, those that are no slide left out."""
+        images = read_ome(self.file.ome_metadata) if self.file.is_ome else []
+        listed = [p for series in self.file.series for p in self._pictures_of(series, images)]
+        if not listed:
+            raise GloVLMError(f"{self.path} holds no picture of a slide.")
+        largest = max(listed, key=lambda picture: prod(picture.size))
+        # In formats of scanners the names are the format's own; in OME-TIFF people gave them.
+        given = self.file.is_ome
+        kept = [p for p in listed if not p.is_aside or (given and p is largest)]
+        if not kept:
+            raise GloVLMError(f"{self.path} holds no picture of a slide, but {_names(listed)}.")
+        return [
+            TiffPicture(i, p.name, p.levels, p.axes, p.image) for i, p in enumerate(kept, start=1)
+        ]
+
+    def _pictures_of(self, series: Any, images: list[OmeImage]) -> Iterator[TiffPicture]:
+        """Pictures of a series: each of its pages where nothing makes them one."""
+        axes = dict(zip(series.axes, map(int, series.shape), strict=True))
+        levels = [list(level.pages) for level in series.levels]
+        if any(page is None for pages in levels for page in pages):
+            raise GloVLMError(
+                f"{self.path} lacks pages that its OME-XML names: give a file that holds its whole "
+                "picture."
+            )
+        number = levels[0][0].index
+        first = number if isinstance(number, int) else number[0]
+        image = next((image for image in images if image.page == first), None)
+        name = (image.name if image else "") or (series.name or "").strip()
+        aside = not _ASIDE.isdisjoint(re.findall(r"[^\W\d_]+", name.casefold()))
+        key = series.keyframe
+        aside = aside or bool(key.is_reduced or key.is_mask)
+        pages = levels[0]
+        if len(pages) == 3 and key.samplesperpixel == 1:
+            order = image.colours if image else None
+            if order is None and key.photometric == _RGB:
+                order = 0, 1, 2
+            if order is not None and all(len(level) == 3 for level in levels):
+                planes = [[level[i] for i in order] for level in levels]
+                yield TiffPicture(0, name, planes, axes, image, aside)
+                return
+        paged = len(axes) == 4 and axes.get("S", 0) > 1 and any(axis in axes for axis in _PAGES)
+        for i in range(len(pages) if paged and key.planarconfig == 1 else 1):
+            own = [[level[i]] for level in levels if i < len(level)]
+            yield TiffPicture(0, name, own, axes, image, aside)
+
+
+def choose_scene(scene: str, names: Sequence[str], path: Path) -> int:
+    """Place of a picture among those of a file, by its number from 1 or its name.
+
+    Args:
+        scene: As `--scene` has it.
+        names: Of the file's pictures; may be empty.
+        path: The file.
+
+    Raises:
+        GloVLMError: There is none, or several of that name.
+    """
+    wanted = scene.strip()
+    held = "one picture" if len(names) == 1 else f"{len(names)} pictures"
+    named = [name for name in names if name]
+    listed = f" ({few(named)})" if named else ""
+    places = [i for i, name in enumerate(names) if name == wanted] or [
+        i for i, name in enumerate(names) if name.casefold() == wanted.casefold() and wanted
+    ]
+    if len(places) == 1:
+        return places[0]
+    if len(places) > 1:
+        numbers = ", ".join(str(i + 1) for i in places)
+        raise GloVLMError(
+            f"{path} holds {len(places)} pictures called '{short(wanted, 60)}': choose by number "
+            f"({numbers})."
+        )
+    if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
+        return int(wanted) - 1
+    raise GloVLMError(
+        f"{path} holds {held}{listed}, and none is scene '{short(wanted, 60)}': give a number "
+        f"from 1 to {len(names)}{' or a name' if named else ''}.{nearest(wanted, named)}"
+    )
+
+
+def is_tiff(path: Path) -> bool:
+    """Whether a file begins as a TIFF or BigTIFF does."""
+    with path.open("rb") as file:
+        return file.read(4) in _MAGIC
+
+
+def is_decoded_as_rgb(key: Any) -> bool:
+    """Whether tifffile decodes a page's samples into red, green and blue."""
+    return key.photometric != _YCBCR or key.compression in _JPEG
+
+
+def damaged(path: Path, error: Exception) -> GloVLMError:
+    """Error of a TIFF whose structure makes no sense."""
+    return GloVLMError(f"{path} is a damaged TIFF ({reason(error)}): copy or export it again.")
+
+
+def reason(error: Exception) -> str:
+    """First line of what another library says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def import_tifffile() -> Any:
+    """Import tifffile with its decoders.
+
+    Raises:
+        GloVLMError: One of them is not installed.
+    """
+    try:
+        import imagecodecs  # noqa: F401 - tifffile decodes with it
+        import tifffile
+    except ImportError:
+        raise GloVLMError(
+            f"This slide is read by tifffile with imagecodecs, which are not installed: {INSTALL}."
+        ) from None
+    return tifffile
+
+
+def _names(pictures: Sequence[TiffPicture]) -> str:
+    return few([picture.name or "a reduced copy" for picture in pictures])
+
+
+def _page_names(series: Sequence[Any]) -> list[str]:
+    """Names of the channels in a QPTIFF, one a page."""
+    texts = [str(getattr(page, "description", "") or "") for page in series[0].pages]
+    return [match.group(1) for text in texts if (match := re.search(r"<Name>([^<]+)</Name>", text))]

@@ -1,0 +1,149 @@
+"""TIFF reader: only the tiles or strips under the requested part are decoded."""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...data.folder import MAX_PIXELS
+from ...errors import GloVLMError
+from .pixel_size import read_tiff_pixel_size
+from .tiff_pictures import TiffPicture, TiffPictures, is_decoded_as_rgb
+
+BLOCK = 2048  # side of the largest piece that is decoded at once where smaller ones are possible
+CACHE_BYTES = 64 * 2**20  # decoded tiles or strips that are kept
+_JPEG_TABLES = (6, 7, 34892, 33007)  # compressions whose tables stand in the page
+
+
+class TiffReader:
+    """One picture of a TIFF, by tifffile; see `wsi.Reader` for what is public."""
+
+    bounds: tuple[int, int] | None = None
+
+    def __init__(self, tiff: TiffPictures, picture: TiffPicture) -> None:
+        """Take over the open file.
+
+        Raises:
+            GloVLMError: Its pieces are too large, or its samples are no RGB when decoded.
+        """
+        self._path = tiff.path
+        self._tiff = tiff
+        self._levels = picture.levels
+        self._keys = [pages[0].keyframe for pages in picture.levels]
+        self.levels = [(int(k.imagewidth), int(k.imagelength)) for k in self._keys]
+        width, height = self.levels[0]
+        self.downsamples = [(width / w + height / h) / 2 for w, h in self.levels]
+        self._mapped = [self._must_be_mapped(key) for key in self._keys]
+        self.name = f"tifffile ({tiff.kind})"
+        size = read_tiff_pixel_size(picture.levels[0][0].aspage(), picture.image)
+        self.mpp, self.magnification = size.mpp, size.magnification
+        self.notes = list(size.notes)
+        self._cache: OrderedDict[tuple[int, int, int], NDArray[np.uint8] | None] = OrderedDict()
+        self._cached = 0
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
+        """Part of a level, wholly inside of it, as RGB."""
+        pages, key = self._levels[level], self._keys[level]
+        if len(pages) == 1 and key.planarconfig == 1:
+            return _rgb(self._read_plane(level, 0, 0, key.samplesperpixel, x, y, width, height))
+        # One plane a colour, in pages of their own or one behind the other in the same page.
+        columns, rows = segment_size(key)
+        pieces = -(-int(key.imagewidth) // columns) * -(-int(key.imagelength) // rows)
+        places = [(i, 0) for i in range(3)]
+        if len(pages) == 1:
+            places = [(0, i * pieces) for i in range(key.samplesperpixel)]
+        planes = [self._read_plane(level, *at, 1, x, y, width, height) for at in places]
+        return _rgb(np.concatenate(planes, axis=2))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._tiff.close()
+
+    def _must_be_mapped(self, key: Any) -> bool:
+        """Whether a level is one piece so large that it is read through the file system."""
+        columns, rows = segment_size(key)
+        if min(columns, rows, key.imagewidth, key.imagelength) < 1:
+            raise GloVLMError(f"{self._path} is a damaged TIFF: copy or export it again.")
+        if not is_decoded_as_rgb(key):
+            raise GloVLMError(
+                f"{self._path} holds YCbCr without JPEG, expected RGB of 8 bits: convert it."
+            )
+        mapped = not key.is_tiled and columns * rows > BLOCK**2 and bool(key.is_memmappable)
+        if not mapped and columns * rows > MAX_PIXELS:
+            raise GloVLMError(
+                f"{self._path} is compressed in one piece of {columns * rows:,} pixels (at most "
+                f"{MAX_PIXELS:,} are decoded at once): convert it to a tiled, pyramidal TIFF."
+            )
+        return mapped
+
+    def _read_plane(
+        self, level: int, plane: int, first: int, samples: int, x: int, y: int, w: int, h: int
+    ) -> NDArray[np.uint8]:
+        """Part `[h, w, samples]` of a plane whose pieces are numbered from `first` in its page."""
+        key = self._keys[level]
+        if self._mapped[level]:
+            shape = (key.imagelength, key.imagewidth, samples)
+            offset = self._levels[level][plane].dataoffsets[first]
+            rows = np.memmap(self._path, np.uint8, "r", offset, shape)[y : y + h]
+            return np.array(rows[:, x : x + w])
+        part = np.full((h, w, samples), 255, np.uint8)
+        columns, rows_ = segment_size(key)
+        across = -(-key.imagewidth // columns)
+        for row in range(y // rows_, (y + h - 1) // rows_ + 1):
+            for column in range(x // columns, (x + w - 1) // columns + 1):
+                segment = self._segment(level, plane, first + row * across + column)
+                if segment is None:  # never written
+                    continue
+                left, top = column * columns - x, row * rows_ - y
+                height, width = segment.shape[:2]
+                height, width = min(height, h - top), min(width, w - left)
+                part[max(0, top) : top + height, max(0, left) : left + width] = segment[
+                    max(0, -top) : height, max(0, -left) : width
+                ]
+        return part
+
+    def _segment(self, level: int, plane: int, index: int) -> NDArray[np.uint8] | None:
+        """One decoded tile or strip `[h, w, samples]`, from the cache if it was used lately."""
+        place = level, plane, index
+        if place in self._cache:
+            self._cache.move_to_end(place)
+            return self._cache[place]
+        page, key = self._levels[level][plane], self._keys[level]
+        offset, count = page.dataoffsets[index], page.databytecounts[index]
+        segment = None
+        if count:
+            file = self._tiff.file.filehandle
+            file.seek(offset)
+            content = file.read(count)
+            tables = (
+                {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
+                if key.compression in _JPEG_TABLES
+                else {}
+            )
+            decoded = key.decode(content, index, **tables)[0]
+            segment = None if decoded is None else decoded[0]
+        self._cache[place] = segment
+        self._cached += 0 if segment is None else segment.nbytes
+        while self._cached > CACHE_BYTES and len(self._cache) > 1:
+            _, old = self._cache.popitem(last=False)
+            self._cached -= 0 if old is None else old.nbytes
+        return segment
+
+
+def segment_size(key: Any) -> tuple[int, int]:
+    """Width and height of a level's tiles or strips."""
+    if key.is_tiled:
+        return int(key.tilewidth), int(key.tilelength)
+    return int(key.imagewidth), int(min(key.rowsperstrip, key.imagelength))
+
+
+def _rgb(pixels: NDArray[np.uint8]) -> Image.Image:
+    """RGB, or RGBA over white."""
+    if pixels.shape[2] == 3:
+        return Image.fromarray(pixels)
+    part = Image.fromarray(pixels)
+    image = Image.new("RGB", part.size, "white")
+    image.paste(part, mask=part.getchannel("A"))
+    return image
