@@ -191,7 +191,8 @@ SCALES = [  # of the model, of the slide's file, given for it, of the tiles -> w
     ({"mpp": 0.5}, 0.5, {}, 0.5, ""),
     ({"mpp": 1.0}, 0.5, {}, 1.0, ""),
     ({"mpp": 1.0}, 0.5, {"tile_size": 64}, 0.5, ""),  # the transform halves them
-    ({"mpp": 1.0}, 0.5, {"slide_mpp": 0.25}, 1.0, "contradict"),
+    ({"mpp": 1.0}, 0.5, {"slide_mpp": 0.3}, 1.0, "contradict"),
+    ({"mpp": 1.0}, 0.5, {"slide_mpp": 0.25}, "contradict the file", ""),
     ({"mpp": 1.0}, 0.5, {"mpp": 0.7}, 0.7, ""),
     ({"mpp": 1.0}, 0.5, {"mpp": 0.5}, "2.0 times apart", ""),
     ({"mpp": 1.0}, 0.5, {"mpp": 0.5, "allow_scale": True}, 0.5, "2.0 times off"),

@@ -373,6 +373,7 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
         "min_tissue": config.min_tissue,
         "batch_size": config.batch_size,
         "slide_mpp": config.mpp,
+        "scene": config.scene,
         "allow_scale": config.allow_scale,
     }
     if config.workers > 1 and len(tasks) > 1:
@@ -420,7 +421,10 @@ def _classify(task: _Task, outcome: Outcome, run: _Run) -> dict[str, Any]:
             made_from = _made_from(task, run) | {"slide": encoded.source}
             with replacing(folder) as work:
                 work.mkdir()
-                with open_slide(task.path, mpp=run.config.mpp) as slide:
+                given = run.config
+                with open_slide(
+                    task.path, mpp=given.mpp, scene=given.scene, allow_scale=given.allow_scale
+                ) as slide:
                     entry = _classify_encoded(task, slide, encoded, run, work)
                 write_json(work / "slide.json", entry, allow_nan=False)
                 write_manifest(work, "slide", made_from)

@@ -87,6 +87,7 @@ def encode_slide(
     min_tissue: float = 0.25,
     batch_size: int = 32,
     slide_mpp: float | None = None,
+    scene: str | None = None,
     allow_scale: bool = False,
     device: str | torch.device | None = None,
     classify: bool = True,
@@ -112,7 +113,10 @@ def encode_slide(
         min_tissue: Least part of a tile that is tissue.
         batch_size: Tiles at a time.
         slide_mpp: Micrometres per pixel of level 0, where the file's own is missing or wrong.
-        allow_scale: Accept a scale far from the model's, or finer than the slide was scanned at.
+        scene: Which picture of a file that holds several: its number, from 1, or its name; by
+            default the largest.
+        allow_scale: Accept a scale far from the model's, finer than the slide was scanned at, or
+            a `slide_mpp` that contradicts the file.
         device: Where to compute; by default where the model is.
         classify: Whether a classifier's logits are stored.
         name: What the slide is called in the bag, which then holds neither its own name nor times.
@@ -131,7 +135,7 @@ def encode_slide(
         model.to(resolve_device(device))
     backbone = getattr(model, "glovlm", model)
     classes = class_names(model.config) if classify and hasattr(model, "classify_features") else []
-    with open_slide(Path(slide_path), mpp=slide_mpp) as slide:
+    with open_slide(Path(slide_path), mpp=slide_mpp, scene=scene, allow_scale=allow_scale) as slide:
         side = tile_size or input_side(processor.image_processor)
         tile_mpp = _choose_tile_mpp(model, processor, slide, side, mpp)
         grid = lay_tiles(
@@ -187,6 +191,7 @@ def encode_slides(
     workers: int = 1,
     names: Sequence[str] | None = None,
     slide_mpp: "dict[str, float] | float | None" = None,
+    scene: "dict[str, str] | str | None" = None,
     on_done: Callable[[Outcome], object] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
@@ -201,6 +206,7 @@ def encode_slides(
         workers: Processes, each with its share of the processor's cores.
         names: What the slides are called, in place of their files' names; see `encode_slide`.
         slide_mpp: Micrometres per pixel of level 0 of every slide, or by the slide's name.
+        scene: Which picture of every slide, or by the slide's name.
         on_done: Called with each outcome as it comes.
         **settings: Of `encode_slide`; with several workers they are pickled, so `on_progress` must
             be a function of a module, and is called in the worker.
@@ -221,7 +227,8 @@ def encode_slides(
         (
             path,
             folder / f"{name}.h5",
-            {**settings, "slide_mpp": _mpp_of(slide_mpp, path)} | ({"name": name} if names else {}),
+            {**settings, "slide_mpp": _given(slide_mpp, path), "scene": _given(scene, path)}
+            | ({"name": name} if names else {}),
         )
         for path, name in zip(paths, shown, strict=True)
     ]
@@ -347,6 +354,7 @@ def _describe(
         "slide_mpp": slide.mpp,
         "slide_mpp_source": slide.mpp_source,
         "slide_file": slide.path.name,
+        **({} if slide.scene is None else {"scene": slide.scene}),
         "encoder": str(model.config.backbone_name or ""),
         "fingerprint": encoder_fingerprint(model, processor),
         "classes": classes,
@@ -449,7 +457,8 @@ def _check_names(names: Sequence[str]) -> None:
         )
 
 
-def _mpp_of(given: "dict[str, float] | float | None", path: Path) -> float | None:
+def _given(given: Any, path: Path) -> Any:
+    """What was given for all slides, or for this one by its name."""
     return given.get(slide_name(path)) if isinstance(given, dict) else given
 
 

@@ -54,12 +54,6 @@ class TiffPicture:
         """Width and height of level 0."""
         return int(self.key.imagewidth), int(self.key.imagelength)
 
-    @property
-    def title(self) -> str:
-        """Its number, name and size, as sentences have them."""
-        named = f" '{short(self.name, 60)}'" if self.name else ""
-        return f"{self.number}{named} ({self.size[0]:,} x {self.size[1]:,} pixels)"
-
 
 class TiffPictures:
     """Pictures of an open TIFF.
@@ -106,7 +100,29 @@ class TiffPictures:
         """
         if scene is None:
             return max(self.pictures, key=lambda picture: prod(picture.size))
-        return self.pictures[choose_scene(scene, [p.name for p in self.pictures], self.path)]
+        return self._choose(scene.strip())
+
+    def _choose(self, wanted: str) -> TiffPicture:
+        """Picture of a scene by its name or its number."""
+        chosen = [p for p in self.pictures if p.name == wanted != ""] or [
+            p for p in self.pictures if p.name.casefold() == wanted.casefold() != ""
+        ]
+        if not chosen and wanted.isdecimal():
+            chosen = [p for p in self.pictures if p.number == int(wanted[:9])]
+        if len(chosen) == 1:
+            return chosen[0]
+        n = len(self.pictures)
+        held = f"{n} pictures" if n > 1 else "one picture"
+        if chosen:
+            raise GloVLMError(
+                f"{self.path} holds {len(chosen)} pictures of the name '{short(wanted, 60)}': "
+                f"choose by number ({describe_pictures(chosen)})."
+            )
+        raise GloVLMError(
+            f"{self.path} holds {held} ({describe_pictures(self.pictures)}), and none is the scene "
+            f"'{short(wanted, 60)}': give a number from 1 to {n}, or a name as the file has it."
+            f"{nearest(wanted, [p.name for p in self.pictures if p.name])}"
+        )
 
     def refuse_unless_brightfield(self, picture: TiffPicture) -> None:
         """Guard: brightfield RGB of 8 bits is read, and nothing else as if it were that.
@@ -180,7 +196,9 @@ class TiffPictures:
     def _pictures_of(self, series: Any, images: list[OmeImage]) -> Iterator[TiffPicture]:
         """Pictures of a series: each of its pages where nothing makes them one."""
         axes = dict(zip(series.axes, map(int, series.shape), strict=True))
-        levels = [list(level.pages) for level in series.levels]
+        levels = [list(level.pages) for level in series.levels[:1]]
+        # A macro image may have half the size, and is no level: its kind says more than "reduced".
+        levels += [list(v.pages) for v in series.levels[1:] if not v.keyframe.subfiletype & ~1]
         if any(page is None for pages in levels for page in pages):
             raise GloVLMError(
                 f"{self.path} lacks pages that its OME-XML names: give a file that holds its whole "
@@ -208,38 +226,9 @@ class TiffPictures:
             yield TiffPicture(0, name, own, axes, image, aside)
 
 
-def choose_scene(scene: str, names: Sequence[str], path: Path) -> int:
-    """Place of a picture among those of a file, by its number from 1 or its name.
-
-    Args:
-        scene: As `--scene` has it.
-        names: Of the file's pictures; may be empty.
-        path: The file.
-
-    Raises:
-        GloVLMError: There is none, or several of that name.
-    """
-    wanted = scene.strip()
-    held = "one picture" if len(names) == 1 else f"{len(names)} pictures"
-    named = [name for name in names if name]
-    listed = f" ({few(named)})" if named else ""
-    places = [i for i, name in enumerate(names) if name == wanted] or [
-        i for i, name in enumerate(names) if name.casefold() == wanted.casefold() and wanted
-    ]
-    if len(places) == 1:
-        return places[0]
-    if len(places) > 1:
-        numbers = ", ".join(str(i + 1) for i in places)
-        raise GloVLMError(
-            f"{path} holds {len(places)} pictures called '{short(wanted, 60)}': choose by number "
-            f"({numbers})."
-        )
-    if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
-        return int(wanted) - 1
-    raise GloVLMError(
-        f"{path} holds {held}{listed}, and none is scene '{short(wanted, 60)}': give a number "
-        f"from 1 to {len(names)}{' or a name' if named else ''}.{nearest(wanted, named)}"
-    )
+def describe_pictures(pictures: Sequence[TiffPicture]) -> str:
+    """Numbers and sizes of pictures; their names may identify patients and are left out."""
+    return few([f"{p.number}: {p.size[0]:,} x {p.size[1]:,} pixels" for p in pictures])
 
 
 def is_tiff(path: Path) -> bool:

@@ -33,8 +33,7 @@ class TiffReader:
         self._levels = picture.levels
         self._keys = [pages[0].keyframe for pages in picture.levels]
         self.levels = [(int(k.imagewidth), int(k.imagelength)) for k in self._keys]
-        width, height = self.levels[0]
-        self.downsamples = [(width / w + height / h) / 2 for w, h in self.levels]
+        self.downsamples = [_downsample(self.levels[0], size) for size in self.levels]
         self._mapped = [self._must_be_mapped(key) for key in self._keys]
         self.name = f"tifffile ({tiff.kind})"
         size = read_tiff_pixel_size(picture.levels[0][0].aspage(), picture.image)
@@ -137,6 +136,18 @@ def segment_size(key: Any) -> tuple[int, int]:
     if key.is_tiled:
         return int(key.tilewidth), int(key.tilelength)
     return int(key.imagewidth), int(min(key.rowsperstrip, key.imagelength))
+
+
+def _downsample(full: tuple[int, int], size: tuple[int, int]) -> float:
+    """Pixels of level 0 per pixel of a level: a whole number where its size is that, rounded.
+
+    A level of half the size of 221 pixels has 110 or 111, each the mean of two: the ratio of the
+    sizes would put its last pixels where there are none.
+    """
+    ratio = (full[0] / size[0] + full[1] / size[1]) / 2
+    whole = max(1, round(ratio))
+    rounded = all(a // whole <= b <= -(-a // whole) for a, b in zip(full, size, strict=True))
+    return float(whole) if rounded else ratio
 
 
 def _rgb(pixels: NDArray[np.uint8]) -> Image.Image:

@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image
 
 from ...data.folder import MAX_PIXELS
-from ...data.listing import few
 from ...errors import GloVLMError
 from ...files import describe_file, digest_value, is_same_file
 from .listing import files_of
@@ -28,6 +27,7 @@ from .tiff_pictures import (
     INSTALL,
     TiffPicture,
     TiffPictures,
+    describe_pictures,
     is_tiff,
     reason,
 )
@@ -35,7 +35,8 @@ from .tiff_reader import BLOCK, TiffReader, segment_size
 
 CONTRADICTION = 1.1  # between the scale that was given and that of the file, from which it is told
 REFUSED = 2.0  # and from which one of the two must be wrong
-_PROVED = (1, 5, 7, 8, 32946)  # compressions that are tried: none, LZW, JPEG, deflate
+_JPEG = 7
+_TRIED = (1, 5, _JPEG, 8, 32946)  # compressions: none, LZW, JPEG, deflate
 
 
 class Reader(Protocol):
@@ -81,8 +82,8 @@ class Slide:
         reader: `openslide` or `tifffile`, with the format.
         bounds: Corner (x, y) of the scanned part in pixels of level 0, where the file states one
             other than (0, 0), as slides of Leica, 3DHISTECH and Ventana do; QuPath counts from it.
-        scene: Which picture of a file that holds several: its name, or its number from 1; `None`
-            where there is one.
+        scene: Which picture of a file that holds several: its number from 1; `None` where there is
+            one.
         flags: Sentences for a person: about the scale, further pictures, and what the name may
             give away.
     """
@@ -457,17 +458,17 @@ def _open_tiff(
     tiff.refuse_unless_brightfield(picture)
     reader = _read_chosen(tiff, picture, openslide, vendor)
     further = [
-        other.title
+        other
         for other in tiff.pictures
         if other is not picture and other.size not in reader.levels[1:]
     ]
     if further:
         reader.notes.append(
-            f"holds {len(further)} further picture{'s' if len(further) > 1 else ''}: "
-            f"{few(further)}; {picture.title} is read: choose with --scene"
+            f"holds {len(further)} further picture{'s' if len(further) > 1 else ''} "
+            f"({describe_pictures(further)}), and {picture.number} is read: choose with --scene"
         )
-    shown = picture.name or str(picture.number)
-    return reader, shown if len(tiff.pictures) > 1 else None
+    # A name may identify a patient, a number does not.
+    return reader, str(picture.number) if len(tiff.pictures) > 1 else None
 
 
 def _read_chosen(
@@ -488,17 +489,13 @@ def _read_chosen(
         other = OpenSlideReader(openslide, tiff.path, vendor)
     except openslide.OpenSlideError:
         return own
-    try:
-        same = _reads_same(picture, own, other)
-    except Exception:  # of pixels that one of them cannot read; OpenSlide reads nothing after that
-        same = False
-        other.close()
-        other = OpenSlideReader(openslide, tiff.path, vendor)
-    if not same:
-        other.mpp, other.magnification, other.notes = own.mpp, own.magnification, own.notes
-        return other
-    other.close()
-    return own
+    same = _reads_same(picture, own, other)
+    other.close()  # after an error it reads nothing
+    if same:
+        return own
+    other = OpenSlideReader(openslide, tiff.path, vendor)
+    other.mpp, other.magnification, other.notes = own.mpp, own.magnification, own.notes
+    return other
 
 
 def _reads_same(picture: TiffPicture, own: TiffReader, other: OpenSlideReader) -> bool:
@@ -513,7 +510,7 @@ def _reads_same(picture: TiffPicture, own: TiffReader, other: OpenSlideReader) -
     coded: set[Any] = set()
     for level, (page,) in enumerate(picture.levels):
         key, counts = page.keyframe, page.databytecounts
-        if key.compression not in _PROVED or key.samplesperpixel != 3 or key.planarconfig != 1:
+        if key.compression not in _TRIED or key.samplesperpixel != 3 or key.planarconfig != 1:
             return False
         if not all(counts):  # OpenSlide may fill what was never written from another level
             return False
@@ -527,6 +524,14 @@ def _reads_same(picture: TiffPicture, own: TiffReader, other: OpenSlideReader) -
         for piece in {int(np.argmax(counts)), len(counts) - 1} if level == 0 else {0}:
             x, y = piece % across * columns, piece // across * rows
             part = x, y, min(columns, width - x, BLOCK), min(rows, height - y, BLOCK)
-            if own.read(level, *part).tobytes() != other.read(level, *part).tobytes():
+            try:
+                pixels = own.read(level, *part)
+            except Exception:  # decoders fail in a dozen ways
+                return False
+            try:
+                expected = other.read(level, *part)
+            except Exception:  # of JPEG alone a decoder may go on where the file is damaged
+                return key.compression != _JPEG
+            if pixels.tobytes() != expected.tobytes():
                 return False
     return True
