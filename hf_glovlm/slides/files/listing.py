@@ -31,13 +31,13 @@ def list_slides(given: Iterable[Path | str]) -> list[Path]:
     slides: list[Path] = []
     series_of: dict[tuple[Path, str], int] = {}
     for path in (Path(item).expanduser() for item in given):
-        found = _list_folder(path) if path.is_dir() else [path]
-        if not found:
+        inside = _list_folder(path) if path.is_dir() else [path]
+        if not inside:
             raise GloVLMError(
                 f"The folder {path} holds no slide ({', '.join(sorted(SUFFIXES))}): correct the "
                 "path."
             )
-        for slide in found:
+        for slide in inside:
             series = read_series(slide) if _may_be_dicom(slide) else None
             key = slide.parent.resolve(), series or ""
             if series is None:
@@ -63,7 +63,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def _list_folder(root: Path) -> list[Path]:
-    found: list[Path] = []
+    slides: list[Path] = []
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -73,8 +73,8 @@ def _list_folder(root: Path) -> list[Path]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files = [Path(folder, name) for name in names if not name.startswith(".")]
-        found += [file for file in files if file.is_file() and _is_slide(file)]
-    return sorted(found)
+        slides += [file for file in files if file.is_file() and _is_slide(file)]
+    return sorted(slides)
 
 
 def _is_slide(path: Path) -> bool:

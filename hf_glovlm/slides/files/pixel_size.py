@@ -107,9 +107,9 @@ def read_tiff_pixel_size(page: Any, image: OmeImage | None) -> PixelSize:
     lens = _first(_LENSES, text) or (image and image.magnification)
     notes: list[str] = []
     mpp = None
-    for found in _stated(page, text, image):
-        notes += found.notes
-        if mpp := found.mpp:
+    for size in _stated(page, text, image):
+        notes += size.notes
+        if mpp := size.mpp:
             break
     rest = believed(None, None, lens)
     return PixelSize(mpp, rest.magnification, (*notes, *rest.notes))

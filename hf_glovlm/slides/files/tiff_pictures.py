@@ -3,6 +3,7 @@
 Everything is found in the headers before any reader is chosen; no pixel is decoded.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,11 +73,9 @@ class TiffPictures:
             # Files that the metadata of others name are not opened: each is a slide of its own.
             self.file = tifffile.TiffFile(path, _multifile=False)
             self.pictures = self._list_pictures()
-        except Exception as error:
+        except BaseException:
             self.close()
-            if isinstance(error, GloVLMError):
-                raise
-            raise damaged(path, error) from None
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -102,26 +101,26 @@ class TiffPictures:
             return max(self.pictures, key=lambda picture: prod(picture.size))
         return self._choose(scene.strip())
 
-    def _choose(self, wanted: str) -> TiffPicture:
+    def _choose(self, scene: str) -> TiffPicture:
         """Picture of a scene by its name or its number."""
-        chosen = [p for p in self.pictures if p.name == wanted != ""] or [
-            p for p in self.pictures if p.name.casefold() == wanted.casefold() != ""
+        chosen = [p for p in self.pictures if p.name == scene != ""] or [
+            p for p in self.pictures if p.name.casefold() == scene.casefold() != ""
         ]
-        if not chosen and wanted.isdecimal():
-            chosen = [p for p in self.pictures if p.number == int(wanted[:9])]
+        if not chosen and scene.isdecimal():
+            chosen = [p for p in self.pictures if p.number == int(scene[:9])]
         if len(chosen) == 1:
             return chosen[0]
         n = len(self.pictures)
         held = f"{n} pictures" if n > 1 else "one picture"
         if chosen:
             raise GloVLMError(
-                f"{self.path} holds {len(chosen)} pictures of the name '{short(wanted, 60)}': "
+                f"{self.path} holds {len(chosen)} pictures of the name '{short(scene, 60)}': "
                 f"choose by number ({describe_pictures(chosen)})."
             )
         raise GloVLMError(
             f"{self.path} holds {held} ({describe_pictures(self.pictures)}), and none is the scene "
-            f"'{short(wanted, 60)}': give a number from 1 to {n}, or a name as the file has it."
-            f"{nearest(wanted, [p.name for p in self.pictures if p.name])}"
+            f"'{short(scene, 60)}': give a number from 1 to {n}, or a name as the file has it."
+            f"{nearest(scene, [p.name for p in self.pictures if p.name])}"
         )
 
     def refuse_unless_brightfield(self, picture: TiffPicture) -> None:
@@ -132,6 +131,7 @@ class TiffPictures:
         """
         key, n = picture.key, picture.axes.get("C", 1)
         depth = key.dtype
+        kind = getattr(key.photometric, "name", key.photometric)
         if key.photometric == _PALETTE:
             raise GloVLMError(
                 f"{self.path} holds a palette of colours, as masks of classes do; brightfield "
@@ -160,7 +160,7 @@ class TiffPictures:
             or not (planes or key.photometric in (_RGB, _YCBCR))
         ):
             raise GloVLMError(
-                f"{self.path} holds {colours} x {depth} of kind {key.photometric.name}; expected "
+                f"{self.path} holds {colours} x {depth} of kind {kind}; expected "
                 "RGB of 8 bits: convert it."
             )
 
@@ -242,11 +242,6 @@ def is_decoded_as_rgb(key: Any) -> bool:
     return key.photometric != _YCBCR or key.compression in _JPEG
 
 
-def damaged(path: Path, error: Exception) -> GloVLMError:
-    """Error of a TIFF whose structure makes no sense."""
-    return GloVLMError(f"{path} is a damaged TIFF ({reason(error)}): copy or export it again.")
-
-
 def reason(error: Exception) -> str:
     """First line of what another library says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -265,6 +260,9 @@ def import_tifffile() -> Any:
         raise GloVLMError(
             f"This slide is read by tifffile with imagecodecs, which are not installed: {INSTALL}."
         ) from None
+    logger = logging.getLogger("tifffile")
+    if not logger.handlers:  # else what it logs of a damaged file is printed between our sentences
+        logger.addHandler(logging.NullHandler())
     return tifffile
 
 

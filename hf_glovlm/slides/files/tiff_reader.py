@@ -10,7 +10,7 @@ from PIL import Image
 from ...data.folder import MAX_PIXELS
 from ...errors import GloVLMError
 from .pixel_size import read_tiff_pixel_size
-from .tiff_pictures import TiffPicture, TiffPictures, is_decoded_as_rgb
+from .tiff_pictures import TiffPicture, TiffPictures
 
 BLOCK = 2048  # side of the largest piece that is decoded at once where smaller ones are possible
 CACHE_BYTES = 64 * 2**20  # decoded tiles or strips that are kept
@@ -26,15 +26,15 @@ class TiffReader:
         """Take over the open file.
 
         Raises:
-            GloVLMError: Its pieces are too large, or its samples are no RGB when decoded.
+            GloVLMError: It is damaged, or its pieces are too large.
         """
         self._path = tiff.path
         self._tiff = tiff
         self._levels = picture.levels
         self._keys = [pages[0].keyframe for pages in picture.levels]
         self.levels = [(int(k.imagewidth), int(k.imagelength)) for k in self._keys]
-        self.downsamples = [_downsample(self.levels[0], size) for size in self.levels]
-        self._mapped = [self._must_be_mapped(key) for key in self._keys]
+        self._mapped = list(map(self._must_be_mapped, self._levels, self._keys))
+        self.downsamples = [_find_downsample(self.levels[0], size) for size in self.levels]
         self.name = f"tifffile ({tiff.kind})"
         size = read_tiff_pixel_size(picture.levels[0][0].aspage(), picture.image)
         self.mpp, self.magnification = size.mpp, size.magnification
@@ -48,11 +48,9 @@ class TiffReader:
         if len(pages) == 1 and key.planarconfig == 1:
             return _rgb(self._read_plane(level, 0, 0, key.samplesperpixel, x, y, width, height))
         # One plane a colour, in pages of their own or one behind the other in the same page.
-        columns, rows = segment_size(key)
-        pieces = -(-int(key.imagewidth) // columns) * -(-int(key.imagelength) // rows)
         places = [(i, 0) for i in range(3)]
         if len(pages) == 1:
-            places = [(0, i * pieces) for i in range(key.samplesperpixel)]
+            places = [(0, i * count_pieces(key)) for i in range(key.samplesperpixel)]
         planes = [self._read_plane(level, *at, 1, x, y, width, height) for at in places]
         return _rgb(np.concatenate(planes, axis=2))
 
@@ -60,14 +58,17 @@ class TiffReader:
         """Close the file."""
         self._tiff.close()
 
-    def _must_be_mapped(self, key: Any) -> bool:
+    def _must_be_mapped(self, pages: list[Any], key: Any) -> bool:
         """Whether a level is one piece so large that it is read through the file system."""
         columns, rows = segment_size(key)
         if min(columns, rows, key.imagewidth, key.imagelength) < 1:
             raise GloVLMError(f"{self._path} is a damaged TIFF: copy or export it again.")
-        if not is_decoded_as_rgb(key):
+        planes = key.samplesperpixel if key.planarconfig == 2 else 1
+        pieces = count_pieces(key) * planes
+        if any(min(len(p.dataoffsets), len(p.databytecounts)) < pieces for p in pages):
             raise GloVLMError(
-                f"{self._path} holds YCbCr without JPEG, expected RGB of 8 bits: convert it."
+                f"{self._path} is a damaged TIFF, which lists fewer tiles or strips than the "
+                f"{pieces:,} of its size: copy or export it again."
             )
         mapped = not key.is_tiled and columns * rows > BLOCK**2 and bool(key.is_memmappable)
         if not mapped and columns * rows > MAX_PIXELS:
@@ -138,7 +139,13 @@ def segment_size(key: Any) -> tuple[int, int]:
     return int(key.imagewidth), int(min(key.rowsperstrip, key.imagelength))
 
 
-def _downsample(full: tuple[int, int], size: tuple[int, int]) -> float:
+def count_pieces(key: Any) -> int:
+    """Number of tiles or strips of a level, or of each of its planes."""
+    columns, rows = segment_size(key)
+    return -(-int(key.imagewidth) // columns) * -(-int(key.imagelength) // rows)
+
+
+def _find_downsample(full: tuple[int, int], size: tuple[int, int]) -> float:
     """Pixels of level 0 per pixel of a level: a whole number where its size is that, rounded.
 
     A level of half the size of 221 pixels has 110 or 111, each the mean of two: the ratio of the

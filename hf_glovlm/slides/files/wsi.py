@@ -28,6 +28,7 @@ from .tiff_pictures import (
     TiffPicture,
     TiffPictures,
     describe_pictures,
+    is_decoded_as_rgb,
     is_tiff,
     reason,
 )
@@ -411,13 +412,20 @@ def _open_reader(path: Path, scene: str | None) -> tuple[Reader, str | None]:
     # OpenSlide tells formats apart by their content.
     vendor = openslide.OpenSlide.detect_format(path) if openslide is not None else None
     if is_tiff(path):
-        with ExitStack() as stack:
-            tiff = TiffPictures(path)
-            stack.callback(tiff.close)
-            opened = _open_tiff(tiff, openslide, vendor, scene)
-            if isinstance(opened[0], TiffReader):
-                stack.pop_all()  # it reads through the same file
-        return opened
+        try:
+            with ExitStack() as stack:
+                tiff = TiffPictures(path)
+                stack.callback(tiff.close)
+                opened = _open_tiff(tiff, openslide, vendor, scene)
+                if isinstance(opened[0], TiffReader):
+                    stack.pop_all()  # it reads through the same file
+            return opened
+        except GloVLMError:
+            raise
+        except Exception as error:  # headers that make no sense fail in a dozen ways
+            raise GloVLMError(
+                f"{path} is a damaged TIFF ({reason(error)}): copy or export it again."
+            ) from None
     if vendor is None and openslide is None:
         raise GloVLMError(
             f"{path} is no TIFF; other slides are read by openslide, which is not installed: "
@@ -477,12 +485,13 @@ def _read_chosen(
     """Own reader where OpenSlide does not read the picture, or reads the same pixels."""
     # OpenSlide shows the first page, and of an OME-TIFF or QPTIFF its first level alone.
     first = picture.levels[0][0].index == 0 and not (tiff.file.is_ome or tiff.file.is_qpi)
-    try:
-        own = TiffReader(tiff, picture)
-    except GloVLMError:
+    if not all(is_decoded_as_rgb(pages[0].keyframe) for pages in picture.levels):
         if vendor is None or not first:
-            raise
+            raise GloVLMError(
+                f"{tiff.path} holds YCbCr without JPEG, expected RGB of 8 bits: convert it."
+            )
         return OpenSlideReader(openslide, tiff.path, vendor)
+    own = TiffReader(tiff, picture)
     if vendor is None or not first:
         return own
     try:
