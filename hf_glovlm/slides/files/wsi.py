@@ -32,7 +32,7 @@ from .tiff_pictures import (
     is_tiff,
     reason,
 )
-from .tiff_reader import BLOCK, TiffReader, segment_size
+from .tiff_reader import BLOCK, TiffReader, count_pieces, segment_size
 
 CONTRADICTION = 1.1  # between the scale that was given and that of the file, from which it is told
 REFUSED = 2.0  # and from which one of the two must be wrong
@@ -519,18 +519,19 @@ def _reads_same(picture: TiffPicture, own: TiffReader, other: OpenSlideReader) -
     coded: set[Any] = set()
     for level, (page,) in enumerate(picture.levels):
         key, counts = page.keyframe, page.databytecounts
-        if key.compression not in _TRIED or key.samplesperpixel != 3 or key.planarconfig != 1:
+        if key.compression not in _TRIED or key.samplesperpixel != 3:
             return False
         if not all(counts):  # OpenSlide may fill what was never written from another level
             return False
-        coding = key.compression, key.photometric, key.predictor, key.subsampling, key.fillorder
+        coding = key.compression, key.photometric, key.predictor, key.planarconfig, key.subsampling
         if coding in coded:
             continue
         coded.add(coding)
         width, height = own.levels[level]
         columns, rows = segment_size(key)
         across = -(-width // columns)
-        for piece in {int(np.argmax(counts)), len(counts) - 1} if level == 0 else {0}:
+        pieces = count_pieces(key)
+        for piece in {int(np.argmax(counts)) % pieces, pieces - 1} if level == 0 else {0}:
             x, y = piece % across * columns, piece // across * rows
             part = x, y, min(columns, width - x, BLOCK), min(rows, height - y, BLOCK)
             try:
