@@ -13,7 +13,7 @@ from .pixel_size import read_tiff_pixel_size
 from .tiff_pictures import TiffPicture, TiffPictures
 
 BLOCK = 2048  # side of the largest piece that is decoded at once where smaller ones are possible
-CACHE_BYTES = 64 * 2**20  # decoded tiles or strips that are kept
+CACHE_BYTES = 32 * 2**20  # decoded tiles or strips that are kept, as much as OpenSlide keeps
 _JPEG_TABLES = (6, 7, 34892, 33007)  # compressions whose tables stand in the page
 
 
