@@ -2,6 +2,8 @@
 
 import random
 import struct
+import threading
+import time
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -507,3 +509,34 @@ def test_a_damaged_tiff_is_read_or_refused_in_one_sentence(tmp_path: Path, block
             said = str(error)
             if "\n" in said or len(said) > 600:
                 pytest.fail(said)
+
+
+def test_a_slide_is_closed_when_no_thread_reads_it(scn: Path) -> None:
+    """OpenSlide aborts the process otherwise, as at Ctrl-C while a batch is read ahead."""
+
+    class Handle:
+        """OpenSlide's, which takes its time."""
+
+        def __init__(self, handle: Any) -> None:
+            self.handle, self.steps, self.started = handle, list[str](), threading.Event()
+
+        def read_region(self, *args: Any) -> Any:
+            self.started.set()
+            time.sleep(0.1)
+            part = self.handle.read_region(*args)
+            self.steps.append("read")
+            return part
+
+        def close(self) -> None:
+            self.steps.append("closed")
+            self.handle.close()
+
+    slide = open_slide(scn)
+    reader: Any = slide._file
+    reader._slide = handle = Handle(reader._slide)
+    thread = threading.Thread(target=slide.read, args=(0, 0, 9, 9))
+    thread.start()
+    handle.started.wait()
+    slide.close()
+    thread.join()
+    assert handle.steps == ["read", "closed"]

@@ -1,5 +1,6 @@
 """OpenSlide reader: the formats of scanners, with the corner of the part that was scanned."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class OpenSlideReader:
             GloVLMError: Its own metadata say that it is fluorescence.
             openslide.OpenSlideError: It cannot be opened.
         """
+        self._lock = threading.Lock()
         self._slide = openslide.OpenSlide(path)
         about = self._slide.properties
         if "FLUORESCENCE" in about.get("mirax.GENERAL.SLIDE_TYPE", "").upper():
@@ -60,14 +62,19 @@ class OpenSlideReader:
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         """Part of a level, wholly inside of it, as RGB."""
         at = round(x * self.downsamples[level]), round(y * self.downsamples[level])
-        part = self._slide.read_region(at, level, (width, height))
+        with self._lock:
+            part = self._slide.read_region(at, level, (width, height))
         image = Image.new("RGB", part.size, "white")
         image.paste(part, mask=part.getchannel("A"))  # what was not scanned is transparent
         return image
 
     def close(self) -> None:
-        """Close the file."""
-        self._slide.close()
+        """Close the file, when no thread reads: OpenSlide aborts the process otherwise.
+
+        A batch is read ahead in a thread of its own, and Ctrl-C closes the slide wherever that is.
+        """
+        with self._lock:
+            self._slide.close()
 
     def _read_pixel_size(self, about: Any) -> PixelSize:
         x, y = (about.get(f"openslide.mpp-{axis}") for axis in "xy")
