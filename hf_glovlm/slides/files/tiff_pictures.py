@@ -6,7 +6,8 @@ Everything is found in the headers before any reader is chosen; no pixel is deco
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -62,25 +63,34 @@ class TiffPictures:
     Attributes:
         path: The file.
         file: It, open, by tifffile.
-        pictures: Those that can be chosen, numbered from 1 in the file's order.
     """
 
     def __init__(self, path: Path) -> None:
-        tifffile = import_tifffile()
         self.path = path
-        self.file: Any = None
-        try:
-            # Files that the metadata of others name are not opened: each is a slide of its own.
-            self.file = tifffile.TiffFile(path, _multifile=False)
-            self.pictures = self._list_pictures()
-        except BaseException:
-            self.close()
-            raise
+        # Files that the metadata of others name are not opened: each is a slide of its own.
+        self.file: Any = import_tifffile().TiffFile(path, _multifile=False)
 
     def close(self) -> None:
         """Close the file."""
-        if self.file is not None:
-            self.file.close()
+        self.file.close()
+
+    @cached_property
+    def pictures(self) -> list[TiffPicture]:
+        """Pictures that can be chosen, numbered from 1 in the file's order.
+
+        Raises:
+            GloVLMError: There is none.
+        """
+        images = read_ome(self.file.ome_metadata) if self.file.is_ome else []
+        listed = [p for series in self.file.series for p in self._pictures_of(series, images)]
+        largest = max(listed, key=lambda picture: prod(picture.size), default=None)
+        # In formats of scanners the names are the format's own; in OME-TIFF people gave them.
+        kept = [p for p in listed if not p.is_aside or (self.file.is_ome and p is largest)]
+        if not kept:
+            named = few([picture.name or "a reduced copy" for picture in listed])
+            but = f", but {named}" if named else ""
+            raise GloVLMError(f"{self.path} holds no picture of a slide{but}.")
+        return [replace(picture, number=i) for i, picture in enumerate(kept, start=1)]
 
     @property
     def kind(self) -> str:
@@ -177,22 +187,6 @@ class TiffPictures:
             "read: export it as RGB."
         )
 
-    def _list_pictures(self) -> list[TiffPicture]:
-        """Pictures of every series, those that are no slide left out."""
-        images = read_ome(self.file.ome_metadata) if self.file.is_ome else []
-        listed = [p for series in self.file.series for p in self._pictures_of(series, images)]
-        if not listed:
-            raise GloVLMError(f"{self.path} holds no picture of a slide.")
-        largest = max(listed, key=lambda picture: prod(picture.size))
-        # In formats of scanners the names are the format's own; in OME-TIFF people gave them.
-        given = self.file.is_ome
-        kept = [p for p in listed if not p.is_aside or (given and p is largest)]
-        if not kept:
-            raise GloVLMError(f"{self.path} holds no picture of a slide, but {_names(listed)}.")
-        return [
-            TiffPicture(i, p.name, p.levels, p.axes, p.image) for i, p in enumerate(kept, start=1)
-        ]
-
     def _pictures_of(self, series: Any, images: list[OmeImage]) -> Iterator[TiffPicture]:
         """Pictures of a series: each of its pages where nothing makes them one."""
         axes = dict(zip(series.axes, map(int, series.shape), strict=True))
@@ -264,10 +258,6 @@ def import_tifffile() -> Any:
     if not logger.handlers:  # else what it logs of a damaged file is printed between our sentences
         logger.addHandler(logging.NullHandler())
     return tifffile
-
-
-def _names(pictures: Sequence[TiffPicture]) -> str:
-    return few([picture.name or "a reduced copy" for picture in pictures])
 
 
 def _page_names(series: Sequence[Any]) -> list[str]:
