@@ -16,7 +16,8 @@ class OmeImage:
 
     Attributes:
         name: Its name; may be empty.
-        page: Number of its first page in the file.
+        page: Number of its first page in its file.
+        file: Name of that file when it was written; may be empty.
         sizes: Pixel size along x and y in `units`; `None` is not stated.
         units: Spelled as in the file.
         magnification: Of the objective, where one alone is described.
@@ -27,6 +28,7 @@ class OmeImage:
 
     name: str
     page: int
+    file: str
     sizes: tuple[float | None, float | None]
     units: tuple[str, str]
     magnification: float | None
@@ -56,10 +58,9 @@ def read_ome(text: str) -> list[OmeImage]:
 def _read_image(image: Any, pixels: Any, lenses: dict[str, str | None]) -> OmeImage:
     first = next(_children(pixels, "TiffData"), None)
     page = (first.get("IFD") if first is not None else None) or "0"
-    settings = next(
-        iter([*_children(image, "ObjectiveSettings"), *_children(image, "ObjectiveRef")]), None
-    )
-    lens = lenses.get(settings.get("ID", "")) if settings is not None else None
+    uuid = next(_children(first, "UUID"), None) if first is not None else None
+    used = (e for e in image if _tag(e) in ("ObjectiveSettings", "ObjectiveRef"))
+    lens = next((lenses.get(element.get("ID", "")) for element in used), None)
     if lens is None and len(lenses) == 1:
         lens = next(iter(lenses.values()))
     channels = list(_children(pixels, "Channel"))
@@ -68,6 +69,7 @@ def _read_image(image: Any, pixels: Any, lenses: dict[str, str | None]) -> OmeIm
     return OmeImage(
         name=(image.get("Name") or "").strip(),
         page=int(page) if page.isdecimal() else 0,
+        file=(uuid.get("FileName") or "") if uuid is not None else "",
         sizes=(sizes[0], sizes[1]),
         units=(units[0], units[1]),
         magnification=positive(lens),

@@ -9,8 +9,7 @@ from PIL import Image
 from ...errors import GloVLMError
 from .pixel_size import PixelSize, believed
 
-# Formats whose regions OpenSlide lays out on one picture, by its name of the format.
-_FORMATS = {
+_FORMATS = {  # as their makers call them, by OpenSlide's name
     "aperio": "Aperio SVS",
     "dicom": "DICOM",
     "generic-tiff": "TIFF",

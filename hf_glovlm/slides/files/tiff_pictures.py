@@ -84,8 +84,9 @@ class TiffPictures:
         images = read_ome(self.file.ome_metadata) if self.file.is_ome else []
         listed = [p for series in self.file.series for p in self._pictures_of(series, images)]
         largest = max(listed, key=lambda picture: prod(picture.size), default=None)
-        # In formats of scanners the names are the format's own; in OME-TIFF people gave them.
-        kept = [p for p in listed if not p.is_aside or (self.file.is_ome and p is largest)]
+        # The names in files of scanners are the format's own; in others people gave them.
+        by_format = self.file.is_svs or self.file.is_qpi
+        kept = [p for p in listed if not p.is_aside or (p is largest and not by_format)]
         if not kept:
             named = few([picture.name or "a reduced copy" for picture in listed])
             but = f", but {named}" if named else ""
@@ -139,49 +140,43 @@ class TiffPictures:
         Raises:
             GloVLMError: It is grey, fluorescence, a palette, a stack of planes or deeper.
         """
-        key, n = picture.key, picture.axes.get("C", 1)
-        depth = key.dtype
-        kind = getattr(key.photometric, "name", key.photometric)
+        key, pages, axes = picture.key, len(picture.levels[0]), picture.axes
         if key.photometric == _PALETTE:
             raise GloVLMError(
                 f"{self.path} holds a palette of colours, as masks of classes do; brightfield "
                 "slides in RGB are read: export it as RGB."
             )
-        colours = max(key.samplesperpixel, len(picture.levels[0]))
-        if n > 1 and len(picture.levels[0]) == 1:
+        if axes.get("C", 1) > 1 and pages == 1:
             names = list(picture.image.channels) if picture.image else []
-            names = list(filter(None, names or _page_names(self.file.series)))
-            self._refuse_channels(f"{n} separate channels", names)
+            self._refuse_channels(
+                f"{axes['C']} separate channels", names or _page_names(self.file.series)
+            )
+        colours = max(key.samplesperpixel, pages)
         if colours == 1:
-            pages = sum(picture.axes.get(axis, 0) for axis in _PAGES)
-            several = f" a page ({pages} pages)" if pages > 1 else ""
-            self._refuse_channels(f"one grey channel{several}", [])
-        stack = [f"{k} along {axis}" for axis, k in picture.axes.items() if axis not in "YXSC"]
-        stack = [text for text in stack if text[-1] not in _PAGES]
+            n = sum(axes.get(axis, 0) for axis in _PAGES)
+            self._refuse_channels(f"one grey channel{f' a page ({n} pages)' if n > 1 else ''}", [])
+        stack = [f"{n} along {axis}" for axis, n in axes.items() if axis not in f"YXSC{_PAGES}"]
         if stack:
             raise GloVLMError(
                 f"{self.path} holds a stack of pictures ({', '.join(stack)}), a slide is one: "
                 "export the plane that you need."
             )
-        planes = len(picture.levels[0]) == 3
-        if (
-            depth != np.uint8
-            or colours not in (3, 4)
-            or not (planes or key.photometric in (_RGB, _YCBCR))
-        ):
+        is_rgb = pages == 3 or (colours in (3, 4) and key.photometric in (_RGB, _YCBCR))
+        if not is_rgb or key.dtype != np.uint8:
+            kind = getattr(key.photometric, "name", key.photometric)
             raise GloVLMError(
-                f"{self.path} holds {colours} x {depth} of kind {kind}; expected "
-                "RGB of 8 bits: convert it."
+                f"{self.path} holds {colours} x {key.dtype} of kind {kind}; expected RGB of 8 "
+                "bits: convert it."
             )
 
     def refuse_unless_any_is_brightfield(self) -> None:
         """Guard of formats whose pictures OpenSlide puts together: the largest page is RGB."""
         page = max(self.file.pages, key=lambda page: page.imagewidth * page.imagelength).keyframe
-        axes = {"Y": 1, "X": 1}
-        self.refuse_unless_brightfield(TiffPicture(1, "", [[page]], axes, None))
+        self.refuse_unless_brightfield(TiffPicture(1, "", [[page]], {}, None))
 
     def _refuse_channels(self, what: str, names: Sequence[str]) -> None:
-        named = f" ({', '.join(short(name, 40) for name in names[:8])})" if names else ""
+        known = [short(name, 40) for name in names if name]
+        named = f" ({', '.join(known[:8])})" if known else ""
         raise GloVLMError(
             f"{self.path} holds {what}{named}, as fluorescence does; brightfield slides in RGB are "
             "read: export it as RGB."
@@ -198,26 +193,32 @@ class TiffPictures:
                 f"{self.path} lacks pages that its OME-XML names: give a file that holds its whole "
                 "picture."
             )
-        number = levels[0][0].index
-        first = number if isinstance(number, int) else number[0]
-        image = next((image for image in images if image.page == first), None)
+        key, pages = series.keyframe, levels[0]
+        image = self._image_of(pages[0], images)
         name = (image.name if image else "") or (series.name or "").strip()
-        aside = not _ASIDE.isdisjoint(re.findall(r"[^\W\d_]+", name.casefold()))
-        key = series.keyframe
-        aside = aside or bool(key.is_reduced or key.is_mask)
-        pages = levels[0]
-        if len(pages) == 3 and key.samplesperpixel == 1:
-            order = image.colours if image else None
-            if order is None and key.photometric == _RGB:
-                order = 0, 1, 2
-            if order is not None and all(len(level) == 3 for level in levels):
-                planes = [[level[i] for i in order] for level in levels]
-                yield TiffPicture(0, name, planes, axes, image, aside)
-                return
-        paged = len(axes) == 4 and axes.get("S", 0) > 1 and any(axis in axes for axis in _PAGES)
-        for i in range(len(pages) if paged and key.planarconfig == 1 else 1):
-            own = [[level[i]] for level in levels if i < len(level)]
-            yield TiffPicture(0, name, own, axes, image, aside)
+        words = re.findall(r"[^\W\d_]+", name.casefold())
+        aside = bool(key.is_reduced or key.is_mask) or not _ASIDE.isdisjoint(words)
+        order = image.colours if image else None
+        if order is None and key.photometric == _RGB:
+            order = 0, 1, 2
+        if key.samplesperpixel == 1 and order and all(len(level) == 3 for level in levels):
+            planes = [[level[i] for i in order] for level in levels]
+            yield TiffPicture(0, name, planes, axes, image, aside)
+            return
+        further = [axis for axis in axes if axis not in "YXS"]
+        paged = axes.get("S", 1) > 1 and all(axis in _PAGES for axis in further)
+        levels = [level for level in levels if len(level) == len(pages)]
+        for i in range(len(pages) if paged else 1):
+            yield TiffPicture(0, name, [[level[i]] for level in levels], axes, image, aside)
+
+    def _image_of(self, page: Any, images: list[OmeImage]) -> OmeImage | None:
+        """What OME-XML says of the picture that begins with a page."""
+        number = page.index if isinstance(page.index, int) else page.index[0]
+        there = [image for image in images if image.page == number]
+        # The metadata of several files count the pages of each from 0.
+        own = [image for image in there if image.file.casefold() == self.path.name.casefold()]
+        one = {(image.sizes, image.units, image.colours): image for image in own or there}
+        return next(iter(one.values())) if len(one) == 1 else None
 
 
 def describe_pictures(pictures: Sequence[TiffPicture]) -> str:
