@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from slides_made import write_scn, write_slide
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.slides.files import wsi
 from hf_glovlm.slides.files.wsi import Slide, describe_slide, is_same_slide, open_slide
 from hf_glovlm.slides.numbering import Numbers
 
@@ -452,11 +451,13 @@ def test_what_openslide_reads_to_the_same_bit_is_read_by_the_faster_reader(
 def test_where_the_readers_differ_openslide_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from hf_glovlm.slides.files import readers
+
     path = tmp_path / "a.tif"
     write_slide(path, 300, 200)
-    read = wsi.TiffReader.read
+    read = readers.TiffReader.read
     monkeypatch.setattr(
-        wsi.TiffReader, "read", lambda *args: read(*args).point(lambda value: value ^ 1)
+        readers.TiffReader, "read", lambda *args: read(*args).point(lambda value: value ^ 1)
     )
     with open_slide(path) as slide:
         assert slide.reader == "openslide (generic-tiff)"

@@ -25,7 +25,7 @@ _FORMATS = {  # as their makers call them, by OpenSlide's name
 
 
 class OpenSlideReader:
-    """A slide by OpenSlide; its associated images are never read. See `wsi.Reader`."""
+    """A slide by OpenSlide; its associated images are never read. See `readers.Reader`."""
 
     def __init__(self, openslide: Any, path: Path, vendor: str) -> None:
         """Open the file.

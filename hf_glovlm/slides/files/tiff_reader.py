@@ -18,7 +18,7 @@ _JPEG_TABLES = (6, 7, 34892, 33007)  # compressions whose tables stand in the pa
 
 
 class TiffReader:
-    """One picture of a TIFF, by tifffile; see `wsi.Reader` for what is public."""
+    """One picture of a TIFF, by tifffile; see `readers.Reader` for what is public."""
 
     bounds: tuple[int, int] | None = None
 
