@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from slides_made import write_slide
@@ -227,6 +228,22 @@ def test_tiles_are_cut_at_the_models_scale_or_refused(
     assert words in " ".join(done.flags)
     if "mpp" in adapted and not words:
         assert not done.flags
+
+
+def test_the_chosen_scene_is_encoded_and_stated(tmp_path: Path, classifier: Any) -> None:
+    sides = [(400, 300), (300, 200)]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for i, side in enumerate(sides):
+            write_slide(tmp_path / f"{i}.tif", *side, seed=i)
+            file.write(tifffile.imread(tmp_path / f"{i}.tif"), photometric="rgb", metadata=None)
+    for scene, given in (("1", {}), ("2", {"scene": "2"})):
+        path = tmp_path / f"{scene}.h5"
+        done = encode_slide(*classifier, tmp_path / "a.tif", path, **given)
+        attributes = read_bag(path).attributes
+        assert attributes["scene"] == scene
+        size = attributes["level0_width"], attributes["level0_height"]
+        assert size == sides[int(scene) - 1]
+        assert "further picture" in " ".join(done.flags)
 
 
 def test_bad_settings_and_numbers_are_refused(tmp_path: Path, slide: Path, classifier: Any) -> None:

@@ -17,8 +17,9 @@ import tifffile
 from command_line import Glovlm
 from fresh_process import Completed, inherited, run_forks
 from PIL import Image
+from scn_made import write_scn
 from slide_model import outline, train, write_outlines
-from slides_made import write_scn, write_slide
+from slides_made import write_slide
 from tiny import tiny_images
 
 from hf_glovlm.errors import GloVLMError

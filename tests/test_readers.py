@@ -13,7 +13,8 @@ import pytest
 import tifffile
 from damaged_tiffs import check
 from numpy.typing import NDArray
-from slides_made import write_scn, write_slide
+from scn_made import write_scn
+from slides_made import write_slide
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.slides.files.wsi import Slide, describe_slide, is_same_slide, open_slide

@@ -54,6 +54,7 @@ class Slide:
         reader: Reader,
         mpp: float | None = None,
         *,
+        bounds: tuple[int, int] | None = None,
         scene: str | None = None,
         allow_scale: bool = False,
     ) -> None:
@@ -62,7 +63,7 @@ class Slide:
         self.size = reader.levels[0]
         self.reader = reader.name
         self.magnification = reader.magnification
-        self.bounds = reader.bounds
+        self.bounds = bounds
         self.scene = scene
         self.flags = [*name_flags(self.name), *reader.notes]
         self._file = reader
@@ -257,7 +258,9 @@ def open_slide(
     reader, chosen = open_reader(path, scene)
     with ExitStack() as stack:
         stack.callback(reader.close)
-        slide = Slide(path, reader, mpp, scene=chosen, allow_scale=allow_scale)
+        slide = Slide(
+            path, reader, mpp, bounds=reader.bounds, scene=chosen, allow_scale=allow_scale
+        )
         for level in (0, len(slide.levels) - 1):  # a header that opens may sit on broken pixels
             columns, rows = slide.levels[level]
             slide._canvas(level, columns // 2, rows // 2, 1, 1)
