@@ -11,19 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.folder import positive
+from ...data.listing import short
 from ...errors import GloVLMError
 from .ome import OmeImage
 
 LIMITS = (0.02, 20.0)  # micrometres per pixel of level 0; 500x is finer than any scanner
 _LENGTHS = {  # micrometres, by the singular in small letters; both letters mu are one
     "\N{GREEK SMALL LETTER MU}m": 1.0, "um": 1.0, "micron": 1.0, "micrometer": 1.0,
-    "micrometre": 1.0, "mum": 1.0, "pm": 1e-6, "picometer": 1e-6, "picometre": 1e-6,
+    "micrometre": 1.0, "pm": 1e-6, "picometer": 1e-6, "picometre": 1e-6,
     "\N{LATIN SMALL LETTER A WITH RING ABOVE}": 1e-4, "angstrom": 1e-4, "nm": 1e-3,
     "nanometer": 1e-3, "nanometre": 1e-3, "mm": 1e3, "millimeter": 1e3, "millimetre": 1e3,
     "cm": 1e4, "centimeter": 1e4, "centimetre": 1e4, "dm": 1e5, "m": 1e6, "meter": 1e6,
     "metre": 1e6, "in": 25400.0, "inch": 25400.0, "inches": 25400.0, '"': 25400.0,
 }  # fmt: skip
-_TAG_UNITS = {2: "in", 3: "cm", 4: "mm", 5: "um"}  # of the tag ResolutionUnit; 4 and 5 by EXIF
+_TAG_UNITS = {2: "in", 3: "cm", 4: "mm", 5: "um"}  # of the tag ResolutionUnit; 4 and 5 as in EXIF
 _NUMBER = r"[\"'>\s:=]*([\d.,]+(?:[eE][+-]?\d+)?)"
 _VALUE = r"</name>\s*<value[^>]*>([^<]+)<"  # of a property, as libvips keeps those of OpenSlide
 _SIZES = (  # of both axes, or the axis in braces
@@ -121,7 +122,9 @@ def _stated(page: Any, text: str, image: OmeImage | None) -> Iterator[PixelSize]
         factors = [micrometres(unit) for unit in image.units]
         named = [unit for unit, factor in zip(image.units, factors, strict=True) if factor is None]
         if named and named[0].casefold() not in ("pixel", "pixels", "px", "reference frame"):
-            yield PixelSize(notes=(f"the unit '{named[0]}' of the pixel size is no length",))
+            yield PixelSize(
+                notes=(f"the unit '{short(named[0], 40)}' of the pixel size is no length",)
+            )
         elif not named:
             x, y = (s and s * (f or 0) for s, f in zip(image.sizes, factors, strict=True))
             yield believed(x or y, y or x)
