@@ -230,9 +230,7 @@ def test_the_saved_classifier_says_what_the_run_said(small: Cohort, tmp_path: Pa
             assert prediction.notes == ()
 
 
-def test_other_features_are_refused_and_other_tiles_are_noted(
-    small: Cohort, tmp_path: Path
-) -> None:
+def test_features_and_tiles_of_another_kind_are_refused(small: Cohort, tmp_path: Path) -> None:
     train_mil(settings(small, tmp_path / "run", epochs=1))
     loaded = load_aggregator(tmp_path / "run")
     bag = read_bag(small[0] / "s00.h5")
@@ -250,8 +248,11 @@ def test_other_features_are_refused_and_other_tiles_are_noted(
     with pytest.raises(GloVLMError, match="has no tile"):
         apply_mil(loaded, other(np.zeros((0, 16))))
     assert apply_mil(loaded, other(tile_mpp=0.51)).notes == ()
-    (note,) = apply_mil(loaded, other(tile_mpp=1.0)).notes
-    assert note == "The tiles have tile_mpp 1, those of the training 0.5."
+    difference = "scale: the training has 0.5 micrometres per pixel, s00 has 1 "
+    with pytest.raises(GloVLMError, match=f"{difference}.*--allow-scale"):
+        apply_mil(loaded, other(tile_mpp=1.0))
+    (note,) = apply_mil(loaded, other(tile_mpp=1.0), allow_scale=True).notes
+    assert difference in note
     (note,) = apply_mil(loaded, other(fingerprint=None)).notes
     assert "do not say which model" in note
 
@@ -609,16 +610,6 @@ def test_a_feature_file_without_a_row_is_left_out_and_noted(small: Cohort, tmp_p
     config = replace(settings(small, tmp_path / "run", epochs=1), labels=str(table))
     results = train_mil(config)
     assert "2 feature files have no row and were left out." in results["notes"]
-
-
-def test_slides_of_different_tiles_are_noted(tmp_path: Path) -> None:
-    made = make_cohort(tmp_path / "features", slides=8, tiles=3, planted=1)
-    (made[0] / "s05.h5").unlink()
-    write_bag(made[0] / "s05.h5", np.ones((3, DIM), np.float32), tile_mpp=1.0, tile_size=None)
-    results = train_mil(settings(made, tmp_path / "run", epochs=1))
-    assert "The slides differ in tile_mpp: 0.5 to 1." in results["notes"]
-    assert "1 slides do not say their tile_size." in results["notes"]
-    assert "tile_mpp" not in results["data"]["features"]
 
 
 def test_a_loss_that_is_not_finite_leaves_nothing_behind(small: Cohort, tmp_path: Path) -> None:

@@ -523,7 +523,7 @@ def _predict_slide(
     entry = _pool(tiles, run.config, names) if names else {}
     if run.aggregator is None:
         return entry, columns, ()
-    prediction = run.aggregator.predict(read_bag(bag))
+    prediction = run.aggregator.predict(read_bag(bag), allow_scale=run.config.allow_scale)
     if prediction.attention is not None:
         columns["attention"] = prediction.attention
     for k, name in enumerate(run.slide_class_names):

@@ -331,10 +331,11 @@ class BagWriter:
 
 
 def read_bag(path: str | Path, *, scores: bool = False) -> Bag:
-    """Read the features of one slide, written here or by CLAM, TRIDENT and their like.
+    """Read the features of one slide, written here or by CLAM, TRIDENT, STAMP and their like.
 
     Args:
-        path: An H5 file with `features` `[n, dim]` (or `[1, n, dim]`) and `coords` `[n, 2]`.
+        path: An H5 file with `features` (or, by STAMP, `feats`) `[n, dim]` (or `[1, n, dim]`) and
+            `coords` `[n, 2]`.
         scores: Whether to read the classifier's scores too.
 
     Raises:
@@ -347,11 +348,11 @@ def read_bag(path: str | Path, *, scores: bool = False) -> Bag:
             _check_version(path, file)
             attributes = _parsed(file.attrs["settings"])
         else:
-            for holder in (file, file["features"], file["coords"]):
+            for holder in (file, file[_features_of(file)], file["coords"]):
                 values = {str(k): _plain(v) for k, v in holder.attrs.items()}
                 attributes |= {k: v for k, v in values.items() if v is not None}
-        features = _matrix(path, file, "features").astype(np.float32, copy=False)
-        coords = _matrix(path, file, "coords").astype(np.int64, copy=False)
+        features = _matrix(path, file, _features_of(file)).astype(np.float32, copy=False)
+        coords = _whole(_matrix(path, file, "coords"))
         if coords.shape != (len(features), 2):
             raise GloVLMError(
                 f"{path}: expected coords of shape [{len(features)}, 2] for {len(features)} "
@@ -473,14 +474,15 @@ def _open(path: Path) -> Iterator[Any]:
         raise GloVLMError(f"There is no feature file {path}.{begun}")
     try:
         with h5py.File(path, "r") as file, np.errstate(all="ignore"):
-            missing = [n for n in ("features", "coords") if not _is_dataset(file, n)]
+            needed = (_features_of(file), "coords")
+            missing = [name for name in needed if not _is_dataset(file, name)]
             if missing:
                 if _is_ours(file):
                     raise _Damage(_changed(path, missing[0]))
                 held = ", ".join(file) or "nothing"
                 raise GloVLMError(
                     f"{path}: expected the datasets features and coords, found {held}; give "
-                    "feature files of `glovlm slide`, CLAM or TRIDENT."
+                    "feature files of `glovlm slide`, CLAM, TRIDENT or STAMP."
                 )
             yield file
     except GloVLMError:
@@ -500,6 +502,11 @@ def _is_dataset(file: Any, name: str) -> bool:
         return isinstance(file.get(name), h5py.Dataset)
     except (OSError, KeyError, RuntimeError):  # a link to nowhere
         return False
+
+
+def _features_of(file: Any) -> str:
+    """Name of the dataset of features: STAMP calls it `feats`."""
+    return "features" if "features" in file or "feats" not in file else "feats"
 
 
 def _is_ours(file: Any) -> bool:
@@ -576,12 +583,21 @@ def _matrix(path: Path, file: Any, name: str) -> NDArray[Any]:
     return values
 
 
+def _whole(coords: NDArray[Any]) -> NDArray[np.int64]:
+    """Coordinates as whole numbers; STAMP's are fractions of micrometres."""
+    if coords.dtype.kind == "f":
+        coords = np.rint(np.clip(coords, -(2.0**62), 2.0**62))
+    return coords.astype(np.int64, copy=False)
+
+
 def _plain(value: Any) -> Any:
     """An attribute as a plain Python value; `None` for what is none, such as a reference."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist() if value.dtype.kind in "fiubSUO" else None
     if isinstance(value, bytes):
         return value.decode(errors="replace")
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist() if value.dtype.kind in "fiubSU" else None
+    if isinstance(value, list):
+        value = [_plain(part) for part in value]
     return value if isinstance(value, str | int | float | list) else None
 
 

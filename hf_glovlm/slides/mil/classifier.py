@@ -1,7 +1,6 @@
 """Slide classifier: from the tile features of a slide to its label and a heat map."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,8 @@ from safetensors.torch import load_file, save_file
 from ...errors import GloVLMError
 from ...files import digest_value, model_folder, replacing, write_json
 from ..files.bags import Bag
+from ..files.tile_attributes import TileAttributes, find_differences, other_encoder
 from .aggregators import Aggregator, build_aggregator
-
-# Attributes of a bag: features of another model are refused, other tiles are noted.
-FINGERPRINT = "fingerprint"
-TILES = ("tile_mpp", "tile_size", "overlap_fraction")
 
 
 @dataclass(frozen=True)
@@ -53,20 +49,25 @@ class SlideClassifier:
         aggregator: In evaluation mode.
         classes: `[K]`.
         encoder: Attributes of the training bags, as far as they agree: of the model that made
-            them (`fingerprint`) and of their tiles (`tile_mpp`, `tile_size`, `overlap_fraction`).
+            them and of their tiles, as `TileAttributes.to_dict` gives them.
     """
 
     aggregator: Aggregator
     classes: list[str]
     encoder: dict[str, Any]
 
-    def predict(self, bag: Bag) -> SlidePrediction:
+    def predict(self, bag: Bag, *, allow_scale: bool = False) -> SlidePrediction:
         """Classify a slide.
 
+        Args:
+            bag: Its tiles.
+            allow_scale: Accept tiles of another scale, size or overlap than those of the training.
+
         Raises:
-            GloVLMError: The bag is empty, or its features come from another model.
+            GloVLMError: The bag is empty, its features come from another model, or its tiles are
+                of another kind.
         """
-        notes = self._compare(bag)
+        notes = self._compare(bag, allow_scale)
         device = self.aggregator.classify.weight.device
         with torch.inference_mode():
             output = self.aggregator(torch.from_numpy(bag.features).to(device))
@@ -103,7 +104,7 @@ class SlideClassifier:
         about = (self.aggregator.name, asdict(self.aggregator.config), self.classes, self.encoder)
         return digest_value([*about, weights])
 
-    def _compare(self, bag: Bag) -> tuple[str, ...]:
+    def _compare(self, bag: Bag, allow_scale: bool) -> tuple[str, ...]:
         width = bag.features.shape[1]
         if width != self.aggregator.dim:
             raise GloVLMError(
@@ -113,27 +114,25 @@ class SlideClassifier:
             )
         if not len(bag.features):
             raise GloVLMError(f"{bag.name} has no tile: no tissue was found, or the file is empty.")
-        known, given = self.encoder.get(FINGERPRINT), bag.attributes.get(FINGERPRINT)
-        if known and given and known != given:
+        both = [TileAttributes.of(self.encoder), TileAttributes.of(bag.attributes)]
+        known, given = ((one.fingerprint or "")[:12] or one.encoder for one in both)
+        if other_encoder(both):
             raise GloVLMError(
-                f"{bag.name}: the features come from another model ({str(given)[:12]}) than the "
-                f"classifier was trained on ({str(known)[:12]}): encode the slide with that one."
+                f"{bag.name}: the features come from another model ({given}) than the classifier "
+                f"was trained on ({known}): encode the slide with that one."
             )
         notes = []
         if known and not given:
             notes.append("The features do not say which model made them; it was not checked.")
-        for name in TILES:
-            here, there = bag.attributes.get(name), self.encoder.get(name)
-            if not isinstance(here, int | float) or not isinstance(there, int | float):
-                continue
-            if not same_tiles(here, there):
-                notes.append(f"The tiles have {name} {here:g}, those of the training {there:g}.")
+        other = find_differences(["the training", bag.name], both)
+        if other and not allow_scale:
+            raise GloVLMError(
+                f"{bag.name}: the tiles are not of the kind that the classifier was trained on "
+                f"({'; '.join(other)}): encode the slide as its training slides were, or accept it "
+                "with --allow-scale."
+            )
+        notes += [f"The tiles differ in {sentence}." for sentence in other]
         return tuple(notes)
-
-
-def same_tiles(one: float, other: float) -> bool:
-    """Whether two scales, sizes or overlaps are the same but for a scanner's 5%."""
-    return math.isclose(one, other, rel_tol=0.05)
 
 
 def load_aggregator(folder: str | Path) -> SlideClassifier:
@@ -162,15 +161,18 @@ def load_aggregator(folder: str | Path) -> SlideClassifier:
         ) from None
 
 
-def apply_mil(folder: str | Path | SlideClassifier, bag: Bag) -> SlidePrediction:
+def apply_mil(
+    folder: str | Path | SlideClassifier, bag: Bag, *, allow_scale: bool = False
+) -> SlidePrediction:
     """Classify a slide by a trained run.
 
     Args:
         folder: As `load_aggregator` takes it, or a classifier that is loaded.
         bag: The slide's tiles, encoded by the model that encoded the training slides.
+        allow_scale: Accept tiles of another scale, size or overlap than those of the training.
 
     Raises:
         GloVLMError: There is no such run, or the features are not those it was trained on.
     """
     classifier = folder if isinstance(folder, SlideClassifier) else load_aggregator(folder)
-    return classifier.predict(bag)
+    return classifier.predict(bag, allow_scale=allow_scale)

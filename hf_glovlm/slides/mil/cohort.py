@@ -12,11 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...data.splits import assert_disjoint, split_groups
+from ...data.groups import Groups
+from ...data.splits import assert_disjoint, assert_unlearned, split_groups
 from ...errors import GloVLMError
+from ...runs.provenance import former_provenance
+from ..encoding import encoder_fingerprint, load_encoder
 from ..files.bags import Bag, list_bags, read_bag
-from ..files.slide_table import read_slide_table
-from .classifier import FINGERPRINT, TILES, same_tiles
+from ..files.slide_table import SlideTable, read_slide_table
+from ..files.tile_attributes import (
+    TileAttributes,
+    find_differences,
+    other_encoder,
+    shared_attributes,
+    unknown_note,
+)
 from .config import MilConfig
 
 KEEP_BYTES = 2**30  # features that are kept in memory; the rest is read again when needed
@@ -66,7 +75,10 @@ class BagSource:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Cohort: all labelled slides, checked."""
+    """Cohort: all labelled slides, checked.
+
+    `learned` are the groups that the encoder learned from, which are not tested.
+    """
 
     names: list[str]
     labels: list[int]
@@ -81,6 +93,7 @@ class Cohort:
     synthetic: bool
     notes: list[str]
     bags: Bags
+    learned: set[str]
 
     def describe_tiles(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `[dim]` of some slides' tiles, each slide weighing 1."""
@@ -146,7 +159,9 @@ def read_cohort(config: MilConfig) -> Cohort:
         contents.append(hashlib.sha256(np.ascontiguousarray(bag.features).data).hexdigest())
         seen.append(bag.attributes)
     _refuse_copies(table.slides, contents, groups, labels)
-    encoder, notes = _describe_encoder(table.slides, seen)
+    encoder, notes = _describe_encoder(table.slides, seen, config.allow_scale)
+    learned, about = _find_learned(config, table, seen)
+    notes += about
     if len(files) > len(paths):
         notes.append(f"{len(files) - len(paths)} feature files have no row and were left out.")
     if table.patient_column != "patient_id":
@@ -166,7 +181,55 @@ def read_cohort(config: MilConfig) -> Cohort:
         synthetic=(folder / "DRAWINGS").is_file() or all(a.get("synthetic") for a in seen),
         notes=notes,
         bags=bags,
+        learned=learned,
     )
+
+
+def _find_learned(
+    config: MilConfig, table: SlideTable, seen: Sequence[Mapping[str, Any]]
+) -> tuple[set[str], list[str]]:
+    """Groups that the encoder learned from, and notes on what is known of it."""
+    if config.encoder is None:
+        if not any(attributes.get("classes") for attributes in seen):
+            return set(), []
+        return set(), [
+            "The encoder is a run's model, and may have learned from these very patients: give "
+            "that run as --encoder, and they are not tested."
+        ]
+    provenance = former_provenance(config.encoder)
+    if provenance is None:
+        raise GloVLMError(
+            f"Expected the run whose model encoded the slides (what `glovlm train` wrote) in "
+            f"'{config.encoder}', found none with results: correct --encoder, or leave it out for "
+            "a backbone."
+        )
+    notes = []
+    known = next(filter(None, (a.get("fingerprint") for a in seen)), None)
+    if known is None:
+        notes.append("The features do not say which model made them; --encoder was not checked.")
+    elif (actual := encoder_fingerprint(*load_encoder(config.encoder))) != known:
+        raise GloVLMError(
+            f"The slides were encoded by another model ({str(known)[:12]}) than that of "
+            f"'{config.encoder}' ({actual[:12]}): correct --encoder."
+        )
+    from datasets import Dataset
+
+    column = table.patient_column or "slide_id"
+    if not {column, "slide_id"}.intersection(provenance.groups):
+        held = ", ".join(provenance.groups) or "nothing"
+        notes.append(
+            f"Whether the encoder learned from these slides cannot be known: its run names {held}, "
+            f"the table {column}."
+        )
+        return set(), notes
+    rows = Dataset.from_dict({column: table.groups, "slide_id": table.slides})
+    known_by = Groups(column, table.groups, "")
+    no_images = [("", "")] * len(seen)  # ids alone are compared: slides are no images
+    learned = provenance.seen(rows, known_by, no_images).rows
+    pooled = {group for group, one in zip(table.groups, learned, strict=True) if one}
+    unit = "patients" if table.patient_column else "slides"
+    notes.append(f"The encoder learned from {len(pooled)} of these {unit}, which are not tested.")
+    return pooled, notes
 
 
 def _refuse_copies(
@@ -184,32 +247,35 @@ def _refuse_copies(
 
 
 def _describe_encoder(
-    names: Sequence[str], seen: Sequence[Mapping[str, Any]]
+    names: Sequence[str], seen: Sequence[Mapping[str, Any]], allow_scale: bool
 ) -> tuple[dict[str, Any], list[str]]:
-    """Attributes that all bags agree on; two models are refused, other differences noted."""
-    encoder: dict[str, Any] = {}
-    notes: list[str] = []
-    for key in (FINGERPRINT, *TILES):
-        kind = str if key == FINGERPRINT else int | float  # what else other tools write is unknown
-        known = {i: a[key] for i, a in enumerate(seen) if isinstance(a.get(key), kind)}
-        if not known:
-            continue
-        if len(known) < len(seen):
-            notes.append(f"{len(seen) - len(known)} slides do not say their {key}.")
-        first = min(known)
-        if key == FINGERPRINT:
-            other = [i for i in known if known[i] != known[first]]
-            if other:
-                raise GloVLMError(
-                    f"{names[other[0]]} was encoded by another model than {names[first]}: encode "
-                    "all slides with one."
-                )
-        elif not same_tiles(min(known.values()), max(known.values())):
-            low, high = min(known.values()), max(known.values())
-            notes.append(f"The slides differ in {key}: {low:g} to {high:g}.")
-            continue
-        encoder[key] = known[first]
-    return encoder, notes
+    """Attributes that all bags agree on; two models are refused, and unless allowed other tiles."""
+    tiles = [TileAttributes.of(attributes) for attributes in seen]
+    two = other_encoder(tiles)
+    if two is not None:
+        first, other = two
+        by = [tiles[i].encoder for i in two]
+        named = f" ({by[0]}, {by[1]})" if None not in by and by[0] != by[1] else ""
+        raise GloVLMError(
+            f"{names[other]} was encoded by another model than {names[first]}{named}: encode all "
+            "slides with one."
+        )
+    differences = find_differences(names, tiles)
+    if differences and not allow_scale:
+        raise GloVLMError(
+            f"The slides' tiles are not of one kind ({'; '.join(differences)}), and a slide "
+            "classifier may learn that rather than disease: encode all slides alike, leave slides "
+            "out of the table, or accept it with --allow-scale."
+        )
+    notes = [f"The slides' tiles differ in {sentence}." for sentence in differences]
+    notes += filter(None, [unknown_note(tiles)])
+    micrometres = sum(one.in_micrometres for one in tiles)
+    if micrometres:
+        notes.append(
+            f"The coordinates of {micrometres} slides are micrometres, not pixels, and stand so in "
+            "attention/."
+        )
+    return shared_attributes(tiles).to_dict(), notes
 
 
 def split_cohort(cohort: Cohort, config: MilConfig) -> list[Sides]:
@@ -224,11 +290,14 @@ def split_cohort(cohort: Cohort, config: MilConfig) -> list[Sides]:
         )
         if not len(test):
             raise GloVLMError("The table's split leaves no slide for the test: mark some as test.")
+        assert_unlearned(cohort.groups, cohort.learned, validation=validation, test=test)
         parts = [(train, validation, test)]
     elif config.folds is not None:
         fold = _deal_folds(cohort, config.folds, config.seed)
+        unseen = np.array([group not in cohort.learned for group in cohort.groups])
         parts = [
-            (everyone[fold != k], everyone[:0], everyone[fold == k]) for k in range(config.folds)
+            (everyone[fold != k], everyone[:0], everyone[(fold == k) & unseen])
+            for k in range(config.folds)
         ]
         parts.append((everyone, everyone[:0], everyone[:0]))
     else:
@@ -238,6 +307,7 @@ def split_cohort(cohort: Cohort, config: MilConfig) -> list[Sides]:
             seed=(config.seed, _SPLIT),
             test_fraction=config.test_fraction,
             class_names=cohort.classes,
+            pooled=cohort.learned,
         )
         parts = [(train, everyone[:0], test)]
     return [_set_aside(cohort, config, k, *part) for k, part in enumerate(parts)]
@@ -260,6 +330,7 @@ def _set_aside(
                 seed=(config.seed, _VALIDATION, k),
                 test_fraction=config.validation_fraction,
                 class_names=cohort.classes,
+                pooled=cohort.learned,
             )
         except GloVLMError as error:
             raise GloVLMError(f"No patients can be set aside for validation: {error}") from None

@@ -85,6 +85,18 @@ class MilConfig(Settings):
     clip_norm: float | None = setting(
         None, help="Largest gradient norm.", group="Training", above=0, unset="no limit"
     )
+    encoder: str | None = setting(
+        None,
+        help="Run whose model encoded the slides, if one did: patients that it learned from are "
+        "not tested.",
+        group="Data",
+        unset="patients are not compared",
+    )
+    allow_scale: bool = setting(
+        False,
+        help="Accept slides whose tiles differ in scale, size or overlap; the results say so.",
+        group="Data",
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = setting(
         "no", help="Half precision, by Accelerate.", group="Machine"
     )

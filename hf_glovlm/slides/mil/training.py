@@ -44,7 +44,15 @@ OWN_FILES = (  # in the order in which they are put in place
 _INCIDENTAL = ("output_dir", "device")  # where and how fast, not what
 LEAST_EPOCHS, LEAST_STEPS = 20, 1000  # unless the number of epochs is given
 # What the card leaves out: places, which it never names, and what shaped nothing.
-_UNTOLD = ("features", "labels", "output_dir", "overwrite", "resume", "aggregator_config")
+_UNTOLD = (
+    "features",
+    "labels",
+    "encoder",
+    "output_dir",
+    "overwrite",
+    "resume",
+    "aggregator_config",
+)
 
 
 class BagStep(nn.Module):
