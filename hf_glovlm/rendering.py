@@ -132,6 +132,20 @@ def extent(bounds: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
+def figure_text(text: str, most: int = 80) -> str:
+    """Text that a figure can show: printable, on one line, its middle left out where it is long.
+
+    Give it to matplotlib with `parse_math=False`, else `$` begins a formula.
+
+    Args:
+        text: For instance a title that holds the name of a file.
+        most: Characters at most.
+    """
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    half = (most - 1) // 2
+    return shown if len(shown) <= most else f"{shown[:half]}\N{HORIZONTAL ELLIPSIS}{shown[-half:]}"
+
+
 def words(value: Any) -> Markdown:
     """One value, or several in a row: `PAS, H&E`."""
     parts = value if isinstance(value, list | tuple | dict) else [value]

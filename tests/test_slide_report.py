@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +240,77 @@ def test_tables_and_page_say_the_same(tmp_path: Path) -> None:
 )
 def test_a_place_and_a_name_leave_the_text(text: str, expected: str) -> None:
     assert clean_text(text, Path("/data/secret/S21-1.svs"), "slide_001") == expected
+
+
+# What is said of slides, without a name.
+OWN_WORDS = (
+    "the slide holds 25% tissue above a threshold of 0.06",
+    "Tiles of 224 pixels at 0.5 micrometres per pixel, overlap 0.25.",
+    "the scale of the tiles is unknown: level 0 was cut as it is",
+    "A part of 12 tiles was left out as pen; the tissue is 1.5 times as large.",
+)
+# How a sentence may name a slide: {path}, {file} and {stem} are taken from it.
+MENTIONS = (
+    "{path} is damaged: copy or export it again.",
+    "{file} holds no picture of a slide.",
+    "There is no slide {path}: 25% tissue, a scale of 0.5.",
+    "'{stem}' was encoded by another model.",
+    "{stem}: the features have width 17.",
+    "expected {stem}.geojson beside it",
+)
+NAMES_OF_SLIDES = (
+    "25", "a", "0", "tissue", "Tiles", "A", "of", "the", "1.5", "224", "level 0", "slide", "is",
+    "Mueller", "mueller", "S21-1", "483905", "PAS_$1_$2", "Anna Mueller", "(x)", "25%", "H.E",
+    "\u80be",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stem", NAMES_OF_SLIDES)
+def test_an_anonymised_text_names_no_slide_and_keeps_its_own_words(stem: str) -> None:
+    slide = Path("/data/of the ward/tissue") / f"{stem}.svs"
+    for words in OWN_WORDS:
+        if stem not in ("level 0", "25%"):  # of letters and digits: hidden rather than kept
+            assert clean_text(words, slide, "slide_001") == words
+        for mention in MENTIONS:
+            given = mention.format(path=slide, file=slide.name, stem=stem)
+            cleaned = clean_text(f"{given} {words}", slide, "slide_001")
+            nameless = mention.format(path="slide_001", file="slide_001", stem="slide_001")
+            assert cleaned.startswith(nameless.split("25")[0])
+            assert not [part for part in (slide.name, str(slide.parent)) if part in cleaned]
+
+
+@pytest.mark.parametrize("stem", ["S21-1", "483905", "TCGA-A1-B2", "PAS_2", "9x"])
+def test_a_distinctive_name_is_hidden_wherever_it_stands(stem: str) -> None:
+    for text in (f"see {stem} and ({stem}), {stem}.", f"{stem} is broken", f"of {stem}_2 {stem}"):
+        cleaned = clean_text(text, Path(f"slides/{stem}.ndpi"), "slide_001")
+        assert re.search(rf"(?<!\w){re.escape(stem)}(?!\w)", cleaned) is None
+
+
+@pytest.mark.parametrize("source", ["25.svs", "a/25.svs", "/25.svs", "./a.tif"])
+def test_a_relative_path_is_not_found_inside_words(source: str) -> None:
+    text = "S25.svs, x-a.tif and data/area/2 are other files: 25% of a tissue"
+    assert clean_text(text, Path(source), "slide_001") == text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PAS_$1_$2", "$", "$$", "a^b_{c", "\\frac{", "%s {x}", "x" * 300,
+        "\u80be\u81d3 \u0643\u0644\u064a\u0629", "two\nlines\t", "\udcff", "$\\alpha$",
+    ],
+    ids=lambda name: ascii(name)[:20],
+)  # fmt: skip
+def test_a_figure_takes_any_name(tmp_path: Path, name: str) -> None:
+    overview = Image.new("RGB", (60, 40), "white")
+    path = tmp_path / "heatmap.png"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            draw_heatmap(
+                path, overview, (600, 400), COORDS, 100, P[:, 0], title=f"{name}: {name}",
+                value_name=f"probability of {name}", mpp=0.25,
+            )  # fmt: skip
+    except Exception as error:
+        pytest.fail(f"{type(error).__name__}: {error}")
+    with Image.open(path) as image:
+        assert image.width > 500

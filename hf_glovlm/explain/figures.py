@@ -13,6 +13,7 @@ from ..data.folder import ImageValue, open_image
 from ..data.listing import SUFFIXES
 from ..errors import GloVLMError, nearest
 from ..files import check_target, read_json, replacing, write_json
+from ..rendering import figure_text
 from .maps import HEAT_MAPS, HeatMap, explain
 
 # Even steps of brightness, and the same to people who confuse red and green.
@@ -94,7 +95,8 @@ def save_figure(
     low, high = float(heat.values.min()), float(heat.values.max())
     figure = Figure(figsize=(8.4, 5.2), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title or f"{heat.target}: {heat.score:.2f}")
+    shown = figure_text(title or f"{heat.target}: {heat.score:.2f}")
+    figure.suptitle(shown, parse_math=False)
     left, right = figure.subplots(1, 2)
     left.imshow(open_image(image))
     left.set_title("image", fontsize=9)
@@ -103,9 +105,9 @@ def save_figure(
     for axis in (left, right):
         axis.set_axis_off()
     scale = ScalarMappable(Normalize(low, high if high > low else low + 1), colormap)
-    figure.colorbar(scale, ax=right, shrink=0.7, label=heat.legend)
+    figure.colorbar(scale, ax=right, shrink=0.7).set_label(heat.legend, parse_math=False)
     lines = (fill(sentence, LINE) for sentence in describe_scores(heat))
-    figure.supxlabel("\n".join(lines), fontsize=8)
+    figure.supxlabel("\n".join(lines), fontsize=8, parse_math=False)
     with replacing(path) as fresh:
         figure.savefig(fresh, dpi=120, format="png", metadata={"Software": SOFTWARE})
     return path

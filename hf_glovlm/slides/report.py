@@ -7,6 +7,7 @@ where names are to be hidden.
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,14 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from ..files import replacing, write_csv, write_json, write_table, write_text
-from ..rendering import number, render
+from ..rendering import figure_text, number, render
 from .counting import NOT_A_SCORE
 from .files.annotations import box_object, write_geojson
 
 RESEARCH_USE = "Research use only, not for diagnosis."
 HEATMAP_SIDE = 1200  # pixels of the longer side of the overview under a heat map
 RESULT_FILES = ("summary.parquet", "summary.csv", "README.md", "results.json")
+LEAST_ACCESSION = 6  # digits of a number that may be an accession number or a patient's
 MAX_SQUARES = 20_000  # tiles in a GeoJSON file; more than that makes QuPath slow
 _NICE = (1, 2, 5)  # a scale bar's length is one of these times a power of ten
 
@@ -158,14 +160,16 @@ def draw_heatmap(
     image = axes.imshow(
         field, cmap="viridis", vmin=limits[0], vmax=limits[1], alpha=opacity, interpolation="none"
     )
-    axes.set_title(title)
+    axes.set_title(figure_text(title), parse_math=False)
     axes.set_axis_off()
     bar = figure.colorbar(image, cax=place(width + 0.4, 0.4 + 0.1 * height, 0.2, 0.8 * height))
-    bar.set_label(f"{value_name}; colours at {opacity:.0%} opacity")
+    shown = figure_text(f"{value_name}; colours at {opacity:.0%} opacity")
+    bar.set_label(shown, parse_math=False)
     if mpp is not None:
         _draw_scale_bar(axes, overview.size, mpp * size[0] / overview.width)
     figure.text(0.5, 0.15 / whole[1], RESEARCH_USE, ha="center", fontsize=9)
-    with replacing(path) as fresh:
+    with replacing(path) as fresh, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks
         # Without the versions of libraries, so that the same numbers give the same file.
         figure.savefig(fresh, format="png", metadata={"Software": None})
 
@@ -225,18 +229,44 @@ def _draw_scale_bar(axes: Any, shape: tuple[int, int], mpp: float) -> None:
 
 
 def clean_text(text: str, source: Path, name: str) -> str:
-    """Remove a slide's path and own name from a sentence.
+    """Remove a slide's path and own name from a sentence, and leave the sentence's own words.
+
+    Paths, file names, and names in quotes or before a colon go, whatever they are. A name that
+    stands bare goes where it is distinctive; that of `25.svs` or `a.tif` is a number or a word of
+    the sentence, which tells nothing.
 
     Args:
         text: For instance an error's message.
         source: The slide's file.
         name: What the slide is called in the results.
     """
-    for path in (source, source.absolute(), source.resolve()):
-        text = text.replace(str(path), name).replace(f"{path.parent}{os.sep}", "")
-    for own in (source.name, source.stem):
-        text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", lambda match: name, text)
-    return text
+    stem = source.stem
+    patterns = []
+    for path in dict.fromkeys((source.absolute(), source.resolve(), source)):
+        before = "" if path.is_absolute() else rf"(?<![\w.{re.escape(os.sep)}-])"
+        patterns.append(before + re.escape(str(path)))
+        folder = "" if path.parent == Path() else str(path.parent).rstrip(os.sep) + os.sep
+        if folder.strip(os.sep):
+            text = re.sub("|".join(patterns), lambda match: name, text)
+            text = re.sub(before + re.escape(folder), "", text)
+    own = re.escape(stem)
+    patterns.append(rf"(?<![\w.-]){re.escape(source.name)}(?!\w)")
+    patterns.append(rf"(?<=['\"`\u2018\u201c]){own}(?=['\"`\u2019\u201d])")
+    patterns.append(rf"(?<![^\s(\[]){own}(?=:|\.(?:h5|part|geojson)\b)")
+    if _is_distinctive(stem):
+        patterns.append(rf"(?<!\w){own}(?!\w)")
+    elif stem.replace(" ", "").isalpha() and not stem.islower() and len(stem) > 1:
+        # Within a sentence a capital marks a name; the first word has one anyway.
+        patterns.append(rf"(?<=[\w,;] ){own}(?!\w)")
+        patterns.append(rf"(?<!\w){own}(?= (?:is|has|was|holds|shows|cannot)\b)")
+    return re.sub("|".join(patterns), lambda match: name, text)
+
+
+def _is_distinctive(name: str) -> bool:
+    """Whether a name is no word or number of a sentence: of letters and more, or many digits."""
+    if not any(character.isalpha() for character in name):
+        return sum(character.isdigit() for character in name) >= LEAST_ACCESSION
+    return re.search(r"[\d_]|[^\w\s]", name) is not None
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
