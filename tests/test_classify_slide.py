@@ -331,10 +331,13 @@ def test_a_trained_aggregator_gives_the_label(place: Path, output: Path, tmp_pat
     encoder = {"fingerprint": bag.attributes["fingerprint"], "tile_mpp": 0.25}
     SlideClassifier(module.eval(), ["healthy", "ill"], encoder).save(tmp_path / "mil")
     config = configured(place, tmp_path / "out", "sick", aggregator=str(tmp_path / "mil"))
-    results = classify_slides(config)
+    (entry,) = classify_slides(config)["slides"]
+    assert entry["status"] == "failed"
+    assert "the training has 0.25 micrometres per pixel, sick has 0.5" in entry["error"]
+    results = classify_slides(replace(config, allow_scale=True))
     entry = results["slides"][0]
-    expected = apply_mil(tmp_path / "mil", bag)
-    assert any("tile_mpp" in flag for flag in entry["flags"])  # what the aggregator noted
+    expected = apply_mil(tmp_path / "mil", bag, allow_scale=True)
+    assert any("tiles differ in scale" in flag for flag in entry["flags"])
     assert entry["label"] == expected.label
     assert entry["probabilities"] == pytest.approx(expected.probabilities, abs=1e-5)
     assert (entry["pooling"], results["slide_class_names"]) == ("abmil", ["healthy", "ill"])

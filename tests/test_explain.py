@@ -1,7 +1,6 @@
 """Heat maps lie where their patches lie, equal their formulas, and can fail their own checks."""
 
 import json
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -822,16 +821,16 @@ def test_what_cannot_be_laid_over(options: dict[str, Any], message: str) -> None
 
 def test_a_figure_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     texts: list[str] = []
-    for name in ("suptitle", "supxlabel", "colorbar"):
-        plain: Callable[..., Any] = getattr(Figure, name)
+    plain = Figure.savefig
 
-        def note(self: Any, text: Any, *, plain: Any = plain, **kwargs: Any) -> Any:
-            texts.append(kwargs.get("label", text))
-            return plain(self, text, **kwargs)
+    def listen(figure: Any, *arguments: Any, **options: Any) -> None:
+        texts.extend(text.get_text() for text in figure.findobj(Text))
+        plain(figure, *arguments, **options)
 
-        monkeypatch.setattr(Figure, name, note)
+    monkeypatch.setattr(Figure, "savefig", listen)
     heat = _heat(np.eye(4))
     path = save_figure(tmp_path / "new" / "map.png", picture(64, 64), heat)
     with Image.open(path) as image:
@@ -849,6 +848,14 @@ def test_a_figure_says_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "Research use only, not for diagnosis",
     ):
         assert part in text
+
+
+def test_a_figure_takes_any_title(tmp_path: Path) -> None:
+    for title in ("PAS_$1_$2.tif", "$$", "\\frac{", "\udcff"):
+        try:
+            save_figure(tmp_path / "map.png", picture(64, 64), _heat(np.eye(4)), title=title)
+        except ValueError as error:
+            pytest.fail(f"{title!a}: {error}")
 
 
 def test_files_are_explained(tmp_path: Path) -> None:
