@@ -523,22 +523,27 @@ def _compare_picture(slide: Any, picture: Picture, layout: Layout) -> str:
         expected_size = (round(width / downsample), round(height / downsample))
         if small.size != expected_size:
             return f"downsample {downsample}: {small.size}, expected {expected_size}"
-        wrong = _marks(small, picture, downsample)
+        wrong = _marks(small, picture)
         if wrong:
             return f"downsample {downsample}: {wrong}, levels {slide.levels}, {slide.reader}"
     return ""
 
 
-def _marks(small: Image.Image, picture: Picture, downsample: float) -> str:
+def _marks(small: Image.Image, picture: Picture) -> str:
     """Where a mark does not lie within a pixel of its place."""
-    pixels = np.asarray(small).astype(int)
+    pixels = np.asarray(small).astype(float)
     for colour, (x, y) in picture.marks:
-        near = np.abs(pixels - colour).max(2) < 60
-        if not near.any():
+        # The part of a pixel that the mark covers, from none at the tissue's colour to all.
+        toward = np.subtract(colour, TISSUE)
+        share = ((pixels - TISSUE) @ toward / (toward @ toward)).clip(0, 1)
+        share[np.abs(pixels - TISSUE - share[..., None] * toward).max(2) > 40] = 0  # of another
+        share[share < 0.4] = 0
+        if not share.any():
             return f"no mark of {colour}"
-        rows, columns = np.nonzero(near)
-        at = (columns.mean() + 0.5, rows.mean() + 0.5)
-        expected = (x / downsample, y / downsample)
+        rows, columns = np.indices(share.shape)
+        at = tuple(float((share * axis).sum() / share.sum()) + 0.5 for axis in (columns, rows))
+        height, width = picture.pixels.shape[:2]  # of the whole picture, which is what was read
+        expected = (x * small.width / width, y * small.height / height)
         if max(abs(at[0] - expected[0]), abs(at[1] - expected[1])) > 1:
             return f"mark of {colour} at {at}, expected {expected}"
     return ""
