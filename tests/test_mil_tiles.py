@@ -293,11 +293,11 @@ def test_odd_attributes_never_end_in_a_traceback() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run whose results say that it learned from P1, P2 and P5, and its fingerprint."""
-    from hf_glovlm.runs.provenance import Provenance, _hash
+    from hf_glovlm.runs.provenance import Provenance, hash_groups
     from hf_glovlm.tables import spelling
 
     folder = train(tmp_path_factory.mktemp("run"))
-    ids = {_hash(spelling(f"p{k}")): frozenset([None]) for k in (1, 2, 5)}
+    ids = {key: frozenset([None]) for key in hash_groups(map(spelling, ("P1", "P2", "P5")))}
     learned = Provenance({"patient_id": ids}, frozenset(["an image"]), labels=9)
     results = {
         "kind": "adaptation",
