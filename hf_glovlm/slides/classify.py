@@ -55,7 +55,6 @@ from .encoding import (
 )
 from .files.annotations import read_geojson
 from .files.bags import find_damage, read_bag
-from .files.tiles import find_tissue, lay_tiles
 from .files.wsi import Slide, is_elsewhere, is_same_slide, name_flags, open_slide, slide_name
 from .mil import SlideClassifier, load_aggregator
 from .numbering import NUMBERS, Numbers
@@ -71,7 +70,7 @@ from .report import (
     write_tiles,
 )
 
-VERSION = 2  # of what is written for a slide; raise it when an old one may not stand in for a new
+VERSION = 3  # of what is written for a slide; raise it when an old one may not stand in for a new
 
 logger = logging.getLogger("hf_glovlm")
 Event = Callable[[str, dict[str, Any]], None]
@@ -371,6 +370,7 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
         "mpp": config.tile_mpp,
         "overlap": config.overlap,
         "min_tissue": config.min_tissue,
+        "drop_pen": config.drop_pen,
         "batch_size": config.batch_size,
         "slide_mpp": config.mpp,
         "scene": config.scene,
@@ -458,16 +458,10 @@ def _classify_encoded(
         limits = (-most, most)
     place: tuple[Any, int] = (tiles.coords, tiles.extent)
     called = [names[k] for k in tiles.probabilities.argmax(axis=1)] if names else None
-    # The tissue fraction is not in the bag; it follows from the slide and its settings.
-    grid = lay_tiles(
-        slide,
-        find_tissue(slide),
-        tile_size=tiles.size,
-        mpp=tiles.mpp,
-        overlap=config.overlap,
-        min_tissue=config.min_tissue,
-    )
-    write_tiles(work / "tiles.parquet", *place, grid.tissue_fraction, columns, called)
+    tissue, fraction = encoded.tissue, encoded.tissue_fraction
+    assert tissue is not None  # of a slide that was just encoded
+    assert fraction is not None
+    write_tiles(work / "tiles.parquet", *place, fraction, columns, called)
     draw_heatmap(
         work / "heatmap.png",
         slide.thumbnail(HEATMAP_SIDE),
@@ -478,6 +472,7 @@ def _classify_encoded(
         value_name=meaning,
         limits=limits,
         mpp=slide.mpp,
+        pen=tissue.pen if tissue.strokes else None,
     )
     squares = write_tile_geojson(
         work / "tiles.geojson",
@@ -502,6 +497,7 @@ def _classify_encoded(
         "mpp": slide.mpp,
         "mpp_source": slide.mpp_source,
         "size": list(slide.size),
+        "tissue": tissue.summary(),
         "heatmap_class": target,
         "squares": squares,
         "counts": counts,

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from numpy.typing import NDArray
 
 from ..backbones import load_backbone
 from ..environment import end_with_parent
@@ -31,7 +32,8 @@ from ..inference import encoder_key, exact_inference, load_classifier, resolve_d
 from ..inference.prediction import class_names, move_inputs, to_array
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 from .files.bags import BagWriter
-from .files.tiles import TileGrid, find_tissue, lay_tiles
+from .files.tiles import TileGrid, lay_tiles
+from .files.tissue import TissueMask, find_tissue
 from .files.wsi import Slide, open_slide, slide_name
 
 Progress = Callable[[int, int], object]  # tiles done, tiles in all
@@ -52,6 +54,9 @@ class Encoded:
         flags: What a person should know about the slide and its scale.
         source: Identity of the slide, as `describe_slide` gives it.
         notes: What lay there before and could not be used, and why.
+        tissue: The slide's mask. It is as large as an overview, so what `encode_slides` returns
+            lacks it; `on_done` gets it.
+        tissue_fraction: Float32 `[tiles]`: the part of each that is tissue.
     """
 
     path: Path
@@ -64,6 +69,8 @@ class Encoded:
     flags: list[str] = field(default_factory=list)
     source: Any = None
     notes: list[str] = field(default_factory=list)
+    tissue: TissueMask | None = None
+    tissue_fraction: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ def encode_slide(
     mpp: float | None = None,
     overlap: float = 0.0,
     min_tissue: float = 0.25,
+    drop_pen: bool = True,
     batch_size: int = 32,
     slide_mpp: float | None = None,
     scene: str | None = None,
@@ -111,6 +119,7 @@ def encode_slide(
             scale that it was adapted at, where that and the slide's are known; else level 0.
         overlap: The part of its side that a tile shares with the next, 0 to 0.9.
         min_tissue: Least part of a tile that is tissue.
+        drop_pen: Whether strokes of a pen are left out of the tissue.
         batch_size: Tiles at a time.
         slide_mpp: Micrometres per pixel of level 0, where the file's own is missing or wrong.
         scene: Which picture of a file that holds several: its number, from 1, or its name; by
@@ -138,9 +147,10 @@ def encode_slide(
     with open_slide(Path(slide_path), mpp=slide_mpp, scene=scene, allow_scale=allow_scale) as slide:
         side = tile_size or input_side(processor.image_processor)
         tile_mpp = _choose_tile_mpp(model, processor, slide, side, mpp)
+        tissue = find_tissue(slide, drop_pen=drop_pen)
         grid = lay_tiles(
             slide,
-            find_tissue(slide),
+            tissue,
             tile_size=side,
             mpp=tile_mpp,
             overlap=overlap,
@@ -151,7 +161,8 @@ def encode_slide(
             output_path,
             dim=int(model.config.image_feature_dim),
             n_scores=len(classes),
-            attributes=_describe(model, processor, slide, grid, classes, min_tissue, seen)
+            attributes={"min_tissue": min_tissue, "drop_pen": drop_pen}
+            | _describe(model, processor, slide, grid, classes, seen)
             | ({"name": name, "slide_file": name + slide.path.suffix} if name else {}),
             slide=slide.path,
             dated=name is None,
@@ -177,9 +188,11 @@ def encode_slide(
             mpp=grid.mpp,
             input_mpp=seen,
             classes=classes,
-            flags=[*slide.flags, *notes],
+            flags=[*slide.flags, *notes, *tissue.flags],
             source=writer.source,
             notes=writer.notes,
+            tissue=tissue,
+            tissue_fraction=grid.tissue_fraction,
         )
 
 
@@ -235,9 +248,10 @@ def encode_slides(
     outcomes: dict[Path, Outcome] = {}
 
     def record(outcome: Outcome) -> None:
-        outcomes[outcome.slide] = outcome
         if on_done is not None:
             on_done(outcome)
+        encoded = outcome.encoded and replace(outcome.encoded, tissue=None)
+        outcomes[outcome.slide] = replace(outcome, encoded=encoded)
 
     workers = min(workers, len(paths))
     if workers > 1:
@@ -330,7 +344,6 @@ def _describe(
     slide: Slide,
     grid: TileGrid,
     classes: list[str],
-    min_tissue: float,
     seen: float | None,
 ) -> dict[str, Any]:
     """Attributes of a bag: all that determines its rows; CLAM and TRIDENT read the first names."""
@@ -350,7 +363,6 @@ def _describe(
         "tile_size": grid.size_px,
         "tile_mpp": grid.mpp,
         "input_mpp": describe_scale(seen),
-        "min_tissue": min_tissue,
         "slide_mpp": slide.mpp,
         "slide_mpp_source": slide.mpp_source,
         "slide_file": slide.path.name,

@@ -27,6 +27,7 @@ HEATMAP_SIDE = 1200  # pixels of the longer side of the overview under a heat ma
 RESULT_FILES = ("summary.parquet", "summary.csv", "README.md", "results.json")
 LEAST_ACCESSION = 6  # digits of a number that may be an accession number or a patient's
 MAX_SQUARES = 20_000  # tiles in a GeoJSON file; more than that makes QuPath slow
+_PEN_COLOUR = "#d55e00"  # vermilion of Okabe and Ito, which viridis lacks
 _NICE = (1, 2, 5)  # a scale bar's length is one of these times a power of ten
 
 Floats = NDArray[np.float64]
@@ -122,6 +123,7 @@ def draw_heatmap(
     value_name: str,
     limits: tuple[float, float] = (0.0, 1.0),
     mpp: float | None = None,
+    pen: NDArray[np.bool_] | None = None,
     opacity: float = 0.5,
 ) -> None:
     """Write a heat map of the tiles' values over an overview of the slide, as PNG.
@@ -139,6 +141,7 @@ def draw_heatmap(
         value_name: Beside the colour bar.
         limits: Values of the bar's ends.
         mpp: Micrometres per pixel of level 0; draws a scale bar where known.
+        pen: `[rows, columns]` over the whole slide: what was left out as pen, outlined and hatched.
         opacity: Of the colours, 0 to 1.
     """
     # The figure draws itself with Agg: no pyplot, so nothing is kept between slides.
@@ -165,6 +168,8 @@ def draw_heatmap(
     bar = figure.colorbar(image, cax=place(width + 0.4, 0.4 + 0.1 * height, 0.2, 0.8 * height))
     shown = figure_text(f"{value_name}; colours at {opacity:.0%} opacity")
     bar.set_label(shown, parse_math=False)
+    if pen is not None and pen.any():
+        _draw_pen(axes, pen, overview.size)
     if mpp is not None:
         _draw_scale_bar(axes, overview.size, mpp * size[0] / overview.width)
     figure.text(0.5, 0.15 / whole[1], RESEARCH_USE, ha="center", fontsize=9)
@@ -191,6 +196,23 @@ def _spread_values(
         count[y0:y1, x0:x1] += 1
     field: Floats = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     return field
+
+
+def _draw_pen(axes: Any, pen: NDArray[np.bool_], shape: tuple[int, int]) -> None:
+    """Outline and hatch what was left out of the tissue as pen, with its legend."""
+    from matplotlib.patches import Patch
+
+    width, height = shape
+    # Glass beyond the edge, so that a stroke which runs over it is closed there.
+    reduced = np.asarray(Image.fromarray(pen).resize(shape, Image.Resampling.NEAREST))
+    field = np.pad(reduced, 1).astype(np.float32)
+    x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
+    axes.contourf(x, y, field, levels=[0.5, 1.5], colors="none", hatches=["xxx"])
+    axes.contour(x, y, field, levels=[0.5], colors=_PEN_COLOUR, linewidths=1.2)
+    key = Patch(facecolor="white", edgecolor=_PEN_COLOUR, hatch="xxx", label="pen, left out")
+    axes.legend(handles=[key], loc="upper right", fontsize=9)
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)
 
 
 def bar_length(width: float) -> float:

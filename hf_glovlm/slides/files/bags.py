@@ -29,7 +29,7 @@ from .tiles import MAX_TILES
 from .wsi import describe_slide, is_elsewhere, is_same_slide
 
 # Of what lies in a bag: raise it when rows of an old one may not stand in for those of a new one.
-BAG_VERSION = 1
+BAG_VERSION = 2
 COPY_ROWS = 4096  # rows at a time between the unfinished and the finished file
 SUFFIXES = (".h5", ".hdf5")
 MAX_RATIO = 50  # of a dataset over its file: no compression saves more on features

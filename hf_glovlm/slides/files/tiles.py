@@ -1,7 +1,6 @@
-"""Tissue mask and tile grid of a slide.
+"""Tile grid of a slide.
 
-The mask comes from an overview of bounded size, the grid from arithmetic: nothing here grows with
-the slide but the list of coordinates.
+The grid comes from arithmetic: nothing here grows with the slide but the list of coordinates.
 """
 
 import math
@@ -10,36 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from ...errors import GloVLMError
+from .tissue import TissueMask
 from .wsi import Slide
 
 MAX_OVERLAP = 0.9
 MAX_TILES = 20_000_000
-# Whatever Otsu's threshold, thinner than the first is glass and denser than the second is tissue:
-# one dark fold moves his threshold. In optical density, as `find_tissue` measures it.
-DENSITY_RANGE = (0.06, 0.25)
-
-
-@dataclass(frozen=True)
-class TissueMask:
-    """Tissue mask on the overview of a slide.
-
-    Attributes:
-        array: Boolean `[rows, columns]`.
-        downsample: Pixels of level 0 per pixel of the mask, `(x, y)`.
-        threshold: The density above which a pixel counts as tissue.
-    """
-
-    array: NDArray[np.bool_]
-    downsample: tuple[float, float]
-    threshold: float
-
-    @property
-    def fraction(self) -> float:
-        """Tissue fraction of the slide."""
-        return float(self.array.mean())
 
 
 @dataclass(frozen=True)
@@ -68,40 +44,6 @@ class TileGrid:
 
     def __len__(self) -> int:
         return len(self.coords)
-
-
-def find_tissue(
-    slide: Slide, *, max_side: int = 2048, min_speck: int = 64, max_hole: int = 256
-) -> TissueMask:
-    """Segment tissue from glass and pen on an overview of the slide.
-
-    How much the most absorbed channel is darker than the glass, in optical density, plus its lead
-    over the least absorbed one (colour separates pale eosin from shadow), is split by Otsu's
-    threshold (Otsu 1979) within `DENSITY_RANGE`. Ink is no tissue: near black, or saturated blue or
-    green with hardly any red. An empty slide gives an empty mask. Shadows of a cover slip and folds
-    count as tissue.
-
-    Args:
-        slide: The open slide.
-        max_side: Of the overview, in pixels.
-        min_speck: Connected tissue of fewer pixels of the overview is dropped.
-        max_hole: Enclosed glass of at most as many is filled.
-    """
-    # Of a small slide a quarter of the size is enough: single nuclei are neither ink nor specks.
-    side = min(max_side, max(512, max(slide.size) // 4))
-    overview = np.asarray(slide.thumbnail(side), np.float32)
-    smooth = ndimage.gaussian_filter(overview, (1, 1, 0))
-    glass = _glass_colour(smooth)
-    absorbed = -np.log10(np.maximum(smooth, 1) / glass)
-    density = 2 * absorbed.max(-1) - absorbed.min(-1)
-    ink = ndimage.binary_dilation(_without_small(_is_ink(smooth), min_speck), iterations=3)
-    usable = density[~ink]
-    threshold = float(np.clip(_otsu(usable), *DENSITY_RANGE))
-    tissue = (density > threshold) & ~ink
-    tissue = _without_small(tissue, min_speck)
-    tissue = ~_without_small(~tissue, max_hole + 1, edge_counts=True) & ~ink
-    height, width = tissue.shape
-    return TissueMask(tissue, (slide.size[0] / width, slide.size[1] / height), threshold)
 
 
 def lay_tiles(
@@ -202,48 +144,3 @@ def _interpolate(table: NDArray[Any], at: NDArray[Any], end: int) -> NDArray[Any
     part = (at - low)[..., None]
     rows: NDArray[Any] = table[low] * (1 - part) + table[low + 1] * part
     return rows
-
-
-def _glass_colour(image: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The colour of empty glass `[3]`: the median of what is bright and grey, else white."""
-    bright = (image.min(-1) >= 200) & (np.ptp(image, axis=-1) <= 25)
-    if bright.mean() < 0.01:
-        return np.full(3, 255, np.float32)
-    colour: NDArray[np.float32] = np.median(image[bright], axis=0)
-    return colour
-
-
-def _is_ink(image: NDArray[np.float32]) -> NDArray[np.bool_]:
-    red, green, blue = np.moveaxis(image, -1, 0)
-    black = (image.max(-1) < 75) & (np.ptp(image, axis=-1) < 35)
-    blue_ink = (red < 90) & (blue > red + 80) & (blue > green + 20)
-    green_ink = (red < 110) & (green > red + 40) & (green > blue + 10)
-    ink: NDArray[np.bool_] = black | blue_ink | green_ink
-    return ink
-
-
-def _otsu(values: NDArray[np.float32]) -> float:
-    """Otsu's threshold, which separates two groups best; 0 where there is one value."""
-    if values.size == 0 or values.max() <= values.min():
-        return 0.0
-    counts, edges = np.histogram(values, 256)
-    centres = (edges[1:] + edges[:-1]) / 2
-    below = counts.cumsum()
-    above = below[-1] - below
-    sums = (counts * centres).cumsum()
-    apart = sums / np.maximum(below, 1) - (sums[-1] - sums) / np.maximum(above, 1)
-    return float(edges[1 + int(np.argmax(below * above * apart**2))])
-
-
-def _without_small(
-    mask: NDArray[np.bool_], least: int, *, edge_counts: bool = False
-) -> NDArray[np.bool_]:
-    """Remove small connected components; with `edge_counts` those at the edge stay."""
-    labels, n = ndimage.label(mask)
-    large = np.bincount(labels.ravel(), minlength=n + 1) >= least
-    if edge_counts:  # glass that goes on beyond the edge is no hole
-        edge = (labels[0], labels[-1], labels[:, 0], labels[:, -1])
-        large[np.unique(np.concatenate(edge))] = True
-    large[0] = False
-    kept: NDArray[np.bool_] = large[labels]
-    return kept

@@ -7,6 +7,7 @@ overview of bounded size.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +17,20 @@ from .wsi import Slide
 
 # Densities are optical densities, base 10, relative to glass; levels are grey levels, 0 to 255.
 MARGIN = 0.05  # least density of tissue: glass under dust and uneven light stays below
-NOISE = 5.0  # standard deviations of glass that tissue is above
-MAX_THRESHOLD = 0.15  # whatever the noise: pale eosin lies above
+NOISE = 4.0  # standard deviations of glass that tissue is above
+MAX_THRESHOLD = 0.1  # whatever the noise: pale eosin lies above
 MIN_SPECK = 64  # pixels of the overview; less of connected tissue is dust
 GAP_MICRONS = 100.0  # glass nowhere wider, as lumina and urinary space are, belongs to tissue
 GAP_PIXELS = 200.0  # the same in pixels of level 0, where the scale is unknown
-GAP_SHARE = 0.05  # and at most this part of the slide's longer side
+GAP_SHARE = 0.15  # and at most this part of the slide's longer side
 NEUTRAL = 0.15  # glass: the channels differ by at most this part of the brightest
-BRIGHT = 0.75  # glass: at least this part of the brightest neutral
+BRIGHT = 0.9  # glass: at least this part of the brightest neutral
 INK_DENSITY = 0.5  # of the most absorbed channel under a pen
 INK_TEXTURE = 3.0  # levels, standard deviation over 5 x 5 pixels; nuclei and fibres make more
 INK_ON_GLASS = 0.5  # least part of a stroke's outline that borders glass
 STROKE_LENGTH = 5.0  # lengths over width of a stroke
 MAX_BLOT = 0.01  # part of the slide that a filled blot covers at most
-_EDGE = 4  # pixels of the overview over which a stroke's edge fades
+_EDGE = 6  # pixels of the overview from where a stroke is flat to where it has faded
 _PADDING = 8  # levels; a scanner fills what it has not scanned with black
 
 
@@ -61,17 +62,32 @@ class TissueMask:
     @property
     def notes(self) -> list[str]:
         """How the mask came about, in sentences: its share, the threshold, and the pen left out."""
-        notes = [
+        share = (
             f"{self.fraction:.1%} of the slide is tissue: denser than glass by more than "
             f"{self.threshold:.3f} (noise of the glass {self.noise:.3f})"
+        )
+        return [share, *self.flags]
+
+    @property
+    def flags(self) -> list[str]:
+        """What a person should look at: the pen that was left out."""
+        if not self.strokes:
+            return []
+        strokes = "stroke" if self.strokes == 1 else "strokes"
+        return [
+            f"{self.strokes} {strokes} of pen ({self.pen.mean():.1%} of the slide) left out of "
+            "the tissue; --no-drop-pen keeps them"
         ]
-        if self.strokes:
-            strokes = "stroke" if self.strokes == 1 else "strokes"
-            notes.append(
-                f"{self.strokes} {strokes} of pen ({self.pen.mean():.1%} of the slide) left out of "
-                "the tissue; --no-drop-pen keeps them"
-            )
-        return notes
+
+    def summary(self) -> dict[str, Any]:
+        """The mask in numbers, for a slide's results."""
+        return {
+            "fraction": round(self.fraction, 6),
+            "threshold": round(self.threshold, 6),
+            "glass_noise": round(self.noise, 6),
+            "pen_fraction": round(float(self.pen.mean()), 6),
+            "pen_strokes": self.strokes,
+        }
 
 
 def find_tissue(slide: Slide, *, drop_pen: bool = True, max_side: int = 2048) -> TissueMask:
@@ -152,11 +168,11 @@ def _find_pen(
         texture: Local deviation, in levels.
     """
     pen = np.zeros_like(dense)
-    labels, n = ndimage.label(_without_small(dense & (texture <= INK_TEXTURE), MIN_SPECK))
+    labels, _ = ndimage.label(_without_small(dense & (texture <= INK_TEXTURE), MIN_SPECK))
     strokes = 0
     for k, (down, across) in enumerate(ndimage.find_objects(labels), start=1):
         # With a rim: the edge of the stroke, and what lies beyond.
-        reach = 3 * _EDGE
+        reach = 2 * _EDGE
         part = tuple(
             slice(max(0, s.start - reach), min(side, s.stop + reach))
             for s, side in zip((down, across), labels.shape, strict=True)
@@ -165,10 +181,10 @@ def _find_pen(
         distance = np.pad(core, 1)
         depth = ndimage.distance_transform_cdt(distance, "chessboard")[1:-1, 1:-1]
         grown = ndimage.binary_dilation(core, iterations=_EDGE)
-        rim = ndimage.binary_dilation(grown, iterations=_EDGE) & ~grown
+        rim = ndimage.binary_dilation(grown, iterations=3) & ~grown
         on_glass = rim.any() and float((~dense_or_pale[part][rim]).mean()) >= INK_ON_GLASS
         if on_glass and _is_stroke(core, int(depth.max()), dense.size):
-            pen[part] |= ndimage.binary_dilation(core, iterations=_EDGE + 2) & dense_or_pale[part]
+            pen[part] |= grown & dense_or_pale[part]
             strokes += 1
     return pen, strokes
 
@@ -195,9 +211,11 @@ def _local_deviation(image: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def _close(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
     """Morphological closing by a square: gaps in which it does not fit are filled."""
-    grown = ndimage.maximum_filter(mask.view(np.uint8), width, mode="nearest")
-    origin = 0 if width % 2 else -1  # the square of an even side lies the other way on its way back
-    closed = ndimage.minimum_filter(grown, width, mode="nearest", origin=origin)
+    # What lies at the edge goes on beyond it, so glass along the edge is no gap.
+    padded = np.pad(mask.view(np.uint8), width, mode="edge")
+    grown = ndimage.maximum_filter(padded, width)
+    origin = 0 if width % 2 else -1  # a square of even side lies the other way on its way back
+    closed = ndimage.minimum_filter(grown, width, origin=origin)[width:-width, width:-width]
     return closed.view(np.bool_) | mask
 
 
