@@ -537,14 +537,16 @@ def bench(
     backbone: Annotated[
         Text, Option(help="What encodes; else mini, or random weights of a ViT-B/16.")
     ] = None,
-    data: Annotated[Text, Option(help="For counting: labelled glomeruli with slide_id.")] = None,
+    data: Annotated[
+        Text, Option(help="For counting: labelled glomeruli; for tissue: pictures with outlines.")
+    ] = None,
     cohorts: Annotated[int, Option(help="For intervals: cohorts per truth.", min=2)] = 2000,
     as_json: JsonFlag = False,
 ) -> None:
-    """Time the package here. `slide`: memory; `counting`: percentages; `intervals`: coverage."""
+    """Time the package. `slide`: memory; `counting`, `intervals`, `tissue`: how right they are."""
     quiet_libraries()
     chosen = names or []
-    alone = {"counting", "intervals", "slide"} & set(chosen)
+    alone = {"counting", "intervals", "slide", "tissue"} & set(chosen)
     if len(chosen) > 1 and alone:
         raise GloVLMError(f"`bench {min(alone)}` runs alone: name just one.")
     if chosen == ["intervals"]:
@@ -566,6 +568,12 @@ def bench(
         if data is None or backbone is None:
             raise GloVLMError("`bench counting` needs --data and --backbone.")
         rows = bench_counting(data, backbone, progress=sys.stderr.isatty())
+    elif chosen == ["tissue"]:
+        from ..lab.tissue_bench import bench_tissue
+
+        if data is None:
+            raise GloVLMError("`bench tissue` needs --data: a folder of pictures with outlines.")
+        rows = bench_tissue([data])
     elif chosen == ["slide"]:
         from ..lab.slide_bench import bench_slide
 

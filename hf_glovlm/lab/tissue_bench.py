@@ -79,16 +79,17 @@ def bench_tissue(folders: Sequence[str | Path], *, seed: int = 0) -> list[Row]:
     """
     pictures = [picture for folder in folders for picture in read_pictures(Path(folder))]
     shares = measure_tissue(pictures, find_tissue, seed=seed)
-    n = f"{len(pictures)} pictures"
+    n = len(pictures)
     rows = []
-    for name in ("alone", "pasted"):
-        what = f"outlined area in tissue, mean of {n}; ratio: the worst picture"
+    for name, whose, worst in (
+        ("alone", f"outlined area that is tissue, mean of {n} pictures", min),
+        ("pasted", f"the same on canvases with other pictures and pen, {n} pictures", min),
+        ("canvas", "bare glass taken for tissue, mean over canvases", max),
+        ("pen", "ink of three colours taken for tissue, mean over canvases", max),
+    ):
         values = shares[name]
-        rows.append(as_row(f"tissue.{name}", float(np.mean(values)), "share", min(values), what))
-    for name, what in (("canvas", "bare glass"), ("pen", "ink of three colours")):
-        value = float(np.mean(shares[name]))
-        text = f"{what} taken for tissue, mean of {len(shares[name])} canvases; ratio: the worst"
-        rows.append(as_row(f"tissue.{name}", value, "share", max(shares[name]), text))
+        mean, most = float(np.mean(values)), worst(values)
+        rows.append(as_row(f"tissue.{name}", mean, "share", most, f"{whose}; ratio: the worst"))
     return rows
 
 
@@ -187,7 +188,7 @@ def draw_glass(width: int, height: int, rng: np.random.Generator) -> NDArray[np.
     across, down = (np.linspace(-0.5, 0.5, n, dtype=np.float32) for n in (width, height))
     light = 1 + 0.01 * rng.choice([-1, 1]) * (down[:, None] + across)
     light += _blotches(rng, 64, 0.006, (height, width))
-    return light.astype(np.float32)[..., None] * np.float32(GLASS)
+    return light.astype(np.float32)[..., None] * np.array(GLASS, np.float32)
 
 
 def draw_stroke(
@@ -264,9 +265,11 @@ def spread_mask(found: Any, shape: tuple[int, ...]) -> Mask:
 class _ArrayReader:
     """A reader of an array: one level, no scale."""
 
-    name, magnification, mpp = "array", None, None
+    name = "array"
 
     def __init__(self, pixels: Pixels) -> None:
+        self.mpp: tuple[float, float] | None = None
+        self.magnification: float | None = None
         self.pixels = pixels
         self.levels = [(pixels.shape[1], pixels.shape[0])]
         self.downsamples = [1.0]

@@ -300,7 +300,7 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
         made_from={
             "version": VERSION,
             "model": encoder_fingerprint(model, processor),
-            "classes": names if classified else [],
+            "class_names": names if classified else [],  # `classes` is the setting of outlines
             "model_mpp": model.config.mpp,
             "confusion": digest_value(confusion.tolist()),
             "aggregator": aggregator and aggregator.digest(),
