@@ -235,6 +235,18 @@ def test_a_dot_beside_tissue_is_pen_and_the_tissue_stays(ink: str) -> None:
     assert share(slide, tissue & ~ndimage.binary_dilation(dot, iterations=12)) > 0.99
 
 
+def test_a_circle_of_pen_takes_nothing_of_the_tissue_inside() -> None:
+    image = draw()
+    tissue = core(image, (250, 240, 400, 110), STAINS["dense silver"], texture=10)
+    down, across = np.mgrid[:600, :900]
+    ring = np.abs(np.hypot((down - 295) / 0.7, across - 450) - 330) < 14
+    cover = ndimage.gaussian_filter(ring.astype(np.float32), 1.5)[..., None]
+    image[:] = image * (1 - cover) + np.array(INKS["blue"]) * cover
+    slide = scanned(image)
+    assert share(slide, ring) < 0.1
+    assert share(slide, tissue) > 0.97
+
+
 def test_a_fold_and_a_strand_of_collagen_are_no_pen() -> None:
     image = draw()
     tissue = core(image, (80, 60, 740, 150), STAINS["H&E"])

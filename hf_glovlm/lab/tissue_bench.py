@@ -103,17 +103,17 @@ def measure_tissue(
     """
     shares: dict[str, list[float]] = {"alone": [], "canvas": [], "pen": []}
     for picture in pictures:
-        found = spread_mask(find(slide_of(picture.pixels)), picture.outlined.shape)
-        shares["alone"].append(float(found[picture.outlined].mean()))
+        tissue = spread_mask(find(slide_of(picture.pixels)), picture.outlined.shape)
+        shares["alone"].append(float(tissue[picture.outlined].mean()))
     pasted: dict[int, float] = {}
     for chosen, canvas in draw_canvases(pictures, seed=seed):
-        found = spread_mask(find(slide_of(canvas.pixels)), canvas.bare.shape)
+        tissue = spread_mask(find(slide_of(canvas.pixels)), canvas.bare.shape)
         for k, (x, y) in zip(chosen, canvas.boxes, strict=True):
             height, width = pictures[k].outlined.shape
-            part = found[y : y + height, x : x + width]
+            part = tissue[y : y + height, x : x + width]
             pasted[k] = float(part[pictures[k].outlined].mean())
-        shares["canvas"].append(float(found[canvas.bare].mean()))
-        shares["pen"].append(float(found[canvas.pen].mean()))
+        shares["canvas"].append(float(tissue[canvas.bare].mean()))
+        shares["pen"].append(float(tissue[canvas.pen].mean()))
     return shares | {"pasted": [pasted[k] for k in range(len(pictures))]}
 
 
@@ -252,13 +252,13 @@ def slide_of(pixels: Pixels) -> Slide:
     return Slide(Path("drawn.tif"), _ArrayReader(pixels))
 
 
-def spread_mask(found: Any, shape: tuple[int, ...]) -> Mask:
+def spread_mask(mask: Any, shape: tuple[int, ...]) -> Mask:
     """A tissue mask over the pixels of level 0, `shape`."""
     places = [
         np.minimum(((np.arange(n) + 0.5) / unit).astype(int), side - 1)
-        for n, unit, side in zip(shape, found.downsample[::-1], found.array.shape, strict=True)
+        for n, unit, side in zip(shape, mask.downsample[::-1], mask.array.shape, strict=True)
     ]
-    spread: Mask = found.array[np.ix_(*places)]
+    spread: Mask = mask.array[np.ix_(*places)]
     return spread
 
 

@@ -6,6 +6,7 @@ tissue, whatever its stain; pen is known by flatness, shape and place. The mask 
 overview of bounded size.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,8 @@ INK_DENSITY = 0.5  # of the most absorbed channel under a pen
 INK_TEXTURE = 3.0  # levels, standard deviation over 5 x 5 pixels; nuclei and fibres make more
 INK_ON_GLASS = 0.5  # least part of a stroke's outline that borders glass
 STROKE_LENGTH = 5.0  # lengths over width of a stroke
-MAX_BLOT = 0.01  # part of the slide that a filled blot covers at most
+INK_EVENNESS = 0.25  # mean over greatest distance to the edge: half in a stroke, a third in a dot
+MIN_BLOT, MAX_BLOT = 0.001, 0.01  # part of the slide: less is no pen; more, if short, no blot
 _EDGE = 6  # pixels of the overview from where a stroke is flat to where it has faded
 _PADDING = 8  # levels; a scanner fills what it has not scanned with black
 
@@ -167,37 +169,25 @@ def _find_pen(
         dense: As dense as ink.
         texture: Local deviation, in levels.
     """
-    pen = np.zeros_like(dense)
-    labels, _ = ndimage.label(_without_small(dense & (texture <= INK_TEXTURE), MIN_SPECK))
-    strokes = 0
-    for k, (down, across) in enumerate(ndimage.find_objects(labels), start=1):
-        # With a rim: the edge of the stroke, and what lies beyond.
-        reach = 2 * _EDGE
-        part = tuple(
-            slice(max(0, s.start - reach), min(side, s.stop + reach))
-            for s, side in zip((down, across), labels.shape, strict=True)
-        )
-        core = ndimage.binary_fill_holes(labels[part] == k)
-        distance = np.pad(core, 1)
-        depth = ndimage.distance_transform_cdt(distance, "chessboard")[1:-1, 1:-1]
-        grown = ndimage.binary_dilation(core, iterations=_EDGE)
-        rim = ndimage.binary_dilation(grown, iterations=3) & ~grown
-        on_glass = rim.any() and float((~dense_or_pale[part][rim]).mean()) >= INK_ON_GLASS
-        if on_glass and _is_stroke(core, int(depth.max()), dense.size):
-            pen[part] |= grown & dense_or_pale[part]
-            strokes += 1
-    return pen, strokes
-
-
-def _is_stroke(core: NDArray[np.bool_], radius: int, size: int) -> bool:
-    """Whether a shape is long and of even width, or a small blot that is filled."""
-    half = max(1, radius // 2)
-    even = ndimage.binary_opening(core, np.ones((2 * half - 1,) * 2))
-    if even.sum() < 0.7 * core.sum():
-        return False
-    width = 2 * radius
-    is_long = core.sum() >= STROKE_LENGTH * width**2
-    return bool(is_long or core.sum() <= MAX_BLOT * size)
+    least = math.ceil(MIN_BLOT * dense.size)
+    labels, n = ndimage.label(_without_small(dense & (texture <= INK_TEXTURE), least))
+    if not n:
+        return np.zeros_like(dense), 0
+    area = np.bincount(labels.ravel())
+    depth = ndimage.distance_transform_cdt(labels > 0, "chessboard")
+    radius = ndimage.maximum(depth, labels, np.arange(n + 1))
+    mean = np.bincount(labels.ravel(), depth.ravel()) / area
+    # Each grown to where its edge has faded, and a rim beyond.
+    grown = ndimage.maximum_filter(labels, 2 * _EDGE + 1)
+    rim = np.where(grown == 0, ndimage.maximum_filter(labels, 2 * _EDGE + 7), 0).ravel()
+    length = np.maximum(np.bincount(rim, minlength=n + 1), 1)
+    on_glass = np.bincount(rim, ~dense_or_pale.ravel(), minlength=n + 1) / length
+    share = area / dense.size
+    is_pen = (on_glass >= INK_ON_GLASS) & (mean >= INK_EVENNESS * radius)
+    is_pen &= (area >= STROKE_LENGTH * (2 * radius) ** 2) | (share <= MAX_BLOT)
+    is_pen[0] = False
+    pen: NDArray[np.bool_] = is_pen[grown] & dense_or_pale
+    return pen, int(is_pen.sum())
 
 
 def _local_deviation(image: NDArray[np.uint8]) -> NDArray[np.float32]:
