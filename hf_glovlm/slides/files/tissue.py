@@ -117,7 +117,7 @@ def find_tissue(slide: Slide, *, drop_pen: bool = True, max_side: int = 2048) ->
     overview = np.asarray(slide.thumbnail(side))
     rows, columns = overview.shape[:2]
     downsample = (slide.size[0] / columns, slide.size[1] / rows)
-    smooth = ndimage.gaussian_filter(overview, (1, 1, 0), output=np.float32)
+    smooth = ndimage.gaussian_filter(overview, (0.7, 0.7, 0), output=np.float32)
     texture = _local_deviation(overview)
     padding = _touching_edge(overview.max(-1) <= _PADDING)
     glass, colour = _find_glass(smooth, texture, ~padding)
