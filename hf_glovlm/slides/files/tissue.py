@@ -121,9 +121,11 @@ def find_tissue(slide: Slide, *, drop_pen: bool = True, max_side: int = 2048) ->
     texture = _local_deviation(overview)
     padding = _touching_edge(overview.max(-1) <= _PADDING)
     glass, colour = _find_glass(smooth, texture, ~padding)
-    absorbed = -np.log10(np.maximum(smooth, 1) / colour)
-    darkest = absorbed.max(-1)
-    density = 2 * darkest - absorbed.min(-1)
+    light = np.maximum(smooth, 1, out=smooth)
+    light /= colour
+    darkest, lightest = -np.log10(light.min(-1)), -np.log10(light.max(-1))
+    density = 2 * darkest - lightest
+    del smooth, light, lightest
     noise = 1.4826 * float(np.median(np.abs(density[glass]))) if glass.any() else 0.0
     threshold = float(np.clip(NOISE * noise, MARGIN, MAX_THRESHOLD))
     tissue = _without_small((density > threshold) & ~padding, MIN_SPECK)
