@@ -21,7 +21,7 @@ __all__ = ["slide_of", "write_slide"]
 class _Pixels:
     """A reader of an array: one level, no scale."""
 
-    name, magnification, mpp = "array", None, None
+    name, magnification, mpp, bounds = "array", None, None, None
 
     def __init__(self, pixels: np.ndarray) -> None:
         self.pixels = pixels

@@ -270,6 +270,7 @@ class _ArrayReader:
     def __init__(self, pixels: Pixels) -> None:
         self.mpp: tuple[float, float] | None = None
         self.magnification: float | None = None
+        self.bounds: tuple[int, int] | None = None
         self.pixels = pixels
         self.levels = [(pixels.shape[1], pixels.shape[0])]
         self.downsamples = [1.0]
