@@ -1,30 +1,51 @@
-"""GeoJSON annotations: outlined objects in pixels of level 0, as QuPath writes and reads them.
+"""Annotations: outlined objects of a slide, as QuPath writes and reads them in GeoJSON.
 
-An object that was read keeps its id, its geometry and all else in its file when it is
-written again; only its class, its colour and its measurements change.
+Objects are held in pixels of level 0; a file may count from elsewhere (see `coordinates`). An
+object that was read keeps its id, its geometry and all else in its file when it is written again;
+only its class, its colour and its measurements change.
 """
 
 import json
 import logging
 import math
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
-from ...errors import GloVLMError
-from ...files import read_text, write_text
+from ...data.listing import few
+from ...errors import GloVLMError, nearest
+from ...files import write_text
+from ...tables import spelling
+from .coordinates import LEVEL0, Origin, Source
+from .geojson import (
+    CHILDREN,
+    FARTHEST,
+    Unusable,
+    describe_kind,
+    list_features,
+    move_geometry,
+    parse_file,
+    read_polygons,
+)
+from .shapes import (
+    Bounds,
+    Polygon,
+    filled_area,
+    meeting_pairs,
+    overlap_of,
+    ring_area,
+    share_inside,
+)
 
 logger = logging.getLogger("hf_glovlm")
 
-Ring: TypeAlias = NDArray[np.float64]  # [points, 2]: x, y; the first point stands again at the end
-Polygon: TypeAlias = tuple[Ring, ...]  # the outline, then its holes
 Colour: TypeAlias = tuple[int, int, int]
 
 # Okabe and Ito's colours, which most colour-blind people distinguish too.
@@ -38,9 +59,21 @@ PALETTE: tuple[Colour, ...] = (
     (240, 228, 66),
     (0, 0, 0),
 )
-_WITHOUT_AREA = frozenset({"Point", "MultiPoint", "LineString", "MultiLineString"})
-MOST_BYTES = 2**30  # of a file of outlines: some millions of polygons
-_RASTER = 256  # pixels along the longer side, when the overlap of two outlines is measured
+SAME = 0.5  # intersection over union above which two outlines are one object
+FEWEST_PIXELS = 4  # of an outline's longer side; a click of the mouse is smaller
+# QuPath up to 0.3 wrote the type of an object where the id stands; since 0.4 in `objectType`.
+_TYPES = {
+    "PathAnnotationObject": "annotation",
+    "PathDetectionObject": "detection",
+    "PathCellObject": "cell",
+    "PathTileObject": "tile",
+    "TMACoreObject": "tmaCore",
+    "PathRootObject": "root",
+}
+# A parent is told from what it holds by area. Glomeruli of one slide differ by less than 25 times:
+# 80 to 350 micrometres across.
+_PARENT = 4.0  # times the area of what it holds, where it holds several
+_HUGE = 25.0  # times the area of a typical outline
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,10 +83,11 @@ class SlideObject:
     Attributes:
         id: As the file has it, in text; made from place and geometry where the file has none.
         geometry: The GeoJSON geometry, as it came.
-        polygons: The same in numbers, rings closed.
+        polygons: The same in pixels of level 0, rings closed.
         label: Its class, or `None`.
-        properties: The feature's properties, as they came.
+        properties: The feature's properties, as they came, but for the objects in it.
         members: All other members of the feature (`id`, a cell's `nucleusGeometry`), as they came.
+        origin: Where `geometry` counts from.
     """
 
     id: str
@@ -62,72 +96,144 @@ class SlideObject:
     label: str | None = None
     properties: Mapping[str, Any] = field(default_factory=dict)
     members: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = LEVEL0
 
-    @property
-    def bounds(self) -> tuple[float, float, float, float]:
+    @cached_property
+    def bounds(self) -> Bounds:
         """`(x0, y0, x1, y1)` in pixels of level 0."""
         points = np.concatenate([polygon[0] for polygon in self.polygons])
         (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
         return float(x0), float(y0), float(x1), float(y1)
 
-    @property
+    @cached_property
     def area(self) -> float:
-        """Square pixels of level 0, holes taken off."""
-        return sum(
-            ring_area(polygon[0]) - sum(map(ring_area, polygon[1:])) for polygon in self.polygons
-        )
+        """Square pixels of level 0 that the outline fills, holes taken off."""
+        return _total(self.polygons, filled_area)
+
+    @property
+    def crosses_itself(self) -> bool:
+        """Whether the outline crosses itself, like a bow-tie, so that its area is a convention."""
+        return abs(self.area - _total(self.polygons, ring_area)) > 0.01 * self.area
+
+    @property
+    def kind(self) -> str:
+        """QuPath's type of object: annotation, detection, cell, tile, tmaCore or root."""
+        names = {name.casefold(): name for name in _TYPES.values()}
+        for key in ("objectType", "object_type", "type"):
+            value = self.properties.get(key)
+            if isinstance(value, str) and value.casefold() in names:
+                return names[value.casefold()]
+        return "annotation"
 
 
-def ring_area(ring: Ring) -> float:
-    """Area inside a closed ring `[points, 2]`, by the shoelace formula; at least 0."""
-    x, y = (ring - ring[0]).T  # far from the slide's corner the products would lose digits
-    return 0.5 * abs(float(x[:-1] @ y[1:] - x[1:] @ y[:-1]))
+@dataclass(frozen=True)
+class Outlines:
+    """Outlines of a slide to be cut or counted, and what was left out.
+
+    Attributes:
+        objects: In pixels of level 0, in the file's order; one at least.
+        left_out: Ids by reason, in words; `feature 7` where it has none.
+        notes: Sentences for the results: classes, what was left out, where the file counts from.
+        origin: Where the file counts from.
+    """
+
+    objects: list[SlideObject]
+    left_out: dict[str, list[str]]
+    notes: list[str]
+    origin: Origin = LEVEL0
 
 
-def read_geojson(path: Path, *, label_property: str | None = None) -> list[SlideObject]:
-    """Read the outlined objects of a GeoJSON file.
+def read_geojson(
+    path: Path, *, label_property: str | None = None, origin: Origin = LEVEL0
+) -> list[SlideObject]:
+    """Read every outlined object of a GeoJSON file.
 
-    A `FeatureCollection`, a list of features or a single feature, with geometries `Polygon` or
-    `MultiPolygon`. Points and lines have no area: they are left out, and the log says how many.
+    A `FeatureCollection`, a list, a single feature or geometry, or a hierarchy as QuPath writes it,
+    whose `childObjects` are objects of their own; packed by gzip or not; in UTF-8, UTF-16 or
+    UTF-32. What has no area (points, lines, a missing or empty geometry) or cannot be read is left
+    out, and the log says how much.
 
     Args:
         path: The file.
         label_property: The property that holds the class. By default
             `properties.classification.name`, as QuPath writes it, else `properties.label`.
+        origin: Where the file counts from, unless it states that itself, as ours do.
 
     Returns:
         The objects in the file's order; at least one.
 
     Raises:
-        GloVLMError: No such file, no GeoJSON, an id that stands there twice, a geometry that is
-            empty, not finite or without area: names the object.
+        GloVLMError: No such file, no GeoJSON, nothing in it that can be used, or an origin given by
+            a person that is not the one which the file states.
     """
-    features = _features(_parse(path), path)
-    objects: list[SlideObject] = []
-    skipped: Counter[str] = Counter()
-    for number, feature in enumerate(features, start=1):
-        where = f"{path}, feature {number}"
-        if not isinstance(feature, dict) or feature.get("type") != "Feature":
-            raise GloVLMError(f"{where}: expected a GeoJSON feature, found {_kind(feature)}.")
-        geometry = feature.get("geometry")
-        kind = geometry.get("type") if isinstance(geometry, dict) else None
-        if kind in _WITHOUT_AREA:
-            skipped[str(kind)] += 1
-            continue
-        objects.append(_object(feature, where, label_property, number))
-    if skipped:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(skipped.items()))
-        logger.warning("%s: objects without an area are left out (%s).", path, kinds)
-    if not objects:
+    reading = _read(Path(path), label_property, origin)
+    if reading.left_out:
+        logger.warning("%s: %s", path, _left_out_note(reading.left_out, len(reading.objects)))
+    return reading.objects
+
+
+def read_outlines(
+    path: Path,
+    *,
+    label_property: str | None = None,
+    origin: Origin = LEVEL0,
+    classes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+) -> Outlines:
+    """Read the outlines of a file that are to be cut or counted.
+
+    Left out beside what `read_geojson` leaves out, and named in the notes: classes that QuPath
+    reserves (their name ends in `*`: `Region*`, `Ignore*`), detections, cells, tiles and cores of a
+    tissue array where annotations are there too, outlines that hold others (a tissue annotation),
+    what is far larger than the others and has no class or that of such a one, what is locked
+    without a class among outlines that have one, what lies outside the slide or is larger than
+    it, and what is smaller than 4 pixels. Outlines without a class stay.
+
+    Args:
+        path: The file, see `read_geojson`.
+        label_property: See `read_geojson`.
+        origin: See `read_geojson`.
+        classes: Names of classes that are taken, and no other; of a derived class ("Glomerulus:
+            Sclerosed") its own name or that of what it is derived from ("Glomerulus"). Case and the
+            kind of separator do not count.
+        exclude: Names of classes that are left out.
+        size: Width and height of the slide at level 0.
+
+    Raises:
+        GloVLMError: As `read_geojson`, or nothing is left: says why, with counts.
+    """
+    path = Path(path)
+    reading = _read(path, label_property, origin)
+    selection = _Selection(reading)
+    notes = list(reading.notes)
+    if size is not None:
+        selection.drop_outside(size)
+    selection.drop_small()
+    notes += selection.choose_classes(classes, exclude)
+    selection.drop_types()
+    selection.drop_parents()
+    kept, left_out = selection.kept, selection.left_out
+    if not kept:
         raise GloVLMError(
-            f"{path} holds no outlined object; expected features with a Polygon or MultiPolygon."
+            f"{path}: no outline is left. {_left_out_note(left_out, 0)}"
+            + selection.hint(classes, size)
         )
-    twice = [name for name, n in Counter(o.id for o in objects).items() if n > 1]
-    if twice:
-        raise GloVLMError(
-            f"{path}: the id '{twice[0]}' stands there more than once; give each object its own."
+    crossing = sum(item.crosses_itself for item in kept)
+    if crossing:
+        notes.append(
+            f"{crossing} of {len(kept)} outlines cross themselves; what they fill by the even-odd "
+            "rule is taken for their area."
         )
-    return objects
+    counts = Counter(item.label for item in kept)
+    if set(counts) != {None}:
+        named = sorted((name, n) for name, n in counts.items() if name is not None)
+        listed = [f"{n} {name}" for name, n in named]
+        listed += [f"{counts[None]} without a class"] if counts[None] else []
+        notes.append(f"Outlines taken: {', '.join(listed)}.")
+    if left_out:
+        notes.append(_left_out_note(left_out, len(kept)))
+    return Outlines(kept, left_out, notes, reading.origin)
 
 
 def write_geojson(
@@ -137,11 +243,14 @@ def write_geojson(
     labels: Sequence[str | None] | None = None,
     measurements: Sequence[Mapping[str, float]] | None = None,
     colours: Mapping[str, Colour] | None = None,
+    origin: Origin = LEVEL0,
 ) -> None:
     """Write objects as a `FeatureCollection` that QuPath opens, whole or not at all.
 
-    Ids, geometries and all other properties are written as they came. A class that replaces
-    another leaves that one behind in `properties.metadata["given class"]`.
+    Ids, geometries and all other properties are written as they came; geometries are moved only
+    where they count from elsewhere than the file. The collection's member `origin`, which QuPath
+    passes over, states where the file counts from. A class that replaces another leaves that one
+    behind in `properties.metadata["given class"]`.
 
     Args:
         path: The file, ending in `.geojson`.
@@ -150,6 +259,7 @@ def write_geojson(
         measurements: For each object numbers by name, for example `{"p sclerosed": 0.93}`; added to
             those it has.
         colours: Red, green and blue, 0 to 255, by class; by default PALETTE, classes sorted.
+        origin: Where the file counts from.
 
     Raises:
         GloVLMError: Lists of different lengths, or a number that is not finite.
@@ -166,11 +276,14 @@ def write_geojson(
         colours or {}
     )
     features = [
-        _feature(item, label, palette.get(label) if label else None, values)
+        _feature(item, label, palette.get(label) if label else None, values, origin)
         for item, label, values in zip(objects, new_labels, numbers, strict=True)
     ]
-    content = {"type": "FeatureCollection", "features": features}
-    write_text(path, json.dumps(content, ensure_ascii=False))
+    content = {"type": "FeatureCollection", "origin": origin.describe(), "features": features}
+    text = json.dumps(content, ensure_ascii=False)
+    if not text.isascii() and _clean(text) != text:  # what cannot stand in UTF-8 is escaped
+        text = json.dumps(content)
+    write_text(path, text)
 
 
 def polygon_object(
@@ -188,10 +301,16 @@ def polygon_object(
     ring = [[float(x), float(y)] for x, y in np.asarray(points, dtype=np.float64).tolist()]
     if ring and ring[0] != ring[-1]:
         ring.append(ring[0])
-    feature: dict[str, Any] = {"geometry": {"type": "Polygon", "coordinates": [ring]}}
+    feature: dict[str, Any] = {"type": "Feature"}
+    feature["geometry"] = {"type": "Polygon", "coordinates": [ring]}
     if label is not None:
         feature["properties"] = {"classification": {"name": label}}
-    return _object(feature, "An outline", None, 0)
+    try:
+        item = _object(feature, None, 0, LEVEL0)
+    except Unusable as reason:
+        raise GloVLMError(f"Expected an outline with an area, found one {reason}.") from None
+    assert item is not None  # a geometry is there
+    return item
 
 
 def box_object(
@@ -207,108 +326,321 @@ def box_object(
 
 
 def overlap(one: SlideObject, other: SlideObject) -> float:
-    """Intersection over union of two objects' areas, 0 to 1.
+    """Intersection over union of two objects' areas, 0 to 1; see `shapes.overlap_of`."""
+    return overlap_of(one.polygons, one.bounds, other.polygons, other.bounds)
 
-    Measured on a raster of about 256 pixels along the longer side of what both cover: good to a few
-    hundredths, less for slivers.
+
+def find_repeats(objects: Sequence[SlideObject]) -> NDArray[np.int64]:
+    """Duplicate outlines: for each object the place of the first that it repeats, else its own.
+
+    One repeats an earlier one where the intersection is more than half of the union.
+
+    Raises:
+        GloVLMError: Too many lie on one another to compare them (see `shapes.meeting_pairs`).
     """
-    a, b = one.bounds, other.bounds
-    if min(a[2], b[2]) <= max(a[0], b[0]) or min(a[3], b[3]) <= max(a[1], b[1]):
-        return 0.0
-    x0, y0, x1, y1 = min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
-    scale = _RASTER / max(x1 - x0, y1 - y0)
-    size = math.ceil((x1 - x0) * scale) + 1, math.ceil((y1 - y0) * scale) + 1
-    masks = [_raster(item, x0, y0, scale, size) for item in (one, other)]
-    union = np.count_nonzero(masks[0] | masks[1])
-    return np.count_nonzero(masks[0] & masks[1]) / union if union else 0.0
+    first = np.arange(len(objects))
+    if len(objects) < 2:
+        return first
+    places: dict[tuple[bytes, ...], int] = {}
+    for i, item in enumerate(objects):  # the very same outline, at once
+        first[i] = places.setdefault(_fingerprint(item), i)
+    own = np.flatnonzero(first == np.arange(len(objects)))
+    chosen = [objects[i] for i in own.tolist()]
+    bounds = np.array([item.bounds for item in chosen])
+    pairs = meeting_pairs(bounds)
+    # More than half of the union, so more than half of the larger one, lies in what both boxes
+    # share; some slack, as the overlap is measured on a raster.
+    low = np.maximum(bounds[pairs[:, 0], :2], bounds[pairs[:, 1], :2])
+    high = np.minimum(bounds[pairs[:, 0], 2:], bounds[pairs[:, 1], 2:])
+    areas = np.array([item.area for item in chosen])
+    larger = areas[pairs].max(axis=1) if len(pairs) else np.empty(0)
+    pairs = own[pairs[(high - low).prod(axis=1) > 0.8 * SAME * larger]]
+    pairs = np.sort(pairs, axis=1)
+    for j, i in pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist():
+        if first[i] == i and first[j] == j and overlap(objects[j], objects[i]) > SAME:
+            first[i] = j
+    return first[first]
+
+
+def _fingerprint(item: SlideObject) -> tuple[bytes, ...]:
+    return tuple(ring.tobytes() for polygon in item.polygons for ring in polygon)
+
+
+def _total(polygons: Sequence[Polygon], area: Any) -> float:
+    return float(sum(area(outline) - sum(map(area, holes)) for outline, *holes in polygons))
+
+
+# ----------------------------------------------------------------------------------- selection
+
+
+class _Selection:
+    """Outlines of a file that remain, rule by rule, and ids of the others by reason."""
+
+    def __init__(self, reading: "_Reading") -> None:
+        self.kept = list(reading.objects)
+        self.left_out = {reason: list(ids) for reason, ids in reading.left_out.items()}
+        self._labels = sorted({item.label for item in self.kept if item.label is not None})
+
+    def drop(self, reasons: Mapping[int, str]) -> None:
+        """Leave out objects by their place among those kept."""
+        for i, reason in reasons.items():
+            self.left_out.setdefault(reason, []).append(self.kept[i].id)
+        self.kept = [item for i, item in enumerate(self.kept) if i not in reasons]
+
+    def drop_outside(self, size: tuple[int, int]) -> None:
+        """Leave out what lies beside the slide or is larger than it."""
+        reasons = {}
+        for i, item in enumerate(self.kept):
+            x0, y0, x1, y1 = item.bounds
+            if x1 <= 0 or y1 <= 0 or x0 >= size[0] or y0 >= size[1]:
+                reasons[i] = f"outside the slide of {size[0]} x {size[1]} pixels"
+            elif max(x1 - x0, y1 - y0) > 1.05 * max(size):
+                reasons[i] = "larger than the slide"
+        self.drop(reasons)
+
+    def drop_small(self) -> None:
+        """Leave out what no person can have outlined."""
+        sides = [max(x1 - x0, y1 - y0) for x0, y0, x1, y1 in (item.bounds for item in self.kept)]
+        reason = f"smaller than {FEWEST_PIXELS} pixels"
+        self.drop({i: reason for i, side in enumerate(sides) if side < FEWEST_PIXELS})
+
+    def choose_classes(self, classes: Sequence[str], exclude: Sequence[str]) -> list[str]:
+        """Leave out reserved classes and those not asked for; returns notes on unknown names."""
+        reasons = {}
+        for i, item in enumerate(self.kept):
+            label = item.label
+            if label is not None and any(_covers(name, label) for name in exclude):
+                reasons[i] = f"class {label}, which is excluded"
+            elif classes and label is None:
+                reasons[i] = "without a class, where classes were asked for"
+            elif classes and not any(_covers(name, str(label)) for name in classes):
+                reasons[i] = f"class {label}, which was not asked for"
+            elif not classes and label is not None and label.endswith("*"):
+                reasons[i] = f"class {label}, which QuPath reserves"
+        self.drop(reasons)
+        unknown = [
+            name
+            for name in (*classes, *exclude)
+            if not any(_covers(name, label) for label in self._labels)
+        ]
+        return [
+            f"No outline has the class '{name}'.{nearest(name, self._labels)}" for name in unknown
+        ]
+
+    def drop_types(self) -> None:
+        """Leave out all but annotations where there are any."""
+        kinds = [item.kind for item in self.kept]
+        if "annotation" in kinds:
+            reasons = {i: kind for i, kind in enumerate(kinds) if kind != "annotation"}
+        else:
+            cores = set(kinds) > {"tmaCore"}
+            reasons = {i: kind for i, kind in enumerate(kinds) if kind == "tmaCore" and cores}
+        self.drop({i: f"QuPath's type {kind}" for i, kind in reasons.items()})
+
+    def drop_parents(self) -> None:
+        """Leave out what holds other outlines, and what only such a one can be."""
+        if len(self.kept) < 2:
+            return
+        items = self.kept
+        labels = [item.label for item in items]
+        areas = np.array([item.area for item in items])
+        held = _contents(items, areas)
+        single = [i for i in range(len(items)) if i not in held]
+        typical = float(np.median(areas[single]))  # the smallest holds none
+        plain: dict[str | None, list[float]] = defaultdict(list)
+        for i in single:
+            plain[labels[i]].append(areas[i])
+        named = any(label is not None for label in labels)
+        reasons = {}
+        for i, inside in held.items():
+            label = labels[i]
+            # A class that most bear without holding others is that of a glomerulus with parts.
+            alike = plain.get(label, []) if label is not None else []
+            holders = sum(labels[j] == label for j in held)
+            is_huge = areas[i] >= _HUGE * (np.median(alike) if alike else typical)
+            is_apart = named and label is None
+            several = len(inside) > 1 and len(alike) < holders
+            if is_huge or several or is_apart or (_is_locked(items[i]) and len(alike) < holders):
+                reasons[i] = "holds other outlines, as a tissue annotation does"
+        parents = {labels[i] for i in reasons}
+        for i in single:
+            if named and labels[i] is None and _is_locked(items[i]):
+                reasons[i] = "locked and without a class"
+            elif len(single) > 2 and areas[i] >= _HUGE * typical and labels[i] in (None, *parents):
+                reasons[i] = f"{_HUGE:g} times as large as the others"
+        self.drop(reasons)
+
+    def hint(self, classes: Sequence[str], size: tuple[int, int] | None) -> str:
+        """What to do where nothing is left."""
+        if size is not None and any(reason.startswith("outside") for reason in self.left_out):
+            return " Are these the annotations of another slide, or do they count from elsewhere?"
+        if not classes:
+            return " Name the classes that are to be taken."
+        listed = f"its classes are {few(self._labels)}" if self._labels else "it has no classes"
+        close = "".join(dict.fromkeys(nearest(name, self._labels) for name in classes))
+        return f" Asked for: {few(list(classes))}; {listed}.{close}"
+
+
+def _contents(items: Sequence[SlideObject], areas: NDArray[np.float64]) -> dict[int, list[int]]:
+    """Places of the outlines that lie in each which holds any."""
+    bounds = np.array([item.bounds for item in items])
+    inside: dict[int, list[int]] = defaultdict(list)
+    for small, large in meeting_pairs(bounds).tolist():
+        one, other = (small, large) if areas[small] < areas[large] else (large, small)
+        middle = (bounds[one, :2] + bounds[one, 2:]) / 2
+        within = (bounds[other, :2] < middle).all() and (middle < bounds[other, 2:]).all()
+        if within and areas[other] >= _PARENT * areas[one]:
+            inside[other].append(one)
+    held = {}
+    for i, places in inside.items():
+        shares = share_inside(
+            [items[j].polygons for j in places], items[i].polygons, items[i].bounds
+        )
+        lying = [j for j, share in zip(places, shares, strict=True) if share > 0.5]
+        if lying:
+            held[i] = lying
+    return held
+
+
+def _covers(name: str, label: str) -> bool:
+    """Whether a class is the one named, or derived from it ("Glomerulus: Sclerosed")."""
+    asked, parts = ([spelling(part) for part in text.split(":")] for text in (name, label))
+    return parts[: len(asked)] == asked
+
+
+def _is_locked(item: SlideObject) -> bool:
+    return item.properties.get("isLocked") is True
+
+
+def _left_out_note(left_out: Mapping[str, Sequence[str]], kept: int) -> str:
+    """How many outlines were left out, and why."""
+    n = sum(map(len, left_out.values()))
+    reasons = ", ".join(f"{reason} ({len(ids)})" for reason, ids in left_out.items())
+    return f"{n} of {kept + n} outlines were left out: {reasons}." if n else ""
 
 
 # ----------------------------------------------------------------------------------- reading
 
 
-def _parse(path: Path) -> Any:
-    text = read_text(path, "a GeoJSON file", most=MOST_BYTES)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+@dataclass(frozen=True)
+class _Reading:
+    """Objects of a file, and what was skipped."""
+
+    objects: list[SlideObject]
+    left_out: dict[str, list[str]]
+    notes: list[str]
+    origin: Origin
+
+
+def _read(path: Path, label_property: str | None, origin: Origin) -> _Reading:
+    raw = parse_file(path)
+    notes: list[str] = []
+    origin = _choose_origin(raw, origin, path, notes)
+    left_out: dict[str, list[str]] = {}
+    objects: list[SlideObject] = []
+    by_id: dict[str, SlideObject] = {}
+    renamed = 0
+    for number, feature in enumerate(list_features(raw, path), start=1):
+        try:
+            item = _object(feature, label_property, number, origin)
+        except Unusable as reason:
+            left_out.setdefault(str(reason), []).append(_name_of(feature, number))
+            continue
+        if item is None:
+            continue
+        twin = by_id.get(item.id)
+        if twin is not None and _fingerprint(twin) == _fingerprint(item):
+            left_out.setdefault("the same id and outline again", []).append(item.id)
+            continue
+        if twin is not None:
+            renamed += 1
+            item = replace(item, id=_make_id(number, item.geometry), members=_other(item.members))
+        by_id[item.id] = item
+        objects.append(item)
+    if not objects:
         raise GloVLMError(
-            f"{path} is not JSON ({error}); export the annotations as GeoJSON again."
-        ) from None
+            f"{path} holds no outlined object that can be used; expected features with a Polygon "
+            f"or MultiPolygon. {_left_out_note(left_out, 0)}".rstrip()
+        )
+    if renamed:
+        notes.append(f"{renamed} outlines bear the id of another one and were given ids of ours.")
+    return _Reading(objects, left_out, notes, origin)
 
 
-def _features(raw: Any, path: Path) -> list[Any]:
-    if isinstance(raw, list):  # QuPath before 0.4
-        return raw
-    if isinstance(raw, dict) and raw.get("type") == "Feature":
-        return [raw]
-    if isinstance(raw, dict) and isinstance(raw.get("features"), list):
-        return list(raw["features"])
-    raise GloVLMError(
-        f"{path} is JSON but not GeoJSON: expected a FeatureCollection, found {_kind(raw)}."
-    )
+def _choose_origin(raw: Any, given: Origin, path: Path, notes: list[str]) -> Origin:
+    """Origin of a file: the one that it states, else the given one; notes say where it differs."""
+    stated = raw.get("origin") if isinstance(raw, dict) else None
+    origin = given
+    if isinstance(stated, dict) and stated.get("source") in get_args(Source):
+        x, y = (_coordinate(stated.get(name)) for name in ("x", "y"))
+        if not (abs(x) <= FARTHEST and abs(y) <= FARTHEST):
+            raise GloVLMError(
+                f"{path} states an origin that is no place (x {stated.get('x')!r}, y "
+                f"{stated.get('y')!r}); correct it, or remove its member 'origin'."
+            )
+        origin = Origin(x, y, "file")
+    differs = (origin.x, origin.y) != (given.x, given.y)
+    if differs and given.source == "given":
+        raise GloVLMError(
+            f"{path} states that it counts from ({origin.x:g}, {origin.y:g}) of level 0, and the "
+            f"origin ({given.x:g}, {given.y:g}) was given: leave that out, or correct the file."
+        )
+    if (origin.x, origin.y) != (0, 0) or differs:
+        who = {
+            "file": "as the file states",
+            "bounds": "the corner of the scanned part, as QuPath counts",
+            "given": "as given",
+        }
+        notes.append(
+            f"The outlines count from ({origin.x:g}, {origin.y:g}) of level 0, "
+            f"{who.get(origin.source, 'its corner')}."
+        )
+    return origin
 
 
 def _object(
-    feature: Mapping[str, Any], where: str, label_property: str | None, number: int
-) -> SlideObject:
-    geometry = feature.get("geometry")
-    properties = feature.get("properties") or {}
-    if not isinstance(properties, dict):
-        raise GloVLMError(f"{where}: 'properties' must be keys and values.")
+    feature: Any, label_property: str | None, number: int, origin: Origin
+) -> SlideObject | None:
+    """One object; `None` for the root of a hierarchy, which is no object of the slide.
+
+    Raises:
+        Unusable: It cannot be read, or has no area.
+    """
+    if not isinstance(feature, dict) or feature.get("type") != "Feature":
+        raise Unusable(f"no GeoJSON feature but {describe_kind(feature)}")
     given = feature.get("id")
-    if given is not None:
-        where = f"{where} (id {given})"
-    polygons = _polygons(geometry, where)
-    if given is None:
-        text = f"{number} {json.dumps(geometry, sort_keys=True)}"
-        given = uuid.uuid5(uuid.NAMESPACE_OID, text)  # the same in every run
+    kind = _TYPES.get(given) if isinstance(given, str) else None
+    geometry, properties = feature.get("geometry"), feature.get("properties")
+    if properties is None:
+        properties = {}
+    if not isinstance(properties, dict):
+        raise Unusable("properties that are no keys and values")
+    if geometry is None and "root" in (kind, properties.get("objectType")):
+        return None
+    polygons = read_polygons(geometry, origin)
+    properties = {name: value for name, value in properties.items() if name not in CHILDREN}
+    own = ("type", "geometry", "properties", *CHILDREN)
+    members = {name: value for name, value in feature.items() if name not in own}
+    if kind is not None:
+        properties = {"objectType": kind, **properties}
+    if kind is not None or not _is_id(given):
+        given, members = _make_id(number, geometry), _other(members)
     item = SlideObject(
-        id=str(given),
+        id=_clean(str(given)),
         geometry=dict(geometry or {}),
         polygons=polygons,
-        label=_label(properties, label_property, where),
+        label=_label(properties, label_property),
         properties=properties,
-        members={k: v for k, v in feature.items() if k not in ("type", "geometry", "properties")},
+        members=members,
+        origin=origin,
     )
-    if not item.area > 0:
-        raise GloVLMError(f"{where}: the outline has no area; redraw or delete the object.")
+    x0, y0, x1, y1 = item.bounds
+    if not item.area > 1e-12 * (x1 - x0) * (y1 - y0):
+        raise Unusable("without an area")
     return item
 
 
-def _polygons(geometry: Any, where: str) -> tuple[Polygon, ...]:
-    kind = geometry.get("type") if isinstance(geometry, dict) else None
-    if kind not in ("Polygon", "MultiPolygon"):
-        raise GloVLMError(
-            f"{where}: expected a Polygon or MultiPolygon, found {kind or 'no geometry'}."
-        )
-    coordinates = geometry.get("coordinates")
-    parts = [coordinates] if kind == "Polygon" else coordinates
-    if (
-        not isinstance(parts, list)
-        or not parts
-        or not all(isinstance(p, list) and p for p in parts)
-    ):
-        raise GloVLMError(f"{where}: the {kind} is empty; redraw or delete the object.")
-    return tuple(tuple(_ring(ring, where) for ring in part) for part in parts)
-
-
-def _ring(raw: Any, where: str) -> Ring:
-    try:
-        ring = np.array([(x, y) for x, y, *_ in raw], dtype=np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
-        raise GloVLMError(f"{where}: a ring must be a list of points [x, y].") from None
-    if not np.isfinite(ring).all():
-        raise GloVLMError(f"{where}: a coordinate is not a finite number.")
-    if len(ring) and not np.array_equal(ring[0], ring[-1]):
-        ring = np.concatenate([ring, ring[:1]])
-    if len(ring) < 4:
-        raise GloVLMError(
-            f"{where}: a ring has {max(len(ring) - 1, 0)} points, at least three are needed."
-        )
-    return ring
-
-
-def _label(properties: Mapping[str, Any], label_property: str | None, where: str) -> str | None:
+def _label(properties: Mapping[str, Any], label_property: str | None) -> str | None:
     """The class of an object; text that is empty is none."""
     if label_property is not None:
         value = properties.get(label_property)
@@ -316,26 +648,57 @@ def _label(properties: Mapping[str, Any], label_property: str | None, where: str
         value = properties.get("classification", properties.get("label"))
     if isinstance(value, dict):  # QuPath: {"name", "color"}, or {"names"} for "Tumour: Positive"
         names = value.get("names")
-        value = value.get("name", ": ".join(names) if isinstance(names, list) else None)
+        value = value.get("name", ": ".join(map(str, names)) if isinstance(names, list) else None)
     if value is None and label_property is None:
         value = properties.get("label")
-    if isinstance(value, bool | list | float):
-        raise GloVLMError(f"{where}: expected a class name, found {value!r}.")
-    text = "" if value is None else str(value).strip()
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise Unusable("a class that is no name")
+    text = "" if value is None else _clean(str(value)).strip()
     return text or None
 
 
-def _kind(value: object) -> str:
-    if isinstance(value, dict):
-        return f"the type {value.get('type')!r}"
-    return "a list" if isinstance(value, list) else repr(value)[:40]
+def _make_id(number: int, geometry: Any) -> str:
+    """Id of an object that has none: the same in every run."""
+    try:
+        text = f"{number} {json.dumps(geometry, sort_keys=True)}"
+    except RecursionError:
+        raise Unusable("geometries nested too deeply") from None
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, text))
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
+
+
+def _coordinate(value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and abs(value) <= FARTHEST else math.nan
+
+
+def _other(members: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in members.items() if name != "id"}
+
+
+def _name_of(feature: Any, number: int) -> str:
+    given = feature.get("id") if isinstance(feature, dict) else None
+    legacy = isinstance(given, str) and given in _TYPES
+    return _clean(str(given)) if _is_id(given) and not legacy else f"feature {number}"
+
+
+def _clean(text: str) -> str:
+    """Text that can be written: half a pair of surrogates becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 # ----------------------------------------------------------------------------------- writing
 
 
 def _feature(
-    item: SlideObject, label: str | None, colour: Colour | None, numbers: Mapping[str, float]
+    item: SlideObject,
+    label: str | None,
+    colour: Colour | None,
+    numbers: Mapping[str, float],
+    origin: Origin,
 ) -> dict[str, Any]:
     properties: dict[str, Any] = {"objectType": "annotation", **item.properties}
     if label is not None:
@@ -350,33 +713,18 @@ def _feature(
             raise GloVLMError(f"Object {item.id}: the measurement '{wrong[0]}' is not finite.")
         new = {name: float(value) for name, value in numbers.items()}
         properties["measurements"] = _measured(properties.get("measurements")) | new
-    members = {"id": item.id, **item.members}
-    return {
-        "type": "Feature",
-        **members,
-        "geometry": dict(item.geometry),
-        "properties": properties,
-    }
+    members: dict[str, Any] = {"id": item.id, **item.members}
+    geometry = item.geometry
+    by = item.origin.x - origin.x, item.origin.y - origin.y
+    if by != (0, 0):
+        geometry = move_geometry(geometry, by)
+        members |= {k: move_geometry(v, by) for k, v in members.items() if k.endswith("Geometry")}
+    return {"type": "Feature", **members, "geometry": geometry, "properties": properties}
 
 
 def _measured(raw: Any) -> dict[str, Any]:
     """Measurements by name; QuPath before 0.4 wrote a list of `{"name", "value"}`."""
     if isinstance(raw, list):
-        return {
-            m["name"]: m["value"] for m in raw if isinstance(m, dict) and {"name", "value"} <= {*m}
-        }
+        named = [m for m in raw if isinstance(m, dict) and {"name", "value"} <= {*m}]
+        return {m["name"]: m["value"] for m in named if isinstance(m["name"], str)}
     return dict(raw) if isinstance(raw, dict) else {}
-
-
-def _raster(
-    item: SlideObject, x0: float, y0: float, scale: float, size: tuple[int, int]
-) -> NDArray[np.bool_]:
-    total = np.zeros((size[1], size[0]), dtype=bool)
-    for polygon in item.polygons:
-        part = Image.new("1", size)
-        draw = ImageDraw.Draw(part)
-        for i, ring in enumerate(polygon):
-            points = [((x - x0) * scale, (y - y0) * scale) for x, y in ring.tolist()]
-            draw.polygon(points, fill=int(i == 0))
-        total |= np.asarray(part)
-    return total
