@@ -238,9 +238,12 @@ def predict(
     loaded = load_model(model)[:2]
     readable, rows_of_images = places, image_rows(places, mpp)
     scale, adapted = check_scale(*loaded, rows_of_images, allow=allow_scale), loaded[0].config.mpp
-    if (scale == "unknown") != (adapted is None):
+    if (scale.mpp == "unknown") != (adapted is None):
         adapted_at = describe_scale(adapted)
-        note(f"micrometres per input pixel: {scale}; the model was adapted at {adapted_at}")
+        shown = scale.input_mpp
+        note(f"micrometres per input pixel: {shown}; the model was adapted at {adapted_at}")
+    for sentence in scale.notes:
+        note(sentence)
     try:
         predictions = classify(*loaded, rows_of_images, **options)
     except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone

@@ -1,18 +1,22 @@
-"""Scale of images at a model's input (micrometres per input pixel), and its check.
+"""Scale of images: micrometres per pixel, at a model's input too, and their comparison.
 
-The image transform resizes, so the scale that a model sees is the image's own times the factor by
-which it shrinks. A scale that is not known stays `None` and is written as `unknown`; it is never
-guessed.
+What is compared with the images that a model learned from is micrometres per pixel as they were
+scanned; what an outline's crop measures depends on the glomerulus and is reported. The image
+transform resizes, so the scale at a model's input is the image's own times the factor by which it
+shrinks: tiles, all of one size, are cut so that this one fits. A scale that is not known stays
+`None` and is written as `unknown`; it is never guessed.
 """
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..data.folder import column, positive
@@ -25,6 +29,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 MAX_RATIO = 1.5  # between the scale that a model was adapted at and that of the images
+NOT_COMPARED = (
+    "The model states no micrometres per pixel of the images that it learned from (it was made by "
+    "an earlier version), so the scale was not compared."
+)
+_SPREAD = {"low": 0, "p5": 5, "median": 50, "p95": 95, "high": 100}  # percentiles
 
 
 def input_mpp(image_processor: Any, mpp: float, width: int, height: int) -> float:
@@ -61,44 +70,134 @@ def known_scale(image_processor: Any, rows: "Dataset") -> float | None:
     Returns:
         Median micrometres per input pixel over the images whose scale is known; `None` if none is.
     """
-    given = column(rows, "mpp") if "mpp" in rows.column_names else []
-    known = [row for row, mpp in enumerate(given) if mpp is not None]
-    images = column(rows.select(known), "image") if known else []
-    scales = [
-        input_mpp(image_processor, given[row], *size)
-        for row, size in zip(known, map(_size, images), strict=True)
-        if size is not None
-    ]
+    scales = [input_mpp(image_processor, mpp, *size) for mpp, size in _known(rows)]
     return median(scales) if scales else None
 
 
-def check_scale(
-    model: Any, processor: Any, rows: "Dataset", *, allow: bool = False
-) -> float | Literal["unknown"]:
-    """Check that the scale of images fits a model's.
+def support_scale(rows: "Dataset") -> dict[str, float] | None:
+    """Scale of the images that a model learns from, as its config keeps it.
 
     Args:
-        model: The classifier; `config.mpp` is the scale that it was adapted at, if known.
+        rows: Images, see `known_scale`.
+
+    Returns:
+        `mpp`, their median micrometres per pixel, and of their longer sides in micrometres `low`,
+        `p5`, `median`, `p95` and `high`; `None` where no scale is known.
+    """
+    known = _known(rows)
+    if not known:
+        return None
+    sides = [mpp * max(size) for mpp, size in known]
+    spread = zip(_SPREAD, np.percentile(sides, [*_SPREAD.values()]).tolist(), strict=True)
+    return {"mpp": float(median(mpp for mpp, _ in known))} | dict(spread)
+
+
+@dataclass(frozen=True)
+class ImageScale:
+    """Scale of images beside a model's.
+
+    Attributes:
+        mpp: Median micrometres per pixel of the images, or `unknown`.
+        input_mpp: The same at the model's input, after its resizing.
+        notes: What was not compared, and sizes unlike those that the model learned from.
+    """
+
+    mpp: float | Literal["unknown"]
+    input_mpp: float | Literal["unknown"]
+    notes: tuple[str, ...] = ()
+
+
+def check_scale(model: Any, processor: Any, rows: "Dataset", *, allow: bool = False) -> ImageScale:
+    """Check that the scale of images fits a model's; see `compare_scale`.
+
+    Args:
+        model: The classifier.
         processor: Its processor.
         rows: Images, see `known_scale`.
         allow: Accept any scale.
 
-    Returns:
-        The images' median micrometres per input pixel, as results hold it.
+    Raises:
+        GloVLMError: Both scales are known and too far apart.
+    """
+    known = _known(rows)
+    return compare_scale(
+        model, processor, [mpp for mpp, _ in known], [size for _, size in known], allow=allow
+    )
+
+
+def compare_scale(
+    model: Any,
+    processor: Any,
+    mpps: Sequence[float],
+    sizes: Sequence[tuple[int, int]],
+    *,
+    allow: bool = False,
+) -> ImageScale:
+    """Compare micrometres per pixel of images with those that a model learned from.
+
+    Sizes are reported beside the support's and never refused: glomeruli differ, and what is small
+    in one biopsy is no other scale.
+
+    Args:
+        model: The classifier; its config's `image_scale` is that of its support (see
+            `support_scale`), where known.
+        processor: Its processor.
+        mpps: Micrometres per pixel of the images whose scale is known.
+        sizes: Width and height of each in pixels.
+        allow: Accept any scale.
 
     Raises:
-        GloVLMError: Both scales are known and lie more than `MAX_RATIO` times apart.
+        GloVLMError: The medians lie more than `MAX_RATIO` times apart.
     """
-    expected, actual = model.config.mpp, known_scale(processor.image_processor, rows)
-    if expected is not None and actual is not None and not allow:
+    if not mpps:
+        return ImageScale("unknown", "unknown")
+    images = processor.image_processor
+    seen = [input_mpp(images, mpp, *size) for mpp, size in zip(mpps, sizes, strict=True)]
+    actual, support = median(mpps), _support_of(model.config)
+    notes = []
+    if support is None:
+        if model.config.mpp is not None:
+            notes.append(NOT_COMPARED)
+    else:
+        expected = support["mpp"]
         ratio = max(expected / actual, actual / expected)
         if ratio > MAX_RATIO:
-            raise GloVLMError(
-                f"The model was adapted at {expected:.3g} micrometres per input pixel, and these "
-                f"images reach it at {actual:.3g}: {ratio:.1f} times apart, at most {MAX_RATIO:g}. "
-                "Cut or rescale them to the model's scale, or give --allow-scale."
+            apart = (
+                f"The model learned from images of {expected:.3g} micrometres per pixel, and these "
+                f"have {actual:.3g}: {ratio:.1f} times apart"
             )
-    return describe_scale(actual)
+            if not allow:
+                raise GloVLMError(
+                    f"{apart}, at most {MAX_RATIO:g}. Correct their scale (mpp), cut or rescale "
+                    "them to the model's, or give --allow-scale."
+                )
+            notes.append(f"{apart}.")
+        sides = [mpp * max(size) for mpp, size in zip(mpps, sizes, strict=True)]
+        notes += _size_notes(sides, support)
+    return ImageScale(float(f"{actual:.4g}"), float(f"{median(seen):.4g}"), tuple(notes))
+
+
+def _support_of(config: Any) -> dict[str, float] | None:
+    """Scale of a model's support; `None` where its config states none, or no whole one."""
+    stated = getattr(config, "image_scale", None)
+    values = [positive(stated.get(name)) for name in ("mpp", *_SPREAD)] if stated else []
+    return None if not values or None in values else dict(stated)
+
+
+def _size_notes(sides: Sequence[float], support: Mapping[str, float]) -> list[str]:
+    """A sentence where sizes in micrometres lie outside of the support's."""
+    slack = 0.01  # crops are cut at whole pixels
+    low, high = support["low"] * (1 - slack), support["high"] * (1 + slack)
+    outside = sum(not low <= side <= high for side in sides)
+    usual = support["p5"] * (1 - slack) <= median(sides) <= support["p95"] * (1 + slack)
+    if not outside and usual:
+        return []
+    return [
+        f"{outside} of {len(sides)} images are smaller or larger than all that the model learned "
+        f"from: their longer sides are {min(sides):.0f} to {max(sides):.0f} micrometres (median "
+        f"{median(sides):.0f}), and those were {support['low']:.0f} to {support['high']:.0f} "
+        f"(median {support['median']:.0f})."
+    ]
 
 
 def describe_scale(mpp: float | None) -> float | Literal["unknown"]:
@@ -136,6 +235,14 @@ def _read_metadata(folder: Path) -> dict[str, float | None]:
     if place is None or mpp is None:
         return {}
     return {name_key(row[place]): positive(table.number(row[mpp])) for row in table.rows}
+
+
+def _known(rows: "Dataset") -> list[tuple[float, tuple[int, int]]]:
+    """Micrometres per pixel and size of each image whose scale is known."""
+    given = column(rows, "mpp") if "mpp" in rows.column_names else []
+    known = [row for row, mpp in enumerate(given) if mpp is not None]
+    sizes = map(_size, column(rows.select(known), "image")) if known else []
+    return [(given[i], size) for i, size in zip(known, sizes, strict=True) if size is not None]
 
 
 def _size(value: dict[str, Any]) -> tuple[int, int] | None:

@@ -194,16 +194,14 @@ def describe_image_scale(model: Any, processor: Any, rows: "Dataset") -> str:
     Raises:
         GloVLMError: Both scales are known and too far apart.
     """
-    actual, trained = check_scale(model, processor, rows), describe_scale(model.config.mpp)
+    scale, trained = check_scale(model, processor, rows), describe_scale(model.config.mpp)
+    actual, unit = scale.input_mpp, "micrometres per input pixel"
     if actual == trained == "unknown":
         return "The scale is unknown, of these images as of the training images."
-    unit = "micrometres per input pixel"
+    sentences = [f"Images: {actual} {unit}; the model was trained at {trained}."]
     if "unknown" in (actual, trained):
-        return (
-            f"Images: {actual} {unit}; the model was trained at {trained}. Whether the scales fit "
-            "cannot be checked."
-        )
-    return f"Images: {actual} {unit}; the model was trained at {trained}."
+        sentences.append("Whether the scales fit cannot be checked.")
+    return " ".join([*sentences, *scale.notes])
 
 
 def copy_sharing_weights(model: Any) -> Any:

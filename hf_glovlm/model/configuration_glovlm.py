@@ -78,6 +78,9 @@ class GloVLMConfig(PreTrainedConfig):
             unlike the support are not noticed.
         mpp: Micrometres per input pixel (after the image transform's resizing) that the model was
             adapted at; `None` is unknown.
+        image_scale: Of the images that it learned from `mpp`, their median micrometres per pixel,
+            and `low`, `p5`, `median`, `p95` and `high` of their longer sides in micrometres; `None`
+            is unknown.
         synthetic: Whether its training images were synthetic, not of patients.
     """
 
@@ -121,6 +124,7 @@ class GloVLMConfig(PreTrainedConfig):
     calibration: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
     mpp: float | None = None
+    image_scale: dict[str, float] | None = None
     synthetic: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

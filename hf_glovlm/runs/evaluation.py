@@ -138,7 +138,7 @@ def evaluate(
             "group_column": groups.column,
             "groups_seen_in_training": len(learned) if seen.known else None,
             "images_seen_in_training": sum(seen.rows) if seen.known else None,
-            "mpp": scale,
+            "mpp": scale.input_mpp,
         },
         **measure(predictions, n_resamples=n_resamples),
         "notes": [
@@ -146,6 +146,7 @@ def evaluate(
             count_unlike(predictions),
             *describe_reading({"all": rows}).notes,
             *seen.notes,
+            *scale.notes,
             *pretrained,
         ],
         "synthetic": synthetic,

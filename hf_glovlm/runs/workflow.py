@@ -34,7 +34,7 @@ from ..environment import check_tracker, describe_environment, peak_memory
 from ..errors import GloVLMError
 from ..files import digest_file, digest_value, write_text
 from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
-from ..inference.scale import describe_scale, known_scale
+from ..inference.scale import describe_scale, known_scale, support_scale
 from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import SUBGROUPS, render_card
 from ..publish.identifiers import write_identifiers
@@ -421,6 +421,7 @@ def _adapt(
     )
     about = adapted.model.config
     about.mpp = known_scale(adapted.processor.image_processor, support)
+    about.image_scale = support_scale(support)
     about.synthetic = bool(about.synthetic or is_synthetic(config.data))
     return adapted
 

@@ -4,7 +4,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,8 +15,9 @@ from PIL import Image
 from ..errors import GloVLMError
 from ..files import write_table
 from ..inference import predict
-from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
-from .files.annotations import SlideObject, overlap, write_geojson
+from ..inference.scale import ImageScale, compare_scale
+from .files.annotations import SlideObject, find_repeats, write_geojson
+from .files.coordinates import LEVEL0, Origin
 from .files.crops import crop_square
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ..model import GloVLMForImageClassification, GloVLMProcessor
     from .files.wsi import Slide
 
-SAME = 0.5  # intersection over union above which two outlines are one glomerulus
 MAX_SIDE = 2048  # a larger crop is shrunk to this, as those of a training set are
+_LARGEST = 1.05  # an object's longer side over the slide's
 COUNTED = "counted"  # name of that measurement in GeoJSON
 
 
@@ -81,14 +81,19 @@ class ClassifiedObjects:
             columns[f"p_{name}"] = self.probabilities[:, k]
         write_table(path, columns)
 
-    def write_geojson(self, path: Path) -> None:
-        """Write the objects with class and probabilities, id and geometry as they came."""
+    def write_geojson(self, path: Path, origin: Origin = LEVEL0) -> None:
+        """Write the objects with class and probabilities, id and geometry as they came.
+
+        Args:
+            path: The file.
+            origin: Where it counts from.
+        """
         numbers: list[Mapping[str, float]] = [
             {f"p {name}": float(p) for name, p in zip(self.class_names, row, strict=True)}
             | {COUNTED: float(once)}
             for row, once in zip(self.probabilities, self.counted, strict=True)
         ]
-        write_geojson(path, self.objects, labels=self.labels, measurements=numbers)
+        write_geojson(path, self.objects, labels=self.labels, measurements=numbers, origin=origin)
 
 
 def read_objects(path: Path, slide: str) -> tuple[NDArray[np.float64], list[str]]:
@@ -152,10 +157,10 @@ def classify_objects(
     if not objects:
         raise GloVLMError("Expected one outlined object at least, found none.")
     boxes = np.array([_crop_box(item, slide.size, margin) for item in objects], np.int64)
-    first = _find_repeats(objects)
+    first = find_repeats(objects)
     once = first == np.arange(len(objects))
     level0 = mpp if mpp is not None else slide.mpp
-    scale = _check_scale(model, processor, boxes[once, 2], level0, allow_scale)
+    scale = _compare_scale(model, processor, boxes[once, 2], level0, allow_scale)
 
     parts, unlike = [], 0
     chosen = np.flatnonzero(once)
@@ -182,7 +187,8 @@ def classify_objects(
             f"{unlike} of {len(chosen)} objects are unlike the images that the model learned from, "
             "so their classes may mean nothing."
         )
-    if scale == "unknown":
+    notes += scale.notes
+    if scale.mpp == "unknown":
         notes.append(
             "The scale of the crops is not known, so it was not compared with the model's."
         )
@@ -194,7 +200,7 @@ def classify_objects(
         counted=once,
         repeats=[None if first[i] == i else objects[int(first[i])].id for i in range(len(objects))],
         glomeruli=[_glomerulus(item) for item in objects],
-        mpp=scale,
+        mpp=scale.input_mpp,
         notes=notes,
     )
 
@@ -207,46 +213,22 @@ def _crop_box(item: SlideObject, size: tuple[int, int], margin: float) -> tuple[
             f"The object {item.id} lies outside the slide ({size[0]} x {size[1]} pixels): are "
             "these the annotations of another slide?"
         )
+    if max(x1 - x0, y1 - y0) > _LARGEST * max(size):
+        raise GloVLMError(
+            f"The object {item.id} is {max(x1 - x0, y1 - y0):.0f} pixels long, and the slide has "
+            f"{size[0]} x {size[1]}: correct or delete it."
+        )
     return crop_square(item.bounds, margin)
 
 
-def _find_repeats(objects: Sequence[SlideObject]) -> NDArray[np.int64]:
-    """Duplicate outlines: for each object the place of the first that it repeats, else its own."""
-    bounds = np.array([item.bounds for item in objects])
-    first = np.arange(len(objects))
-    for i in range(1, len(objects)):
-        x0, y0, x1, y1 = bounds[i]
-        near = (bounds[:i, 0] < x1) & (bounds[:i, 2] > x0)
-        near &= (bounds[:i, 1] < y1) & (bounds[:i, 3] > y0)
-        for j in np.flatnonzero(near & (first[:i] == np.arange(i))).tolist():
-            if overlap(objects[j], objects[i]) > SAME:
-                first[i] = j
-                break
-    return first
-
-
-def _check_scale(
+def _compare_scale(
     model: Any, processor: Any, sides: NDArray[np.int64], mpp: float | None, allow: bool
-) -> float | Literal["unknown"]:
-    """Compare the scale at which crops reach the model with that it was adapted at."""
-    if mpp is None:
-        return "unknown"
-    transform = processor.image_processor
-    factors = [max(side / MAX_SIDE, 1.0) for side in sides]  # crops beyond it are shrunk
-    input_scale = median(
-        input_mpp(transform, mpp * shrunk, round(side / shrunk), round(side / shrunk))
-        for side, shrunk in zip(sides.tolist(), factors, strict=True)
-    )
-    adapted = model.config.mpp
-    if adapted is not None and not allow:
-        ratio = max(adapted / input_scale, input_scale / adapted)
-        if ratio > MAX_RATIO:
-            raise GloVLMError(
-                f"The model was adapted at {adapted:.3g} micrometres per input pixel, and these "
-                f"objects reach it at {input_scale:.3g}: {ratio:.1f} times apart, at most "
-                f"{MAX_RATIO:g}. Check the slide's scale (--mpp), or give --allow-scale."
-            )
-    return describe_scale(input_scale)
+) -> ImageScale:
+    """Scale of crops of so many pixels of level 0 a side, beside the model's."""
+    shrunk = [max(side / MAX_SIDE, 1.0) for side in sides.tolist()] if mpp is not None else []
+    sizes = [round(side / by) for side, by in zip(sides.tolist(), shrunk, strict=False)]
+    mpps = [(mpp or 0.0) * by for by in shrunk]
+    return compare_scale(model, processor, mpps, [(side, side) for side in sizes], allow=allow)
 
 
 def _read_crop(slide: "Slide", x: int, y: int, side: int) -> Image.Image:

@@ -21,6 +21,7 @@ from ..files import replacing, write_csv, write_json, write_table, write_text
 from ..rendering import figure_text, number, render
 from .counting import NOT_A_SCORE
 from .files.annotations import box_object, write_geojson
+from .files.coordinates import LEVEL0, Origin
 
 RESEARCH_USE = "Research use only, not for diagnosis."
 HEATMAP_SIDE = 1200  # pixels of the longer side of the overview under a heat map
@@ -76,6 +77,7 @@ def write_tile_geojson(
     threshold: float,
     columns: Mapping[str, ArrayLike],
     labels: Sequence[str],
+    origin: Origin = LEVEL0,
 ) -> int:
     """Write the tiles whose value reaches a threshold as squares that QuPath opens.
 
@@ -87,6 +89,7 @@ def write_tile_geojson(
         threshold: Least value.
         columns: Numbers `[n]` by name, which become the squares' measurements.
         labels: Class of each tile.
+        origin: Where the file counts from.
 
     Returns:
         How many were written: those of the highest value, `MAX_SQUARES` at most.
@@ -104,6 +107,7 @@ def write_tile_geojson(
         squares,
         labels=[labels[i] for i in chosen.tolist()],
         measurements=[{name: float(v[i]) for name, v in table.items()} for i in chosen],
+        origin=origin,
     )
     return len(squares)
 

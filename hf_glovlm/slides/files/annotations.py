@@ -406,17 +406,8 @@ class _Selection:
 
     def choose_classes(self, classes: Sequence[str], exclude: Sequence[str]) -> list[str]:
         """Leave out reserved classes and those not asked for; returns notes on unknown names."""
-        reasons = {}
-        for i, item in enumerate(self.kept):
-            label = item.label
-            if label is not None and any(_covers(name, label) for name in exclude):
-                reasons[i] = f"class {label}, which is excluded"
-            elif classes and label is None:
-                reasons[i] = "without a class, where classes were asked for"
-            elif classes and not any(_covers(name, str(label)) for name in classes):
-                reasons[i] = f"class {label}, which was not asked for"
-            elif not classes and label is not None and label.endswith("*"):
-                reasons[i] = f"class {label}, which QuPath reserves"
+        why = {label: _why_not(label, classes, exclude) for label in {i.label for i in self.kept}}
+        reasons = {i: why[item.label] for i, item in enumerate(self.kept) if why[item.label]}
         self.drop(reasons)
         unknown = [
             name
@@ -450,17 +441,17 @@ class _Selection:
         plain: dict[str | None, list[float]] = defaultdict(list)
         for i in single:
             plain[labels[i]].append(areas[i])
+        median = {label: float(np.median(values)) for label, values in plain.items()}
+        holders = Counter(labels[i] for i in held)
         named = any(label is not None for label in labels)
         reasons = {}
         for i, inside in held.items():
             label = labels[i]
             # A class that most bear without holding others is that of a glomerulus with parts.
-            alike = plain.get(label, []) if label is not None else []
-            holders = sum(labels[j] == label for j in held)
-            is_huge = areas[i] >= _HUGE * (np.median(alike) if alike else typical)
-            is_apart = named and label is None
-            several = len(inside) > 1 and len(alike) < holders
-            if is_huge or several or is_apart or (_is_locked(items[i]) and len(alike) < holders):
+            is_common = label is not None and len(plain[label]) >= holders[label]
+            usual = typical if label is None else median.get(label, typical)
+            apart = _is_locked(items[i]) or len(inside) > 1
+            if areas[i] >= _HUGE * usual or (apart and not is_common) or (named and label is None):
                 reasons[i] = "holds other outlines, as a tissue annotation does"
         parents = {labels[i] for i in reasons}
         for i in single:
@@ -484,13 +475,14 @@ class _Selection:
 def _contents(items: Sequence[SlideObject], areas: NDArray[np.float64]) -> dict[int, list[int]]:
     """Places of the outlines that lie in each which holds any."""
     bounds = np.array([item.bounds for item in items])
+    pairs = meeting_pairs(bounds)
+    pairs = np.take_along_axis(pairs, np.argsort(areas[pairs], axis=1), axis=1)
+    one, other = pairs.T  # the smaller, the larger
+    middle = (bounds[one, :2] + bounds[one, 2:]) / 2
+    within = (bounds[other, :2] < middle).all(axis=1) & (middle < bounds[other, 2:]).all(axis=1)
     inside: dict[int, list[int]] = defaultdict(list)
-    for small, large in meeting_pairs(bounds).tolist():
-        one, other = (small, large) if areas[small] < areas[large] else (large, small)
-        middle = (bounds[one, :2] + bounds[one, 2:]) / 2
-        within = (bounds[other, :2] < middle).all() and (middle < bounds[other, 2:]).all()
-        if within and areas[other] >= _PARENT * areas[one]:
-            inside[other].append(one)
+    for small, large in pairs[within & (areas[other] >= _PARENT * areas[one])].tolist():
+        inside[large].append(small)
     held = {}
     for i, places in inside.items():
         shares = share_inside(
@@ -500,6 +492,17 @@ def _contents(items: Sequence[SlideObject], areas: NDArray[np.float64]) -> dict[
         if lying:
             held[i] = lying
     return held
+
+
+def _why_not(label: str | None, classes: Sequence[str], exclude: Sequence[str]) -> str:
+    """Why outlines of a class are left out; empty where they are taken."""
+    if label is None:
+        return "without a class, where classes were asked for" if classes else ""
+    if any(_covers(name, label) for name in exclude):
+        return f"class {label}, which is excluded"
+    if classes and not any(_covers(name, label) for name in classes):
+        return f"class {label}, which was not asked for"
+    return f"class {label}, which QuPath reserves" if not classes and label[-1] == "*" else ""
 
 
 def _covers(name: str, label: str) -> bool:

@@ -18,7 +18,7 @@ from .shapes import Polygon, Ring
 
 MOST_BYTES = 2**30  # of a file of outlines, unpacked: some millions of polygons
 CHILDREN = ("childObjects", "children")  # of QuPath's objects within others
-FARTHEST = 2.0**31  # pixels from the corner of a slide
+FARTHEST = 2.0**30  # pixels from the corner of a slide
 _DEEPEST = 16  # collections of geometries in one another
 
 
