@@ -247,7 +247,7 @@ def test_one_slide_fails_and_the_others_go_on(place: Path, tmp_path: Path) -> No
 def test_errors_of_objects_do_not_show_their_folder(place: Path, tmp_path: Path) -> None:
     far = write_outlines(tmp_path / "secret/x.geojson", [{"type": "Feature", "geometry": None}])
     results = classify_slides(configured(place, tmp_path / "out", "well", objects=str(far)))
-    assert "well.geojson, feature 1" in results["slides"][0]["error"]
+    assert "well.geojson holds no outlined object" in results["slides"][0]["error"]
     assert "secret" not in json.dumps(results)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,13 @@ from transformers import AutoImageProcessor
 from hf_glovlm.cli import main
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference.scale import (
+    NOT_COMPARED,
     check_scale,
     describe_scale,
     input_mpp,
     known_scale,
     listed_mpp,
+    support_scale,
 )
 
 CLIP = AutoImageProcessor.from_pretrained(tiny_clip())  # shorter side to 32, then a crop
@@ -99,15 +102,48 @@ def test_an_unreadable_image_is_left_to_the_decoder(tmp_path: Path) -> None:
 def test_at_most_one_and_a_half_times(
     adapted: float | None, mpp: float | None, allow: bool, refused: bool, tmp_path: Path
 ) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(mpp=adapted))
-    processor = SimpleNamespace(image_processor=CLIP)
-    rows = _rows(tmp_path, [mpp], [SIZE])
+    # Twice as wide as the model's input: what counts is micrometres per pixel of the image itself.
+    support = _rows(tmp_path / "support", [adapted], [2 * SIZE])
+    config = SimpleNamespace(mpp=adapted, image_scale=support_scale(support))
+    model, processor = SimpleNamespace(config=config), SimpleNamespace(image_processor=CLIP)
+    rows = _rows(tmp_path, [mpp], [2 * SIZE])
     if refused:
-        with pytest.raises(GloVLMError, match=r"adapted at 0\.5 .* times apart.*--allow-scale"):
+        with pytest.raises(GloVLMError, match=r"of 0\.5 .* times apart.*--allow-scale"):
             check_scale(model, processor, rows)
     else:
-        actual = check_scale(model, processor, rows, allow=allow)
-        assert actual == ("unknown" if mpp is None else mpp)
+        scale = check_scale(model, processor, rows, allow=allow)
+        assert scale.mpp == ("unknown" if mpp is None else mpp)
+        assert scale.input_mpp == ("unknown" if mpp is None else 2 * mpp)
+        assert any("times apart" in note for note in scale.notes) == allow
+
+
+@pytest.mark.parametrize(
+    ("sides", "said"),
+    [
+        ([100, 200, 300], ""),
+        ([200], ""),
+        ([20, 200, 300], "1 of 3 images are smaller or larger than all"),
+        ([1000, 2000], r"2 of 2 .* 500 to 1000 micrometres \(median 750\).* 50 to 150"),
+    ],
+)
+def test_sizes_are_reported_and_never_refused(sides: list[int], said: str, tmp_path: Path) -> None:
+    support = _rows(tmp_path / "support", [0.5] * 5, [100, 150, 200, 250, 300])
+    config = SimpleNamespace(mpp=1.0, image_scale=support_scale(support))
+    assert config.image_scale == pytest.approx(
+        {"mpp": 0.5, "low": 50, "p5": 55, "median": 100, "p95": 145, "high": 150}
+    )
+    model, processor = SimpleNamespace(config=config), SimpleNamespace(image_processor=CLIP)
+    notes = check_scale(model, processor, _rows(tmp_path, [0.5] * len(sides), sides)).notes
+    assert len(notes) == bool(said)
+    assert re.search(said, " ".join(notes))
+
+
+@pytest.mark.parametrize("stated", [None, {}, {"mpp": 0.5}, {"mpp": "x"}, [1]])
+def test_a_model_that_does_not_state_it_refuses_nothing(stated: Any, tmp_path: Path) -> None:
+    config = SimpleNamespace(mpp=9.0, image_scale=stated)
+    model, processor = SimpleNamespace(config=config), SimpleNamespace(image_processor=CLIP)
+    scale = check_scale(model, processor, _rows(tmp_path, [0.5], [SIZE]))
+    assert (scale.mpp, scale.notes) == (0.5, (NOT_COMPARED,))
 
 
 def test_unknown_is_written_as_unknown() -> None:
@@ -155,6 +191,10 @@ def test_a_run_stores_its_scale(trained: Callable[[str], Path]) -> None:
     # Pictures of 40 px become 32 px.
     assert json.loads((run / "model" / "config.json").read_text())["mpp"] == pytest.approx(0.5)
     assert json.loads((run / "results.json").read_text())["data"]["mpp"] == 0.5
+    stored = json.loads((run / "model" / "config.json").read_text())["image_scale"]
+    assert stored == pytest.approx(
+        dict.fromkeys(("low", "p5", "median", "p95", "high"), 16) | {"mpp": 0.4}
+    )
     other = trained("")
     assert json.loads((other / "model" / "config.json").read_text())["mpp"] is None
     assert json.loads((other / "results.json").read_text())["data"]["mpp"] == "unknown"
@@ -179,7 +219,7 @@ def test_the_commands_refuse_another_scale(
         assert run_on(command, same, *seen)[0] == 0
         code, output = run_on(command, other, *seen)
         assert code == 2
-        assert "at 0.5 micrometres per input pixel" in output
+        assert "images of 0.4 micrometres per pixel, and these have 2" in output
         assert "5.0 times apart" in output
         assert run_on(command, other, "--allow-scale", *seen)[0] == 0
     assert json.loads((tmp_path / "r.json").read_text())["data"]["mpp"] == 2.5

@@ -110,23 +110,25 @@ def test_the_table_says_where_each_crop_lies(place: Path, tools: Any, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("adapted", "allow", "fits"), [(2.0, False, True), (9.0, False, False), (9.0, True, True)]
+    ("learned", "allow", "fits"), [(0.6, False, True), (0.2, False, False), (0.2, True, True)]
 )
 def test_the_scale_must_be_that_of_the_model(
-    place: Path, tools: Any, adapted: float, allow: bool, fits: bool
+    place: Path, tools: Any, learned: float, allow: bool, fits: bool
 ) -> None:
     model = tools[0]
-    model.config.mpp = adapted
+    spread = dict.fromkeys(("low", "p5", "median", "p95", "high"), 60.0)
+    model.config.image_scale = {"mpp": learned} | spread
     try:
         if fits:
             result = classify(place, tools, allow_scale=allow)
             # crops of 120, 160 and 120 px at 0.5 reach 32 input pixels
             assert result.mpp == pytest.approx(0.5 * 120 / 32)
+            assert any("1 of 3 images are smaller or larger" in note for note in result.notes)
         else:
-            with pytest.raises(GloVLMError, match=r"adapted at 9 .* at 1.88"):
+            with pytest.raises(GloVLMError, match=r"images of 0\.2 .* have 0\.5"):
                 classify(place, tools, allow_scale=allow)
     finally:
-        model.config.mpp = None
+        model.config.image_scale = None
 
 
 def test_an_unknown_scale_is_noted(tools: Any, tmp_path: Path) -> None:
@@ -144,6 +146,7 @@ def test_an_unknown_scale_is_noted(tools: Any, tmp_path: Path) -> None:
     ("features", "options", "message"),
     [
         ([outline(5000, 10, 50, "far")], {}, "object far lies outside the slide"),
+        ([outline(10, 10, 1e7, "huge")], {}, "object huge is 10000000 pixels long"),
         ([outline(10, 10, 50, "a")], {"margin": 0.5}, "margin of at least 1"),
         ([], {}, "one outlined object at least"),
     ],

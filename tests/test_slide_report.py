@@ -65,7 +65,7 @@ def test_tiles_above_the_threshold_are_squares(
     )
     assert n == len(places)
     if not places:
-        assert json.loads(path.read_text()) == {"type": "FeatureCollection", "features": []}
+        assert json.loads(path.read_text())["features"] == []
         return
     items = read_geojson(path)
     assert [item.bounds[:2] for item in items] == [tuple(COORDS[i]) for i in places]

@@ -180,8 +180,11 @@ def compare_scale(
 def _support_of(config: Any) -> dict[str, float] | None:
     """Scale of a model's support; `None` where its config states none, or no whole one."""
     stated = getattr(config, "image_scale", None)
-    values = [positive(stated.get(name)) for name in ("mpp", *_SPREAD)] if stated else []
-    return None if not values or None in values else dict(stated)
+    if not isinstance(stated, dict):
+        return None
+    values = {name: positive(stated.get(name)) for name in ("mpp", *_SPREAD)}
+    known = {name: value for name, value in values.items() if value is not None}
+    return known if known.keys() == values.keys() else None
 
 
 def _size_notes(sides: Sequence[float], support: Mapping[str, float]) -> list[str]:

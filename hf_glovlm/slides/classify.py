@@ -53,8 +53,9 @@ from .encoding import (
     encoder_fingerprint,
     load_encoder,
 )
-from .files.annotations import read_geojson
+from .files.annotations import read_outlines
 from .files.bags import find_damage, read_bag
+from .files.coordinates import Origin, parse_origin
 from .files.wsi import Slide, is_elsewhere, is_same_slide, name_flags, open_slide, slide_name
 from .mil import SlideClassifier, load_aggregator
 from .numbering import NUMBERS, Numbers
@@ -446,6 +447,7 @@ def _classify_encoded(
 ) -> dict[str, Any]:
     """Write a slide's files into a folder; returns its entry in the results."""
     config, names = run.config, run.class_names
+    origin = parse_origin(config.origin, getattr(slide, "bounds", None))
     tiles = _read_tiles(encoded.path, names)
     entry, columns, notes = _predict_slide(tiles, encoded.path, run)
     target = config.heatmap_class or entry["label"]
@@ -481,8 +483,9 @@ def _classify_encoded(
         threshold=threshold,
         columns=columns,
         labels=called or [target] * len(heat),
+        origin=origin,
     )
-    counts, count_notes = _count(task, slide, tiles.probabilities, run, work)
+    counts, left_out, count_notes = _count(task, slide, origin, tiles.probabilities, run, work)
     # Where the name is hidden, so are the flags about it.
     hidden = set(name_flags(slide_name(task.path))) if config.anonymise else set()
     flags = [flag for flag in (*encoded.flags, *notes, *count_notes) if flag not in hidden]
@@ -499,7 +502,9 @@ def _classify_encoded(
         "size": list(slide.size),
         "tissue": tissue.summary(),
         "heatmap_class": target,
+        "origin": origin.describe(),
         "squares": squares,
+        "left_out": left_out,
         "counts": counts,
         "flags": list(dict.fromkeys(map(task.hide, flags))),
     }
@@ -550,30 +555,43 @@ def _pool(tiles: "_Tiles", config: SlideConfig, names: Sequence[str]) -> dict[st
 
 
 def _count(
-    task: _Task, slide: Slide, probabilities: NDArray[np.float64], run: _Run, work: Path
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Lesion counts of a slide's objects, else of its tiles, with notes."""
+    task: _Task,
+    slide: Slide,
+    origin: Origin,
+    probabilities: NDArray[np.float64],
+    run: _Run,
+    work: Path,
+) -> tuple[dict[str, Any] | None, dict[str, int], list[str]]:
+    """Lesion counts of a slide's objects, else of its tiles; outlines left out by reason; notes."""
     config, names = run.config, run.class_names
     if not names:
-        return None, []
+        return None, {}, []
     if task.objects is None:
         missing = "no file of objects has this slide's name, so tiles are counted"
         notes = [] if config.objects is None else [missing]
-        return count_classes(probabilities, names, unit="tiles")["all"], notes
+        return count_classes(probabilities, names, unit="tiles")["all"], {}, notes
+    outlines = read_outlines(
+        task.objects,
+        origin=origin,
+        classes=config.classes,
+        exclude=config.exclude,
+        size=slide.size,
+    )
     classified = classify_objects(
         run.model,
         run.processor,
         slide,
-        read_geojson(task.objects),
+        outlines.objects,
         margin=config.margin,
         batch_size=config.batch_size,
         allow_scale=config.allow_scale,
     )
     classified.save(work / "objects.parquet")
-    classified.write_geojson(work / "objects.geojson")
+    classified.write_geojson(work / "objects.geojson", origin)
     shown, ids = read_objects(work / "objects.parquet", task.name)
     counts = count_classes(shown, names, ids=ids, confusion=run.confusion)["all"]
-    return counts, list(classified.notes)
+    left_out = {reason: len(ids) for reason, ids in outlines.left_out.items()}
+    return counts, left_out, [*outlines.notes, *classified.notes]
 
 
 @dataclass(frozen=True)

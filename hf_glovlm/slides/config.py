@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from ..errors import GloVLMError
 from ..settings import Settings, setting
+from .files.coordinates import parse_origin
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,7 @@ class SlideConfig(Settings):
         """Rules over several settings."""
         if self.cases and self.case:
             raise GloVLMError("Give either --cases (a file) or --case (one for all slides).")
+        parse_origin(self.origin, (0, 0))
 
     def result_settings(self) -> dict[str, Any]:
         """Settings that determine the results of a slide."""

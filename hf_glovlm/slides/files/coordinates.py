@@ -9,12 +9,13 @@ QuPath counts from the corner of the part that was scanned (OpenSlide's `opensli
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...errors import GloVLMError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 Source = Literal["slide", "bounds", "given", "file"]
 ORIGINS = ("auto", "slide", "bounds", "X,Y")  # what `--origin` takes
@@ -35,12 +36,16 @@ class Origin:
     y: float = 0.0
     source: Source = "slide"
 
-    def to_level0(self, points: NDArray[Any]) -> NDArray[np.float64]:
+    def to_level0(self, points: "NDArray[Any]") -> "NDArray[np.float64]":
         """Points `[..., 2]` (x, y) of a file in pixels of level 0."""
+        import numpy as np  # settings are checked without it
+
         return np.add(points, (self.x, self.y), dtype=np.float64)
 
-    def from_level0(self, points: NDArray[Any]) -> NDArray[np.float64]:
+    def from_level0(self, points: "NDArray[Any]") -> "NDArray[np.float64]":
         """Points `[..., 2]` (x, y) in pixels of level 0 as a file counts them."""
+        import numpy as np
+
         return np.subtract(points, (self.x, self.y), dtype=np.float64)
 
     def describe(self) -> dict[str, Any]:
