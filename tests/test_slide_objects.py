@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from slide_model import outline, train, write_outlines
 from slides_made import write_slide
+from tiny import tiny_clip
 
 from hf_glovlm import load_dataset
+from hf_glovlm.cli import main
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import load_classifier, predict
 from hf_glovlm.slides.files.annotations import read_geojson
@@ -158,3 +160,93 @@ def test_what_cannot_be_classified_is_refused(
     items = read_geojson(path) if features else []
     with open_slide(place / "s1.tiff") as slide, pytest.raises(GloVLMError, match=message):
         classify_objects(*tools, slide, items, **options)
+
+
+# -------------------------------------------------------------------------- from end to end
+
+SIDES = (60, 170)  # of the glomeruli of one slide and of the other, in pixels of one scale
+
+
+def glomeruli(number: int, dx: int = 0, dy: int = 0) -> list[dict[str, Any]]:
+    side = SIDES[number % 2]
+    names = ("sick", "sick", "well", "well")
+    return [
+        outline(x + dx, y + dy, side, f"g{i}", classification={"name": names[i]})
+        for i, (x, y) in enumerate([(100, 100), (320, 100), (100, 300), (320, 300)])
+    ]
+
+
+@pytest.fixture(scope="module")
+def biopsy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four slides at one scale, with small or large glomeruli, and a run on their crops."""
+    folder = tmp_path_factory.mktemp("biopsy")
+    for number in range(4):
+        slide, side = folder / f"s{number}.tiff", SIDES[number % 2]
+        corners = [item["geometry"]["coordinates"][0][0] for item in glomeruli(number)]
+        marks = [
+            ((x, y, side, side), (150 + 20 * i, 90, 140 + 20 * number))
+            for i, (x, y) in enumerate(corners)
+        ]
+        write_slide(slide, 640, 520, mpp=0.5, marks=marks, seed=number)
+        path = write_outlines(folder / "objects" / f"s{number}.geojson", glomeruli(number))
+        cut_crops(slide, path, folder / "crops", patient_id=f"p{number}")
+    command = ["train", "--data", folder / "crops", "--backbone", tiny_clip(), "--shots", 2]
+    command += ["--output-dir", folder / "run", "--n-resamples", 1]
+    assert main([str(part) for part in command]) == 0
+    return folder
+
+
+def count(biopsy: Path, output: Path, objects: Path, *options: Any) -> list[dict[str, Any]]:
+    """Entries of the slides whose objects lie in a folder, by the command."""
+    names = sorted(path.stem for path in objects.iterdir())
+    command = ["slide", biopsy / "run", *(biopsy / f"{name}.tiff" for name in names)]
+    command += ["--objects", objects, "--output-dir", output, "--threshold", 0, *options]
+    main([str(part) for part in command])
+    results = output / "results.json"
+    return json.loads(results.read_text())["slides"] if results.exists() else []
+
+
+def test_the_slides_that_a_model_was_made_from_are_classified(biopsy: Path, tmp_path: Path) -> None:
+    entries = count(biopsy, tmp_path / "out", biopsy / "objects")  # 2.8 times apart in size
+    assert [entry["status"] for entry in entries] == ["done"] * 4
+    assert [entry["counts"]["n"] for entry in entries] == [4] * 4
+
+
+def test_tissue_and_reserved_classes_are_left_out_and_counted(biopsy: Path, tmp_path: Path) -> None:
+    others = [
+        outline(20, 20, 480, "tissue", isLocked=True),
+        outline(400, 440, 50, "region", classification={"name": "Region*"}),
+        outline(460, 440, 50, "ignore", classification={"name": "Ignore*"}),
+    ]
+    write_outlines(tmp_path / "objects" / "s1.geojson", [*others, *glomeruli(1)])
+    (entry,) = count(biopsy, tmp_path / "out", tmp_path / "objects", "--allow-scale")
+    assert (entry["status"], entry["counts"]["n"]) == ("done", 4)
+    assert sum(entry["left_out"].values()) == 3
+    assert "Outlines taken: 2 sick, 2 well." in entry["flags"]
+    assert any(flag.startswith("3 of 7 outlines were left out") for flag in entry["flags"])
+
+
+def test_outlines_that_count_from_elsewhere_are_moved_both_ways(
+    biopsy: Path, tmp_path: Path
+) -> None:
+    artery = outline(400, 440, 50, "artery", classification={"name": "Artery"})
+    path = tmp_path / "objects" / "s1.geojson"
+    write_outlines(path, [*glomeruli(1, -7, 11), artery])
+    options = ("--origin", "7,-11", "--exclude", "artery", "--allow-scale")
+    entries = count(biopsy, tmp_path / "out", path.parent, *options)
+    assert [entry["status"] for entry in entries] == ["done"]
+    assert entries[0]["origin"] == {"x": 7, "y": -11, "source": "given"}
+    assert entries[0]["left_out"] == {"class Artery, which is excluded": 1}
+    folder = tmp_path / "out" / "slides" / "s1"
+    boxes = pq.read_table(folder / "objects.parquet").to_pylist()
+    middles = [(row["x"] + row["side"] / 2, row["y"] + row["side"] / 2) for row in boxes]
+    assert np.allclose(middles, [(185, 185), (405, 185), (185, 385), (405, 385)], atol=1)
+    for name in ("objects.geojson", "tiles.geojson"):
+        assert json.loads((folder / name).read_text())["origin"] == entries[0]["origin"]
+    written = json.loads((folder / "objects.geojson").read_text())["features"]
+    given = json.loads(path.read_text())["features"][:4]
+    assert [(f["id"], f["geometry"]) for f in written] == [(f["id"], f["geometry"]) for f in given]
+    assert read_geojson(folder / "objects.geojson")[0].bounds == (100, 100, 270, 270)
+    tile = read_geojson(folder / "tiles.geojson")[0].bounds
+    rows = pq.read_table(folder / "tiles.parquet").to_pylist()
+    assert tile[:2] in [(row["x"], row["y"]) for row in rows]

@@ -576,6 +576,7 @@ def _count(
         classes=config.classes,
         exclude=config.exclude,
         size=slide.size,
+        mpp=slide.mpp,
     )
     classified = classify_objects(
         run.model,

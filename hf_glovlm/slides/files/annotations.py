@@ -73,6 +73,7 @@ _TYPES = {
 # A parent is told from what it holds by area. Glomeruli of one slide differ by less than 25 times:
 # 80 to 350 micrometres across.
 _PARENT = 4.0  # times the area of what it holds, where it holds several
+_GLOMERULUS = 400.0  # micrometres: longer than the longer side of a human one
 _HUGE = 25.0  # times the area of a typical outline
 
 
@@ -180,6 +181,7 @@ def read_outlines(
     classes: Sequence[str] = (),
     exclude: Sequence[str] = (),
     size: tuple[int, int] | None = None,
+    mpp: float | None = None,
 ) -> Outlines:
     """Read the outlines of a file that are to be cut or counted.
 
@@ -199,6 +201,8 @@ def read_outlines(
             kind of separator do not count.
         exclude: Names of classes that are left out.
         size: Width and height of the slide at level 0.
+        mpp: Micrometres per pixel of level 0, where known: outlines of one class that are at most
+            400 micrometres long are no tissue annotations, whatever is drawn in them.
 
     Raises:
         GloVLMError: As `read_geojson`, or nothing is left: says why, with counts.
@@ -212,7 +216,7 @@ def read_outlines(
     selection.drop_small()
     notes += selection.choose_classes(classes, exclude)
     selection.drop_types()
-    selection.drop_parents()
+    inner = selection.drop_parents(mpp)
     kept, left_out = selection.kept, selection.left_out
     if not kept:
         raise GloVLMError(
@@ -231,6 +235,11 @@ def read_outlines(
         listed = [f"{n} {name}" for name, n in named]
         listed += [f"{counts[None]} without a class"] if counts[None] else []
         notes.append(f"Outlines taken: {', '.join(listed)}.")
+    if inner:
+        notes.append(
+            f"{inner} of {len(kept)} outlines lie in another one and count beside it: if they are "
+            "its parts, name the classes that are to be taken (--classes)."
+        )
     if left_out:
         notes.append(_left_out_note(left_out, len(kept)))
     return Outlines(kept, left_out, notes, reading.origin)
@@ -428,10 +437,14 @@ class _Selection:
             reasons = {i: kind for i, kind in enumerate(kinds) if kind == "tmaCore" and cores}
         self.drop({i: f"QuPath's type {kind}" for i, kind in reasons.items()})
 
-    def drop_parents(self) -> None:
-        """Leave out what holds other outlines, and what only such a one can be."""
+    def drop_parents(self, mpp: float | None) -> int:
+        """Leave out what holds other outlines, and what only such a one can be.
+
+        Returns:
+            How many of those kept lie in another one that is kept.
+        """
         if len(self.kept) < 2:
-            return
+            return 0
         items = self.kept
         labels = [item.label for item in items]
         areas = np.array([item.area for item in items])
@@ -443,9 +456,14 @@ class _Selection:
             plain[labels[i]].append(areas[i])
         median = {label: float(np.median(values)) for label, values in plain.items()}
         holders = Counter(labels[i] for i in held)
+        several: Counter[str | None] = Counter(filter(None, labels))
         named = any(label is not None for label in labels)
         reasons = {}
         for i, inside in held.items():
+            x0, y0, x1, y1 = items[i].bounds
+            is_small = mpp is not None and max(x1 - x0, y1 - y0) * mpp <= _GLOMERULUS
+            if is_small and several[labels[i]] > 1 and not _is_locked(items[i]):
+                continue
             label = labels[i]
             # A class that most bear without holding others is that of a glomerulus with parts.
             is_common = label is not None and len(plain[label]) >= holders[label]
@@ -460,6 +478,7 @@ class _Selection:
             elif len(single) > 2 and areas[i] >= _HUGE * typical and labels[i] in (None, *parents):
                 reasons[i] = f"{_HUGE:g} times as large as the others"
         self.drop(reasons)
+        return len({j for i, inside in held.items() if i not in reasons for j in inside})
 
     def hint(self, classes: Sequence[str], size: tuple[int, int] | None) -> str:
         """What to do where nothing is left."""
