@@ -226,6 +226,20 @@ def test_tissue_and_reserved_classes_are_left_out_and_counted(biopsy: Path, tmp_
     assert any(flag.startswith("3 of 7 outlines were left out") for flag in entry["flags"])
 
 
+def test_what_lies_outside_the_slide_or_is_larger_does_not_stop_the_rest(
+    biopsy: Path, tmp_path: Path
+) -> None:
+    others = [outline(9000, 10, 80, "far"), outline(-50, -50, 1e7, "huge")]
+    write_outlines(tmp_path / "objects" / "s1.geojson", [*others, *glomeruli(1)])
+    (entry,) = count(biopsy, tmp_path / "out", tmp_path / "objects", "--allow-scale")
+    assert entry["status"] == "done", entry["error"]
+    assert entry["counts"]["n"] == 4
+    assert entry["left_out"] == {
+        "outside the slide of 640 x 520 pixels": 1,
+        "larger than the slide": 1,
+    }
+
+
 def test_outlines_that_count_from_elsewhere_are_moved_both_ways(
     biopsy: Path, tmp_path: Path
 ) -> None:
