@@ -129,10 +129,10 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
 
     Returns:
         The content of `results.json`: `slides` (each with `status` `done` or `failed`, `error`,
-        `label`, `probabilities`, `pooling`, `pooled`, `counts`, `flags`), `cases`, `class_names`
-        (of tiles and objects), `slide_class_names`, `settings`, `pooling`, `model`, `failed` (their
-        number). The same for a run that was
-        killed and started again.
+        `label`, `probabilities`, `pooling`, `pooled`, `counts`, `origin` of its outlines and how
+        many were `left_out`, `flags`), `cases`, `class_names` (of tiles and objects),
+        `slide_class_names`, `settings`, `pooling`, `model`, `failed` (their number). The same for a
+        run that was killed and started again.
 
     Raises:
         GloVLMError: The model, the aggregator or a table cannot be read, or two slides share a
@@ -303,6 +303,7 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
             "model": encoder_fingerprint(model, processor),
             "class_names": names if classified else [],  # `classes` is the setting of outlines
             "model_mpp": model.config.mpp,
+            "image_scale": model.config.image_scale,
             "confusion": digest_value(confusion.tolist()),
             "aggregator": aggregator and aggregator.digest(),
             **config.result_settings(),

@@ -228,7 +228,7 @@ def adapt_classifier(
     # What an earlier head was calibrated to is no longer true.
     base = copy_sharing_weights(loaded.towers)
     base.config.temperature, base.config.prior_shift, base.config.calibration = 1.0, None, None
-    base.config.mpp = None
+    base.config.mpp = base.config.image_scale = None
     processor = copy.deepcopy(loaded.processor)  # a tokenizer serves one at a time
     on_progress(0.05, "encoding images")
     embed_images(base, processor, rows, batch_size=BATCH, cache=cache, project=False)
