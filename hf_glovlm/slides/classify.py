@@ -448,7 +448,7 @@ def _classify_encoded(
 ) -> dict[str, Any]:
     """Write a slide's files into a folder; returns its entry in the results."""
     config, names = run.config, run.class_names
-    origin = parse_origin(config.origin, getattr(slide, "bounds", None))
+    origin = parse_origin(config.origin, slide.bounds)
     tiles = _read_tiles(encoded.path, names)
     entry, columns, notes = _predict_slide(tiles, encoded.path, run)
     target = config.heatmap_class or entry["label"]
