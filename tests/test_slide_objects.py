@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tifffile
+from scn_made import write_scn
 from slide_model import outline, train, write_outlines
 from slides_made import write_slide
 from tiny import tiny_clip
@@ -264,3 +266,25 @@ def test_outlines_that_count_from_elsewhere_are_moved_both_ways(
     tile = read_geojson(folder / "tiles.geojson")[0].bounds
     rows = pq.read_table(folder / "tiles.parquet").to_pylist()
     assert tile[:2] in [(row["x"], row["y"]) for row in rows]
+
+
+def test_outlines_of_a_slide_with_bounds_count_from_there_as_qupath_does(
+    biopsy: Path, tmp_path: Path
+) -> None:
+    pixels = np.asarray(tifffile.imread(biopsy / "s1.tiff", key=0))
+    write_scn(tmp_path / "scn.scn", (1200, 900), [(400, 200, pixels)])
+    write_outlines(tmp_path / "objects" / "scn.geojson", glomeruli(1))
+    command = ["slide", biopsy / "run", tmp_path / "scn.scn", "--objects", tmp_path / "objects"]
+    command += ["--output-dir", tmp_path / "out"]
+    main([str(part) for part in command])
+    (entry,) = json.loads((tmp_path / "out" / "results.json").read_text())["slides"]
+    assert entry["status"] == "done", entry["error"]
+    rows = pq.read_table(tmp_path / "out/slides/scn/objects.parquet").to_pylist()
+    middles = [(row["x"] + row["side"] / 2, row["y"] + row["side"] / 2) for row in rows]
+    assert np.allclose(middles[0], (400 + 185, 200 + 185), atol=1)
+    assert entry["origin"] == {"x": 400, "y": 200, "source": "bounds"}
+    written = json.loads((tmp_path / "out/slides/scn/objects.geojson").read_text())
+    assert written["origin"] == entry["origin"]
+    assert [item["geometry"] for item in written["features"]] == [
+        item["geometry"] for item in glomeruli(1)
+    ]
