@@ -5,18 +5,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...data.folder import positive
 from ...data.groups import differing_spellings, in_quotes
 from ...data.listing import SPLIT_NAMES, few, split_role
 from ...errors import GloVLMError, nearest
 from ...tables import read_table
+from .case_table import NO_VALUE, read_mpp
+from .names import slide_stem
 
 COLUMNS = ("slide", "label", "patient_id", "case_id", "split", "mpp")
-_SUFFIXES = (  # of slide and feature files, longest first; a name may hold other dots
-    ".ome.tiff", ".ome.tif", ".qptiff", ".parquet", ".tiff", ".mrxs", ".hdf5", ".ndpi", ".vsi",
-    ".svs", ".tif", ".dcm", ".bif", ".scn", ".czi", ".h5", ".pt",
-)  # fmt: skip
-_NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null"})
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class SlideTable:
         """
         files_of: dict[str, list[Path]] = {}
         for file in files:
-            files_of.setdefault(_stem(file.name), []).append(file)
+            files_of.setdefault(slide_stem(file.name), []).append(file)
         missing = [name for name in self.slides if name not in files_of]
         if missing:
             raise GloVLMError(
@@ -137,11 +133,11 @@ def read_slide_table(path: Path, *, classes: Sequence[str] | None = None) -> Sli
             )
     table = tuple(
         SlideRow(
-            slide=_stem(row["slide"]),
+            slide=slide_stem(row["slide"]),
             label=row["label"],
             patient=row.get(patient_column or "") or None,
             split=_split(row.get("split", ""), row["slide"], path),
-            mpp=_micrometres(row.get("mpp", ""), row["slide"], path),
+            mpp=read_mpp(row.get("mpp", ""), row["slide"], path),
         )
         for row in rows
     )
@@ -190,7 +186,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
         raise GloVLMError(f"{path} has a header and no rows; write one row per slide.")
     for row in rows:
         for i, name in enumerate(header):
-            if name != "label" and row[i].casefold() in _NO_VALUE:
+            if name != "label" and row[i].casefold() in NO_VALUE:
                 row[i] = ""
             elif name == "mpp":
                 row[i] = table.number(row[i])
@@ -220,21 +216,3 @@ def _split(text: str, slide: str, path: Path) -> str | None:
             f"{slide}.{nearest(text, SPLIT_NAMES)}"
         )
     return role
-
-
-def _micrometres(text: str, slide: str, path: Path) -> float | None:
-    if not text:
-        return None
-    number = positive(text)
-    if number is None:
-        raise GloVLMError(
-            f"{path}: expected a positive number of micrometres in mpp, found '{text}' for {slide}."
-        )
-    return number
-
-
-def _stem(name: str) -> str:
-    """`folder/a.b.svs` -> `a.b`: only the suffix of a slide or feature file is taken off."""
-    base = name.replace("\\", "/").rsplit("/", 1)[-1]
-    suffix = next((s for s in _SUFFIXES if base.casefold().endswith(s)), "")
-    return base[: len(base) - len(suffix)]
