@@ -15,6 +15,17 @@ class WriteError(GloVLMError, OSError):
     """Disk error: full, read-only, failing, or a path that it does not take. Nothing is left."""
 
 
+MAX_WORDS = 200  # characters of an error that a library raised
+
+
+def describe_error(error: Exception) -> str:
+    """Error in a sentence; of one that is not ours its type and its first words."""
+    if isinstance(error, GloVLMError):
+        return str(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:MAX_WORDS]}".removesuffix(": ")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Near-miss suggestion for an unknown name.
 

@@ -307,10 +307,10 @@ def test_bad_settings_are_refused_at_once(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,case\nwell,A\n", "columns slide and case"),
-        ("slide,case\nsick,A\n", "no case of well"),
+        ("name,case\nwell,A\n", r"no column slide_id \(or slide\)"),
+        ("slide,case\nsick,A\n", "no row for the slide well"),
         ("slide,case\nwell,\n", "no case of well"),
-        ("", "columns slide and case"),
+        ("", r"no column slide_id \(or slide\)"),
     ],
 )
 def test_cases_must_name_every_slide(place: Path, tmp_path: Path, text: str, message: str) -> None:
@@ -318,6 +318,32 @@ def test_cases_must_name_every_slide(place: Path, tmp_path: Path, text: str, mes
     config = configured(place, tmp_path / "out", "well", cases=str(tmp_path / "cases.csv"))
     with pytest.raises(GloVLMError, match=message):
         classify_slides(config)
+
+
+def test_the_scale_of_a_slide_comes_from_the_table(place: Path, tmp_path: Path) -> None:
+    table = tmp_path / "cases.csv"
+    (tmp_path / "slides").mkdir()
+    for name in ("other", "well"):
+        (tmp_path / "slides" / f"{name}.tiff").symlink_to(place / f"{name}.tiff")
+    config = configured(place, tmp_path / "out", cases=str(table))
+    config = replace(config, slides=[str(tmp_path / "slides")])
+    done: list[str] = []
+
+    def run(mpp: str) -> list[dict[str, Any]]:
+        table.write_text(f"slide_id,patient_id,mpp\nother.tiff,P1,{mpp}\nwell,P1,\n")
+        done.clear()
+        results = classify_slides(
+            config, on_event=lambda kind, what: kind == "slide" and done.append(what["slide"])
+        )
+        entries: list[dict[str, Any]] = results["slides"]
+        return entries
+
+    other, well = run("0.5")
+    assert (other["mpp"], other["mpp_source"]) == (0.5, "given")
+    assert (well["mpp"], well["mpp_source"]) == (0.5, "file")
+    other, well = run("0.4")
+    assert (done, well["status"]) == (["other"], "done")  # its results were made from another scale
+    assert "0.5, now 0.4" in other["error"]
 
 
 def test_a_trained_aggregator_gives_the_label(place: Path, output: Path, tmp_path: Path) -> None:

@@ -1,41 +1,13 @@
 """Case-level counts: the slides of one patient or specimen, counted together."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import GloVLMError
-from ..tables import read_table
 from .counting import count_classes
-from .files.wsi import slide_name
 from .objects import read_objects
-
-
-def read_cases(path: Path, slides: Iterable[str]) -> dict[str, str | None]:
-    """Read the case of each slide from a CSV file.
-
-    Args:
-        path: The file, with the columns `slide` (or `slide_id`; with or without suffix) and `case`
-            (or `case_id`, `patient_id`).
-        slides: Names of the slides.
-
-    Raises:
-        GloVLMError: No such file or column, or a slide without a case.
-    """
-    table = read_table(path, "a CSV file of slides and cases")
-    places = table.index("slide", "slide_id"), table.index("case", "case_id", "patient_id")
-    if None in places or not table.rows:
-        header = ", ".join(table.header) or "-"
-        raise GloVLMError(f"{path} needs rows with the columns slide and case, found: {header}.")
-    pairs = [(row[places[0]], row[places[1]]) for row in table.rows]  # type: ignore[index]
-    case_of: dict[str, str | None] = {slide_name(Path(slide)): case for slide, case in pairs}
-    case_of |= dict(pairs)
-    missing = [name for name in slides if not case_of.get(name)]
-    if missing:
-        raise GloVLMError(f"{path} names no case of {missing[0]}: add the row.")
-    return {name: case_of[name] for name in slides}
 
 
 def count_cases(

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..calibration.inputs import softmax
-from ..errors import GloVLMError, nearest
+from ..data.listing import few
+from ..errors import GloVLMError, describe_error, nearest
 from ..files import (
     LOCK,
     UNFINISHED,
@@ -41,13 +42,12 @@ from ..files import (
 )
 from ..inference import load_classifier, resolve_device
 from ..inference.prediction import class_names
-from .cases import count_cases, read_cases
+from .cases import count_cases
 from .config import SlideConfig
 from .counting import count_classes
 from .encoding import (
     Encoded,
     Outcome,
-    describe_error,
     encode_slide,
     encode_slides,
     encoder_fingerprint,
@@ -55,7 +55,10 @@ from .encoding import (
 )
 from .files.annotations import read_outlines
 from .files.bags import find_damage, read_bag
+from .files.case_table import agreed, read_case_table
 from .files.coordinates import Origin, parse_origin
+from .files.listing import list_slides
+from .files.names import match_outlines
 from .files.wsi import Slide, is_elsewhere, is_same_slide, name_flags, open_slide, slide_name
 from .mil import SlideClassifier, load_aggregator
 from .numbering import NUMBERS, Numbers
@@ -79,11 +82,13 @@ Event = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class _Task:
-    """One slide of a run: its file, name, case, outlined objects and bag."""
+    """One slide of a run: its file, name, case, scale, scene, outlined objects and bag."""
 
     path: Path
     name: str
     case: str | None
+    mpp: float | None
+    scene: str | None
     objects: Path | None
     bag: Path
 
@@ -227,20 +232,25 @@ def _check_output(config: SlideConfig, output: Path) -> None:
 
 
 def _plan(config: SlideConfig, output: Path, numbers: Numbers | None) -> list[_Task]:
-    """Tasks of the run: slides with their names, cases and outlined objects."""
-    paths = [Path(slide).expanduser() for slide in config.slides]
+    """Tasks of the run: slides with their names, cases, scale, scene and outlined objects."""
+    paths = list_slides(config.slides)
     twice = [name for name, n in Counter(map(slide_name, paths)).items() if n > 1]
     if twice:
         raise GloVLMError(
             f"Two slides are called {twice[0]}, so their results would share a folder: rename one."
         )
-    case_of = {slide_name(path): config.case for path in paths}
-    if config.cases:
-        case_of = read_cases(Path(config.cases).expanduser(), case_of)
+    table = read_case_table(Path(config.cases).expanduser()) if config.cases else None
+    cases = [config.case] * len(paths) if table is None else table.cases_of(paths)
+    for sentence in [] if table is None else table.notes:
+        logger.warning(sentence)
+    objects = _objects_of(config, paths)
     tasks = []
-    for path in paths:
-        real = slide_name(path)
-        name, case = real, case_of[real]
+    for path, case in zip(paths, cases, strict=True):
+        name, mpp, scene = slide_name(path), config.mpp, config.scene
+        if table is not None:
+            row = table.row_of(path)
+            mpp = agreed("--mpp", mpp, row.mpp, name, table.path)
+            scene = agreed("--scene", scene, row.scene, name, table.path)
         if numbers is not None:
             name, case = numbers.of_slide(path), case and numbers.of_case(case)
         folder = output / "slides" / name
@@ -250,26 +260,19 @@ def _plan(config: SlideConfig, output: Path, numbers: Numbers | None) -> list[_T
                 "replace it: give another --output-dir."
             )
         bag = output / "features" / f"{name}.h5"
-        tasks.append(_Task(path, name, case, _objects_of(config, real, len(paths)), bag))
+        tasks.append(_Task(path, name, case, mpp, scene, objects.get(path), bag))
     return tasks
 
 
-def _objects_of(config: SlideConfig, name: str, n_slides: int) -> Path | None:
-    """GeoJSON file of a slide: the one given, or that of its name in a folder."""
+def _objects_of(config: SlideConfig, slides: Sequence[Path]) -> Mapping[Path, Path]:
+    """GeoJSON file of each slide that has one: the one given, or that of its name in a folder."""
     if config.objects is None:
-        return None
-    given = Path(config.objects).expanduser()
-    if given.is_dir():
-        own = given / f"{name}.geojson"
-        return own if own.is_file() else None
-    if not given.is_file():
-        raise GloVLMError(f"Expected a GeoJSON file or a folder of these at {given}, found none.")
-    if n_slides > 1:
-        raise GloVLMError(
-            f"One file of objects cannot serve {n_slides} slides: give a folder that holds "
-            "NAME.geojson for each."
-        )
-    return given
+        return {}
+    outlined = match_outlines(Path(config.objects).expanduser(), slides)
+    if outlined.unused:
+        names = "" if config.anonymise else f" ({few(outlined.unused)})"
+        logger.warning("%d files of outlines are of no slide here%s.", len(outlined.unused), names)
+    return outlined.files
 
 
 def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
@@ -314,7 +317,8 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
 
 def _made_from(task: _Task, run: _Run) -> dict[str, Any]:
     """All that determines a slide's results, but the slide itself."""
-    return {**run.made_from, "objects": task.objects and digest_file(task.objects)}
+    own = {"mpp": task.mpp, "scene": task.scene}
+    return {**run.made_from, **own, "objects": task.objects and digest_file(task.objects)}
 
 
 def _finished(task: _Task, run: _Run) -> dict[str, Any] | None:
@@ -374,8 +378,6 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
         "min_tissue": config.min_tissue,
         "drop_pen": config.drop_pen,
         "batch_size": config.batch_size,
-        "slide_mpp": config.mpp,
-        "scene": config.scene,
         "allow_scale": config.allow_scale,
     }
     if config.workers > 1 and len(tasks) > 1:
@@ -386,6 +388,8 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
             config.model,
             workers=config.workers,
             names=[task.name for task in tasks] if config.anonymise else None,
+            slide_mpp={slide_name(task.path): task.mpp for task in tasks},
+            scene={slide_name(task.path): task.scene for task in tasks},
             on_done=lambda outcome: finish(by_path[outcome.slide], outcome),
             device=config.device,
             **settings,
@@ -402,6 +406,8 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
                 run.processor,
                 task.path,
                 task.bag,
+                slide_mpp=task.mpp,
+                scene=task.scene,
                 name=task.name if config.anonymise else None,
                 on_progress=advance,
                 **settings,
@@ -423,10 +429,7 @@ def _classify(task: _Task, outcome: Outcome, run: _Run) -> dict[str, Any]:
             made_from = _made_from(task, run) | {"slide": encoded.source}
             with replacing(folder) as work:
                 work.mkdir()
-                given = run.config
-                with open_slide(
-                    task.path, mpp=given.mpp, scene=given.scene, allow_scale=given.allow_scale
-                ) as slide:
+                with _open(task, run.config) as slide:
                     entry = _classify_encoded(task, slide, encoded, run, work)
                 write_json(work / "slide.json", entry, allow_nan=False)
                 write_manifest(work, "slide", made_from)
@@ -441,6 +444,10 @@ def _classify(task: _Task, outcome: Outcome, run: _Run) -> dict[str, Any]:
         "flags": [] if run.config.anonymise else name_flags(task.name),
         "counts": None,
     }
+
+
+def _open(task: _Task, config: SlideConfig) -> Slide:
+    return open_slide(task.path, mpp=task.mpp, scene=task.scene, allow_scale=config.allow_scale)
 
 
 def _classify_encoded(

@@ -70,7 +70,8 @@ class SlideConfig(Settings):
     drop_pen: bool = setting(True, help="Leave strokes of a pen out of the tissue.", group="Tiles")
     objects: str | None = setting(
         None,
-        help="GeoJSON of outlined glomeruli; for several slides a folder of NAME.geojson.",
+        help="GeoJSON of outlined glomeruli; for several slides a folder of NAME.geojson or "
+        "NAME.json, also packed (.gz).",
         group="Objects",
         unset="tiles alone",
     )
@@ -131,7 +132,8 @@ class SlideConfig(Settings):
     )
     cases: str | None = setting(
         None,
-        help="CSV with the columns slide and case (or case_id, patient_id).",
+        help="CSV with slide_id and any of case_id, patient_id, biopsy, mpp and scene of each "
+        "slide.",
         group="Data",
         unset="each slide its own",
     )

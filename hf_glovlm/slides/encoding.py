@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ..backbones import load_backbone
 from ..environment import end_with_parent
-from ..errors import GloVLMError
+from ..errors import GloVLMError, describe_error
 from ..inference import encoder_key, exact_inference, load_classifier, resolve_device
 from ..inference.prediction import class_names, move_inputs, to_array
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
@@ -203,8 +203,8 @@ def encode_slides(
     *,
     workers: int = 1,
     names: Sequence[str] | None = None,
-    slide_mpp: "dict[str, float] | float | None" = None,
-    scene: "dict[str, str] | str | None" = None,
+    slide_mpp: Mapping[str, float | None] | float | None = None,
+    scene: Mapping[str, str | None] | str | None = None,
     on_done: Callable[[Outcome], object] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
@@ -449,7 +449,6 @@ def _encode(model: Any, backbone: Any, inputs: dict[str, Any], classify: bool) -
 
 # ----------------------------------------------------------------------------------- processes
 
-MAX_WORDS = 200  # characters of an error that a library raised
 GRACE = 10.0  # seconds in which a worker closes its slide
 _Job = tuple[Path, Path, dict[str, Any]]  # slide, bag, settings of encode_slide
 _KILLED = (
@@ -480,14 +479,6 @@ def _attempt(encoder: tuple[Any, Any], slide: Path, bag: Path, settings: dict[st
         return Outcome(slide, encode_slide(*encoder, slide, bag, **settings))
     except Exception as error:  # whatever is wrong with one slide stays with it
         return Outcome(slide, error=describe_error(error))
-
-
-def describe_error(error: Exception) -> str:
-    """Error in a sentence; of one that is not ours its type and its first words."""
-    if isinstance(error, GloVLMError):
-        return str(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:MAX_WORDS]}".removesuffix(": ")
 
 
 def _work(connection: Connection, model: str, threads: int) -> None:
