@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -327,6 +328,13 @@ def test_captions_of_a_person_are_kept(tmp_path: Path) -> None:
     assert second[4:] == ["a", "b"]
     assert write_captions(data, model=made("git")).written == len(summary.empty)
     assert write_captions(data, model=made("git"), max_new_tokens=3, overwrite=True).written == 6
+    lines = (data / "metadata.csv").read_text().splitlines()
+    lines[1] = re.sub(",[^,]*", ",", lines[1], count=1)  # its label
+    (data / "metadata.csv").write_text("\n".join(lines) + "\n")
+    (data / "manifest.json").write_text('{"kind": "crops", "made_from": {}, "files": {}}')
+    options = {"max_new_tokens": 3, "overwrite": True}
+    assert write_captions(data, model=made("git"), **options).written == 5  # one is to be labelled
+    assert len((data / "metadata.csv").read_text().splitlines()) == 7
 
 
 def test_class_folders_with_a_split_get_a_table(tmp_path: Path) -> None:

@@ -189,7 +189,14 @@ def _assemble(
     for table in tables:
         pairs = zip(table.file_names, table.labels, strict=True)
         unlabelled = [name for name, label in pairs if label is None]
-        if unlabelled:
+        if unlabelled and table.to_label:
+            if len(unlabelled) == len(table.labels):
+                raise GloVLMError(
+                    f"{origin}: none of {len(unlabelled)} rows has a label yet; fill in the column "
+                    "label, row by row (its image is named in file_name)."
+                )
+            table.drop_unlabelled()
+        elif unlabelled:
             raise GloVLMError(
                 f"{origin}: {len(unlabelled)} of {len(table.labels)} rows have no label "
                 f"({few(unlabelled)}); label them or delete the rows."

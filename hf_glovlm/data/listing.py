@@ -221,6 +221,45 @@ def plain_path(written: str) -> str:
     return "/".join(part for i, part in enumerate(parts) if part != "." and (part or not i))
 
 
+def follow_moves(
+    names: Sequence[str], labels: Sequence[str], listed: Iterable[str]
+) -> tuple[list[str], list[str], int]:
+    """Crops that a person moved to another class's folder without a word in their table.
+
+    A file that is not where the table says, and is the only other one of its own name, is there
+    now. It takes the class of that folder (that of the rows which lie there, else the folder's
+    name) where it has none, or still that of the folder which it came from.
+
+    Args:
+        names: File names in the table.
+        labels: Their classes; empty where there is none.
+        listed: The files that are there, as relative POSIX paths.
+
+    Returns:
+        Names and classes as they are now, and how many were moved.
+    """
+    there = [*listed]
+    free: dict[str, list[str]] = {}
+    for name in {*there} - {*names}:
+        free.setdefault(name.rpartition("/")[2], []).append(name)
+    missing = {*names} - {*there}
+    class_of = {
+        name.rpartition("/")[0]: label
+        for name, label in zip(names, labels, strict=True)
+        if label and name not in missing
+    }
+    now_names, now_labels, moved = [*names], [*labels], 0
+    for i, (name, label) in enumerate(zip(names, labels, strict=True)):
+        places = free.get(name.rpartition("/")[2], []) if name in missing else []
+        if len(places) != 1:
+            continue
+        before, folder = name.rpartition("/")[0], places[0].rpartition("/")[0]
+        if folder != before and label in ("", class_of.get(before, before)):
+            now_labels[i] = class_of.get(folder, folder.rpartition("/")[2])
+        now_names[i], moved = places[0], moved + 1
+    return now_names, now_labels, moved
+
+
 # ----------------------------------------------------------------------------------------- splits
 
 

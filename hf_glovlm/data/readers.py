@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..errors import GloVLMError, nearest
+from ..files import read_manifest
 from ..tables import TABLE_SUFFIXES, Table, column_name, read_table
 from .columns import FLOAT_COLUMNS, GROUP_IDS, MANIFEST, Columns, has_column, missing_column
 from .listing import (
@@ -26,6 +28,7 @@ from .listing import (
     FileNames,
     Listing,
     few,
+    follow_moves,
     list_files,
     look_like_patients,
     plain_path,
@@ -62,6 +65,7 @@ class RawRows:
         notes: How the data were read, where that is not the usual way.
         named: Notes that, in full, name files.
         left_out: Number of files that were not read, by kind.
+        to_label: Whether rows without a label are such that a person labels later: crops.
     """
 
     origin: str
@@ -73,6 +77,23 @@ class RawRows:
     notes: list[str] = field(default_factory=list)
     named: dict[str, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    to_label: bool = False
+
+    def drop_unlabelled(self) -> None:
+        """Leave out the rows without a label, and note their number."""
+        kept = [label is not None for label in self.labels]
+        number = kept.count(False)
+        if not number:
+            return
+        self.images = self.images.filter(pa.array(kept))
+        self.file_names, self.labels = (
+            [*compress(self.file_names, kept)],
+            [*filter(None, self.labels)],
+        )
+        self.splits = self.splits and [*compress(self.splits, kept)]
+        self.extra = {name: [*compress(values, kept)] for name, values in self.extra.items()}
+        self.notes.append(f"{number} of {len(kept)} rows have no label yet and are left out")
+        self.left_out["without a label"] = number
 
 
 # ---------------------------------------------------------------------------------------- folders
@@ -440,6 +461,13 @@ def _read_images_table(
     if not any(image.startswith(below) for image in listing.images):
         below = ""
     inside = {image.removeprefix(below) for image in listing.images if image.startswith(below)}
+    to_label, followed = _are_crops(root), 0
+    if to_label and layout is None:
+        values["file_name"], values["label"], followed = follow_moves(
+            values["file_name"], values["label"], inside
+        )
+    if followed:
+        notes.append(f"{followed} crops lie in another folder now, whose class they have")
     names, moved = _find_images(root / below, path, inside, values.pop("file_name"))
     whole = [below + one for one in names]
     if layout is not None:
@@ -453,6 +481,7 @@ def _read_images_table(
         labels=[value.strip() or None for value in values.pop("label")],
         splits=None if split is None else [split] * len(names),
         notes=notes,
+        to_label=to_label,
     )
     if table.dialect:
         rows.notes.append(f"the table is read {table.dialect}")
@@ -475,6 +504,15 @@ def _read_images_table(
     }
     rows.notes += _near_misses(table.names, chosen)
     return rows
+
+
+def _are_crops(root: Path) -> bool:
+    """Whether a folder was made by `data crops`: objects without a class are to be labelled."""
+    try:
+        manifest = read_manifest(root)
+    except GloVLMError:  # of somebody else
+        return False
+    return manifest is not None and manifest.kind == "crops"
 
 
 def _folder_of(name: str, place: int, path: Path) -> str:

@@ -384,7 +384,8 @@ class _CaptionTable:
         rows = []
         for name, line in self._lines.items():
             where = len(line) if index is None else index
-            rows.append([*line[:where], captions[name], *line[where + 1 :]])
+            before = "" if index is None else line[index]  # of a crop without a label: not read
+            rows.append([*line[:where], captions.get(name, before), *line[where + 1 :]])
         header = self._header if index is not None else [*self._header, "caption"]
         write_csv(self._target, header, rows)
 
