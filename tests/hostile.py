@@ -85,7 +85,7 @@ OPTIONS = {
     "explain-check": "--data --masks --method --window --device",
     "data check": "", "data get": "", "datasets": "--json", "methods": "--json",
     "data crops": ("--output-dir --mpp --margin --label-property --colours --slide-id --patient-id"
-                   " --min-extent"),
+                   " --min-extent --cases --scene --classes --exclude --origin"),
     "data caption": "--model --question --output --batch-size --max-new-tokens --device",
     "card": "--output", "push": "--branch --reason", "export": "--output-dir --format --data",
     "backbones convert": "--output-dir --kind --revision", "backbones modules": "--towers --last",

@@ -1,8 +1,10 @@
 """Commands for slides: labels, counts, multiple-instance learning, captions, crops."""
 
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
@@ -24,8 +26,12 @@ from .options import (
     JsonFlag,
     Real,
     Text,
+    Texts,
     options_of,
 )
+
+if TYPE_CHECKING:
+    from ..slides.files.crops import CropSummary
 
 __all__ = ["caption", "crops", "get", "mil", "slide"]
 
@@ -124,50 +130,124 @@ def caption(
 
 
 def crops(
-    slide: Annotated[Path, Argument(help="A slide or a region image.")],
-    annotations: Annotated[Path, Argument(help="GeoJSON of QuPath, or a mask with --colours.")],
+    slide: Annotated[Path, Argument(help="A slide or a region image, or a folder of them.")],
+    annotations: Annotated[
+        Path,
+        Argument(
+            help="GeoJSON of QuPath, or a mask with --colours; of a folder of slides a folder of "
+            "NAME.geojson, or of NAME.png or NAME_mask.png."
+        ),
+    ],
     output_dir: Annotated[Path, Option(help="Folder of crops; other slides in it stay.")],
+    cases: Annotated[
+        Path | None,
+        Option(help="CSV with slide_id and any of patient_id, case_id, biopsy, stain, mpp, scene."),
+    ] = None,
     mpp: MppFlag = None,
+    scene: Annotated[Text, Option(help="Of a file that holds several: its number or name.")] = None,
     margin: Annotated[float, Option(help="Side of a crop over the object's longer side.")] = 1.25,
     label_property: Annotated[Text, Option(help="The property that holds the class.")] = None,
-    colours: Annotated[Text, Option(help="Of a mask: green=viable,red=sclerosed.")] = None,
+    classes: Annotated[Texts, Option(help="Classes that are cut, and no other; repeat it.")] = None,
+    exclude: Annotated[Texts, Option(help="Classes that are left out; repeat it.")] = None,
+    origin: Annotated[
+        str, Option(help="Where the outlines count from: auto, slide, bounds, or X,Y in pixels.")
+    ] = "auto",
+    colours: Annotated[
+        Text, Option(help="Of a mask: green=viable,red=sclerosed, or by value 1=viable.")
+    ] = None,
     slide_id: Annotated[Text, Option(help="Else the file's name.")] = None,
     patient_id: Annotated[Text, Option(help="Whose slide it is.")] = None,
     drop_flagged: Annotated[bool, Option(help="Leave out partial and merged ones.")] = False,
     min_extent: Annotated[int, Option(help="Smaller blobs of a mask are specks.")] = 16,
+    allow_scale: Annotated[bool, Option(help="Accept an --mpp far from the file's.")] = False,
 ) -> None:
-    """Cut outlined glomeruli out of a slide into a folder that `glovlm train` takes."""
-    from ..slides.files.crops import cut_crops, parse_colours
+    """Cut outlined glomeruli out of slides into a folder that `glovlm train` takes.
 
-    done = cut_crops(
+    Those without a class lie in unlabelled/, to be labelled in metadata.csv. Exit code 1 if a slide
+    failed or nothing was cut.
+    """
+    from ..slides.files.case_table import read_case_table
+    from ..slides.files.crops import cut_slides
+    from ..slides.files.masks import parse_colours
+
+    table = None if cases is None else read_case_table(cases)
+    for sentence in [] if table is None else table.notes:
+        note(sentence)
+    outcomes = cut_slides(
         slide,
         annotations,
         output_dir,
+        cases=table,
         mpp=mpp,
+        scene=scene,
         margin=margin,
         label_property=label_property,
+        classes=classes or (),
+        exclude=exclude or (),
+        origin=origin,
         colours=parse_colours(colours) if colours else None,
         slide_id=slide_id,
         patient_id=patient_id,
         keep_flagged=not drop_flagged,
         min_extent=min_extent,
-        on_progress=_count("crops"),
+        allow_scale=allow_scale,
+        on_slide=_show_crops,
+        on_progress=None if os.path.isdir(slide) else _count("crops"),
     )
-    rows = [[name, str(n)] for name, n in done.counts.items()]
-    print_table(f"Crops of {done.slide}", ["class", "crops"], rows)
-    for what, n in (
-        ("without a class, not cut", len(done.unlabelled)),
-        ("outlined twice, cut once", len(done.duplicates)),
-        ("flagged and left out", len(done.skipped)),
-        ("too small to be an object", done.specks),
-        *done.flags.items(),
-    ):
+    done = [one.summary for one in outcomes if one.summary is not None]
+    names = sorted({name for summary in done for name in summary.counts})
+    rows = []
+    for one in outcomes:
+        counts = one.summary.counts if one.summary else {}
+        unlabelled = len(one.summary.unlabelled) if one.summary else 0
+        numbers = [*(counts.get(name, 0) for name in names), unlabelled]
+        rows.append([one.slide, *map(str, numbers), one.error or one.reason or ""])
+    print_table("Crops", ["slide", *names, "without a class", "not cut, since"], rows)
+    _summarise_crops(done)
+    without = sum(len(summary.unlabelled) for summary in done)
+    if without:
+        note(
+            f"{without} objects have no class and lie in unlabelled/: fill in the column label of "
+            f"{output_dir / 'metadata.csv'}; rows without a label are left out of training"
+        )
+    note(f"the crops are in {output_dir}")
+    failed = [one.slide for one in outcomes if one.error is not None]
+    if failed or not done:
+        raise typer.Exit(1)
+
+
+def _show_crops(outcome: Any) -> None:
+    """Progress: what became of a slide."""
+    if outcome.error is not None:
+        note(f"{outcome.slide}: failed ({outcome.error})")
+    elif outcome.summary is None:
+        note(f"{outcome.slide}: no crops ({outcome.reason})")
+    else:
+        note(f"{outcome.slide}: {outcome.summary.total} crops")
+
+
+def _summarise_crops(done: Sequence["CropSummary"]) -> None:
+    """Notes on what was cut and what was not, over all slides."""
+    totals: Counter[str] = Counter()
+    sentences: dict[str, list[str]] = {}
+    for summary in done:
+        totals["outlined twice, cut once"] += len(summary.duplicates)
+        totals["flagged and left out"] += len(summary.skipped)
+        totals["too small to be an object"] += summary.specks
+        totals.update(summary.flags)
+        lines = [*summary.notes]
+        if summary.mpp is not None:
+            lines.append(f"micrometres per pixel: {summary.mpp:g}")
+        if summary.origin["source"] != "slide":
+            lines.append("outlines count from {x:g},{y:g} ({source})".format(**summary.origin))
+        for sentence in lines:
+            sentences.setdefault(sentence, []).append(summary.slide)
+    for what, n in totals.items():
         if n:
             note(f"{n} {what}")
-    for sentence in done.notes:
-        note(sentence)
-    scale = "unknown" if done.mpp is None else f"{done.mpp:g}"
-    note(f"micrometres per pixel of the slide: {scale}; the crops are in {output_dir}")
+    for sentence, slides in sentences.items():
+        place = slides[0] if len(slides) == 1 else f"{len(slides)} slides"
+        note(f"{place}: {sentence}")
 
 
 def get(name: Annotated[str, Argument(help="A name of `glovlm datasets`.")]) -> None:

@@ -1,27 +1,26 @@
-"""Crops of outlined objects: from a slide and its annotations to a folder to train on.
+"""Crops of outlined objects: from slides and their annotations to a folder to train on.
 
-Run once per slide into the same folder: rows of other slides stay, rows of the same slide are
-replaced, all files with `metadata.csv` as one step. The result is an ImageFolder, as `load_dataset`
-reads it; `manifest.json` states which files the slides were, by their content.
+Slides come into one folder, at once or one by one: rows of other slides stay, rows of the same
+slide are replaced, all files with `metadata.csv` as one step. The result is an ImageFolder, as
+`load_dataset` reads it; `manifest.json` states which files the slides were, by their content.
+Objects without a class are cut for labelling: a person fills in their labels in `metadata.csv`.
 """
 
-import math
+import logging
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageColor
-from scipy import ndimage
-from scipy.spatial import ConvexHull
+from PIL import Image
 
 from ...data.folder import open_image
-from ...errors import GloVLMError
+from ...data.listing import few, follow_moves, list_files
+from ...errors import GloVLMError, WriteError, describe_error, nearest
 from ...files import (
     LOCK,
     MANIFEST,
@@ -37,23 +36,32 @@ from ...files import (
     write_json,
 )
 from ...tables import read_table
-from .annotations import SlideObject, overlap, read_geojson
-from .wsi import Slide, describe_slide, is_same_slide, open_slide
+from .annotations import find_repeats, read_outlines
+from .case_table import CaseRow, CaseTable, agreed
+from .coordinates import LEVEL0, Origin, parse_origin
+from .earlier_crops import EarlierCrops
+from .listing import list_slides
+from .masks import read_mask
+from .names import MASKS, files_below, is_mask_name, match_outlines
+from .pixel_size import check_given
+from .wsi import Slide, describe_slide, is_same_slide, open_slide, slide_name
 
 Bounds = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of level 0
 
 _PLAIN = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})  # region images; the rest are slides
-_MASKS = frozenset({".png", ".bmp", ".tif", ".tiff"})
-_COLOURS = {"red": "#f00", "green": "#0f0", "blue": "#00f", "yellow": "#ff0", "cyan": "#0ff"}
+_KNOWN = ("patient_id", "case_id", "stain")  # of a slide; a column of each that is known
 _COLUMNS = (
-    "file_name", "label", "slide_id", "patient_id", "object_id", "mpp", "x", "y", "width",
-    "height", "flags",
+    "file_name", "label", "slide_id", *_KNOWN, "object_id", "mpp", "x", "y", "width", "height",
+    "flags",
 )  # fmt: skip
+UNLABELLED = "unlabelled"  # the folder of crops without a class
 VERSION = 1  # of what the manifest says; raise it when its readers would understand it otherwise
 WAIT = 600.0  # seconds for another process that cuts crops into the same folder
-_SAME = 0.5  # intersection over union above which two outlines are one object
-_SOLID = 0.9  # area over convex hull below which a blob of a mask looks like two that touch
-_STRANGE = 0.001  # share of pixels whose colour is neither a class nor black or white
+logger = logging.getLogger("hf_glovlm")
+
+
+class NothingCut(GloVLMError):
+    """Nothing of a slide was cut, as nothing in its outlines or mask is an object."""
 
 
 @dataclass
@@ -64,7 +72,9 @@ class CropSummary:
         slide: The slide's name.
         counts: Crops by class.
         mpp: Micrometres per pixel of level 0; `None` where the slide states none.
-        unlabelled: Ids of objects without a class: not cut.
+        origin: Where the outlines count from, see `Origin.describe`.
+        unlabelled: Ids of objects without a class, which were cut for labelling.
+        left_out: Ids of objects that are none to cut, by the reason.
         duplicates: Pairs (left out, taken) of ids that outline the same object.
         flags: Crops, or objects left out, by flag: `partial` (touches the slide's edge), `merged`
             (a blob of a mask that looks like two), `disputed` (outlined twice, with two classes).
@@ -76,30 +86,58 @@ class CropSummary:
     slide: str
     counts: dict[str, int] = field(default_factory=dict)
     mpp: float | None = None
+    origin: dict[str, Any] = field(default_factory=LEVEL0.describe)
     unlabelled: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
     duplicates: list[tuple[str, str]] = field(default_factory=list)
     flags: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     specks: int = 0
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def total(self) -> int:
+        """Number of crops."""
+        return sum(self.counts.values()) + len(self.unlabelled)
+
+
+@dataclass(frozen=True)
+class CropOutcome:
+    """Outcome of one slide of several.
+
+    Attributes:
+        slide: Its name.
+        summary: Of its crops; `None` where none were cut.
+        error: Why it failed.
+        reason: Why nothing of it was cut, where that is no error.
+    """
+
+    slide: str
+    summary: CropSummary | None = None
+    error: str | None = None
+    reason: str | None = None
+
 
 @dataclass
 class _Candidate:
-    """Candidate crop: an object before it is cut."""
+    """Candidate crop: an object before it is cut.
+
+    `label` is what the crop gets, `outlined` the class of its outline.
+    """
 
     id: str
     label: str | None
     bounds: Bounds
-    outline: SlideObject | None = None
     flags: list[str] = field(default_factory=list)
+    outlined: str | None = None
+    before: Mapping[str, Any] | None = None  # its row of an earlier cut
 
 
 class _Region:
     """Region image, read as if it were a slide of one level."""
 
     def __init__(self, path: Path, mpp: float | None) -> None:
-        self.name, self.mpp = path.stem, mpp
+        self.name, self.mpp, self.bounds = slide_name(path), mpp, None
         self.flags: list[str] = []
         if mpp is None:
             self.flags.append("The scale is not known; give the micrometres per pixel.")
@@ -130,22 +168,34 @@ def cut_crops(
     output_dir: Path,
     *,
     mpp: float | None = None,
+    scene: str | None = None,
+    allow_scale: bool = False,
     margin: float = 1.25,
     label_property: str | None = None,
+    classes: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    origin: str = "auto",
     colours: Mapping[str, str] | None = None,
     slide_id: str | None = None,
     patient_id: str | None = None,
+    case_id: str | None = None,
+    stain: str | None = None,
     keep_flagged: bool = True,
     min_extent: int = 16,
     max_side: int = 2048,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CropSummary:
-    """Cut every labelled object of a slide or region image into a folder per class.
+    """Cut every object of a slide or region image into a folder per class.
 
     A crop is a square of `margin` times the object's longer side around the middle of its box,
     white where it reaches beyond the slide. `metadata.csv` holds `file_name`, `label`, `slide_id`,
-    `patient_id` (where given), `object_id`, `mpp` (of the crop itself; empty where the slide states
-    none, never guessed), `x`, `y`, `width`, `height` (the crop in pixels of level 0), `flags`.
+    `patient_id`, `case_id`, `stain` (where known), `object_id`, `mpp` (of the crop itself; empty
+    where the slide states none, never guessed), `x`, `y`, `width`, `height` (the crop in pixels of
+    level 0), `flags`.
+
+    An object without a class lies in the folder `unlabelled`, and its label is empty: a person
+    fills it in. When the slide is cut again, labels that a person typed or changed there are kept,
+    by the object's place and id; to take the class of the outlines again, the label is emptied.
 
     Args:
         slide: A slide (see `wsi.open_slide`) or a region image (PNG, JPEG, BMP, WebP).
@@ -153,34 +203,41 @@ def cut_crops(
             slide's shape, at any scale, in which a blob of one colour is one object.
         output_dir: The folder; made when missing, added to when it holds other slides.
         mpp: Micrometres per pixel of level 0, in place of the slide's own.
+        scene: Which picture of a file that holds several, see `open_slide`.
+        allow_scale: Accept an `mpp` far from what the slide states.
         margin: Side of the crop over the longer side of the object; at least 1.
-        label_property: See `read_geojson`.
-        colours: For a mask: the class by colour (`red`, `green`, `#00ff00`); black and white are
-            background.
+        label_property: See `read_outlines`.
+        classes: The classes that are cut, and no other; by default all but those that QuPath
+            reserves.
+        exclude: Classes that are left out.
+        origin: Where the outlines count from, see `parse_origin`.
+        colours: For a mask: the class by colour (`red`, `green`, `#00ff00`) or by number, see
+            `read_mask`.
         slide_id: By default the file's name.
         patient_id: Whose slide it is, if known.
+        case_id: Of which case it is, if known.
+        stain: If known.
         keep_flagged: Whether objects that are partial, merged or disputed are cut.
         min_extent: For a mask: blobs whose longer side has fewer of its pixels are specks.
         max_side: A larger crop is shrunk to this many pixels; its `mpp` grows with it.
         on_progress: Called with the number of crops done and of all.
 
     Raises:
-        GloVLMError: A file that cannot be read, options that do not fit together, or nothing
-            labelled in the annotations.
+        NothingCut: The outlines or the mask hold no object to cut; says what they hold.
+        GloVLMError: A file that cannot be read, options that do not fit together, or typed labels
+            that would be lost.
     """
     if not 1 <= margin < 100:
         raise GloVLMError(f"Expected a margin of at least 1, found {margin:g}.")
-    if mpp is not None and not 0 < mpp < math.inf:
-        raise GloVLMError(f"Expected a positive number of micrometres per pixel, found {mpp}.")
+    check_given(mpp)
     slide, annotations, output_dir = Path(slide), Path(annotations), Path(output_dir)
-    is_mask = annotations.suffix.lower() in _MASKS
+    is_mask = annotations.suffix.lower() in MASKS
     if is_mask != (colours is not None):
         raise GloVLMError(
             f"{annotations} is {'a mask' if is_mask else 'no mask'}: "
             + ("say which colour is which class." if is_mask else "colours do not go with it.")
         )
-    is_region = slide.suffix.lower() in _PLAIN
-    source: Slide | _Region = _Region(slide, mpp) if is_region else open_slide(slide, mpp=mpp)
+    source = _open(slide, mpp, scene, allow_scale)
     with source as opened, _adding_to(output_dir) as (work, known, before):
         summary = CropSummary(slide_id or opened.name, mpp=opened.mpp, notes=list(opened.flags))
         kept = [row for row in before if row["slide_id"] != summary.slide]
@@ -191,32 +248,164 @@ def cut_crops(
                     f"The slides '{other}' and '{summary.slide}' would share file names in "
                     f"{output_dir}; give this one another slide_id."
                 )
+        chosen = _Choice(classes, exclude)
         if colours is not None:
-            candidates = _read_mask(annotations, opened.size, colours, min_extent, summary)
+            candidates = _read_blobs(annotations, opened.size, colours, min_extent, chosen, summary)
         else:
-            candidates = _read_outlines(annotations, opened.size, label_property, summary)
+            place = parse_origin(origin, opened.bounds)
+            candidates = _read_objects(
+                annotations, opened.size, label_property, place, chosen, summary
+            )
         summary.flags = dict(Counter(flag for item in candidates for flag in item.flags))
         if not keep_flagged:
             summary.skipped = [item.id for item in candidates if item.flags]
             candidates = [item for item in candidates if not item.flags]
+        earlier = _earlier_crops(summary.slide, known, before)
+        _keep_labels(candidates, earlier, output_dir / "metadata.csv", summary)
+        if not candidates:
+            raise NothingCut(
+                f"{annotations}: nothing was cut, as all {len(summary.skipped)} objects are "
+                f"flagged ({', '.join(summary.flags)}); cut them too, or look at them."
+            )
+        about = {"patient_id": patient_id, "case_id": case_id, "stain": stain}
         rows = []
         for number, item in enumerate(candidates, start=1):
             row = _cut(opened, item, number, work, summary, margin, max_side)
-            rows.append(row | {"patient_id": patient_id or ""})
+            rows.append(row | _about(item, about, earlier))
             if on_progress is not None:
                 on_progress(number, len(candidates))
-        summary.counts = dict(sorted(Counter(str(item.label) for item in candidates).items()))
+        labels = Counter(item.label for item in candidates if item.label is not None)
+        summary.counts = dict(sorted(labels.items()))
+        summary.unlabelled = [item.id for item in candidates if item.label is None]
         made_from = {
             "slide": described,
             "annotations": digest_file(annotations),
-            "patient_id": patient_id,
+            **about,
             "margin": margin,
             "max_side": max_side,
             "mpp": mpp,
+            "scene": scene,
+            "origin": summary.origin,
+            "classes": [*classes],
+            "exclude": [*exclude],
+            "labels": {item.id: item.outlined for item in candidates},
         }
         _write_metadata(work, [*kept, *rows])
         _put_in_place(work, output_dir, known, summary.slide, made_from, before, rows)
     return summary
+
+
+def cut_slides(
+    slides: Path,
+    annotations: Path,
+    output_dir: Path,
+    *,
+    cases: CaseTable | None = None,
+    colours: Mapping[str, str] | None = None,
+    mpp: float | None = None,
+    scene: str | None = None,
+    patient_id: str | None = None,
+    on_slide: Callable[[CropOutcome], None] | None = None,
+    **options: Any,
+) -> list[CropOutcome]:
+    """Cut the objects of every slide in a folder; the error of one slide stays with it.
+
+    Args:
+        slides: A folder of slides or region images, or one of them.
+        annotations: A folder of outlines, or of masks with `colours`, called as the slides are (see
+            `match_outlines`), or the file of a single slide.
+        output_dir: As for `cut_crops`.
+        cases: What is known of each slide: patient, case, stain, scale and scene.
+        colours: As for `cut_crops`.
+        mpp: Of every slide, as for `cut_crops`.
+        scene: Of every slide.
+        patient_id: Of every slide.
+        on_slide: Called with each outcome as it comes.
+        **options: Of `cut_crops`.
+
+    Returns:
+        One outcome a slide, in the order of the names.
+
+    Raises:
+        GloVLMError: No slide, no outlines that belong to one, two slides of one name, or a folder
+            that takes no crops.
+    """
+    slides, annotations, output_dir = Path(slides), Path(annotations), Path(output_dir)
+    paths = _list_sources(slides, (annotations, output_dir), colours is not None)
+    twice = [name for name, n in Counter(map(slide_name, paths)).items() if n > 1]
+    if twice:
+        raise GloVLMError(f"Two slides of {slides} are called {twice[0]}: rename one.")
+    if len(paths) > 1 and options.get("slide_id"):
+        raise GloVLMError(
+            f"{slides} holds {len(paths)} slides, which cannot all be called "
+            f"'{options['slide_id']}': leave --slide-id out."
+        )
+    outlined = match_outlines(annotations, paths, masks=colours is not None, skip=output_dir)
+    if os.path.isdir(slides):
+        with _adding_to(output_dir):
+            pass  # what is wrong with the folder is wrong for every slide
+    outcomes = []
+    for path in paths:
+        name = slide_name(path)
+        if path not in outlined.files:
+            outcome = CropOutcome(name, reason=f"{annotations} holds no outlines of this name")
+        else:
+            try:
+                row = CaseRow(name) if cases is None else cases.row_of(path)
+                table = Path() if cases is None else cases.path
+                summary = cut_crops(
+                    path,
+                    outlined.files[path],
+                    output_dir,
+                    colours=colours,
+                    mpp=agreed("--mpp", mpp, row.mpp, name, table),
+                    scene=agreed("--scene", scene, row.scene, name, table),
+                    patient_id=agreed("--patient-id", patient_id, row.patient, name, table),
+                    case_id=row.specimen,
+                    stain=row.stain,
+                    **options,
+                )
+                outcome = CropOutcome(name, summary)
+            except WriteError:  # no room for the others either
+                raise
+            except NothingCut as error:
+                outcome = CropOutcome(name, reason=str(error))
+            except Exception as error:  # whatever is wrong with one slide of many stays with it
+                if not os.path.isdir(slides):
+                    raise
+                outcome = CropOutcome(name, error=describe_error(error))
+        outcomes.append(outcome)
+        if on_slide is not None:
+            on_slide(outcome)
+    if outlined.unused and outcomes:
+        logger.warning(
+            "%d files of outlines are of no slide in %s (%s).",
+            len(outlined.unused), slides, few(outlined.unused),
+        )  # fmt: skip
+    return outcomes
+
+
+def _list_sources(given: Path, others: Iterable[Path], masks: bool) -> list[Path]:
+    """Slides of a folder, else its region images; no masks, and nothing in these other folders."""
+    if not os.path.isdir(given):
+        return [given]
+    barred = {Path(os.path.realpath(other)) for other in others} - {Path(os.path.realpath(given))}
+    plain = files_below(given, _PLAIN)
+    try:
+        slides = list_slides([given])
+    except GloVLMError:
+        if not plain:
+            raise
+        slides = []
+    slides, plain = (
+        [p for p in paths if barred.isdisjoint(Path(os.path.realpath(p)).parents)]
+        for paths in (slides, plain)
+    )
+    if not masks:
+        return slides or plain
+    of_others = {slide_name(path) for path in plain if path.suffix.lower() not in MASKS}
+    regions = [p for p in plain if p.suffix.lower() not in MASKS or slide_name(p) not in of_others]
+    return [path for path in slides or regions if not is_mask_name(path.name)]
 
 
 def crop_square(bounds: Bounds, margin: float) -> tuple[int, int, int]:
@@ -226,146 +415,152 @@ def crop_square(bounds: Bounds, margin: float) -> tuple[int, int, int]:
     return round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side
 
 
-def parse_colours(text: str) -> dict[str, str]:
-    """`green=non_sclerosed,red=sclerosed` -> the class by colour, as a command line has it.
-
-    Raises:
-        GloVLMError: Not of that form, or a colour that does not exist.
-    """
-    colours = {}
-    for part in text.split(","):
-        colour, equals, label = (piece.strip() for piece in part.partition("="))
-        if not (colour and equals and label) or colour in colours:
-            raise GloVLMError(
-                f"Expected colours as 'green=CLASS,red=CLASS', each once, found '{text}'."
-            )
-        _rgb(colour)
-        colours[colour] = label
-    return colours
-
-
 # ---------------------------------------------------------------------------------- objects
 
 
-def _read_outlines(
-    path: Path, size: tuple[int, int], label_property: str | None, summary: CropSummary
+@dataclass(frozen=True)
+class _Choice:
+    """Choice of classes: which are cut, and which are left out."""
+
+    classes: Sequence[str]
+    exclude: Sequence[str]
+
+
+def _open(path: Path, mpp: float | None, scene: str | None, allow: bool) -> "Slide | _Region":
+    """Open a slide or a region image."""
+    if path.suffix.lower() not in _PLAIN:
+        return open_slide(path, mpp=mpp, scene=scene, allow_scale=allow)
+    if scene is not None:
+        raise GloVLMError(f"{path} is one picture and holds no scenes: leave the scene out.")
+    return _Region(path, mpp)
+
+
+def _read_objects(
+    path: Path,
+    size: tuple[int, int],
+    label_property: str | None,
+    origin: Origin,
+    choice: _Choice,
+    summary: CropSummary,
 ) -> list[_Candidate]:
-    """The labelled objects, each once."""
-    taken: list[_Candidate] = []
-    for outline in read_geojson(path, label_property=label_property):
-        if outline.label is None:
-            summary.unlabelled.append(outline.id)
-            continue
-        x0, y0, x1, y1 = outline.bounds
-        if x1 <= 0 or y1 <= 0 or x0 >= size[0] or y0 >= size[1]:
-            raise GloVLMError(
-                f"{path}: the object {outline.id} lies outside the slide ({size[0]} x {size[1]} "
-                "pixels); are these the annotations of another slide?"
-            )
-        twin = next((t for t in taken if t.outline and overlap(outline, t.outline) > _SAME), None)
-        if twin is not None:
+    """The objects that are to be cut, each once."""
+    read = read_outlines(
+        path,
+        label_property=label_property,
+        origin=origin,
+        classes=choice.classes,
+        exclude=choice.exclude,
+        size=size,
+    )
+    summary.origin = read.origin.describe()
+    summary.left_out = dict(read.left_out)
+    summary.notes += read.notes
+    taken: dict[int, _Candidate] = {}
+    repeats = find_repeats(read.objects).tolist()
+    for i, (outline, first) in enumerate(zip(read.objects, repeats, strict=True)):
+        label = outline.label
+        if i != first:
+            twin = taken[first]
             summary.duplicates.append((outline.id, twin.id))
-            if outline.label != twin.label and "disputed" not in twin.flags:
+            if twin.label is None:
+                twin.label = twin.outlined = label
+            elif label not in (None, twin.label) and "disputed" not in twin.flags:
                 twin.flags.append("disputed")
             continue
+        x0, y0, x1, y1 = outline.bounds
         partial = x0 <= 0 or y0 <= 0 or x1 >= size[0] or y1 >= size[1]
         flags = ["partial"] if partial else []
-        taken.append(_Candidate(outline.id, outline.label, outline.bounds, outline, flags))
-    if not taken:
-        raise GloVLMError(
-            f"{path}: none of {len(summary.unlabelled)} objects has a class; set it in QuPath, or "
-            "name the property that holds it."
-        )
-    return taken
+        taken[i] = _Candidate(outline.id, label, outline.bounds, flags, label)
+    return [*taken.values()]
 
 
-def _read_mask(
+def _read_blobs(
     path: Path,
     size: tuple[int, int],
     colours: Mapping[str, str],
     min_extent: int,
+    choice: _Choice,
     summary: CropSummary,
 ) -> list[_Candidate]:
-    """Connected components of a colour mask, from top to bottom; touching pixels share a side."""
-    pixels = np.asarray(open_image(path))
-    height, width = pixels.shape[:2]
-    scale = size[0] / width
-    if abs(scale * height - size[1]) > max(scale, 1):
-        raise GloVLMError(
-            f"{path} has {width} x {height} pixels and the slide {size[0]} x {size[1]}; expected "
-            "the same shape."
+    """The blobs of a mask that are to be cut."""
+    for name in (*choice.classes, *choice.exclude):
+        if name not in colours.values():
+            raise GloVLMError(
+                f"No colour has the class '{name}'.{nearest(name, colours.values())} Classes: "
+                f"{', '.join(colours.values())}."
+            )
+    mask = read_mask(path, size, colours, min_extent=min_extent)
+    summary.specks = mask.specks
+    candidates = []
+    for number, blob in enumerate(mask.blobs, start=1):
+        name = f"blob-{number}"
+        if blob.label in choice.exclude or (choice.classes and blob.label not in choice.classes):
+            summary.left_out.setdefault(f"class {blob.label}", []).append(name)
+        else:
+            item = _Candidate(name, blob.label, blob.bounds, [*blob.flags], blob.label)
+            candidates.append(item)
+    left_out = ", ".join(f"{reason} ({len(ids)})" for reason, ids in summary.left_out.items())
+    if left_out:
+        summary.notes.append(f"Objects were left out: {left_out}.")
+    if not candidates:
+        more = "; ".join(filter(None, (mask.hint, left_out and f"left out: {left_out}")))
+        raise NothingCut(
+            f"{path}: nothing was cut, as no object has a colour that was given "
+            f"({', '.join(colours)}); the mask holds {mask.describe_colours()}"
+            + (f"; {more}." if more else ".")
         )
-    labels = list(dict.fromkeys(colours.values()))
-    classes = _classify(pixels, colours, labels, path)
-    blob_objects: list[_Candidate] = []
-    for k, label in enumerate(labels, start=1):
-        blobs, _ = ndimage.label(classes == k)
-        for i, (rows, columns) in enumerate(ndimage.find_objects(blobs), start=1):
-            blob = blobs[rows, columns] == i
-            if max(blob.shape) < min_extent:
-                summary.specks += 1
-                continue
-            y, x = (rows.start, rows.stop), (columns.start, columns.stop)
-            partial = min(x[0], y[0]) == 0 or x[1] == width or y[1] == height
-            flags = ["partial"] if partial else []
-            if _solidity(blob) < _SOLID:
-                flags.append("merged")
-            bounds = (x[0] * scale, y[0] * scale, x[1] * scale, y[1] * scale)
-            blob_objects.append(_Candidate("", label, bounds, flags=flags))
-    if not blob_objects:  # a region without an object is no mistake
-        summary.notes.append(f"{path.name} holds no blob of at least {min_extent} pixels.")
-    blob_objects.sort(key=lambda item: (item.bounds[1], item.bounds[0]))
-    for number, item in enumerate(blob_objects, start=1):
-        item.id = f"blob-{number}"
-    return blob_objects
+    return candidates
 
 
-def _classify(
-    pixels: NDArray[np.uint8], colours: Mapping[str, str], labels: list[str], path: Path
-) -> NDArray[np.uint8]:
-    """Class mask `[height, width]` of a colour mask; 0 is background."""
-    names = ["black", "white", *colours]
-    anchors = np.array([_rgb(name) for name in names], dtype=np.float32)
-    ids = np.array([0, 0, *(labels.index(colours[name]) + 1 for name in colours)], dtype=np.uint8)
-    packed = (pixels.astype(np.uint32) << np.array([16, 8, 0], dtype=np.uint32)).sum(
-        axis=-1, dtype=np.uint32
+def _earlier_crops(name: str, known: Manifest, before: Sequence[dict[str, Any]]) -> EarlierCrops:
+    made_from = known.made_from["slides"].get(name) or {}
+    labels, margin = made_from.get("labels"), made_from.get("margin")
+    return EarlierCrops(
+        rows=[row for row in before if row["slide_id"] == name],
+        labels=labels if isinstance(labels, dict) else None,
+        margin=float(margin) if isinstance(margin, int | float) and margin >= 1 else 1.25,
+        folder_of=_folder_of,
     )
-    counts = np.bincount(packed.ravel(), minlength=1 << 24)
-    seen = np.flatnonzero(counts)
-    rgb = np.stack([seen >> 16 & 255, seen >> 8 & 255, seen & 255], axis=1).astype(np.float32)
-    distance = np.stack([np.linalg.norm(rgb - anchor, axis=1) for anchor in anchors])
-    strange = distance.min(axis=0) > 128  # further than half-way from black to a full colour
-    share = counts[seen[strange]].sum() / packed.size
-    if share > _STRANGE:
-        common = seen[strange][counts[seen[strange]].argmax()]
-        raise GloVLMError(
-            f"{path}: {share:.1%} of the pixels have a colour that no class was given for, most "
-            f"often #{common:06x}; colours given: {', '.join(colours)}."
+
+
+def _keep_labels(
+    candidates: Sequence[_Candidate], earlier: EarlierCrops, table: Path, summary: CropSummary
+) -> None:
+    """Give objects the labels that a person typed for their crops before; notes say so."""
+    ids = [item.id for item in candidates]
+    rows = earlier.match(ids, [crop_square(item.bounds, 1.0) for item in candidates])
+    earlier.refuse_loss(rows, table)
+    kept, differing = 0, []
+    for item, row in zip(candidates, rows, strict=True):
+        item.before = row
+        typed = None if row is None else earlier.typed_label(row)
+        if typed is not None:
+            item.label, kept = typed, kept + 1
+            if item.outlined not in (None, typed):
+                differing.append(f"{item.id}: {typed}, outlined as {item.outlined}")
+    if kept:
+        summary.notes.append(f"{kept} labels that were typed in {table.name} are kept.")
+    if differing:
+        summary.notes.append(
+            f"{len(differing)} of them are not the class of the outline ({few(differing)}): empty "
+            "the label to take that."
         )
-    table = np.zeros(1 << 24, dtype=np.uint8)
-    table[seen] = np.where(strange, 0, ids[distance.argmin(axis=0)])
-    classes: NDArray[np.uint8] = table[packed]
-    return classes
+    there = {str(row.get("object_id")) for row in earlier.rows}
+    again = [name for name in ids if name in (earlier.labels or ()) and name not in there]
+    if again:
+        summary.notes.append(
+            f"{len(again)} crops whose rows were deleted from {table.name} are cut again "
+            f"({few(again)})."
+        )
 
 
-def _rgb(name: str) -> tuple[int, int, int]:
-    try:
-        rgb = ImageColor.getrgb(_COLOURS.get(name.lower(), name))
-    except ValueError:
-        raise GloVLMError(
-            f"Unknown colour '{name}'; expected {', '.join(_COLOURS)} or a code such as #00ff00."
-        ) from None
-    return rgb[0], rgb[1], rgb[2]
-
-
-def _solidity(blob: NDArray[np.bool_]) -> float:
-    """Solidity: area over that of the convex hull, 0 to 1; a bay between two discs lowers it."""
-    rows = np.flatnonzero(blob.any(axis=1))
-    first, last = blob[rows].argmax(axis=1), blob.shape[1] - blob[rows, ::-1].argmax(axis=1)
-    corners = np.concatenate(
-        [np.stack([x, y], axis=1) for x in (first, last) for y in (rows, rows + 1)]
-    )
-    return float(np.count_nonzero(blob) / ConvexHull(corners).volume)
+def _about(
+    item: _Candidate, given: Mapping[str, str | None], earlier: EarlierCrops
+) -> dict[str, Any]:
+    """What is known of a crop's slide, and what others wrote into its row before."""
+    row = item.before or {}
+    own = {n: value or row.get(n) or earlier.common(n) for n, value in given.items()}
+    return own | {name: value for name, value in row.items() if name not in _COLUMNS}
 
 
 # ---------------------------------------------------------------------------------- writing
@@ -382,7 +577,7 @@ def _adding_to(folder: Path) -> Iterator[tuple[Path, Manifest, list[dict[str, An
         known = read_manifest(folder)
         empty = {path.name for path in folder.iterdir()} <= {LOCK, UNFINISHED_DATA}
         before = _read_metadata(folder / "metadata.csv")
-        of_earlier_version = before and {*_COLUMNS} - {"patient_id"} <= {*before[0]}
+        of_earlier_version = before and {*_COLUMNS} - {*_KNOWN} <= {*before[0]}
         if not empty and (known.kind != "crops" if known else not of_earlier_version):
             raise GloVLMError(
                 f"{folder} holds files that are no crops of ours, and metadata.csv would hide "
@@ -420,9 +615,9 @@ def _check_slide(
             f"{slide} (patient: {patient or 'none given'}): give this one a name of its own "
             "(--slide-id NAME), or cut it into another folder."
         )
-    if rows and patients != {patient}:
+    if rows and patient is not None and patients != {patient}:
         before_that = ", ".join(sorted(filter(None, patients))) or "none"
-        summary.notes.append(f"The patient was {before_that} and is {patient or 'none'}.")
+        summary.notes.append(f"The patient was {before_that} and is {patient}.")
     copies = [other for other, row in slides.items() if is_same_slide(slide, row.get("slide"))]
     if copies:
         summary.notes.append(
@@ -441,12 +636,13 @@ def _put_in_place(
     rows: list[dict[str, Any]],
 ) -> None:
     """Move a slide's new crops to those of others and remove its old ones, as one step."""
-    old = [str(row["file_name"]) for row in before if row["slide_id"] == name]
-    # Of a table that a person may have edited, only what was written here.
+    own = re.compile(rf"{re.escape(_file_part(name))}_\d{{4,}}\.png")
+    listed = [str(row["file_name"]) for row in before if row["slide_id"] == name]
+    # Of a table that a person may have edited, only what was written here; also of deleted rows.
     old = [
         file
-        for file in old
-        if (file in known.files or not known.files)
+        for file in dict.fromkeys([*listed, *known.files])
+        if own.fullmatch(PurePosixPath(file).name)
         and not {"..", "/"} & {*PurePosixPath(file).parts}
     ]
     new = [str(row["file_name"]) for row in rows]
@@ -480,12 +676,12 @@ def _cut(
     x, y, side = crop_square(item.bounds, margin)
     downsample = max(side / max_side, 1.0)
     image = slide.read(x, y, side, side, downsample=downsample)
-    name = f"{_file_part(str(item.label))}/{_file_part(summary.slide)}_{number:04d}.png"
+    name = f"{_folder_of(item.label or '')}/{_file_part(summary.slide)}_{number:04d}.png"
     (work / name).parent.mkdir(exist_ok=True)
     image.save(work / name, "PNG")
     return {
         "file_name": name,
-        "label": item.label,
+        "label": item.label or "",
         "slide_id": summary.slide,
         "object_id": item.id,
         "mpp": "" if slide.mpp is None else f"{slide.mpp * downsample:.6g}",
@@ -508,18 +704,27 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
             f"{path} does not hold {', '.join(_COLUMNS[:3])}, so crops cannot be added to it; "
             "choose another folder."
         )
-    return rows
+    names, labels = ([str(row[key]) for row in rows] for key in ("file_name", "label"))
+    names, labels, _ = follow_moves(names, labels, list_files(path.parent).images)
+    return [
+        row | {"file_name": name, "label": label}
+        for row, name, label in zip(rows, names, labels, strict=True)
+    ]
 
 
 def _write_metadata(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """`metadata.csv`; `patient_id` only if any is known, columns of others after ours."""
+    """`metadata.csv`; patients, cases and stains only if known, columns of others after ours."""
     names = {name for row in rows for name in row}
-    header = [name for name in _COLUMNS if name != "patient_id"]
-    if any(row.get("patient_id") for row in rows):
-        header.insert(3, "patient_id")
+    known = {name for name in _KNOWN if any(row.get(name) for row in rows)}
+    header = [name for name in _COLUMNS if name not in _KNOWN or name in known]
     header += sorted(names - {*_COLUMNS})
     cells = [[row.get(name, "") for name in header] for row in rows]
     write_csv(folder / "metadata.csv", header, cells)
+
+
+def _folder_of(label: str) -> str:
+    """Folder of a class's crops."""
+    return _file_part(label) if label else UNLABELLED
 
 
 def _file_part(text: str) -> str:
