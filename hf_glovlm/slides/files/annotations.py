@@ -470,7 +470,8 @@ class _Selection:
             usual = typical if label is None else median.get(label, typical)
             apart = _is_locked(items[i]) or len(inside) > 1
             if areas[i] >= _HUGE * usual or (apart and not is_common) or (named and label is None):
-                reasons[i] = "holds other outlines, as a tissue annotation does"
+                named_so = "" if label is None else f" (class {label})"
+                reasons[i] = f"holds other outlines, as a tissue annotation does{named_so}"
         parents = {labels[i] for i in reasons}
         for i in single:
             if named and labels[i] is None and _is_locked(items[i]):

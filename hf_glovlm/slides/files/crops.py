@@ -451,6 +451,7 @@ def _read_objects(
         classes=choice.classes,
         exclude=choice.exclude,
         size=size,
+        mpp=summary.mpp,
     )
     summary.origin = read.origin.describe()
     summary.left_out = dict(read.left_out)
