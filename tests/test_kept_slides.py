@@ -480,6 +480,7 @@ import os, signal, sys, threading, time
 import hf_glovlm.cli.slides as commands
 from hf_glovlm.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 number = int(sys.argv.pop(1))
 print_note = commands.note
 

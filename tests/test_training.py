@@ -714,7 +714,7 @@ def test_resuming_gives_the_uninterrupted_model(rows: Dataset, tmp_path: Path) -
             raise Killed
 
     support = pick(rows, 2, 2, 2)
-    for method, name in itertools.product(TRAINED, BACKBONES):
+    for method, name in zip(TRAINED, itertools.cycle(BACKBONES), strict=False):  # each on one tower
         folder = tmp_path / f"{method}-{name}"
         options: dict[str, Any] = {"recipe": {"epochs": 4}, "seed": 3}
         straight = quick(method, name, support, **options)
