@@ -295,6 +295,12 @@ def _blue_mask(folder: Path) -> None:
     ("annotations", "options", "spoil", "sentence"),
     [
         ("a.geojson", {"margin": 0.5}, None, "a margin of at least 1, found 0.5"),
+        (
+            "wide.geojson",
+            {"margin": 99},
+            None,
+            "29,700 x 29,700 pixels.*lower the margin",
+        ),
         ("a.geojson", {"colours": GREEN_RED}, None, "is no mask: colours do not go with it"),
         ("mask.png", {}, None, "is a mask: say which colour is which class"),
         ("small.png", {"colours": GREEN_RED}, None, "has 100 x 100 pixels and the slide 300 x 200"),
@@ -315,6 +321,7 @@ def test_impossible_requests_are_refused(
     Image.new("RGB", (100, 100)).save(tmp_path / "small.png")
     outlines(tmp_path / "a.geojson", box_object(50, 50, 40, 40, label="a"))
     outlines(tmp_path / "far.geojson", box_object(900, 50, 40, 40, label="a"))
+    outlines(tmp_path / "wide.geojson", box_object(0, 50, 300, 40, label="a"))
     if spoil:
         spoil(tmp_path)
     with pytest.raises(GloVLMError, match=sentence) as caught:

@@ -168,6 +168,22 @@ def test_the_nearest_finer_level_is_read_and_no_more_than_needed(
     assert max(args[4] for args in asked) <= 240 / unit + reach
 
 
+def test_what_lies_beyond_the_slide_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part a hundred times as wide, as of a wide margin: as many blocks as the slide has."""
+    path, pieces = tmp_path / "a.tif", []
+    tifffile.imwrite(path, np.zeros((900, 1000, 3), np.uint8), photometric="rgb", tile=(256, 256))
+    read = Slide._canvas
+    monkeypatch.setattr(Slide, "_canvas", lambda *a: pieces.append(a) or read(*a))
+    with open_slide(path) as slide:
+        pieces.clear()
+        part = np.asarray(slide.read(-49_500, -49_500, 100_000, 100_000, downsample=1000))
+    assert len(pieces) <= 9
+    dark = np.argwhere(part[..., 0] < 250).tolist()
+    assert dark == [[49, 49], [49, 50], [50, 49], [50, 50]]
+
+
 def test_what_was_never_written_is_white_and_transparency_is_over_white(tmp_path: Path) -> None:
     tiles = iter([np.full((64, 64, 3), 9, np.uint8), None, None, np.full((64, 64, 3), 9, np.uint8)])
     sparse = tmp_path / "sparse.tif"

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...data.folder import open_image
+from ...data.folder import MAX_PIXELS, open_image
 from ...data.listing import few, follow_moves, list_files
 from ...errors import GloVLMError, WriteError, describe_error, nearest
 from ...files import (
@@ -148,6 +148,11 @@ class _Region:
         self, x: int, y: int, width: int, height: int, *, downsample: float = 1.0
     ) -> Image.Image:
         """Cut a box, white outside the image, and shrink it."""
+        if width * height > 4 * MAX_PIXELS:  # a gigabyte, mostly white
+            raise GloVLMError(
+                f"A crop of {width:,} x {height:,} pixels around an object of {self.name} is too "
+                "large: lower the margin."
+            )
         box = Image.new("RGB", (width, height), "white")
         box.paste(self._image, (-x, -y))
         if downsample == 1:

@@ -127,6 +127,8 @@ class Slide:
         ratio = width / unit / out[0], height / unit / out[1]
         step = [max(1, int(BLOCK / r)) for r in ratio]
         result = Image.new("RGB", out, "white")
+        reach = [max(1.0, r) + 2 for r in ratio]  # of the filter beyond a block
+        columns_in, rows_in = self._file.levels[level]
         for top in range(0, out[1], step[1]):
             for left in range(0, out[0], step[0]):
                 columns, rows = min(step[0], out[0] - left), min(step[1], out[1] - top)
@@ -136,7 +138,9 @@ class Slide:
                     x / unit + (left + columns) * ratio[0],
                     y / unit + (top + rows) * ratio[1],
                 )
-                result.paste(self._scaled(level, box, (columns, rows)), (left, top))
+                across = -reach[0] < box[2] and box[0] < columns_in + reach[0]
+                if across and -reach[1] < box[3] and box[1] < rows_in + reach[1]:
+                    result.paste(self._scaled(level, box, (columns, rows)), (left, top))
         return result
 
     def thumbnail(self, max_side: int) -> Image.Image:
