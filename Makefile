@@ -28,7 +28,7 @@ test: lint browser  ## the lint, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist worksteal --durations=10 $(PYTEST_ARGS)
 
 test-long: $(READY)  ## races, kills and hostile input: up to an hour
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -q -m long --durations=10 tests/long $(PYTEST_ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -q -m long --durations=10 $(PYTEST_ARGS)
 
 lint: $(READY)  ## style and types
 	@$(RUN) ruff check

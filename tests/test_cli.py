@@ -639,6 +639,7 @@ def test_help_needs_no_heavy_import(tmp_path: Path) -> None:
     assert "--shots" in done.stdout
 
 
+@pytest.mark.long
 def test_train_is_a_script_too(data: Path, tmp_path: Path) -> None:
     script = REPOSITORY / "hf_glovlm" / "train.py"
     arguments = train_arguments(data, tmp_path / "run", "--method", "zero_shot", "--shots", 0)

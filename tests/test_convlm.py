@@ -718,6 +718,7 @@ def work(folder: Path, backbone: str, place: Path) -> dict[str, Any]:
     return losses
 
 
+@pytest.mark.long
 def test_two_processes_train_to_the_weights_of_one(images: Path, tmp_path: Path) -> None:
     run_two_ranks(Path(__file__).resolve(), tmp_path, tiny_clip(), images)
     AcceleratorState._reset_state(True)

@@ -351,12 +351,18 @@ def test_an_impossible_batch_of_slides_is_refused(
 # -------------------------------------------------------------------------------- memory
 
 
-def test_a_large_slide_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.long
+def test_a_large_slide_takes_little_memory() -> None:
     rows = {row["name"]: row for row in bench_slide(side=6000, tile_size=448)}
     assert set(rows) == {f"slide.{n}{q}" for n in ("memory", "rate") for q in ("", "_quarter")}
     assert rows["slide.memory"]["value"] < 2048
     assert rows["slide.memory"]["ratio"] < 1.5  # four times the pixels are 81 MB more
     assert rows["slide.rate"]["value"] > 0
+
+
+def test_a_bench_that_needs_too_much_memory_or_fails_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fake = {"peak": 2**31 + 1, "tiles": 9, "seconds": 1.0}
     monkeypatch.setattr(slide_bench, "_CHILD", f"print('{json.dumps([fake, fake])}')")
     with pytest.raises(GloVLMError, match="at most 2 are allowed"):

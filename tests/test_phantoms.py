@@ -69,6 +69,7 @@ def test_same_arguments_give_the_same_image(class_name: str) -> None:
     assert first.image.tobytes() != other.image.tobytes()
 
 
+@pytest.mark.long
 def test_another_process_with_another_hash_seed_draws_the_same(tmp_path: Path) -> None:
     script = (
         "import hashlib, json\n"

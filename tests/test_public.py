@@ -76,7 +76,7 @@ print(json.dumps({
     "order",
     [
         FIRST + "from transformers import AutoProcessor",
-        FIRST + "from transformers import pipeline",
+        pytest.param(FIRST + "from transformers import pipeline", marks=pytest.mark.long),
         "import json, sys\nfrom transformers import AutoModel\nimport hf_glovlm\nlight = True",
     ],
     ids=["processor", "pipeline", "transformers first"],

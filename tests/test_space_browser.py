@@ -320,7 +320,10 @@ def test_models_by_name(visit: Visit, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "visit", [(390, "dark"), (390, "light"), (1280, "dark")], indirect=True, ids=str
+    "visit",
+    [pytest.param((390, "dark"), marks=pytest.mark.long), (390, "light"), (1280, "dark")],
+    indirect=True,
+    ids=str,
 )
 def test_it_fits_a_phone_and_the_dark(visit: Visit) -> None:
     page = visit.page

@@ -273,6 +273,7 @@ def test_frozen_episodes_and_what_they_record(
         StudyConfig.from_mapping({**values, "methods": methods, "shots": 4})
 
 
+@pytest.mark.long
 def test_two_workers_find_the_same(
     data: Path, finished: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

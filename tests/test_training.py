@@ -167,7 +167,7 @@ def test_a_last_batch_of_one_image_trains(method: str, rows: Dataset) -> None:
     assert all(math.isfinite(row["loss"]) for row in adapted.log)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", ["clip", pytest.param("pair", marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", TRAINED)
 def test_a_seed_gives_the_same_weights_and_another_gives_others(
     method: str, name: str, rows: Dataset
