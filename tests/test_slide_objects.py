@@ -228,6 +228,40 @@ def test_tissue_and_reserved_classes_are_left_out_and_counted(biopsy: Path, tmp_
     assert any(flag.startswith("3 of 7 outlines were left out") for flag in entry["flags"])
 
 
+@pytest.mark.parametrize(
+    ("features", "options", "error"),
+    [
+        ([("region", "Region*")], (), None),
+        ([("a", "Artery"), ("b", "Vein")], ("--classes", "glomerulus"), None),
+        ([("a", "Artery")], ("--exclude", "artery"), None),
+        ([("a", "Glomeruli")], ("--classes", "glomerulus"), "Did you mean"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_section_without_glomeruli_counts_none_and_is_no_failure(
+    biopsy: Path, tmp_path: Path, features: Any, options: Any, error: str | None
+) -> None:
+    others = [
+        outline(400, 60 * i, 50, name, classification={"name": label})
+        for i, (name, label) in enumerate(features, start=1)
+    ]
+    write_outlines(tmp_path / "objects" / "s1.geojson", others)
+    output = tmp_path / "out"
+    (entry,) = count(biopsy, output, tmp_path / "objects", "--case", "c1", *options)
+    (case,) = json.loads((output / "results.json").read_text())["cases"]
+    if error:
+        assert entry["status"] == case["status"] == "failed"
+        assert error in entry["error"]
+        return
+    assert entry["status"] == case["status"] == "done"
+    for counts in (entry["counts"], case["counts"]):
+        assert (counts["unit"], counts["n"]) == ("objects", 0)
+        assert {value["count"] for value in counts["classes"].values()} == {0}
+    assert sum(entry["left_out"].values()) == len(features)
+    assert any("No outline is to be counted" in flag for flag in entry["flags"])
+    assert "0 objects" in (output / "README.md").read_text()
+
+
 def test_what_lies_outside_the_slide_or_is_larger_does_not_stop_the_rest(
     biopsy: Path, tmp_path: Path
 ) -> None:

@@ -53,7 +53,7 @@ from .encoding import (
     encoder_fingerprint,
     load_encoder,
 )
-from .files.annotations import read_outlines
+from .files.annotations import NoObject, read_outlines
 from .files.bags import find_damage, read_bag
 from .files.case_table import agreed, read_case_table
 from .files.coordinates import Origin, parse_origin
@@ -62,7 +62,7 @@ from .files.names import match_outlines
 from .files.wsi import Slide, is_elsewhere, is_same_slide, name_flags, open_slide, slide_name
 from .mil import SlideClassifier, load_aggregator
 from .numbering import NUMBERS, Numbers
-from .objects import classify_objects, read_objects
+from .objects import ClassifiedObjects, classify_objects, read_objects
 from .pooling import NEIGHBOURS, pool_slide, pool_ways
 from .report import (
     HEATMAP_SIDE,
@@ -578,29 +578,33 @@ def _count(
         missing = "no file of objects has this slide's name, so tiles are counted"
         notes = [] if config.objects is None else [missing]
         return count_classes(probabilities, names, unit="tiles")["all"], {}, notes
-    outlines = read_outlines(
-        task.objects,
-        origin=origin,
-        classes=config.classes,
-        exclude=config.exclude,
-        size=slide.size,
-        mpp=slide.mpp,
-    )
-    classified = classify_objects(
-        run.model,
-        run.processor,
-        slide,
-        outlines.objects,
-        margin=config.margin,
-        batch_size=config.batch_size,
-        allow_scale=config.allow_scale,
-    )
+    try:
+        outlines = read_outlines(
+            task.objects,
+            origin=origin,
+            classes=config.classes,
+            exclude=config.exclude,
+            size=slide.size,
+            mpp=slide.mpp,
+        )
+    except NoObject as error:  # a section without glomeruli
+        classified, notes, why = ClassifiedObjects.none(names), [error.note], error.left_out
+    else:
+        classified = classify_objects(
+            run.model,
+            run.processor,
+            slide,
+            outlines.objects,
+            margin=config.margin,
+            batch_size=config.batch_size,
+            allow_scale=config.allow_scale,
+        )
+        notes, why = [*outlines.notes, *classified.notes], outlines.left_out
     classified.save(work / "objects.parquet")
     classified.write_geojson(work / "objects.geojson", origin)
     shown, ids = read_objects(work / "objects.parquet", task.name)
     counts = count_classes(shown, names, ids=ids, confusion=run.confusion)["all"]
-    left_out = {reason: len(ids) for reason, ids in outlines.left_out.items()}
-    return counts, left_out, [*outlines.notes, *classified.notes]
+    return counts, {reason: len(ids) for reason, ids in why.items()}, notes
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,12 @@ class ClassifiedObjects:
     mpp: float | Literal["unknown"] = "unknown"
     notes: Sequence[str] = field(default_factory=tuple)
 
+    @classmethod
+    def none(cls, class_names: Sequence[str]) -> "ClassifiedObjects":
+        """Those of a slide on which no object is to be counted."""
+        empty = np.empty((0, len(class_names)))
+        return cls([], np.empty((0, 3), np.int64), empty, class_names, np.empty(0, bool), [], [])
+
     @property
     def labels(self) -> list[str]:
         """The most probable class of each object."""

@@ -144,6 +144,23 @@ class Outlines:
     origin: Origin = LEVEL0
 
 
+class NoObject(GloVLMError):
+    """No outline of a file is of a class that is taken: the slide shows no such object.
+
+    Attributes:
+        left_out: Ids by reason, as in `Outlines`.
+    """
+
+    def __init__(self, message: str, left_out: Mapping[str, list[str]]) -> None:
+        super().__init__(message)
+        self.left_out = dict(left_out)
+
+    @property
+    def note(self) -> str:
+        """What was left out, for the results."""
+        return f"No outline is to be counted. {_left_out_note(self.left_out, 0)}"
+
+
 def read_geojson(
     path: Path, *, label_property: str | None = None, origin: Origin = LEVEL0
 ) -> list[SlideObject]:
@@ -205,7 +222,9 @@ def read_outlines(
             400 micrometres long are no tissue annotations, whatever is drawn in them.
 
     Raises:
-        GloVLMError: As `read_geojson`, or nothing is left: says why, with counts.
+        NoObject: All outlines are of classes that are not taken.
+        GloVLMError: As `read_geojson`, or nothing is left for other reasons, among them a class
+            asked for that nearly has the name of one in the file: says why, with counts.
     """
     path = Path(path)
     reading = _read(path, label_property, origin)
@@ -219,10 +238,11 @@ def read_outlines(
     inner = selection.drop_parents(mpp)
     kept, left_out = selection.kept, selection.left_out
     if not kept:
-        raise GloVLMError(
-            f"{path}: no outline is left. {_left_out_note(left_out, 0)}"
-            + selection.hint(classes, size)
-        )
+        message = f"{path}: no outline is left. {_left_out_note(left_out, 0)}"
+        message += selection.hint(classes, size)
+        if selection.is_by_class(classes):
+            raise NoObject(message, left_out)
+        raise GloVLMError(message)
     crossing = sum(item.crosses_itself for item in kept)
     if crossing:
         notes.append(
@@ -481,6 +501,11 @@ class _Selection:
         self.drop(reasons)
         return len({j for i, inside in held.items() if i not in reasons for j in inside})
 
+    def is_by_class(self, classes: Sequence[str]) -> bool:
+        """Whether all were left out for their class, and no name that was asked for is a slip."""
+        by_class = all(reason.startswith(_BY_CLASS) for reason in self.left_out)
+        return by_class and not any(nearest(name, self._labels) for name in classes)
+
     def hint(self, classes: Sequence[str], size: tuple[int, int] | None) -> str:
         """What to do where nothing is left."""
         if size is not None and any(reason.startswith("outside") for reason in self.left_out):
@@ -512,6 +537,9 @@ def _contents(items: Sequence[SlideObject], areas: NDArray[np.float64]) -> dict[
         if lying:
             held[i] = lying
     return held
+
+
+_BY_CLASS = ("class ", "without a class, where classes")  # as the reasons below begin
 
 
 def _why_not(label: str | None, classes: Sequence[str], exclude: Sequence[str]) -> str:

@@ -36,7 +36,7 @@ from ...files import (
     write_json,
 )
 from ...tables import read_table
-from .annotations import find_repeats, read_outlines
+from .annotations import NoObject, find_repeats, read_outlines
 from .case_table import CaseRow, CaseTable, agreed
 from .coordinates import LEVEL0, Origin, parse_origin
 from .earlier_crops import EarlierCrops
@@ -373,7 +373,7 @@ def cut_slides(
                 outcome = CropOutcome(name, summary)
             except WriteError:  # no room for the others either
                 raise
-            except NothingCut as error:
+            except (NothingCut, NoObject) as error:
                 outcome = CropOutcome(name, reason=str(error))
             except Exception as error:  # whatever is wrong with one slide of many stays with it
                 if not os.path.isdir(slides):
