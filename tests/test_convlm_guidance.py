@@ -81,10 +81,10 @@ def guidance(model: Any, texts: Tensor) -> Tensor:
     ("backbone", "settings"),
     [
         ("clip", {}),
-        ("clip", {"target": "layer"}),
-        ("clip", {"blocks": 2}),
+        pytest.param("clip", {"target": "layer"}, marks=pytest.mark.long),
+        pytest.param("clip", {"blocks": 2}, marks=pytest.mark.long),
         ("pair", {}),
-        ("pair", {"weight_v": 0.0}),
+        pytest.param("pair", {"weight_v": 0.0}, marks=pytest.mark.long),
     ],
     ids=str,
 )

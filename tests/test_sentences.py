@@ -138,7 +138,9 @@ def test_zero_shot_from_prompts_equals_adapt(backbone: tuple[Any, Any], rows: Da
         build_zero_shot(*pair, prompts)
 
 
-@pytest.mark.parametrize("method", ["prototype", "linear_probe", "prolip"])
+@pytest.mark.parametrize(
+    "method", ["prototype", "linear_probe", pytest.param("prolip", marks=pytest.mark.long)]
+)
 def test_leave_one_patient_out_equals_refitting(
     backbone: tuple[Any, Any], rows: Dataset, method: str
 ) -> None:

@@ -233,7 +233,6 @@ def test_tissue_and_reserved_classes_are_left_out_and_counted(biopsy: Path, tmp_
     [
         ([("region", "Region*")], (), None),
         ([("a", "Artery"), ("b", "Vein")], ("--classes", "glomerulus"), None),
-        ([("a", "Artery")], ("--exclude", "artery"), None),
         ([("a", "Glomeruli")], ("--classes", "glomerulus"), "Did you mean"),
     ],
     ids=lambda value: str(value)[:24],

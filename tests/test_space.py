@@ -625,6 +625,7 @@ def test_the_readme_configures_the_space_and_its_example_runs(
     exec(code.replace("http://127.0.0.1:7860", served.url), {})
 
 
+@pytest.mark.long
 def test_a_few_clients_at_once(served: Served, files: list[Path]) -> None:
     from space_load import press
 
