@@ -10,31 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from hf_glovlm.lab.slide_bench import write_slide
+from hf_glovlm.lab.tissue_bench import ArrayReader
 from hf_glovlm.slides.files.wsi import Slide
 
 __all__ = ["slide_of", "write_slide"]
 
 
-class _Pixels:
-    """A reader of an array: one level, no scale."""
-
-    name, magnification, mpp, bounds = "array", None, None, None
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-        self.levels = [pixels.shape[1::-1]]
-        self.downsamples = [1.0]
-        self.notes: list[str] = []
-
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(self.pixels[y : y + height, x : x + width]))
-
-    def close(self) -> None: ...
-
-
 def slide_of(pixels: Any, mpp: float | None = None) -> Slide:
     """An open slide of one level that holds these pixels, `[height, width, 3]`."""
-    return Slide(Path("drawn.tif"), _Pixels(np.asarray(pixels, np.uint8)), mpp)  # type: ignore[arg-type]
+    return Slide(Path("drawn.tif"), ArrayReader(np.asarray(pixels, np.uint8)), mpp)

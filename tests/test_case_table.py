@@ -180,3 +180,18 @@ def test_outlines_of_no_slide_are_told(tmp_path: Path, caplog: pytest.LogCapture
     (tmp_path / "S1.tif").touch()
     refusal(tmp_path, "S1.tif", objects=str(folder), anonymise=True)
     assert "no slide here." in caplog.text
+
+
+def test_outlines_in_a_linked_folder_are_found_as_slides_are(tmp_path: Path) -> None:
+    from hf_glovlm.slides.files.listing import list_slides
+    from hf_glovlm.slides.files.names import files_below
+
+    (tmp_path / "disk" / ".hidden").mkdir(parents=True)
+    for name in ("S1.svs", "S1.geojson", ".hidden/S2.geojson"):
+        (tmp_path / "disk" / name).write_bytes(b"{}")
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "disk").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk" / "up").symlink_to(tmp_path / "case")  # a circle
+    assert [path.name for path in list_slides([tmp_path / "case"])] == ["S1.svs"]
+    assert [path.name for path in files_below(tmp_path / "case", [".geojson"])] == ["S1.geojson"]
+    assert files_below(tmp_path / "case", [".geojson"], skip=tmp_path / "disk") == []

@@ -4,7 +4,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -92,12 +92,12 @@ def escape_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def list_files(root: Path) -> Listing:
-    """List the images and tables below a folder, and count what is neither.
+def walk_folders(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Walk a folder and those below it, each once: links are followed, hidden ones not entered.
 
-    Links are followed; hidden folders are not entered.
+    Yields:
+        A folder, its hidden subfolders, and its files.
     """
-    listing = Listing()
     seen: set[str] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -107,6 +107,16 @@ def list_files(root: Path) -> Listing:
         seen.add(real)
         hidden = [name for name in subfolders if name.startswith(".")]
         subfolders[:] = sorted(name for name in subfolders if name not in hidden)
+        yield folder, hidden, names
+
+
+def list_files(root: Path) -> Listing:
+    """List the images and tables below a folder, and count what is neither.
+
+    Links are followed; hidden folders are not entered.
+    """
+    listing = Listing()
+    for folder, hidden, names in walk_folders(root):
         prefix = os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if prefix == "." else prefix + "/"
         for name in sorted([*names, *(name + "/" for name in hidden)]):

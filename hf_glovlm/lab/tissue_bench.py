@@ -249,7 +249,7 @@ def compress(image: NDArray[Any], quality: int = 85) -> Pixels:
 
 def slide_of(pixels: Pixels) -> Slide:
     """A slide of one level and unknown scale that holds these pixels."""
-    return Slide(Path("drawn.tif"), _ArrayReader(pixels))
+    return Slide(Path("drawn.tif"), ArrayReader(pixels))
 
 
 def spread_mask(mask: Any, shape: tuple[int, ...]) -> Mask:
@@ -262,8 +262,8 @@ def spread_mask(mask: Any, shape: tuple[int, ...]) -> Mask:
     return spread
 
 
-class _ArrayReader:
-    """A reader of an array: one level, no scale."""
+class ArrayReader:
+    """Slide reader of an array `[height, width, 3]`: one level, no scale."""
 
     name = "array"
 

@@ -1,9 +1,9 @@
 """Slides among files: what a folder holds, and the files that make one slide."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...data.listing import walk_folders
 from ...errors import GloVLMError
 from .dicom import read_series
 
@@ -64,14 +64,7 @@ def files_of(path: Path) -> list[Path]:
 
 def _list_folder(root: Path) -> list[Path]:
     slides: list[Path] = []
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+    for folder, _, names in walk_folders(root):
         files = [Path(folder, name) for name in names if not name.startswith(".")]
         slides += [file for file in files if file.is_file() and _is_slide(file)]
     return sorted(slides)

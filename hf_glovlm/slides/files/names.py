@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ...data.listing import few
+from ...data.listing import few, walk_folders
 from ...errors import GloVLMError, nearest
 from .listing import SUFFIXES
 from .wsi import slide_name
@@ -112,16 +112,13 @@ def match_outlines(
 def files_below(root: Path, suffixes: Iterable[str], *, skip: Path | None = None) -> list[Path]:
     """Files of these suffixes in a folder and its subfolders, sorted.
 
-    Hidden ones, and the folder `skip`, are left alone.
+    Links are followed, as for slides; hidden ones, and the folder `skip`, are left alone.
     """
     endings, barred = tuple(suffixes), None if skip is None else os.path.realpath(skip)
     listed = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [
-            name
-            for name in subfolders
-            if not name.startswith(".") and os.path.realpath(Path(folder, name)) != barred
-        ]
+    for folder, _, names in walk_folders(root):
+        if barred is not None and Path(os.path.realpath(folder)).is_relative_to(barred):
+            continue
         own = [n for n in names if n.lower().endswith(endings) and not n.startswith(".")]
         listed += [path for name in own if (path := Path(folder, name)).is_file()]
     return sorted(listed)
