@@ -641,6 +641,8 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 class Counting:
     """A real processor that notes how often it is called."""
 
+    outline = "ignore"
+
     def __init__(self, processor: Any) -> None:
         self.processor, self.calls = processor, 0
 

@@ -20,6 +20,7 @@ from .groups import (
     image_hashes,
     in_quotes,
 )
+from .outlines import masks_of, open_outlined
 from .splits import all_rows, assert_disjoint, draw_episode
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ def check_dataset(
     labels: list[int] = column(rows, "label")
     files: list[str] = column(rows, "file_name")
     images: list[Any] = column(rows, "image")
+    masks = masks_of(rows)
     sides = column(rows, "split") if "split" in rows.column_names else ["all"] * len(labels)
     tally = Counter(zip(sides, labels, strict=True))
     report = DataReport(
@@ -119,7 +121,8 @@ def check_dataset(
             f"expected images of at least two classes, found one ({', '.join(names)}); add another "
             "class, or give the folder one level deeper if the classes lie there."
         )
-    findings = in_threads(lambda image: _check_image(image, decode), images)
+    both = list(zip(images, masks, strict=True))
+    findings = in_threads(lambda pair: _check_image(*pair, decode), both)
     broken = [error for *_, error in findings if error]
     if len(broken) > 3:
         broken[3:] = [f"{len(broken) - 3} more images cannot be read."]
@@ -131,6 +134,9 @@ def check_dataset(
         pairs = [(c, names[k]) for c, k in zip(contents, labels, strict=True) if c]
         report.fingerprint = fingerprint_of(pairs)
         report.digests = _digest_rows(rows, contents, names, files)
+        if any(masks):
+            of_masks = [mask and content_hash(mask) for mask in masks]
+            report.digests["masks"] = digest_value([files, of_masks])
     groups = None
     if broken or not (decode or any(name in rows.column_names for name in GROUP_COLUMNS)):
         report.notes.append("groups were not determined, since the images were not all decoded.")
@@ -169,9 +175,13 @@ def _digest_rows(
     }
 
 
-def _check_image(image: Any, decode: bool) -> tuple[str | None, tuple[str, str] | None, str | None]:
+def _check_image(
+    image: Any, mask: Any, decode: bool
+) -> tuple[str | None, tuple[str, str] | None, str | None]:
     """Content hash of an image, its `image_hashes` if decoded, and why it cannot be read."""
     try:
+        if mask and decode:
+            open_outlined(image, mask)
         return content_hash(image), image_hashes(image) if decode else None, None
     except GloVLMError as error:
         return None, None, str(error)

@@ -22,8 +22,11 @@ MANIFEST = (
     "scanner",
     "institution",
     "reader",
+    "outline",
 )
 FLOAT_COLUMNS = frozenset({"mpp", "section_um"})
+MASK = "mask"  # names the picture of an image's outline, nonzero inside
+OUTLINE = "outline"  # what it goes around: capsule or tuft; in an image file its alpha channel's
 CAPTION = "caption"  # a text about the image, not about its origin as the MANIFEST columns
 GROUP_IDS = ("patient_id", "case_id", "slide_id", "group_id")  # the first that is known groups
 # What people call them, in one spelling; taken where just one of a line is there.
@@ -150,7 +153,7 @@ class Columns(Settings):
         return name
 
 
-_READ = ("file_name", "label", "split", CAPTION, *MANIFEST)
+_READ = ("file_name", "label", "split", CAPTION, MASK, *MANIFEST)
 _FLAGS = {"file_name": "--image-column", "label": "--label-column"}
 
 

@@ -24,7 +24,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from ..errors import GloVLMError, nearest
 from ..files import finish_interrupted
-from .columns import CAPTION, FLOAT_COLUMNS, GROUP_IDS, MANIFEST, Columns
+from .columns import CAPTION, FLOAT_COLUMNS, GROUP_IDS, MANIFEST, MASK, OUTLINE, Columns
 from .listing import (
     SPLIT_NAMES,
     few,
@@ -34,7 +34,7 @@ from .listing import (
     split_notes,
     split_roles,
 )
-from .readers import RawRows, read_file, read_folder, read_hub, read_memory
+from .readers import IMAGE_TYPE, RawRows, read_file, read_folder, read_hub, read_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -167,8 +167,8 @@ def is_synthetic(source: "str | Path | Dataset | DatasetDict") -> bool:
 
 
 def column(rows: "Dataset", name: str) -> list[Any]:
-    """Column of a data set as a list; `image` as undecoded `{"bytes", "path"}` values."""
-    if name == "image":
+    """Column of a data set as a list; `image`, `mask` as undecoded `{"bytes", "path"}` values."""
+    if name in ("image", MASK):
         from datasets import Image as ImageFeature
 
         rows = rows.select_columns([name]).cast_column(name, ImageFeature(decode=False))
@@ -211,7 +211,10 @@ def _assemble(
     names = sorted({label for table in tables for label in table.labels if label is not None})
     kept = [name for name in (*MANIFEST, CAPTION) if any(name in table.extra for table in tables)]
     parts: dict[str | None, list[Dataset]] = {}
+    masked = any(table.masks is not None for table in tables)
     for table in tables:
+        if masked and table.masks is None:
+            table.masks = pa.nulls(len(table.labels), IMAGE_TYPE)
         extra = _clean_manifest(table, kept)
         for split, mask in _by_split(table, reading):
             parts.setdefault(split, []).append(_dataset(table, extra, mask, names))
@@ -342,6 +345,7 @@ def _dataset(table: RawRows, extra: dict[str, list[Any]], mask: Any, names: list
         "label": ClassLabel(names=names),
         "file_name": Value("string"),
         **{n: Value("float64" if n in FLOAT_COLUMNS else "string") for n in extra},
+        **({} if table.masks is None else {MASK: ImageFeature()}),
     }
     index = {name: i for i, name in enumerate(names)}
     columns = {
@@ -349,6 +353,7 @@ def _dataset(table: RawRows, extra: dict[str, list[Any]], mask: Any, names: list
         "label": pa.array([index[label] for label in table.labels if label], pa.int64()),
         "file_name": pa.array(table.file_names, pa.string()),
         **{n: pa.array(v, features[n].pa_type) for n, v in extra.items()},
+        **({} if table.masks is None else {MASK: table.masks.cast(features[MASK].pa_type)}),
     }
     arrow = pa.table(columns)
     if mask is not None:
@@ -366,7 +371,8 @@ def open_image(value: ImageValue) -> Image.Image:
     """Decode an image to RGB.
 
     Grey, palette, 1-bit, CMYK and YCbCr are converted; alpha is composited over white (the colour
-    of empty glass); the EXIF orientation is applied; of several frames the first is taken; colour
+    of empty glass), unless the file states that it is an outline (see `outlines.py`), which hides
+    nothing; the EXIF orientation is applied; of several frames the first is taken; colour
     profiles are ignored. Grey images deeper than 8 bits are rescaled by their bit depth, taken as
     the smallest of 8, 12, 16 and 31 bits that holds their largest value, so that value
     `2**bits - 1` becomes 255; floating point images whose largest value is at most 1 are scaled
@@ -382,19 +388,36 @@ def open_image(value: ImageValue) -> Image.Image:
     Raises:
         GloVLMError: A missing, empty, truncated or foreign file, or more than MAX_PIXELS pixels.
     """
-    name = _image_name(value)
+    return _decode(value, _to_rgb)
+
+
+def decode_image(value: ImageValue) -> Image.Image:
+    """Decode an image and turn it upright; its mode and its alpha channel stay.
+
+    Args:
+        value: As `open_image` takes it.
+
+    Raises:
+        GloVLMError: As `open_image`.
+    """
+    return _decode(value, lambda image, name: image)
+
+
+def _decode(value: ImageValue, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
+    """Decode an image, turn it upright and convert it, with an error that names the file."""
+    name = image_name(value)
     try:
         if isinstance(value, Image.Image):
             image = value
         else:
-            content = _content(value)
+            content = read_content(value)
             if not content:
                 raise GloVLMError(f"{name} is empty (0 bytes); replace or remove it.")
             image = Image.open(io.BytesIO(content), formats=_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         image.load()
-        return _to_rgb(_upright(image), name)
+        return convert(_upright(image), name)
     except GloVLMError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -428,7 +451,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _eight_bits(image, name).convert("RGB")
-    if image.has_transparency_data:
+    if image.has_transparency_data and OUTLINE not in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -450,7 +473,8 @@ def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray(scaled.astype(np.uint8))
 
 
-def _image_name(value: ImageValue) -> str:
+def image_name(value: ImageValue) -> str:
+    """What an image is called in sentences."""
     if isinstance(value, Image.Image):
         return str(getattr(value, "filename", "") or "an image in memory")
     if isinstance(value, Mapping):
@@ -458,7 +482,8 @@ def _image_name(value: ImageValue) -> str:
     return str(value)
 
 
-def _content(value: Mapping[str, Any] | str | Path) -> bytes:
+def read_content(value: Mapping[str, Any] | str | Path) -> bytes:
+    """Content of an image's file."""
     if isinstance(value, Mapping):
         if value.get("bytes") is not None:
             return bytes(value["bytes"])
@@ -478,9 +503,9 @@ def content_hash(value: ImageValue) -> str:
         rgb = open_image(value)
         return hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()
     try:
-        return hashlib.sha256(_content(value)).hexdigest()
+        return hashlib.sha256(read_content(value)).hexdigest()
     except OSError as error:
-        raise GloVLMError(f"{_image_name(value)} cannot be read ({error.strerror}).") from None
+        raise GloVLMError(f"{image_name(value)} cannot be read ({error.strerror}).") from None
 
 
 def in_threads(function: Callable[[_T], _R], values: Iterable[_T]) -> list[_R]:

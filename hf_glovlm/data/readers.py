@@ -21,7 +21,15 @@ import pyarrow.parquet as pq
 from ..errors import GloVLMError, nearest
 from ..files import read_manifest
 from ..tables import TABLE_SUFFIXES, Table, column_name, read_table
-from .columns import FLOAT_COLUMNS, GROUP_IDS, MANIFEST, Columns, has_column, missing_column
+from .columns import (
+    FLOAT_COLUMNS,
+    GROUP_IDS,
+    MANIFEST,
+    MASK,
+    Columns,
+    has_column,
+    missing_column,
+)
 from .listing import (
     SHEETS,
     SUFFIXES,
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PARQUET = (".parquet", ".pq")
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Folders that say what kind of files they hold, not of which class these are.
 _GENERIC = {
@@ -62,9 +71,11 @@ class RawRows:
         labels: Class names.
         splits: Given splits as written.
         extra: The MANIFEST columns and `caption`.
+        masks: pyarrow array like `images`, null for an image without a mask; or none at all.
         notes: How the data were read, where that is not the usual way.
         named: Notes that, in full, name files.
         left_out: Number of files that were not read, by kind.
+        mask_names: Relative paths of the masks, which are no images without a row.
         to_label: Whether rows without a label are such that a person labels later: crops.
     """
 
@@ -74,9 +85,11 @@ class RawRows:
     labels: list[str | None]
     splits: list[str | None] | None = None
     extra: dict[str, list[Any]] = field(default_factory=dict)
+    masks: Any = None
     notes: list[str] = field(default_factory=list)
     named: dict[str, str] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    mask_names: list[str] = field(default_factory=list)
     to_label: bool = False
 
     def drop_unlabelled(self) -> None:
@@ -91,6 +104,7 @@ class RawRows:
             [*filter(None, self.labels)],
         )
         self.splits = self.splits and [*compress(self.splits, kept)]
+        self.masks = None if self.masks is None else self.masks.filter(pa.array(kept))
         self.extra = {name: [*compress(values, kept)] for name, values in self.extra.items()}
         self.notes.append(f"{number} of {len(kept)} rows have no label yet and are left out")
         self.left_out["without a label"] = number
@@ -119,7 +133,7 @@ def read_folder(root: Path, columns: Columns) -> list[RawRows]:
 
 def _count_unlisted(listing: Listing, rows: Sequence[RawRows]) -> None:
     """Count the images that no table lists."""
-    listed = {name for table in rows for name in table.file_names}
+    listed = {name for table in rows for name in (*table.file_names, *table.mask_names)}
     without_row = len({*listing.images} - listed)
     if without_row:
         rows[0].notes.append(f"{without_row} images without a row are left out")
@@ -483,6 +497,8 @@ def _read_images_table(
         notes=notes,
         to_label=to_label,
     )
+    if MASK in values:
+        rows.mask_names = _find_masks(root, below, path, inside, values.pop(MASK), rows)
     if table.dialect:
         rows.notes.append(f"the table is read {table.dialect}")
     given = values.pop("split", None)
@@ -559,6 +575,25 @@ def _find_images(
     return names, moved
 
 
+def _find_masks(
+    root: Path, below: str, path: Path, inside: set[str], written: Sequence[str], rows: RawRows
+) -> list[str]:
+    """Read the column of masks into the rows; returns their relative paths."""
+    places = [i for i, cell in enumerate(written) if cell.strip()]
+    known = FileNames(inside, root / below)
+    base = root / below
+    there = [known.find(written[i]) or (base / plain_path(written[i])).is_file() for i in places]
+    if not any(there):  # a column of that name that holds something else
+        rows.notes.append("the column mask names no file and is not read")
+        return []
+    names, _ = _find_images(base, path, inside, [written[i] for i in places])
+    values: list[dict[str, Any] | None] = [None] * len(written)
+    for i, name in zip(places, names, strict=True):
+        values[i] = {"bytes": None, "path": os.path.join(os.path.abspath(base), name)}
+    rows.masks = pa.array(values, type=IMAGE_TYPE)
+    return [below + name for name in names]
+
+
 def images_column(table: Table) -> int | None:
     """Place of the column of a table that names its images, `None` without one."""
     chosen, _ = Columns(group_from="parent").choose(table.header, str(table.path))
@@ -585,8 +620,7 @@ def _image_paths(root: Path, names: Iterable[str]) -> Any:
 
 
 def _image_array(values: Any) -> Any:
-    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    return pa.array(values, type=kind)
+    return pa.array(values, type=IMAGE_TYPE)
 
 
 # ------------------------------------------------------------------------------- parquet and Hub
@@ -725,6 +759,7 @@ def _read_arrow(
         values = table.column(given).to_pylist()
         splits = [None if value is None else str(value) for value in values]
     notes = [note for note in notes if not note.startswith("split is read")]
+    masks = chosen.pop(MASK, None)
     spelled = [column_name(name) for name in table.column_names]
     used = {"file_name": image, "label": label, "split": given or "split", **chosen}
     return RawRows(
@@ -734,8 +769,23 @@ def _read_arrow(
         labels=labels,
         splits=splits,
         extra={role: table.column(name).to_pylist() for role, name in chosen.items()},
+        masks=None if masks is None else _mask_column(table.column(masks), base, origin),
         notes=[*notes, *_near_misses(spelled, used)],
     )
+
+
+def _mask_column(values: Any, base: Path | None, origin: str) -> Any:
+    """Column of masks like that of the images, null where there is none; `None` without any."""
+    given = pc.is_valid(values).to_pylist()
+    if pa.types.is_struct(values.type) and {f.name for f in values.type} == {"bytes", "path"}:
+        parts = (pc.struct_field(values, name) for name in ("bytes", "path"))
+        present = zip(*(pc.is_valid(part).to_pylist() for part in parts), strict=True)
+        given = [one and any(both) for one, both in zip(given, present, strict=True)]
+    if not any(given):
+        return None
+    present, _ = _image_column(values.filter(pa.array(given)), base, origin)
+    masks = iter(present.to_pylist())
+    return _image_array([next(masks) if one else None for one in given])
 
 
 def _pick(name: str, kind: type, features: Mapping[str, Any]) -> str | None:

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 
 from ..errors import GloVLMError
 from ..files import replacing, sweep
+from ..model.outlines import CENTRE, FILL
 
 if TYPE_CHECKING:
     from ..model import GloVLMModel, GloVLMProcessor
@@ -288,6 +289,8 @@ def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
     }
     if processor.torchvision_crop:
         about["crop"] = "torchvision"
+    if processor.outline != "ignore":
+        about["outline"] = [processor.outline, FILL, CENTRE]
     if config.context:  # which patches are dropped is no weight
         about["context"] = config.context
     digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True, default=str).encode())

@@ -26,9 +26,12 @@ from ..backbones.saved import (
     split_revision,
 )
 from ..calibration.inputs import softmax
+from ..data.columns import MASK
 from ..data.folder import open_image
+from ..data.outlines import open_outlined
 from ..errors import GloVLMError, nearest
 from ..files import model_folder, read_json, results_kind, write_table
+from ..model.outlines import draw_centre
 from .cache import FeatureCache, encoder_key
 from .views import draw_view, view_key
 
@@ -166,7 +169,8 @@ def embed_twice(
         GloVLMError: See `embed_images`.
     """
     _move(model, device)
-    rows = _Views(images, views, seed) if views else _Rows(images)
+    outline = processor.outline
+    rows = _Views(images, outline, views, seed) if views else ImageRows(images, outline)
     digests = rows.digests()
     first: dict[bytes, int] = {}
     for row, digest in enumerate(digests):
@@ -193,41 +197,56 @@ def embed_twice(
     return pooled, middle if middle.shape[1] else pooled
 
 
-class _Rows:
-    """Undecoded image column of a data set."""
+class ImageRows:
+    """Undecoded image column of a data set, with what a model sees of its outlines.
 
-    def __init__(self, images: "Dataset") -> None:
-        self._table = images.select_columns(["image"]).with_format("arrow")
+    Args:
+        images: Rows with `image` and, where there are any, `mask`.
+        outline: One of `model.outlines.OUTLINES`.
+    """
+
+    def __init__(self, images: "Dataset", outline: str) -> None:
+        self._outlined = outline not in ("ignore", "centre")
+        names = ["image", *([MASK] if self._outlined and MASK in images.column_names else [])]
+        self._table = images.select_columns(names).with_format("arrow")
+        self._centred = outline == "centre"
 
     def values(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """`{"bytes", "path"}` of the given rows."""
-        values: list[dict[str, Any]] = self._table[list(rows)]["image"].to_pylist()
+        values: list[dict[str, Any]] = self._part(rows)["image"].to_pylist()
         return values
 
+    def _part(self, rows: Sequence[int]) -> Any:
+        return self._table[list(rows)]
+
     def pictures(self, rows: Sequence[int]) -> list[Image.Image]:
-        """Decoded images of the given rows."""
-        return [open_image(value) for value in self.values(rows)]
+        """Decoded images of the given rows, with their outlines where these count."""
+        if self._centred:  # of the whole picture, before a view is cut out of it
+            return [draw_centre(open_image(value)) for value in self.values(rows)]
+        if not self._outlined:
+            return [open_image(value) for value in self.values(rows)]
+        return [open_outlined(image, mask) for image, mask in _pairs(self._part(rows))]
 
     def digests(self) -> list[bytes]:
-        """Hash of each row's file content, 16 bytes."""
+        """Hash of each row's file content, and of its mask's, 16 bytes."""
         return [
-            _digest(value)
+            _digest(image) if mask is None else _digest(image, mask)
             for part in self._table.iter(batch_size=256)
-            for value in part["image"].to_pylist()
+            for image, mask in _pairs(part)
         ]
 
 
-class _Views(_Rows):
+class _Views(ImageRows):
     """Augmented views of an image column: a row a view, those of an image together."""
 
-    def __init__(self, images: "Dataset", count: int, seed: int) -> None:
-        super().__init__(images)
+    def __init__(self, images: "Dataset", outline: str, count: int, seed: int) -> None:
+        super().__init__(images, outline)
         self._count = count
         self._keys = [view_key(d, seed, v) for d in super().digests() for v in range(count)]
 
-    def values(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """`{"bytes", "path"}` of the images that the rows are views of."""
-        return super().values([row // self._count for row in rows])
+    def _part(self, rows: Sequence[int]) -> Any:
+        """The images that the rows are views of."""
+        return super()._part([row // self._count for row in rows])
 
     def pictures(self, rows: Sequence[int]) -> list[Image.Image]:
         """The views."""
@@ -239,21 +258,37 @@ class _Views(_Rows):
         return self._keys
 
 
-def _digest(value: dict[str, Any]) -> bytes:
-    content = value["bytes"]
-    if content is None:
-        try:
-            content = Path(value["path"]).read_bytes()
-        except OSError:
-            open_image(value)  # raises the error that describes it
-            raise
-    return bytes(xxhash.xxh3_128_digest(content))
+def _pairs(table: Any) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Image and mask of each row of an arrow table."""
+    images = table["image"].to_pylist()
+    masks = table[MASK].to_pylist() if MASK in table.column_names else [None] * len(images)
+    return [(image, _present(mask)) for image, mask in zip(images, masks, strict=True)]
+
+
+def _present(mask: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A mask that is there; the Hub may write an empty one for none."""
+    return mask if mask and (mask["bytes"] is not None or mask["path"]) else None
+
+
+def _digest(*values: dict[str, Any]) -> bytes:
+    """Hash of the content of one file or several, 16 bytes."""
+    contents = []
+    for value in values:
+        content = value["bytes"]
+        if content is None:
+            try:
+                content = Path(value["path"]).read_bytes()
+            except OSError:
+                open_image(value)  # raises the error that describes it
+                raise
+        contents.append(bytes(xxhash.xxh3_128_digest(content)))
+    return contents[0] if len(contents) == 1 else xxhash.xxh3_128_digest(b"".join(contents))
 
 
 def _encode(
     model: "GloVLMModel",
     processor: "GloVLMProcessor",
-    rows: _Rows,
+    rows: ImageRows,
     selected: Sequence[int],
     batch_size: int,
     advance: Callable[[int], None],

@@ -35,12 +35,16 @@ def draw_view(image: Image.Image, key: bytes) -> Image.Image:
     """View of an image: a crop of at least half its area, flipped, turned, its stains jittered.
 
     Args:
-        image: Mode RGB.
+        image: Mode RGB, or RGBA with an outline, which is cut and turned along.
         key: Decides everything random; see `view_key`.
     """
     generator = np.random.default_rng(int.from_bytes(key, "big"))
     view = reframe(image, generator.random(5).tolist())
-    return jitter_stains(view, 1 + JITTER * generator.uniform(-1, 1, 3))
+    jittered = jitter_stains(view.convert("RGB"), 1 + JITTER * generator.uniform(-1, 1, 3))
+    if view.mode == "RGBA":
+        jittered.putalpha(view.getchannel("A"))
+        jittered.info = {**view.info}
+    return jittered
 
 
 def reframe(image: Image.Image, numbers: Sequence[float]) -> Image.Image:

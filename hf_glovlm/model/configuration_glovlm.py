@@ -6,6 +6,8 @@ from typing import Any, Literal
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .outlines import OUTLINES, pools
+
 VISION_POOLINGS = ("pooler", "cls", "mean", "cls_mean", "attentional")
 TEXT_POOLINGS = ("pooler", "cls", "mean", "eos", "appended_cls")
 PROJECTIONS = ("none", "linear", "mlp")
@@ -14,6 +16,7 @@ _CHOICES = {
     "text_pooling": TEXT_POOLINGS,
     "vision_projection": PROJECTIONS,
     "text_projection": PROJECTIONS,
+    "outline": OUTLINES,
 }
 _LABELS = "_labels"  # the class names that prompts, calibration, ... are of
 PAIR_TYPE = "vision-text-dual-encoder"
@@ -81,6 +84,10 @@ class GloVLMConfig(PreTrainedConfig):
         image_scale: Of the images that it learned from `mpp`, their median micrometres per pixel,
             and `low`, `p5`, `median`, `p95` and `high` of their longer sides in micrometres; `None`
             is unknown.
+        outline: What the model sees of an outlined picture, one of OUTLINES (see `outlines.py`);
+            the processor has the same.
+        outline_of: What the outlines of its training images go around: `capsule` or `tuft`; `None`
+            where that was not stated.
         synthetic: Whether its training images were synthetic, not of patients.
     """
 
@@ -125,6 +132,8 @@ class GloVLMConfig(PreTrainedConfig):
     guard: dict[str, Any] | None = None
     mpp: float | None = None
     image_scale: dict[str, float] | None = None
+    outline: Literal["ignore", "centre", "blank", "pool", "blank+pool"] = "ignore"
+    outline_of: Literal["capsule", "tuft"] | None = None
     synthetic: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -192,7 +201,13 @@ class GloVLMConfig(PreTrainedConfig):
         if self.pooler_dim is not None:
             return self.pooler_dim
         width = int(self._backbone().vision_config.hidden_size)
-        return 2 * width if self.vision_pooling == "cls_mean" else width
+        doubled = self.vision_pooling == "cls_mean" and not self.pools_inside
+        return 2 * width if doubled else width
+
+    @property
+    def pools_inside(self) -> bool:
+        """Whether the patch tokens inside of the outline alone are pooled."""
+        return pools(self.outline)
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)

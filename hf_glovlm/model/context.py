@@ -171,6 +171,16 @@ class ContextGuide(nn.Module):
         finally:
             _PASS.reset(before)
 
+    @contextmanager
+    def follow(self) -> Iterator[GuidedPass]:
+        """Context manager: the record of the running pass, or one of its own."""
+        seen = self._seen()
+        if seen is not None:
+            yield seen
+        else:
+            with self.read() as seen:
+                yield seen
+
     def _seen(self) -> GuidedPass | None:
         owner, seen = _PASS.get() or (None, None)
         return seen if owner is self else None

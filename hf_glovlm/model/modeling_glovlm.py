@@ -17,8 +17,15 @@ from .configuration_glovlm import GloVLMConfig
 from .context import ContextGuide
 from .guard import SupportGuard
 from .heads import Head, build_head, describe_head
+from .outlines import choose_inside, cover_patches, mean_inside, split_channels
 from .prompts import TEXT_CHUNK, AdapterModules, Bottleneck, LayerTokens
-from .towers import AttentionalPooler, TowerPair, count_patches
+from .towers import (
+    AttentionalPooler,
+    TowerPair,
+    accepted_arguments,
+    count_patches,
+    patch_grid,
+)
 
 
 @dataclass
@@ -301,16 +308,21 @@ class GloVLMModel(GloVLMPreTrainedModel):
         """Encode images.
 
         Args:
-            pixel_values: `[n, 3, height, width]` (SigLIP 2: flattened patches), from the processor.
+            pixel_values: `[n, 3, height, width]` (SigLIP 2: flattened patches), from the processor;
+                a fourth channel is the part of each pixel inside of the outline.
             return_dict: Whether to return an output object rather than a tuple.
             **kwargs: What the tower takes: `interpolate_pos_encoding`, `output_attentions`, ...
 
         Returns:
             The vision tower's output; `pooler_output` holds the features `[n, dim]`.
         """
-        features = self.backbone.get_image_features(
-            pixel_values=pixel_values, **self._asked(kwargs)
-        )
+        if self.config.pools_inside:
+            features, pooled = self._pool_inside(pixel_values, **self._asked(kwargs))
+            features.pooler_output = self.project_images(pooled)
+        else:
+            features = self.backbone.get_image_features(
+                pixel_values=split_channels(pixel_values)[0], **self._asked(kwargs)
+            )
         answer: BaseModelOutputWithPooling = self._reply(features, return_dict)
         return answer
 
@@ -320,18 +332,79 @@ class GloVLMModel(GloVLMPreTrainedModel):
         `project_images(pool_images(x))` equals `get_image_features(x).pooler_output`.
 
         Args:
-            pixel_values: `[n, 3, height, width]`, from the processor.
+            pixel_values: `[n, 3, height, width]`, from the processor; see `get_image_features`.
             **kwargs: What the tower takes.
 
         Returns:
             Pooled vectors `[n, width]`.
         """
+        if self.config.pools_inside:
+            return self._pool_inside(pixel_values, **_given(kwargs))[1]
+        pixel_values, _ = split_channels(pixel_values)
         if isinstance(self.backbone, TowerPair):
             return self.backbone.pool_images(pixel_values, **_given(kwargs))[1]
         pooled: Tensor = self.backbone.vision_model(
             pixel_values=pixel_values, **_given(kwargs)
         ).pooler_output
         return pooled
+
+    def _pool_inside(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Tensor]:
+        """The vision tower's output, and its patch tokens pooled inside of the outline.
+
+        The mean of the patch tokens of which more than half lies inside; an attentional pooler
+        attends to these alone. CLIP's final norm, which its tower applies to the class token, is
+        applied to each token.
+
+        Returns:
+            The output, and `[n, width]`.
+        """
+        picture, inside = split_channels(pixel_values)
+        tower: Any = self.backbone.vision_model
+        if isinstance(self.backbone, TowerPair):
+            kwargs = accepted_arguments(tower, kwargs)
+        if self.context is None:
+            outputs, kept = tower(pixel_values=picture, **kwargs), None
+        else:
+            with self.context.follow() as seen:
+                outputs = tower(pixel_values=picture, **kwargs)
+            kept = seen.patches[-1] if seen.patches else None
+        tokens, coverage = self._patch_tokens(outputs.last_hidden_state, picture, inside, kept)
+        pooler = getattr(self.backbone, "vision_pooler", None)
+        if pooler is not None:
+            return outputs, pooler(tokens, choose_inside(coverage) > 0)
+        if hasattr(tower, "post_layernorm") and "siglip" not in tower.config.model_type:
+            tokens = tower.post_layernorm(tokens)
+        pooled = mean_inside(tokens, coverage)
+        if self.config.is_pair and self.config.normalize_pooled:
+            pooled = nn.functional.normalize(pooled, dim=-1)
+        return outputs, pooled
+
+    def _patch_tokens(
+        self, states: Tensor, picture: Tensor, inside: Tensor | None, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Patch tokens `[n, patches, width]` of a tower's states, and how much of each is inside.
+
+        Args:
+            states: Tokens `[n, length, width]`, patches last, or a map `[n, width, rows, columns]`.
+            picture: `[n, 3, height, width]`.
+            inside: `[n, height, width]`; all is inside when not given.
+            kept: Of a context-guided tower, the numbers of the patches that are left
+                `[n, patches]`; -1 is the token of the others, which counts as outside.
+        """
+        if inside is None:
+            inside = torch.ones_like(picture[:, 0])
+        if states.dim() == 4:
+            rows, columns = states.shape[-2:]
+            states = states.flatten(2).transpose(1, 2)
+        else:
+            rows, columns = patch_grid(self.config._backbone().vision_config, picture)
+            while kept is None and rows * columns > states.shape[1] and rows % 2 == 0:
+                rows, columns = rows // 2, columns // 2  # a hierarchical tower merges patches
+        size = picture.shape[-2] // rows, picture.shape[-1] // columns
+        coverage = cover_patches(inside, (rows, columns), size)
+        if kept is not None:
+            coverage = coverage.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, 0.0)
+        return states[:, states.shape[1] - coverage.shape[1] :], coverage
 
     def pool_images_and_middle(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Pooled image vectors, and the mean patch token behind the middle block, in one pass.
@@ -351,12 +424,17 @@ class GloVLMModel(GloVLMPreTrainedModel):
         seen: list[Tensor] = []
         vision = self.config._backbone().vision_config
         patches = 0 if pixel_values.dim() < 4 else count_patches(vision, pixel_values)
+        picture, inside = split_channels(pixel_values)
+        inside = inside if self.config.pools_inside and patches else None
 
         def read(module: nn.Module, args: Any, output: Any) -> None:
             tokens = output[0] if isinstance(output, tuple) else output
             if tokens.dim() == 3:
                 mask = kwargs.get("pixel_attention_mask")
-                seen.append(_mean_patch(tokens, patches, mask))
+                if inside is not None and tokens.shape[1] >= patches:
+                    seen.append(mean_inside(*self._patch_tokens(tokens, picture, inside)))
+                else:
+                    seen.append(_mean_patch(tokens, patches, mask))
 
         hooks = [block.register_forward_hook(read) for block in blocks[len(blocks) // 2 :][:1]]
         try:
@@ -623,7 +701,8 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
         """Classify images.
 
         Args:
-            pixel_values: `[n, 3, height, width]`, from the processor.
+            pixel_values: `[n, 3, height, width]`, from the processor; see
+                `GloVLMModel.get_image_features`.
             labels: Gives a loss, as in the image classifiers of transformers, by the config's
                 `problem_type`: `single_label_classification` takes class numbers `[n]` (softmax
                 cross-entropy), `multi_label_classification` floats 0 or 1 `[n, classes]` (binary

@@ -4,6 +4,12 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_transforms import to_pil_image
+from transformers.utils import logging
+
+from .outlines import KEY, OUTLINES, pools, take_apart
+
+logger = logging.get_logger(__name__)
 
 
 class GloVLMProcessor(ProcessorMixin):
@@ -20,6 +26,7 @@ class GloVLMProcessor(ProcessorMixin):
             checkpoints that were published for open_clip or timm and converted, whose image
             processor has this mark when this is not given; a checkpoint that was published for
             transformers keeps the crop of its own image processor.
+        outline: What the model sees of an outlined picture, one of OUTLINES (see `outlines.py`).
         chat_template: Not used; accepted because `ProcessorMixin` passes it.
     """
 
@@ -31,6 +38,7 @@ class GloVLMProcessor(ProcessorMixin):
         pad_to_max: bool = False,
         context_token_ids: list[Any] | None = None,
         torchvision_crop: bool | None = None,
+        outline: str = "ignore",
         chat_template: str | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -41,17 +49,23 @@ class GloVLMProcessor(ProcessorMixin):
         if torchvision_crop is None:
             torchvision_crop = bool(getattr(image_processor, "torchvision_crop", False))
         self.torchvision_crop = torchvision_crop
+        if outline not in OUTLINES:
+            raise ValueError(f"outline must be one of {', '.join(OUTLINES)}; found '{outline}'.")
+        self.outline = outline
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts, or both.
 
         Args:
-            images: One image or a list (PIL, array, tensor).
+            images: One image or a list (PIL, array, tensor). The outline of a picture is its alpha
+                channel (PIL, or uint8 arrays of 4 channels).
             text: One text or a list; padded and cut as the backbone was trained.
             **kwargs: `return_tensors`, `padding`, `truncation` and what the parts take.
 
         Returns:
-            `pixel_values` and/or `input_ids`, `attention_mask`.
+            `pixel_values` and/or `input_ids`, `attention_mask`. Where the model pools inside of the
+            outline, `pixel_values` has a fourth channel: the part of each pixel that lies inside;
+            of a picture without an outline all does, and the log says so once.
         """
         if text is not None:
             kwargs.setdefault("truncation", True)
@@ -60,7 +74,27 @@ class GloVLMProcessor(ProcessorMixin):
                 kwargs["padding"] = "max_length"
             else:
                 kwargs.setdefault("padding", True)
-        crop = None if images is None else self._crop_size(kwargs)
+        if images is None:
+            texts: BatchFeature = super().__call__(images=None, text=text, **kwargs)
+            return texts
+        if self.outline == "ignore":
+            return self._prepare(_hide_alpha(images), text, kwargs)
+        pictures, masks = self._take_apart(images)
+        prepared = self._prepare(pictures, text, dict(kwargs))
+        if pools(self.outline):
+            kind = kwargs.get("return_tensors")
+            inside = self._prepare(masks, None, kwargs | {"do_normalize": False})["pixel_values"]
+            pixels = torch.stack([torch.as_tensor(image) for image in prepared["pixel_values"]])
+            part = torch.stack([torch.as_tensor(mask)[:1] for mask in inside]).to(pixels.dtype)
+            part = part / 255 if part.max() > 1.5 else part  # a transform that does not rescale
+            prepared["pixel_values"] = torch.cat([pixels, part.clamp(0, 1)], dim=1)
+            converted: BatchFeature = prepared.convert_to_tensors(kind)
+            return converted
+        return prepared
+
+    def _prepare(self, images: Any, text: Any, kwargs: dict[str, Any]) -> BatchFeature:
+        """Transform images as the backbone's processor does, but for the place of the crop."""
+        crop = self._crop_size(kwargs)
         if crop is None:
             prepared: BatchFeature = super().__call__(images=images, text=text, **kwargs)
             return prepared
@@ -70,6 +104,25 @@ class GloVLMProcessor(ProcessorMixin):
         prepared["pixel_values"] = torch.stack(cropped)
         converted: BatchFeature = prepared.convert_to_tensors(kind)
         return converted
+
+    def _take_apart(self, images: Any) -> tuple[list[Any], list[Any]]:
+        """What the model sees of each picture, and where its inside lies, as RGB pictures."""
+        rows = list(images) if isinstance(images, list | tuple) else [images]
+        pictures, masks, without = [], [], 0
+        for row in map(_to_picture, rows):
+            picture, mask = take_apart(row, self.outline)
+            if mask is None:
+                without += 1
+                mask = picture.convert("L").point([255] * 256)
+            pictures.append(picture)
+            masks.append(mask.convert("RGB"))
+        if without:
+            logger.warning_once(
+                f"This model was adapted to outlined pictures (outline '{self.outline}') and got "
+                "some without an outline, of which it takes the whole: give RGBA pictures whose "
+                "alpha channel is the outline (255 inside, 0 outside)."
+            )
+        return pictures, masks
 
     def _crop_size(self, kwargs: dict[str, Any]) -> tuple[int, int] | None:
         """Crop height and width, where the transform first makes the shorter side long enough."""
@@ -134,3 +187,28 @@ def center_crop(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     top, left = round((image.shape[-2] - height) / 2), round((image.shape[-1] - width) / 2)
     return image[..., top : top + height, left : left + width]
+
+
+def _to_picture(image: Any) -> Any:
+    """A Pillow image of a picture; the fourth channel of an array or tensor becomes its alpha."""
+    if hasattr(image, "getchannel"):
+        return image
+    values = image if isinstance(image, torch.Tensor) else torch.tensor(image)
+    if values.dim() == 3 and values.shape[0] in (3, 4) and values.shape[-1] not in (3, 4):
+        values = values.permute(1, 2, 0)
+    if values.dim() != 3 or values.dtype != torch.uint8 or values.shape[-1] not in (3, 4):
+        raise ValueError(
+            "A model that was adapted to outlined pictures takes Pillow images, or uint8 arrays of "
+            f"3 or 4 channels; found {values.dtype} of shape {tuple(values.shape)}."
+        )
+    picture = to_pil_image(values[..., :3].numpy(), input_data_format="channels_last")
+    if values.shape[-1] == 4:
+        picture.putalpha(to_pil_image(values[..., 3:].numpy(), input_data_format="channels_last"))
+    return picture
+
+
+def _hide_alpha(images: Any) -> Any:
+    """Pictures as they are, but whole where the alpha channel is an outline."""
+    if isinstance(images, list | tuple):
+        return [_hide_alpha(image) for image in images]
+    return images.convert("RGB") if KEY in getattr(images, "info", ()) else images

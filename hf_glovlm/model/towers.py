@@ -76,7 +76,7 @@ class TowerPair(nn.Module):
         Returns:
             The tower's output and the pooled vectors `[n, vision_pooled_dim]`.
         """
-        outputs = self.vision_model(pixel_values, **_accepted(self.vision_model, kwargs))
+        outputs = self.vision_model(pixel_values, **accepted_arguments(self.vision_model, kwargs))
         if self.vision_pooler is not None:
             pooled = self.vision_pooler(outputs.last_hidden_state)
         else:
@@ -111,7 +111,7 @@ class TowerPair(nn.Module):
         outputs: BaseModelOutputWithPooling = self.text_model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            **_accepted(self.text_model, kwargs),
+            **accepted_arguments(self.text_model, kwargs),
         )
         eos = getattr(self.text_model.config, "eos_token_id", None)
         pooled = pool_text(outputs, self.config.text_pooling, input_ids, attention_mask, eos)
@@ -167,8 +167,13 @@ class AttentionalPooler(nn.Module):
                 init.ones_(module.weight)
                 init.zeros_(module.bias)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens `[n, length, width]` to `[n, dim]`."""
+    def forward(self, tokens: Tensor, inside: Tensor | None = None) -> Tensor:
+        """Map tokens `[n, length, width]` to `[n, dim]`.
+
+        Args:
+            tokens: `[n, length, width]`.
+            inside: Which tokens the query attends to, boolean `[n, length]`; all when not given.
+        """
 
         def split(x: Tensor) -> Tensor:
             return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
@@ -179,6 +184,7 @@ class AttentionalPooler(nn.Module):
             query.expand(len(tokens), -1, -1, -1),
             split(self.k_proj(tokens)),
             split(self.v_proj(tokens)),
+            attn_mask=None if inside is None else inside[:, None, None],
         )
         result: Tensor = self.norm(self.out_proj(pooled.transpose(1, 2).flatten(1)))
         return result
@@ -258,12 +264,27 @@ def build_projection(
 
 
 def count_patches(vision_config: Any, pixel_values: Tensor) -> int:
-    """Number of patch tokens of images `[n, 3, height, width]` in a vision transformer."""
+    """Number of patch tokens of images `[n, channels, height, width]` in a vision transformer."""
+    if getattr(vision_config, "patch_size", None) is None:
+        return 0
+    rows, columns = patch_grid(vision_config, pixel_values)
+    return rows * columns
+
+
+def patch_grid(vision_config: Any, pixel_values: Tensor) -> tuple[int, int]:
+    """Rows and columns of the patches of images `[n, channels, height, width]`.
+
+    Raises:
+        ValueError: The tower has no patches.
+    """
     size = getattr(vision_config, "patch_size", None)
     if size is None:
-        return 0
-    rows, columns = size if isinstance(size, list | tuple) else (size, size)
-    return int(pixel_values.shape[-2] // rows * (pixel_values.shape[-1] // columns))
+        raise ValueError(
+            "This vision tower has no patches, so nothing can be pooled inside of an outline: use "
+            "outline 'blank'."
+        )
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(pixel_values.shape[-2] // height), int(pixel_values.shape[-1] // width)
 
 
 def count_prefix(vision_config: Any) -> int:
@@ -340,8 +361,8 @@ def _pooler(outputs: Any, tower: str) -> Tensor:
     return torch.flatten(pooled, 1)
 
 
-def _accepted(tower: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Drop optional arguments that a tower does not accept (DINOv2 always interpolates)."""
+def accepted_arguments(tower: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that a tower accepts: DINOv2, for one, always interpolates and takes no flag."""
     optional = {"interpolate_pos_encoding", "token_type_ids", "position_ids"}
     names = inspect.signature(tower.forward).parameters
     return {k: v for k, v in kwargs.items() if k in names or k not in optional}

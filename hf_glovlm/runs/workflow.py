@@ -30,10 +30,12 @@ from ..calibration import (
     prior_shift,
 )
 from ..calibration.inputs import softmax
+from ..data.columns import MASK
 from ..environment import check_tracker, describe_environment, peak_memory
 from ..errors import GloVLMError
 from ..files import digest_file, digest_value, write_text
 from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
+from ..inference.outlines import outline_notes
 from ..inference.scale import describe_scale, known_scale, support_scale
 from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import SUBGROUPS, render_card
@@ -412,7 +414,7 @@ def _adapt(
         classes=task.classes,
         config=config.adaptation(work),
         validation=task.side("validation")[0] if task.episode.validation else None,
-        query=task.side("test")[0].select_columns(["image"]) if task.method.transductive else None,
+        query=_unlabelled(task.side("test")[0]) if task.method.transductive else None,
         groups=groups,
         accelerator=processes.accelerator,
         cache=processes.cache,
@@ -424,6 +426,11 @@ def _adapt(
     about.image_scale = support_scale(support)
     about.synthetic = bool(about.synthetic or is_synthetic(config.data))
     return adapted
+
+
+def _unlabelled(rows: "Dataset") -> "Dataset":
+    """Images and their outlines alone."""
+    return rows.select_columns([name for name in ("image", MASK) if name in rows.column_names])
 
 
 def _describe_adapted(adapted: Adapted, task: _Task) -> dict[str, Any]:
@@ -679,6 +686,7 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
         *episode_notes(task.episode),
         *(f"{note[0].upper()}{note[1:]}." for note in task.reading.notes),
         *adapted.notes,
+        *outline_notes(adapted.model.config, task.side("test")[0]),
         *(calibrated.notes if calibrated is not None else ()),
         *former_notes(adapted.model.config.backbone_name, task.former),
         *_pretraining_notes(adapted, task.config, task.rows),

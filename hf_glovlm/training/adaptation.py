@@ -13,6 +13,7 @@ from ..backbones import load_backbone
 from ..errors import GloVLMError
 from ..inference import FeatureCache, MemoryCache, embed_images, embed_prompts
 from ..inference.guard import add_guard
+from ..inference.outlines import set_outline
 from ..inference.texts import check_class_texts
 from ..methods import (
     METHODS,
@@ -310,6 +311,7 @@ def adapt(
             model, processor, (support, validation), classes, method, asdict(config)
         )
     _forget_task(model.config, processor)
+    notes = set_outline(model, processor, config, support)
     cache = cache if cache is not None else MemoryCache()  # nothing is encoded twice
 
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
@@ -319,10 +321,9 @@ def adapt(
         model, processor, classes, support, labels, validation, query, config, device, cache
     )
     training = _Training(config, device, accelerator, on_epoch, made_from)
-    notes = []
     if isinstance(chosen, TowerMethod) or (chosen.needs_text and model.has_joint_space):
         prompts = chosen.prompts(classes, settings)
-        notes = check_class_texts(model, processor, prompts, [c.name for c in classes])
+        notes += check_class_texts(model, processor, prompts, [c.name for c in classes])
     if isinstance(chosen, TowerMethod):
         result = _adapt_towers(images, chosen, settings, training)
     else:

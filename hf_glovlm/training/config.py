@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ..methods import Method
 
 Loss = Literal["prototypes", "infonce", "infonce_published"]
+Outline = Literal["ignore", "centre", "blank", "pool", "blank+pool"]  # model.outlines.OUTLINES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,19 @@ class LearningSettings(Settings):
     )
     clip_norm: float | None = setting(
         None, help="Largest gradient norm.", group="Training", above=0, unset="no limit"
+    )
+    outline: Outline = setting(
+        "ignore",
+        help="What the model sees of an outlined image: all of it, the inside on grey (blank), the "
+        "mean of the patch tokens inside (pool), both, or a circle in the middle where nothing is "
+        "outlined (centre).",
+        group="Data",
+    )
+    outline_of: Literal["capsule", "tuft"] | None = setting(
+        None,
+        help="What the outlines go around.",
+        group="Data",
+        unset="what the images state",
     )
 
     def check(self) -> None:

@@ -80,9 +80,9 @@ class ImageSource:
         augment: bool = False,
         keep_bytes: int = 2**30,
     ) -> None:
-        from datasets import Image
+        from ..inference.prediction import ImageRows
 
-        self.rows = images.cast_column("image", Image(decode=False))
+        self.rows = ImageRows(images, processor.outline)
         self.labels = labels
         self.processor = processor
         self.augment = augment
@@ -90,7 +90,7 @@ class ImageSource:
         self.kept: dict[int, Tensor] = {}
 
     def fetch(self, index: Sequence[int]) -> Tensor:
-        """Preprocessed images `[n, 3, height, width]`."""
+        """Preprocessed images `[n, 3, height, width]`; 4 channels with outlines that are pooled."""
         rows = []
         for i in index:
             row = self.kept[i] if i in self.kept else self._transform(i)
@@ -100,9 +100,7 @@ class ImageSource:
         return torch.stack(rows)
 
     def _transform(self, i: int) -> Tensor:
-        from ..data import open_image
-
-        image = open_image(self.rows[i]["image"])
+        (image,) = self.rows.pictures([i])
         if self.augment:
             image = reframe(image, torch.rand(5).tolist())
         pixels: Tensor = self.processor(images=image, return_tensors="pt")["pixel_values"][0]
@@ -222,12 +220,15 @@ def describe_inputs(
     """
     from ..backbones import describe_weights
     from ..data.folder import column, content_hash, in_threads
+    from ..data.outlines import masks_of
 
     def digest(rows: "Dataset | None") -> str | None:
         if rows is None:
             return None
         images, labels = column(rows, "image"), column(rows, "label")
-        return digest_value([in_threads(content_hash, images), labels])
+        masks = [mask and content_hash(mask) for mask in masks_of(rows)]
+        content = [in_threads(content_hash, images), labels]
+        return digest_value([*content, masks] if any(masks) else content)
 
     support, validation = map(digest, rows)
     return {

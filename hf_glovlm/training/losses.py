@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from ..methods import StepState, TowerMethod
 from ..model.context import ContextGuide
+from ..model.outlines import cover_patches
 from ..model.prompts import TEXT_CHUNK
+from ..model.towers import patch_grid
 from .config import Loss
 from .frozen_cache import Replay, record_tower
 from .loop import gather, world_size
@@ -60,6 +62,7 @@ class TowerStep(nn.Module):
         self.text = {k: v.to(self.model.logit_scale.device) for k, v in encoded.items()}
         self.images_replay: Replay | None = None
         self.blank: Tensor | None = None
+        self.outlined = self.model.config.pools_inside
         self.texts_replay: tuple[Replay, Tensor] | None = None
         self.fixed: Tensor | None = None
         self.takes_rows = method.guides_images
@@ -99,8 +102,11 @@ class TowerStep(nn.Module):
 
         Returns:
             States `[rows, tokens, width]`, which `image_features` takes from now on in place of
-            images; `None` if the first block changes or the states would not fit into memory.
+            images; `None` if the first block changes or the states would not fit into memory. With
+            outlines that are pooled the outline of each follows its tokens.
         """
+        if self.outlined and self.model.context is not None:
+            return None  # which patches are left is noted where they are dropped
         tower, device, dtype = self.model.backbone.vision_model, self._device, self.model.dtype
 
         def run(part: slice) -> Tensor:
@@ -109,17 +115,66 @@ class TowerStep(nn.Module):
             return pooled
 
         if self.images_replay is not None:  # the same tower, for the validation images
-            return self.images_replay.record(run, rows)
+            states = self.images_replay.record(run, rows)
+            return states if states is None else self._with_outlines(states, fetch)
         self.train()
         blank = torch.zeros_like(fetch([0]).to(device, dtype))
-        recorded = record_tower(
-            tower, run, rows, blank=lambda _: self.model.get_image_features(blank).pooler_output
-        )
+
+        def empty(part: slice) -> Tensor:
+            """Features from an empty picture, with the outlines of those that it stands for."""
+            image = blank
+            if self.outlined:
+                image = blank.repeat(part.stop - part.start, 1, 1, 1)
+                image[:, 3] = fetch(range(part.start, part.stop)).to(device, dtype)[:, 3]
+            pooled: Tensor = self.model.get_image_features(image).pooler_output
+            return pooled
+
+        recorded = record_tower(tower, run, rows, blank=empty)
         if recorded is None:
             return None
         self.blank = blank
         self.images_replay, states = recorded
-        return states
+        return self._with_outlines(states, fetch)
+
+    def _with_outlines(self, states: Tensor, fetch: Callable[[Sequence[int]], Tensor]) -> Tensor:
+        """States with the outline of each image behind its tokens, where these are pooled.
+
+        It takes the place of further tokens: the part of each patch inside, filled up to a row.
+        """
+        if not self.outlined:
+            return states
+        rows, _, width = states.shape
+        parts = [cover_patches(fetch([i])[:, 3], *self._patches) for i in range(rows)]
+        coverage = torch.cat(parts).to(states.dtype)
+        coverage = nn.functional.pad(coverage, (0, -coverage.shape[1] % width))
+        return torch.cat([states, coverage.view(rows, -1, width)], dim=1)
+
+    def _replay(self, inputs: Tensor) -> Tensor:
+        """Features from states behind the frozen blocks, see `replay_images`."""
+        assert self.images_replay is not None
+        assert self.blank is not None
+        states, image = inputs, self.blank
+        if self.outlined:
+            (rows, columns), patch = self._patches
+            length = -(-rows * columns // inputs.shape[-1])
+            states, coverage = inputs[:, :-length], inputs[:, -length:].flatten(1)
+            grid = coverage[:, : rows * columns].view(-1, rows, columns)
+            inside = grid.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2)
+            image = image.repeat(len(inputs), 1, 1, 1)
+            image[:, 3, : inside.shape[1], : inside.shape[2]] = inside
+        with self.images_replay.play(states):
+            features: Tensor = self.model.get_image_features(image).pooler_output
+        return features
+
+    @property
+    def _patches(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of patches of the images that are replayed, and a patch in pixels."""
+        assert self.blank is not None
+        config = self.model.backbone.vision_model.config
+        grid = patch_grid(config, self.blank)
+        size = config.patch_size
+        patch = size if isinstance(size, list | tuple) else (size, size)
+        return grid, (int(patch[0]), int(patch[1]))
 
     def replay_texts(self) -> None:
         """Run the text blocks that no step changes once; the class prompts are always the same."""
@@ -151,9 +206,8 @@ class TowerStep(nn.Module):
         With `raw_logits` they are not normalised.
         """
         inputs = inputs.to(self.model.dtype)
-        if self.images_replay is not None and self.blank is not None:
-            with self.images_replay.play(inputs):
-                features = self.model.get_image_features(self.blank).pooler_output
+        if self.images_replay is not None:
+            features = self._replay(inputs)
         elif self.method.trains_vision:
             features = self.model.get_image_features(inputs).pooler_output
         else:
