@@ -2,9 +2,9 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from hf_glovlm.training.losses import HeadStep
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Batches of 5, 5 and 3 rows, all odd.
 RECIPE = {"epochs": 2, "batch_size": 5, "lr": 1e-3}
+TRAIN = str(REPOSITORY / "hf_glovlm" / "train.py")
+LAUNCHED = ("--method", "vanilla", "--shots", "2", "--epochs", "2", "--n-resamples", "20")
 CASES: dict[str, dict[str, Any]] = {
     "prototypes": {"method": "vanilla"},
     "infonce": {"method": "vanilla", "loss": "infonce"},
@@ -253,43 +255,48 @@ def test_predictions_of_two_processes_are_complete_and_in_order(
     assert losses["0"]["run"] == losses["1"]["run"] == losses["alone"]["run"]
 
 
-def test_train_py_is_launched_as_glovlm_train_is(images: Path, tmp_path: Path) -> None:
-    config = TrainConfig(
-        data=str(images),
-        output_dir=str(tmp_path / "two"),
-        backbone=str(tiny_clip()),
-        method="vanilla",
-        shots=2,
-        epochs=2,
-        n_resamples=20,
-    )
-    flags = {
-        "data": config.data,
-        "output-dir": config.output_dir,
-        "backbone": config.backbone,
-        "method": "vanilla",
-        "shots": "2",
-        "epochs": "2",
-        "n-resamples": "20",
-    }
-    arguments = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    launch(str(REPOSITORY / "hf_glovlm" / "train.py"), *arguments)
-    two = json.loads((tmp_path / "two" / "results.json").read_text())
+def test_train_py_is_launched_as_glovlm_train_is(
+    both: tuple[Path, dict[str, Any]], images: Path, tmp_path: Path
+) -> None:
+    folder = both[0] / "launched"
+    two = json.loads((folder / "results.json").read_text())
     assert two["environment"]["num_processes"] == 2
-    assert (tmp_path / "two" / "README.md").is_file()
-    one = run(replace(config, output_dir=str(tmp_path / "one"), device="cpu"))
+    assert (folder / "README.md").is_file()
+    flags = zip(LAUNCHED[::2], LAUNCHED[1::2], strict=True)
+    values = {name.removeprefix("--").replace("-", "_"): value for name, value in flags}
+    numbers = {name: int(values.pop(name)) for name in ("shots", "epochs", "n_resamples")}
+    one = run(
+        TrainConfig(
+            data=str(images),
+            output_dir=str(tmp_path / "one"),
+            backbone=str(tiny_clip()),
+            device="cpu",
+            **values,
+            **numbers,
+        )
+    )
     assert one["environment"]["num_processes"] == 1
     assert two["data"] == one["data"]
     assert two["training"]["final_loss"] == pytest.approx(one["training"]["final_loss"], abs=1e-4)
-    a, b = (Predictions.load(tmp_path / n / "predictions.parquet") for n in ("one", "two"))
+    a, b = (Predictions.load(at / "predictions.parquet") for at in (tmp_path / "one", folder))
     assert a.file_names == b.file_names
     assert np.abs(a.probabilities - b.probabilities).max() < 1e-2  # fp32, and Adam's first steps
-    weights = [load_file(tmp_path / n / "model" / "model.safetensors") for n in ("one", "two")]
-    assert furthest(*weights) < 1e-3
+    places = (at / "model" / "model.safetensors" for at in (tmp_path / "one", folder))
+    assert furthest(*map(load_file, places)) < 1e-3
 
 
 if __name__ == "__main__":
     place, clip_folder, pair_folders, image_folder = sys.argv[1:]
+    # In the same two processes, whose start takes longer than what they do: the script, as
+    # `accelerate launch` runs it.
+    given = {"data": image_folder, "backbone": clip_folder, "output-dir": f"{place}/launched"}
+    sys.argv = [TRAIN, *LAUNCHED, *(part for k, v in given.items() for part in (f"--{k}", v))]
+    try:
+        runpy.run_path(TRAIN, run_name="__main__")
+    except SystemExit as stop:
+        assert not stop.code, stop.code  # noqa: PT017 - a script, no test
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
     mine = Path(place) / os.environ["RANK"]
     actual = work(mine, clip_folder, pair_folders, Path(image_folder))
     (mine / "losses.json").write_text(json.dumps(actual))

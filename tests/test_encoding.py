@@ -292,6 +292,7 @@ def die_on_the_large_one(done: int, total: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_killed_process_and_a_bad_slide_lose_no_other_and_the_killed_one_resumes(
     tmp_path: Path, slide: Path, classifier: Any
 ) -> None:

@@ -411,6 +411,9 @@ def test_support_without_an_outline_is_refused(tmp_path: Path) -> None:
         adapt(str(tiny_clip()), "linear_probe", rows, config={"outline": "pool"})
     adapted = adapt(str(tiny_clip()), "linear_probe", rows, config={"outline": "centre"})
     assert any("circle in the middle" in note for note in adapted.notes)
+    assert not any("class texts may say less" in note for note in adapted.notes)
+    with_texts = adapt(str(tiny_clip()), "tip_adapter", rows, config={"outline": "centre"})
+    assert any("class texts may say less" in note for note in with_texts.notes)
     assert outline_notes(adapted.model.config, rows) == []
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.outlines import outlines_of, structure_of
 from ..errors import GloVLMError
+from ..model.outlines import pools
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 _NEEDED = ("blank", "pool", "blank+pool")
 
 
-def set_outline(model: Any, processor: Any, config: Any, support: "Dataset") -> list[str]:
+def set_outline(
+    model: Any, processor: Any, config: Any, support: "Dataset", *, needs_text: bool = False
+) -> list[str]:
     """Set what a model sees of outlined images, and check that it can.
 
     Args:
@@ -19,6 +22,7 @@ def set_outline(model: Any, processor: Any, config: Any, support: "Dataset") -> 
         processor: Its processor; keeps it, too.
         config: Has `outline` and `outline_of`.
         support: The images to learn from.
+        needs_text: Whether the method compares images with class texts.
 
     Returns:
         Sentences for the results.
@@ -30,13 +34,14 @@ def set_outline(model: Any, processor: Any, config: Any, support: "Dataset") -> 
     about, outline = model.config, config.outline
     _check_tower(about, outline)
     about.outline, processor.outline, about.outline_of = outline, outline, None
+    notes = [FAR_FROM_TEXTS] if needs_text and pools(outline) and not about.is_pair else []
     if outline in ("ignore", "centre"):
         if config.outline_of is not None:
             raise GloVLMError(
                 f"outline_of says what outlines go around, and with outline '{outline}' none is "
                 "used: leave it out, or give outline blank, pool or blank+pool."
             )
-        return [CENTRED] if outline == "centre" else []
+        return [*notes, CENTRED] if outline == "centre" else []
     outlines = outlines_of(support)
     without = outlines.count(None)
     if without:
@@ -47,10 +52,14 @@ def set_outline(model: Any, processor: Any, config: Any, support: "Dataset") -> 
         )
     about.outline_of = structure_of(outlines, config.outline_of)
     if about.outline_of is None and outlines:
-        return [UNSTATED_STRUCTURE]
-    return []
+        notes.append(UNSTATED_STRUCTURE)
+    return notes
 
 
+FAR_FROM_TEXTS = (
+    "This encoder learned to compare texts with its pooled output, not with the patch tokens that "
+    "are averaged inside of the outline: class texts may say less here than with outline blank."
+)
 CENTRED = (
     "The model sees a circle in the middle of each image, 80% of its shorter side wide, and "
     "nothing around it: images must be cut around the glomerulus."
@@ -92,8 +101,6 @@ def outline_notes(config: Any, rows: "Dataset") -> list[str]:
 
 def _check_tower(about: Any, outline: str) -> None:
     """Refuse to pool tokens of a tower that has none, or in front of a projection for others."""
-    from ..model.outlines import pools
-
     if not pools(outline):
         if about.is_pair and about.pools_inside and about.vision_projection != "none":
             raise _other_outline(about, outline)

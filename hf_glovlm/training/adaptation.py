@@ -311,7 +311,7 @@ def adapt(
             model, processor, (support, validation), classes, method, asdict(config)
         )
     _forget_task(model.config, processor)
-    notes = set_outline(model, processor, config, support)
+    notes = set_outline(model, processor, config, support, needs_text=chosen.needs_text)
     cache = cache if cache is not None else MemoryCache()  # nothing is encoded twice
 
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
