@@ -11,7 +11,7 @@ from command_line import Completed, Glovlm
 from PIL import Image, ImageDraw
 from slides_made import write_slide
 
-from hf_glovlm.data.folder import column, describe_reading, load_dataset
+from hf_glovlm.data.folder import column, describe_reading, load_dataset, open_image
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.slides.files import crops, wsi
 from hf_glovlm.slides.files.annotations import box_object, polygon_object, write_geojson
@@ -87,6 +87,72 @@ def test_a_crop_is_the_square_around_the_object(tmp_path: Path) -> None:
     assert loaded.features["label"].names == ["open", "scar/red"]
     assert column(loaded, "patient_id") == ["p7", "p7"]
     assert column(loaded, "mpp") == [0.5, 0.5]
+
+
+def inside(path: Path) -> np.ndarray:
+    """What a crop's alpha says lies inside the outline."""
+    with Image.open(path) as image:
+        assert image.mode == "RGBA"
+        alpha = np.asarray(image)[..., 3]
+    assert set(np.unique(alpha)) <= {0, 255}
+    return alpha == 255
+
+
+def shape(kind: str, *coordinates: Any) -> dict[str, Any]:
+    rings = list(coordinates) if kind == "Polygon" else [[ring] for ring in coordinates]
+    geometry = {"type": kind, "coordinates": rings}
+    return {"type": "Feature", "id": "o", "geometry": geometry, "properties": {}}
+
+
+def square(x: float, y: float, side: float) -> list[list[float]]:
+    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
+
+
+def in_square(x: np.ndarray, y: np.ndarray, left: float, top: float, side: float) -> np.ndarray:
+    return (np.abs(x - left - side / 2) < side / 2) & (np.abs(y - top - side / 2) < side / 2)
+
+
+TURN = np.linspace(0, 2 * np.pi, 2000)
+DISC = np.stack([100.3 + 40 * np.cos(TURN), 80.7 + 40 * np.sin(TURN)], axis=1).tolist()
+
+
+@pytest.mark.parametrize("max_side", [2048, 40], ids=["level 0", "shrunk"])
+@pytest.mark.parametrize(
+    ("feature", "expected"),
+    [
+        (
+            shape("Polygon", square(60, 40, 80), square(80, 60, 20)),
+            lambda x, y: in_square(x, y, 60, 40, 80) & ~in_square(x, y, 80, 60, 20),
+        ),
+        (
+            shape("MultiPolygon", square(60, 40, 20), square(120, 100, 20)),
+            lambda x, y: in_square(x, y, 60, 40, 20) | in_square(x, y, 120, 100, 20),
+        ),
+        (
+            shape("Polygon", [[60, 40.3], [140, 120.3], [140, 40.3], [60, 120.3], [60, 40.3]]),
+            lambda x, y: (np.abs(y - 80.3) < np.abs(x - 100)) & (np.abs(x - 100) < 40),
+        ),
+        (shape("Polygon", DISC), lambda x, y: np.hypot(x - 100.3, y - 80.7) < 40),
+    ],
+    ids=["hole", "two parts", "crosses itself", "disc"],
+)
+def test_alpha_is_what_lies_inside_the_outline_by_the_middle_of_each_pixel(
+    tmp_path: Path, feature: Any, expected: Any, max_side: int
+) -> None:
+    pixels = region(tmp_path / "s.png")
+    (tmp_path / "a.geojson").write_text(json.dumps(feature))
+    cut_crops(tmp_path / "s.png", tmp_path / "a.geojson", tmp_path / "out", max_side=max_side)
+    (row,) = rows(tmp_path / "out")
+    crop = inside(tmp_path / "out" / row["file_name"])
+    left, top, side = int(row["x"]), int(row["y"]), int(row["width"])
+    y, x = (np.mgrid[: len(crop), : len(crop)] + 0.5) * (side / len(crop))
+    x, y = x + left, y + top
+    np.testing.assert_array_equal(crop, expected(x, y))
+    if side == len(crop):  # the whole square is there under any alpha, for all that read images
+        whole = pixels[top : top + side, left : left + side]
+        np.testing.assert_array_equal(picture(tmp_path / "out" / row["file_name"]), whole)
+        opened = open_image(tmp_path / "out" / row["file_name"])
+        np.testing.assert_array_equal(np.asarray(opened), whole)
 
 
 def test_the_scale_is_never_guessed_and_grows_when_a_crop_is_shrunk(tmp_path: Path) -> None:

@@ -155,6 +155,9 @@ def crops(
     colours: Annotated[
         Text, Option(help="Of a mask: green=viable,red=sclerosed, or by value 1=viable.")
     ] = None,
+    outline: Annotated[
+        Text, Option(help="What the outlines go around: capsule or tuft, kept with each crop.")
+    ] = None,
     slide_id: Annotated[Text, Option(help="Else the file's name.")] = None,
     patient_id: Annotated[Text, Option(help="Whose slide it is.")] = None,
     drop_flagged: Annotated[bool, Option(help="Leave out partial and merged ones.")] = False,
@@ -186,6 +189,7 @@ def crops(
         exclude=exclude or (),
         origin=origin,
         colours=parse_colours(colours) if colours else None,
+        outline=outline,
         slide_id=slide_id,
         patient_id=patient_id,
         keep_flagged=not drop_flagged,

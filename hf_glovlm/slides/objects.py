@@ -18,7 +18,7 @@ from ..inference import predict
 from ..inference.scale import ImageScale, compare_scale
 from .files.annotations import SlideObject, find_repeats, write_geojson
 from .files.coordinates import LEVEL0, Origin
-from .files.crops import crop_square
+from .files.crop_image import crop_square
 
 if TYPE_CHECKING:
     from datasets import Dataset

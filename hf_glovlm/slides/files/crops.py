@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -39,23 +40,35 @@ from ...tables import read_table
 from .annotations import NoObject, find_repeats, read_outlines
 from .case_table import CaseRow, CaseTable, agreed
 from .coordinates import LEVEL0, Origin, parse_origin
+from .crop_image import (
+    KEY,
+    MAX_SIDE,
+    Fill,
+    check_outline,
+    crop_downsample,
+    crop_square,
+    is_speck,
+    read_crop,
+    write_crop,
+)
 from .earlier_crops import EarlierCrops
 from .listing import list_slides
 from .masks import read_mask
 from .names import MASKS, files_below, is_mask_name, match_outlines
 from .pixel_size import check_given
+from .shapes import Bounds, fill
 from .wsi import Slide, describe_slide, is_same_slide, open_slide, slide_name
 
-Bounds = tuple[float, float, float, float]  # x0, y0, x1, y1 in pixels of level 0
-
 _PLAIN = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})  # region images; the rest are slides
-_KNOWN = ("patient_id", "case_id", "stain")  # of a slide; a column of each that is known
+_KNOWN = ("patient_id", "case_id", "stain", KEY)  # of a slide; a column of each that is known
 _COLUMNS = (
-    "file_name", "label", "slide_id", *_KNOWN, "object_id", "mpp", "x", "y", "width", "height",
-    "flags",
+    "file_name", "label", "slide_id", *_KNOWN[:3], "object_id", "mpp", KEY, "x", "y", "width",
+    "height", "flags",
 )  # fmt: skip
 UNLABELLED = "unlabelled"  # the folder of crops without a class
-VERSION = 1  # of what the manifest says; raise it when its readers would understand it otherwise
+# Of what manifest and crops say; raise it when readers would understand them otherwise. Since 2
+# alpha is the outline.
+VERSION = 2
 WAIT = 600.0  # seconds for another process that cuts crops into the same folder
 logger = logging.getLogger("hf_glovlm")
 
@@ -80,6 +93,7 @@ class CropSummary:
             (a blob of a mask that looks like two), `disputed` (outlined twice, with two classes).
         skipped: Ids of flagged objects that were not cut (`keep_flagged=False`).
         specks: Blobs of a mask that were too small to be an object.
+        thin: Ids of objects whose outline holds no more than a pixel of the crop.
         notes: What a person should know about the file.
     """
 
@@ -93,6 +107,7 @@ class CropSummary:
     flags: dict[str, int] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     specks: int = 0
+    thin: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -128,6 +143,7 @@ class _Candidate:
     id: str
     label: str | None
     bounds: Bounds
+    fill: Fill
     flags: list[str] = field(default_factory=list)
     outlined: str | None = None
     before: Mapping[str, Any] | None = None  # its row of an earlier cut
@@ -185,18 +201,20 @@ def cut_crops(
     patient_id: str | None = None,
     case_id: str | None = None,
     stain: str | None = None,
+    outline: str | None = None,
     keep_flagged: bool = True,
     min_extent: int = 16,
-    max_side: int = 2048,
+    max_side: int = MAX_SIDE,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CropSummary:
     """Cut every object of a slide or region image into a folder per class.
 
     A crop is a square of `margin` times the object's longer side around the middle of its box,
-    white where it reaches beyond the slide. `metadata.csv` holds `file_name`, `label`, `slide_id`,
-    `patient_id`, `case_id`, `stain` (where known), `object_id`, `mpp` (of the crop itself; empty
-    where the slide states none, never guessed), `x`, `y`, `width`, `height` (the crop in pixels of
-    level 0), `flags`.
+    white where it reaches beyond the slide: a PNG whose RGB is the whole square and whose alpha is
+    255 inside the outline and 0 outside, see `read_crop`. `metadata.csv` holds `file_name`,
+    `label`, `slide_id`, `patient_id`, `case_id`, `stain` (where known), `object_id`, `mpp` (of the
+    crop itself; empty where the slide states none, never guessed), `outline` (where stated), `x`,
+    `y`, `width`, `height` (the crop in pixels of level 0), `flags`.
 
     An object without a class lies in the folder `unlabelled`, and its label is empty: a person
     fills it in. When the slide is cut again, labels that a person typed or changed there are kept,
@@ -222,6 +240,8 @@ def cut_crops(
         patient_id: Whose slide it is, if known.
         case_id: Of which case it is, if known.
         stain: If known.
+        outline: What the outlines go around, `capsule` or `tuft`, if known. With the tuft
+            crescents, adhesions and ischaemia cannot be judged.
         keep_flagged: Whether objects that are partial, merged or disputed are cut.
         min_extent: For a mask: blobs whose longer side has fewer of its pixels are specks.
         max_side: A larger crop is shrunk to this many pixels; its `mpp` grows with it.
@@ -235,6 +255,7 @@ def cut_crops(
     if not 1 <= margin < 100:
         raise GloVLMError(f"Expected a margin of at least 1, found {margin:g}.")
     check_given(mpp)
+    outline = check_outline(outline)
     slide, annotations, output_dir = Path(slide), Path(annotations), Path(output_dir)
     is_mask = annotations.suffix.lower() in MASKS
     if is_mask != (colours is not None):
@@ -272,16 +293,17 @@ def cut_crops(
                 f"{annotations}: nothing was cut, as all {len(summary.skipped)} objects are "
                 f"flagged ({', '.join(summary.flags)}); cut them too, or look at them."
             )
-        about = {"patient_id": patient_id, "case_id": case_id, "stain": stain}
+        about = {"patient_id": patient_id, "case_id": case_id, "stain": stain, KEY: outline}
         rows = []
         for number, item in enumerate(candidates, start=1):
-            row = _cut(opened, item, number, work, summary, margin, max_side)
-            rows.append(row | _about(item, about, earlier))
+            row = _about(item, about, earlier)
+            rows.append(row | _cut(opened, item, number, work, summary, margin, max_side, row[KEY]))
             if on_progress is not None:
                 on_progress(number, len(candidates))
         labels = Counter(item.label for item in candidates if item.label is not None)
         summary.counts = dict(sorted(labels.items()))
         summary.unlabelled = [item.id for item in candidates if item.label is None]
+        summary.notes += _outline_notes(summary, rows, kept)
         made_from = {
             "slide": described,
             "annotations": digest_file(annotations),
@@ -413,13 +435,6 @@ def _list_sources(given: Path, others: Iterable[Path], masks: bool) -> list[Path
     return [path for path in slides or regions if not is_mask_name(path.name)]
 
 
-def crop_square(bounds: Bounds, margin: float) -> tuple[int, int, int]:
-    """Square crop around an object: x, y and side, `margin` times the longer side of its bounds."""
-    x0, y0, x1, y1 = bounds
-    side = max(round(margin * max(x1 - x0, y1 - y0)), 1)
-    return round((x0 + x1 - side) / 2), round((y0 + y1 - side) / 2), side
-
-
 # ---------------------------------------------------------------------------------- objects
 
 
@@ -474,9 +489,10 @@ def _read_objects(
                 twin.flags.append("disputed")
             continue
         x0, y0, x1, y1 = outline.bounds
-        partial = x0 <= 0 or y0 <= 0 or x1 >= size[0] or y1 >= size[1]
-        flags = ["partial"] if partial else []
-        taken[i] = _Candidate(outline.id, label, outline.bounds, flags, label)
+        is_partial = x0 <= 0 or y0 <= 0 or x1 >= size[0] or y1 >= size[1]
+        flags = ["partial"] if is_partial else []
+        inside = partial(fill, outline.polygons)
+        taken[i] = _Candidate(outline.id, label, outline.bounds, inside, flags, label)
     return [*taken.values()]
 
 
@@ -503,7 +519,8 @@ def _read_blobs(
         if blob.label in choice.exclude or (choice.classes and blob.label not in choice.classes):
             summary.left_out.setdefault(f"class {blob.label}", []).append(name)
         else:
-            item = _Candidate(name, blob.label, blob.bounds, [*blob.flags], blob.label)
+            flags = [*blob.flags]
+            item = _Candidate(name, blob.label, blob.bounds, blob.fill, flags, blob.label)
             candidates.append(item)
     left_out = ", ".join(f"{reason} ({len(ids)})" for reason, ids in summary.left_out.items())
     if left_out:
@@ -566,7 +583,41 @@ def _about(
     """What is known of a crop's slide, and what others wrote into its row before."""
     row = item.before or {}
     own = {n: value or row.get(n) or earlier.common(n) for n, value in given.items()}
+    own[KEY] = check_outline(own[KEY], "metadata.csv")
     return own | {name: value for name, value in row.items() if name not in _COLUMNS}
+
+
+def _outline_notes(
+    summary: CropSummary, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What a person should know about the outlines of a slide's crops."""
+    notes = []
+    around = {row[KEY] for row in rows}
+    if None in around:
+        notes.append(
+            "What the outlines go around is not stated (--outline capsule or tuft): inside the "
+            "tuft no crescent, adhesion or ischaemia can be judged, and a model that sees the "
+            "inside has to get the same again."
+        )
+    if "tuft" in around:
+        notes.append(
+            "The outlines go around the tuft: a model that sees the inside alone cannot judge "
+            "crescents, adhesions or ischaemia."
+        )
+    differing = [
+        *dict.fromkeys(str(row["slide_id"]) for row in others if {row.get(KEY) or None} != around)
+    ]
+    if differing:
+        notes.append(
+            f"Crops in this folder differ in what their outlines go around ({few(differing)}): "
+            "state it for all, and the same."
+        )
+    if summary.thin:
+        notes.append(
+            f"{len(summary.thin)} outlines hold no more than a pixel of their crop "
+            f"({few(summary.thin)}), so the inside shows nothing: correct or delete them."
+        )
+    return notes
 
 
 # ---------------------------------------------------------------------------------- writing
@@ -677,20 +728,22 @@ def _cut(
     summary: CropSummary,
     margin: float,
     max_side: int,
+    outline: str | None,
 ) -> dict[str, Any]:
     """Write one crop; returns its row."""
-    x, y, side = crop_square(item.bounds, margin)
-    downsample = max(side / max_side, 1.0)
-    image = slide.read(x, y, side, side, downsample=downsample)
+    x, y, side = square = crop_square(item.bounds, margin)
+    crop = read_crop(slide, square, item.fill, outline=outline, max_side=max_side)
+    if is_speck(crop):
+        summary.thin.append(item.id)
     name = f"{_folder_of(item.label or '')}/{_file_part(summary.slide)}_{number:04d}.png"
     (work / name).parent.mkdir(exist_ok=True)
-    image.save(work / name, "PNG")
+    write_crop(crop, work / name)
     return {
         "file_name": name,
         "label": item.label or "",
         "slide_id": summary.slide,
         "object_id": item.id,
-        "mpp": "" if slide.mpp is None else f"{slide.mpp * downsample:.6g}",
+        "mpp": "" if slide.mpp is None else f"{slide.mpp * crop_downsample(side, max_side):.6g}",
         "x": x,
         "y": y,
         "width": side,
@@ -719,7 +772,7 @@ def _read_metadata(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_metadata(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """`metadata.csv`; patients, cases and stains only if known, columns of others after ours."""
+    """`metadata.csv`; what is known of no slide has no column, columns of others stand last."""
     names = {name for row in rows for name in row}
     known = {name for name in _KNOWN if any(row.get(name) for row in rows)}
     header = [name for name in _COLUMNS if name not in _KNOWN or name in known]

@@ -29,11 +29,31 @@ class Blob:
         label: Its class.
         bounds: `(x0, y0, x1, y1)` in pixels of level 0.
         flags: `partial` (touches the edge), `merged` (looks like two that touch).
+        pixels: Bool: its pixels, and no others', in the box around it.
+        corner: Column and row of that box in the mask.
+        scale: Pixels of level 0 per pixel of the mask.
     """
 
     label: str
     bounds: tuple[float, float, float, float]
-    flags: tuple[str, ...] = ()
+    flags: tuple[str, ...]
+    pixels: NDArray[np.bool_] = field(repr=False, compare=False)
+    corner: tuple[int, int]
+    scale: float
+
+    def fill(self, x0: float, y0: float, scale: float, size: tuple[int, int]) -> NDArray[np.bool_]:
+        """Pixels `[height, width]` whose middle lies in the blob, as `shapes.fill` gives them."""
+        there, places = [], []
+        for start, first, length, n in zip(
+            (x0, y0), self.corner, self.pixels.shape[::-1], size, strict=True
+        ):
+            middles = start + (np.arange(n) + 0.5) / scale
+            place = np.floor(middles / self.scale).astype(np.int64) - first
+            there.append((place >= 0) & (place < length))
+            places.append(place[there[-1]])
+        inside = np.zeros((size[1], size[0]), bool)
+        inside[np.ix_(there[1], there[0])] = self.pixels[np.ix_(places[1], places[0])]
+        return inside
 
 
 @dataclass(frozen=True)
@@ -122,7 +142,7 @@ def read_mask(
         flags = ["partial"] if min(x[0], y[0]) == 0 or x[1] == width or y[1] == height else []
         flags += ["merged"] if _solidity(blob) < _SOLID else []
         bounds = (x[0] * scale, y[0] * scale, x[1] * scale, y[1] * scale)
-        blobs.append(Blob(label, bounds, tuple(flags)))
+        blobs.append(Blob(label, bounds, tuple(flags), blob, (x[0], y[0]), scale))
     blobs.sort(key=lambda blob: (blob.bounds[1], blob.bounds[0]))
     hint = ""
     if specks and not blobs:
