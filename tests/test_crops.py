@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from slides_made import write_slide
 
 from hf_glovlm.data.folder import column, describe_reading, load_dataset, open_image
+from hf_glovlm.data.outlines import open_outlined
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.slides.files import crops, wsi
 from hf_glovlm.slides.files.annotations import box_object, polygon_object, write_geojson
@@ -258,6 +259,34 @@ def test_blobs_of_a_mask_are_objects(tmp_path: Path, scale: int) -> None:
     first = result["blob-1"]
     assert (first["label"], first["width"]) == ("open", str(50 * scale))
     assert (first["x"], first["y"]) == (str(35 * scale), str(35 * scale))
+    green, red, _ = picture(mask).transpose(2, 0, 1)[[1, 0, 2]] > 0
+    own = {"blob-1": green[35:85, 35:85], "blob-4": np.pad(red, ((0, 0), (20, 0)))}
+    y, x = int(result["blob-4"]["y"]) // scale, int(result["blob-4"]["x"]) // scale
+    own["blob-4"] = own["blob-4"][y : y + 50, x + 20 : x + 70]  # white beyond the edge is outside
+    for name, expected in own.items():
+        alpha = inside(tmp_path / "out" / result[name]["file_name"])
+        np.testing.assert_array_equal(alpha, np.kron(expected, np.ones((scale, scale), bool)))
+
+
+def test_a_crop_of_a_mask_has_its_own_blob_and_no_other(tmp_path: Path) -> None:
+    region(tmp_path / "s.png")
+    mask = Image.new("RGB", (WIDTH, HEIGHT))
+    draw = ImageDraw.Draw(mask)
+    draw.rectangle((50, 50, 89, 89), fill=(0, 255, 0))
+    draw.rectangle((60, 60, 79, 79), fill=(0, 0, 0))
+    draw.rectangle((66, 66, 73, 73), fill=(255, 0, 0))
+    mask.save(tmp_path / "m.png")
+    cut_crops(
+        tmp_path / "s.png", tmp_path / "m.png", tmp_path / "out", colours=GREEN_RED, min_extent=4
+    )
+    areas = {
+        row["label"]: inside(tmp_path / "out" / row["file_name"]) for row in rows(tmp_path / "out")
+    }
+    assert {name: area.sum() for name, area in areas.items()} == {
+        "open": 40**2 - 20**2,
+        "scarred": 64,
+    }
+    assert not areas["open"][len(areas["open"]) // 2].all()
 
 
 def discs(path: Path, pixels: Any, mode: str | None = None, palette: bool = False) -> Path:
@@ -445,6 +474,48 @@ def test_real_masks_give_the_crops_that_were_made_from_them(
         )
     assert total > 50
     assert agreed / total > 0.95
+
+
+@pytest.mark.parametrize(
+    ("features", "areas", "note"),
+    [
+        ([square(50, 50, 40), square(53, 53, 34)], [1600], "1 outlines lie in a slightly larger"),
+        ([square(53, 53, 34), square(50, 50, 40)], [34**2], "where the two differ by less than"),
+        ([square(50, 50, 40), square(56, 56, 28)], [1600, 784], "Name the class that is meant"),
+        ([square(50, 50, 40), square(80, 50, 40)], [1600, 1600], None),
+        ([square(-39.7, 50, 40)], [1], "1 outlines reach beyond the picture"),
+        ([square(-20, 50, 40)], [800], "1 outlines reach beyond the picture: what lies there is"),
+        ([[[50, 50], [90, 50.2], [50, 50.3], [50, 50]]], [1], "no more than a pixel of their crop"),
+        ([[[-9, 9], [-9, -9], [9, -9], [-9, 9]]], [1], "no more than a pixel of their crop (o0)"),
+    ],
+    ids=[
+        "tuft second",
+        "tuft first",
+        "small tuft",
+        "neighbours",
+        "at the edge",
+        "beyond",
+        "thin",
+        "beside",
+    ],
+)
+def test_outlines_that_cannot_be_right_are_told_and_alpha_is_of_one_object(
+    tmp_path: Path, features: Any, areas: list[int], note: str | None
+) -> None:
+    region(tmp_path / "s.png")
+    path = tmp_path / "a.geojson"
+    path.write_text(
+        json.dumps([shape("Polygon", f) | {"id": f"o{i}"} for i, f in enumerate(features)])
+    )
+    options = {"margin": 1, "outline_of": "capsule"}
+    summary = cut_crops(tmp_path / "s.png", path, tmp_path / "out", **options)
+    found = [
+        int(inside(tmp_path / "out" / row["file_name"]).sum()) for row in rows(tmp_path / "out")
+    ]
+    assert found == areas
+    told = [sentence for sentence in summary.notes if "outlines" in sentence]
+    assert bool(told) == (note is not None)
+    assert note is None or any(note in sentence for sentence in told)
 
 
 @pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), float("inf")])
@@ -746,6 +817,56 @@ def test_rows_that_a_person_deleted_are_told_when_they_come_back(labelling: Labe
     assert done.code == 0, done.err
     assert "1 crops whose rows were deleted from metadata.csv are cut again (g80)" in done.err
     assert len(labelling.labels) == len(list(labelling.out.glob("*/*"))) == 4
+
+
+def test_what_outlines_go_around_is_kept_with_each_crop(labelling: Labelling) -> None:
+    def stated() -> tuple[set[str | None], set[str]]:
+        table = rows(labelling.out)
+        files = [open_outlined(labelling.out / row["file_name"]) for row in table]
+        return {row.get("outline") for row in table}, {file.info["outline"] for file in files}
+
+    assert stated() == ({None}, {"unstated"})
+    told = labelling.cut().err
+    assert "What the outlines go around is not stated (--outline-of capsule or tuft)" in told
+    told = labelling.cut("--outline-of", "tuft").err
+    assert "cannot judge crescents, adhesions or ischaemia" in told
+    assert stated() == ({"tuft"}, {"tuft"})
+    assert "not stated" not in labelling.cut().err  # what is known is not forgotten
+    assert stated() == ({"tuft"}, {"tuft"})
+    told = labelling.cut("--outline-of", "capsule", "--slide-id", "other").err
+    assert "Crops in this folder differ in what their outlines go around (s)" in told
+    assert column(load_dataset(labelling.out)["all"], "outline") == ["tuft", "capsule"]
+
+
+@pytest.mark.parametrize("way", ["option", "table"])
+def test_what_outlines_go_around_is_the_capsule_or_the_tuft(labelling: Labelling, way: str) -> None:
+    path = labelling.out / "metadata.csv"
+    if way == "table":
+        lines = path.read_text().splitlines()
+        path.write_text(
+            "\n".join([lines[0] + ",outline", *(f"{line},tufft" for line in lines[1:])])
+        )
+    done = labelling.cut(*(["--outline-of", "tufft"] if way == "option" else []))
+    place = "--outline-of" if way == "option" else "the column outline of metadata.csv"
+    assert done.code == 2
+    assert f"the capsule or the tuft; found 'tufft' in {place}" in done.errors[0]
+    assert "Did you mean 'tuft'" in done.errors[0]
+
+
+def test_crops_of_an_earlier_version_are_read_and_added_to(labelling: Labelling) -> None:
+    labelling.type(g20="scarred")
+    manifest = json.loads((labelling.out / "manifest.json").read_text())
+    manifest["made_from"]["version"] = 1
+    for about in manifest["made_from"]["slides"].values():
+        del about["outline"]
+    (labelling.out / "manifest.json").write_text(json.dumps(manifest))
+    for path in labelling.out.glob("*/*.png"):
+        Image.fromarray(picture(path)).save(path)
+    assert len(load_dataset(labelling.out)["all"]) == 2
+    assert labelling.cut("--outline-of", "capsule").code == 0
+    assert labelling.labels == {"g20": "scarred", "g80": "", "g140": "", "g200": "open"}
+    assert {row["outline"] for row in rows(labelling.out)} == {"capsule"}
+    assert all(inside(path).any() for path in labelling.out.glob("*/*.png"))
 
 
 def test_a_patient_that_is_known_is_not_forgotten(labelling: Labelling) -> None:

@@ -155,7 +155,7 @@ def crops(
     colours: Annotated[
         Text, Option(help="Of a mask: green=viable,red=sclerosed, or by value 1=viable.")
     ] = None,
-    outline: Annotated[
+    outline_of: Annotated[
         Text, Option(help="What the outlines go around: capsule or tuft, kept with each crop.")
     ] = None,
     slide_id: Annotated[Text, Option(help="Else the file's name.")] = None,
@@ -189,7 +189,7 @@ def crops(
         exclude=exclude or (),
         origin=origin,
         colours=parse_colours(colours) if colours else None,
-        outline=outline,
+        outline_of=outline_of,
         slide_id=slide_id,
         patient_id=patient_id,
         keep_flagged=not drop_flagged,

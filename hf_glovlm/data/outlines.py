@@ -101,7 +101,7 @@ def outlines_of(rows: "Dataset") -> list[str | None]:
     own_words = in_threads(lambda pair: _outline_of(*pair), pairs)
     stated = column(rows, OUTLINE) if OUTLINE in rows.column_names else [None] * len(images)
     both = zip(own_words, stated, strict=True)
-    return [None if own is None else _structure(written or own) for own, written in both]
+    return [None if own is None else check_structure(written or own) for own, written in both]
 
 
 def masks_of(rows: "Dataset") -> list[dict[str, Any] | None]:
@@ -145,14 +145,22 @@ def structure_of(outlines: Sequence[str | None], given: str | None = None) -> st
     return given or own
 
 
-def _structure(written: str) -> str:
-    """What an outline goes around, as written."""
+def check_structure(written: str, place: str = f"the column {OUTLINE}") -> str:
+    """What an outline goes around, as written: `capsule`, `tuft` or `unstated`.
+
+    Args:
+        written: By a person.
+        place: Where it stands, for the sentence.
+
+    Raises:
+        GloVLMError: Something else.
+    """
     word = str(written).strip().casefold()
     if word in (*STRUCTURES, UNSTATED):
         return word
     raise GloVLMError(
         f"An outline goes around the {' or the '.join(STRUCTURES)}; found '{str(written)[:60]}' in "
-        f"the column {OUTLINE}: correct it, or leave it empty."
+        f"{place}: correct it, or leave it empty."
         f"{nearest(word, STRUCTURES)}"
     )
 

@@ -73,6 +73,8 @@ _TYPES = {
 # A parent is told from what it holds by area. Glomeruli of one slide differ by less than 25 times:
 # 80 to 350 micrometres across.
 _PARENT = 4.0  # times the area of what it holds, where it holds several
+_TWICE = 1.1  # times the area, from which one glomerulus is outlined twice and not alike
+_NESTED = 0.9  # part of the inner one's points that lie in the outer one
 _GLOMERULUS = 400.0  # micrometres: longer than the longer side of a human one
 _HUGE = 25.0  # times the area of a typical outline
 
@@ -259,6 +261,13 @@ def read_outlines(
         notes.append(
             f"{inner} of {len(kept)} outlines lie in another one and count beside it: if they are "
             "its parts, name the classes that are to be taken (--classes)."
+        )
+    twice = _nested(kept)
+    if twice:
+        notes.append(
+            f"{len(twice)} outlines lie in a slightly larger one, as a tuft does in its capsule "
+            f"({few(twice)}): where the two differ by less than half, the one that stands first in "
+            "the file is taken, else both. Name the class that is meant (--classes)."
         )
     if left_out:
         notes.append(_left_out_note(left_out, len(kept)))
@@ -517,8 +526,29 @@ class _Selection:
         return f" Asked for: {few(list(classes))}; {listed}.{close}"
 
 
-def _contents(items: Sequence[SlideObject], areas: NDArray[np.float64]) -> dict[int, list[int]]:
-    """Places of the outlines that lie in each which holds any."""
+def _nested(items: Sequence[SlideObject]) -> list[str]:
+    """Ids of outlines that lie in another one, less than `_PARENT` times as large."""
+    areas = np.array([item.area for item in items])
+    held = _contents(items, areas, times=_TWICE, least=_NESTED)
+    small = {j for i, places in held.items() for j in places if areas[i] < _PARENT * areas[j]}
+    return [items[j].id for j in sorted(small)]
+
+
+def _contents(
+    items: Sequence[SlideObject],
+    areas: NDArray[np.float64],
+    *,
+    times: float = _PARENT,
+    least: float = 0.5,
+) -> dict[int, list[int]]:
+    """Places of the outlines that lie in each which holds any.
+
+    Args:
+        items: The outlines.
+        areas: Their areas.
+        times: Least area of the one that holds, over that of what it holds.
+        least: Part of its points above which an outline lies in another one.
+    """
     bounds = np.array([item.bounds for item in items])
     pairs = meeting_pairs(bounds)
     pairs = np.take_along_axis(pairs, np.argsort(areas[pairs], axis=1), axis=1)
@@ -526,14 +556,14 @@ def _contents(items: Sequence[SlideObject], areas: NDArray[np.float64]) -> dict[
     middle = (bounds[one, :2] + bounds[one, 2:]) / 2
     within = (bounds[other, :2] < middle).all(axis=1) & (middle < bounds[other, 2:]).all(axis=1)
     inside: dict[int, list[int]] = defaultdict(list)
-    for small, large in pairs[within & (areas[other] >= _PARENT * areas[one])].tolist():
+    for small, large in pairs[within & (areas[other] >= times * areas[one])].tolist():
         inside[large].append(small)
     held = {}
     for i, places in inside.items():
         shares = share_inside(
             [items[j].polygons for j in places], items[i].polygons, items[i].bounds
         )
-        lying = [j for j, share in zip(places, shares, strict=True) if share > 0.5]
+        lying = [j for j, share in zip(places, shares, strict=True) if share > least]
         if lying:
             held[i] = lying
     return held

@@ -4,7 +4,7 @@ One rule for the crops of a training set and for those that a model classifies o
 object gives the same image, to the bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ...errors import GloVLMError, nearest
+from ...data.columns import OUTLINE
+from ...data.listing import few
+from ...data.outlines import outlined
 from .shapes import Bounds
 
-KEY = "outline"  # text chunk of a PNG, and name in `Image.info`
-AROUND = ("capsule", "tuft")  # what outlines go around
-UNSTATED = "unstated"
 MAX_SIDE = 2048  # a larger crop is shrunk to this many pixels
 
 Square = tuple[int, int, int]  # x, y and side in pixels of level 0
@@ -39,25 +38,6 @@ class Picture(Protocol):
         """Read a part, white beyond the picture, see `wsi.Slide.read`."""
 
 
-def check_outline(outline: str | None, place: str = "") -> str | None:
-    """What outlines go around, in its own spelling; `None` where that is not stated.
-
-    Args:
-        outline: As a person wrote it.
-        place: Where it stands, for the sentence.
-
-    Raises:
-        GloVLMError: Neither `capsule` nor `tuft`.
-    """
-    name = (outline or "").strip().casefold()
-    if name and name not in AROUND:
-        raise GloVLMError(
-            f"Expected outlines around the {' or the '.join(AROUND)}, found '{outline}'"
-            f"{place and f' in {place}'}.{nearest(name, AROUND)}"
-        )
-    return name or None
-
-
 def crop_square(bounds: Bounds, margin: float) -> Square:
     """Square crop around an object: x, y and side, `margin` times the longer side of its bounds."""
     x0, y0, x1, y1 = bounds
@@ -73,9 +53,9 @@ def crop_downsample(side: int, max_side: int = MAX_SIDE) -> float:
 def read_crop(
     picture: Picture,
     square: Square,
-    fill: Fill,
+    fill: Fill | None,
     *,
-    outline: str | None = None,
+    structure: str | None = None,
     max_side: int = MAX_SIDE,
 ) -> Image.Image:
     """Read a square and what lies inside the outline of its object.
@@ -87,16 +67,18 @@ def read_crop(
     Args:
         picture: Where it lies.
         square: See `crop_square`.
-        fill: Pixels inside the outline, of this object alone.
-        outline: `capsule`, `tuft`, or `None` where that is not stated.
+        fill: Pixels inside the outline, of this object alone; `None`: no outline is wanted.
+        structure: `capsule`, `tuft`, or `None` where that is not stated.
         max_side: A larger square is shrunk to this many pixels.
 
     Returns:
         RGBA of at most `max_side` pixels a side: the whole square, and 255 inside, 0 outside.
-        `info["outline"]` is what was given, or `unstated`.
+        `info["outline"]` is what was given, or `unstated`. Without `fill` RGB.
     """
     x, y, side = square
     image = picture.read(x, y, side, side, downsample=crop_downsample(side, max_side))
+    if fill is None:
+        return image
     scale = image.width / side
     inside = fill(x, y, scale, image.size)
     middles = (np.arange(image.width) + 0.5) / scale
@@ -106,19 +88,29 @@ def read_crop(
     )
     inside &= rows[:, None] & columns
     if not inside.any():
-        centre = len(middles) // 2
-        row, column = (
-            there[np.abs(there - centre).argmin()] for there in map(np.flatnonzero, (rows, columns))
-        )
-        inside[row, column] = True
-    image.putalpha(Image.fromarray(inside.astype(np.uint8) * 255))
-    image.info[KEY] = outline or UNSTATED
-    return image
+        inside[_middle_of(rows), _middle_of(columns)] = True
+    return outlined(image, inside, structure)
+
+
+def _middle_of(there: NDArray[np.bool_]) -> int:
+    """Place nearest to the middle that is there, or the middle where none is."""
+    places = np.flatnonzero(there if there.any() else ~there)
+    return int(places[np.abs(places - len(there) // 2).argmin()])
 
 
 def is_speck(crop: Image.Image) -> bool:
     """Whether an outline holds no more than one pixel of its crop, so that it shows nothing."""
-    return crop.getchannel("A").histogram()[255] <= 1
+    return crop.mode == "RGBA" and crop.getchannel("A").histogram()[255] <= 1
+
+
+def describe_specks(ids: Sequence[str]) -> list[str]:
+    """Sentence on objects whose crops show nothing inside the outline, see `is_speck`."""
+    if not ids:
+        return []
+    return [
+        f"{len(ids)} outlines hold no more than a pixel of their crop ({few(ids)}), so the inside "
+        "shows nothing: correct or delete them."
+    ]
 
 
 def write_crop(crop: Image.Image, target: Path | BinaryIO, *, packed: bool = True) -> None:
@@ -130,5 +122,5 @@ def write_crop(crop: Image.Image, target: Path | BinaryIO, *, packed: bool = Tru
         packed: Small, and not at once.
     """
     about = PngInfo()
-    about.add_text(KEY, crop.info[KEY])
+    about.add_text(OUTLINE, crop.info[OUTLINE])
     crop.save(target, "PNG", pnginfo=about, compress_level=6 if packed else 0)

@@ -19,8 +19,10 @@ from typing import Any
 
 from PIL import Image
 
+from ...data.columns import OUTLINE
 from ...data.folder import MAX_PIXELS, open_image
 from ...data.listing import few, follow_moves, list_files
+from ...data.outlines import UNSTATED, check_structure
 from ...errors import GloVLMError, WriteError, describe_error, nearest
 from ...files import (
     LOCK,
@@ -41,12 +43,11 @@ from .annotations import NoObject, find_repeats, read_outlines
 from .case_table import CaseRow, CaseTable, agreed
 from .coordinates import LEVEL0, Origin, parse_origin
 from .crop_image import (
-    KEY,
     MAX_SIDE,
     Fill,
-    check_outline,
     crop_downsample,
     crop_square,
+    describe_specks,
     is_speck,
     read_crop,
     write_crop,
@@ -60,10 +61,11 @@ from .shapes import Bounds, fill
 from .wsi import Slide, describe_slide, is_same_slide, open_slide, slide_name
 
 _PLAIN = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})  # region images; the rest are slides
-_KNOWN = ("patient_id", "case_id", "stain", KEY)  # of a slide; a column of each that is known
+_OF_SLIDE = ("patient_id", "case_id", "stain")
+_KNOWN = (*_OF_SLIDE, OUTLINE)  # a column of each that is known
 _COLUMNS = (
-    "file_name", "label", "slide_id", *_KNOWN[:3], "object_id", "mpp", KEY, "x", "y", "width",
-    "height", "flags",
+    "file_name", "label", "slide_id", *_OF_SLIDE, "object_id", "mpp", OUTLINE, "x", "y",
+    "width", "height", "flags",
 )  # fmt: skip
 UNLABELLED = "unlabelled"  # the folder of crops without a class
 # Of what manifest and crops say; raise it when readers would understand them otherwise. Since 2
@@ -201,7 +203,7 @@ def cut_crops(
     patient_id: str | None = None,
     case_id: str | None = None,
     stain: str | None = None,
-    outline: str | None = None,
+    outline_of: str | None = None,
     keep_flagged: bool = True,
     min_extent: int = 16,
     max_side: int = MAX_SIDE,
@@ -240,7 +242,7 @@ def cut_crops(
         patient_id: Whose slide it is, if known.
         case_id: Of which case it is, if known.
         stain: If known.
-        outline: What the outlines go around, `capsule` or `tuft`, if known. With the tuft
+        outline_of: What the outlines go around, `capsule` or `tuft`, if known. With the tuft
             crescents, adhesions and ischaemia cannot be judged.
         keep_flagged: Whether objects that are partial, merged or disputed are cut.
         min_extent: For a mask: blobs whose longer side has fewer of its pixels are specks.
@@ -255,7 +257,7 @@ def cut_crops(
     if not 1 <= margin < 100:
         raise GloVLMError(f"Expected a margin of at least 1, found {margin:g}.")
     check_given(mpp)
-    outline = check_outline(outline)
+    outline_of = _structure(outline_of, "--outline-of")
     slide, annotations, output_dir = Path(slide), Path(annotations), Path(output_dir)
     is_mask = annotations.suffix.lower() in MASKS
     if is_mask != (colours is not None):
@@ -293,11 +295,13 @@ def cut_crops(
                 f"{annotations}: nothing was cut, as all {len(summary.skipped)} objects are "
                 f"flagged ({', '.join(summary.flags)}); cut them too, or look at them."
             )
-        about = {"patient_id": patient_id, "case_id": case_id, "stain": stain, KEY: outline}
+        about = {"patient_id": patient_id, "case_id": case_id, "stain": stain, OUTLINE: outline_of}
         rows = []
         for number, item in enumerate(candidates, start=1):
             row = _about(item, about, earlier)
-            rows.append(row | _cut(opened, item, number, work, summary, margin, max_side, row[KEY]))
+            rows.append(
+                row | _cut(opened, item, number, work, summary, margin, max_side, row[OUTLINE])
+            )
             if on_progress is not None:
                 on_progress(number, len(candidates))
         labels = Counter(item.label for item in candidates if item.label is not None)
@@ -476,6 +480,7 @@ def _read_objects(
     summary.origin = read.origin.describe()
     summary.left_out = dict(read.left_out)
     summary.notes += read.notes
+    beyond = 0
     taken: dict[int, _Candidate] = {}
     repeats = find_repeats(read.objects).tolist()
     for i, (outline, first) in enumerate(zip(read.objects, repeats, strict=True)):
@@ -491,8 +496,13 @@ def _read_objects(
         x0, y0, x1, y1 = outline.bounds
         is_partial = x0 <= 0 or y0 <= 0 or x1 >= size[0] or y1 >= size[1]
         flags = ["partial"] if is_partial else []
+        beyond += x0 < 0 or y0 < 0 or x1 > size[0] or y1 > size[1]
         inside = partial(fill, outline.polygons)
         taken[i] = _Candidate(outline.id, label, outline.bounds, inside, flags, label)
+    if beyond:
+        summary.notes.append(
+            f"{beyond} outlines reach beyond the picture: what lies there is white, and outside."
+        )
     return [*taken.values()]
 
 
@@ -583,8 +593,14 @@ def _about(
     """What is known of a crop's slide, and what others wrote into its row before."""
     row = item.before or {}
     own = {n: value or row.get(n) or earlier.common(n) for n, value in given.items()}
-    own[KEY] = check_outline(own[KEY], "metadata.csv")
+    own[OUTLINE] = _structure(own[OUTLINE], f"the column {OUTLINE} of metadata.csv")
     return own | {name: value for name, value in row.items() if name not in _COLUMNS}
+
+
+def _structure(written: str | None, place: str) -> str | None:
+    """What outlines go around; `None` where that is not stated."""
+    structure = check_structure(written, place) if written else UNSTATED
+    return None if structure == UNSTATED else structure
 
 
 def _outline_notes(
@@ -592,10 +608,10 @@ def _outline_notes(
 ) -> list[str]:
     """What a person should know about the outlines of a slide's crops."""
     notes = []
-    around = {row[KEY] for row in rows}
+    around = {row[OUTLINE] for row in rows}
     if None in around:
         notes.append(
-            "What the outlines go around is not stated (--outline capsule or tuft): inside the "
+            "What the outlines go around is not stated (--outline-of capsule or tuft): inside the "
             "tuft no crescent, adhesion or ischaemia can be judged, and a model that sees the "
             "inside has to get the same again."
         )
@@ -605,19 +621,16 @@ def _outline_notes(
             "crescents, adhesions or ischaemia."
         )
     differing = [
-        *dict.fromkeys(str(row["slide_id"]) for row in others if {row.get(KEY) or None} != around)
+        *dict.fromkeys(
+            str(row["slide_id"]) for row in others if {row.get(OUTLINE) or None} != around
+        )
     ]
     if differing:
         notes.append(
             f"Crops in this folder differ in what their outlines go around ({few(differing)}): "
             "state it for all, and the same."
         )
-    if summary.thin:
-        notes.append(
-            f"{len(summary.thin)} outlines hold no more than a pixel of their crop "
-            f"({few(summary.thin)}), so the inside shows nothing: correct or delete them."
-        )
-    return notes
+    return [*notes, *describe_specks(summary.thin)]
 
 
 # ---------------------------------------------------------------------------------- writing
@@ -728,11 +741,11 @@ def _cut(
     summary: CropSummary,
     margin: float,
     max_side: int,
-    outline: str | None,
+    structure: str | None,
 ) -> dict[str, Any]:
     """Write one crop; returns its row."""
     x, y, side = square = crop_square(item.bounds, margin)
-    crop = read_crop(slide, square, item.fill, outline=outline, max_side=max_side)
+    crop = read_crop(slide, square, item.fill, structure=structure, max_side=max_side)
     if is_speck(crop):
         summary.thin.append(item.id)
     name = f"{_folder_of(item.label or '')}/{_file_part(summary.slide)}_{number:04d}.png"
