@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from tiny import tiny_clip
 
 from hf_glovlm import load_dataset
 from hf_glovlm.cli import main
+from hf_glovlm.data.folder import column
+from hf_glovlm.data.outlines import open_outlined
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import load_classifier, predict
+from hf_glovlm.slides import objects
 from hf_glovlm.slides.files.annotations import read_geojson
 from hf_glovlm.slides.files.crops import cut_crops
 from hf_glovlm.slides.files.wsi import open_slide
@@ -57,9 +61,12 @@ def classify(place: Path, tools: Any, **options: Any) -> Any:
         return classify_objects(*tools, slide, read_geojson(place / "s1.geojson"), **options)
 
 
+@pytest.mark.parametrize("outline", ["ignore", "blank"])
 def test_objects_are_what_predict_says_of_their_crops(
-    place: Path, tools: Any, tmp_path: Path
+    place: Path, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outline: str
 ) -> None:
+    for about in (tools[0].config, tools[1]):
+        monkeypatch.setattr(about, "outline", outline)
     cut_crops(place / "s1.tiff", place / "s1.geojson", tmp_path / "crops")
     rows = load_dataset(tmp_path / "crops")["all"]
     predictions = predict(*tools, rows.remove_columns("label"))
@@ -72,7 +79,67 @@ def test_objects_are_what_predict_says_of_their_crops(
     for item, row in zip(result.objects, result.probabilities, strict=True):
         if item.id in crops:
             assert row == pytest.approx(crops[item.id], abs=1e-5)
-    assert result.labels == ["lesion", "lesion", "lesion", "tissue"]
+    if outline == "ignore":
+        assert result.labels == ["lesion", "lesion", "lesion", "tissue"]
+
+
+def test_the_model_gets_the_very_crops_that_a_training_set_has(
+    place: Path, tools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holed = outline(200.3, 200.4, 90.2, "holed")
+    holed["geometry"]["coordinates"] += outline(230, 240, 20)["geometry"]["coordinates"]
+    turned = outline(0, 0, 1, "turned")
+    turned["geometry"]["coordinates"] = [[[500, 400], [560, 470], [490, 520], [500, 400]]]
+    thin = outline(0, 0, 1, "thin")
+    thin["geometry"]["coordinates"] = [[[600.1, 100], [600.2, 160], [600.3, 100], [600.1, 100]]]
+    features = [holed, turned, thin, outline(850, 650, 90, "partial")]
+    path = write_outlines(tmp_path / "o.geojson", features)
+    summary = cut_crops(place / "s1.tiff", path, tmp_path / "crops", outline_of="tuft")
+    assert summary.thin == ["thin"]
+    seen: list[Any] = []
+
+    def watch(model: Any, processor: Any, rows: Any, **options: Any) -> Any:
+        seen.extend(column(rows, "image"))
+        return predict(model, processor, rows, **options)
+
+    monkeypatch.setattr(objects, "predict", watch)
+    for about in (tools[0].config, tools[1]):
+        monkeypatch.setattr(about, "outline", "blank")
+    with open_slide(place / "s1.tiff") as slide:
+        result = classify_objects(*tools, slide, read_geojson(path), outline_of="tuft")
+    assert sum("no more than a pixel of their crop (thin)" in note for note in result.notes) == 1
+    crops = [open_outlined(file) for file in sorted((tmp_path / "crops").glob("*/*.png"))]
+    for crop, given in zip(crops, map(open_outlined, seen), strict=True):
+        assert (crop.mode, crop.info["outline"]) == ("RGBA", "tuft")
+        assert crop.info == given.info
+        assert np.array_equal(np.asarray(crop), np.asarray(given))
+    inside = [np.count_nonzero(np.asarray(crop)[..., 3]) for crop in crops]
+    assert inside == pytest.approx([90.2**2 - 400, 3950, 1, 50 * 50], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("learned", "given", "sentence"),
+    [
+        (None, "tuft", "the model learned from go around is not stated"),
+        ("tuft", None, "learned from outlines around the tuft, and what these go around is not"),
+        ("tuft", "capsule", "go around the capsule, and those that the model learned from around"),
+        ("tuft", "tuft", None),
+    ],
+)
+def test_outlines_have_to_go_around_what_those_did_that_the_model_learned_from(
+    place: Path,
+    tools: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    learned: Any,
+    given: Any,
+    sentence: Any,
+) -> None:
+    monkeypatch.setattr(tools[0].config, "outline_of", learned)
+    for about in (tools[0].config, tools[1]):
+        monkeypatch.setattr(about, "outline", "blank")
+    notes = [note for note in classify(place, tools, outline_of=given).notes if "around" in note]
+    assert len(notes) == (sentence is not None)
+    assert all(sentence in note for note in notes)
 
 
 def test_a_repeated_outline_is_counted_once(place: Path, tools: Any, tmp_path: Path) -> None:
@@ -212,6 +279,27 @@ def test_the_slides_that_a_model_was_made_from_are_classified(biopsy: Path, tmp_
     entries = count(biopsy, tmp_path / "out", biopsy / "objects")  # 2.8 times apart in size
     assert [entry["status"] for entry in entries] == ["done"] * 4
     assert [entry["counts"]["n"] for entry in entries] == [4] * 4
+
+
+def test_a_run_says_that_tiles_have_no_outline_and_what_objects_have(
+    biopsy: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(biopsy / "run", tmp_path / "run")
+    (tmp_path / "s1.tiff").symlink_to(biopsy / "s1.tiff")
+    for manifest in (tmp_path / "run").rglob("manifest.json"):
+        manifest.unlink()
+    for name in ("config.json", "processor_config.json"):
+        path = tmp_path / "run" / "model" / name
+        content = json.loads(path.read_text()) | {"outline": "blank"}
+        if name == "config.json":
+            content["outline_of"] = "capsule"
+        path.write_text(json.dumps(content))
+    write_outlines(tmp_path / "objects" / "s1.geojson", glomeruli(1))
+    options = ("--allow-scale", "--outline-of", "tuft")
+    (entry,) = count(tmp_path, tmp_path / "out", tmp_path / "objects", *options)
+    assert entry["status"] == "done", entry["error"]
+    for sentence in ("(outline 'blank') and not to tiles", "These outlines go around the tuft"):
+        assert sum(sentence in flag for flag in entry["flags"]) == 1
 
 
 def test_tissue_and_reserved_classes_are_left_out_and_counted(biopsy: Path, tmp_path: Path) -> None:

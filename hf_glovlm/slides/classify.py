@@ -496,7 +496,8 @@ def _classify_encoded(
     counts, left_out, count_notes = _count(task, slide, origin, tiles.probabilities, run, work)
     # Where the name is hidden, so are the flags about it.
     hidden = set(name_flags(slide_name(task.path))) if config.anonymise else set()
-    flags = [flag for flag in (*encoded.flags, *notes, *count_notes) if flag not in hidden]
+    notes = [*encoded.flags, *_outline_notes(run.model.config.outline), *notes, *count_notes]
+    flags = [flag for flag in notes if flag not in hidden]
     return {
         "slide": task.name,
         "status": "done",
@@ -516,6 +517,19 @@ def _classify_encoded(
         "counts": counts,
         "flags": list(dict.fromkeys(map(task.hide, flags))),
     }
+
+
+def _outline_notes(outline: str) -> list[str]:
+    """Sentence about tiles where a model was adapted to outlined glomeruli."""
+    if outline == "ignore":
+        return []
+    why = "which have no outline, so that it sees the whole of each"
+    if outline == "centre":
+        why = "in which a glomerulus need not lie in the middle, where it looks"
+    return [
+        f"The model was adapted to glomeruli (outline '{outline}') and not to tiles, {why}: the "
+        "classes of tiles may mean little. Outlined objects (--objects) are what it knows."
+    ]
 
 
 def _predict_slide(
@@ -596,6 +610,7 @@ def _count(
             slide,
             outlines.objects,
             margin=config.margin,
+            outline_of=config.outline_of,
             batch_size=config.batch_size,
             allow_scale=config.allow_scale,
         )

@@ -1,7 +1,7 @@
 """Slide classification config, checked before anything is loaded."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..errors import GloVLMError
 from ..settings import Settings, setting
@@ -98,6 +98,12 @@ class SlideConfig(Settings):
         group="Objects",
         least=1,
         below=100,
+    )
+    outline_of: Literal["capsule", "tuft"] | None = setting(
+        None,
+        help="What the outlines go around, for a model that sees the inside of outlines.",
+        group="Objects",
+        unset="not stated",
     )
     aggregator: str | None = setting(
         None,

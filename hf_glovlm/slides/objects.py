@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,15 @@ from ..inference import predict
 from ..inference.scale import ImageScale, compare_scale
 from .files.annotations import SlideObject, find_repeats, write_geojson
 from .files.coordinates import LEVEL0, Origin
-from .files.crop_image import crop_square
+from .files.crop_image import (
+    crop_downsample,
+    crop_square,
+    describe_specks,
+    is_speck,
+    read_crop,
+    write_crop,
+)
+from .files.shapes import fill
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +35,6 @@ if TYPE_CHECKING:
     from ..model import GloVLMForImageClassification, GloVLMProcessor
     from .files.wsi import Slide
 
-MAX_SIDE = 2048  # a larger crop is shrunk to this, as those of a training set are
 _LARGEST = 1.05  # an object's longer side over the slide's
 COUNTED = "counted"  # name of that measurement in GeoJSON
 
@@ -133,6 +141,7 @@ def classify_objects(
     *,
     mpp: float | None = None,
     margin: float = 1.25,
+    outline_of: str | None = None,
     batch_size: int = 32,
     allow_scale: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -141,8 +150,9 @@ def classify_objects(
 
     A crop is a square of `margin` times the longer side around the middle of the outline's box,
     white where it reaches beyond the slide, as `glovlm data crops` cuts the images of a training
-    set. Of two outlines whose intersection is more than half of their union the earlier one is
-    classified and counted. A batch of crops is in memory at a time.
+    set; a model that sees outlines gets it with its own. Of two outlines whose intersection is more
+    than half of their union the earlier one is classified and counted. A batch of crops is in
+    memory at a time.
 
     Args:
         model: The classifier.
@@ -151,6 +161,7 @@ def classify_objects(
         objects: Outlines in pixels of level 0.
         mpp: Micrometres per pixel of level 0, in place of the slide's own.
         margin: Side of the crop over the longer side of the outline; at least 1.
+        outline_of: What the outlines go around, `capsule` or `tuft`; `None` where not stated.
         batch_size: Crops at a time.
         allow_scale: Accept crops at a scale that is known to differ from the model's.
         on_progress: Called with the number of crops done and of all.
@@ -168,10 +179,21 @@ def classify_objects(
     level0 = mpp if mpp is not None else slide.mpp
     scale = _compare_scale(model, processor, boxes[once, 2], level0, allow_scale)
 
-    parts, unlike = [], 0
+    parts, unlike, specks = [], 0, list[str]()
     chosen = np.flatnonzero(once)
+    outlined = processor.outline not in ("ignore", "centre")
     for start in range(0, len(chosen), batch_size):
-        crops = [_read_crop(slide, *boxes[i].tolist()) for i in chosen[start : start + batch_size]]
+        crops = [
+            read_crop(
+                slide,
+                boxes[i].tolist(),
+                partial(fill, objects[i].polygons) if outlined else None,
+                structure=outline_of,
+            )
+            for i in chosen[start : start + batch_size].tolist()
+        ]
+        both = zip(chosen[start:].tolist(), crops, strict=False)
+        specks += [objects[i].id for i, crop in both if is_speck(crop)]
         predictions = predict(model, processor, _image_rows(crops), batch_size=batch_size)
         parts.append(predictions.probabilities)
         if predictions.unlike_support is not None:
@@ -193,6 +215,9 @@ def classify_objects(
             f"{unlike} of {len(chosen)} objects are unlike the images that the model learned from, "
             "so their classes may mean nothing."
         )
+    notes += describe_specks(specks)
+    if outlined:
+        notes += _outline_notes(model.config.outline_of, outline_of)
     notes += scale.notes
     if scale.mpp == "unknown":
         notes.append(
@@ -231,14 +256,30 @@ def _compare_scale(
     model: Any, processor: Any, sides: NDArray[np.int64], mpp: float | None, allow: bool
 ) -> ImageScale:
     """Scale of crops of so many pixels of level 0 a side, beside the model's."""
-    shrunk = [max(side / MAX_SIDE, 1.0) for side in sides.tolist()] if mpp is not None else []
+    shrunk = [crop_downsample(side) for side in sides.tolist()] if mpp is not None else []
     sizes = [round(side / by) for side, by in zip(sides.tolist(), shrunk, strict=False)]
     mpps = [(mpp or 0.0) * by for by in shrunk]
     return compare_scale(model, processor, mpps, [(side, side) for side in sizes], allow=allow)
 
 
-def _read_crop(slide: "Slide", x: int, y: int, side: int) -> Image.Image:
-    return slide.read(x, y, side, side, downsample=max(side / MAX_SIDE, 1.0))
+def _outline_notes(learned: str | None, given: str | None) -> list[str]:
+    """Sentences where outlines may go around another structure than those learned from."""
+    if learned is None:
+        return [
+            "What the outlines that the model learned from go around is not stated: these have to "
+            "go around the same, the capsule or the tuft."
+        ]
+    if given is None:
+        return [
+            f"The model learned from outlines around the {learned}, and what these go around is "
+            "not stated (--outline-of): it has to be the same."
+        ]
+    if given == learned:
+        return []
+    return [
+        f"These outlines go around the {given}, and those that the model learned from around the "
+        f"{learned}: the classes may mean little."
+    ]
 
 
 def _image_rows(crops: Sequence[Image.Image]) -> "Dataset":
@@ -248,7 +289,10 @@ def _image_rows(crops: Sequence[Image.Image]) -> "Dataset":
 
     def content(crop: Image.Image) -> bytes:
         stream = io.BytesIO()
-        crop.save(stream, "BMP")  # without loss and at once
+        if crop.mode == "RGB":
+            crop.save(stream, "BMP")  # without loss and at once
+        else:
+            write_crop(crop, stream, packed=False)
         return stream.getvalue()
 
     values = [{"bytes": content(crop), "path": None} for crop in crops]
