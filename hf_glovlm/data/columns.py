@@ -22,6 +22,7 @@ MANIFEST = (
     "scanner",
     "institution",
     "reader",
+    "kidney",
     "outline",
 )
 FLOAT_COLUMNS = frozenset({"mpp", "section_um"})
