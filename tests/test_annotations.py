@@ -87,7 +87,7 @@ def test_areas_holes_and_parts(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         ("{", "is not JSON"),
-        ("3", "is JSON but not GeoJSON"),
+        ("3", "is JSON but neither GeoJSON"),
         ({"type": "Topology"}, "expected a FeatureCollection, found the type 'Topology'"),
         (collection(), "holds no outlined object"),
         (collection(3), r"1 of 1 outlines were left out: no GeoJSON feature but 3 \(1\)"),
@@ -185,7 +185,7 @@ def test_a_legacy_type_is_no_id_and_stays_the_type(tmp_path: Path) -> None:
 
 def test_a_missing_file(tmp_path: Path) -> None:
     for path, reason in ((tmp_path / "no.geojson", "No such file"), (tmp_path, "a folder")):
-        with pytest.raises(GloVLMError, match=f"Expected a GeoJSON file at .*{reason}"):
+        with pytest.raises(GloVLMError, match=f"Expected a file of outlines at .*{reason}"):
             read_geojson(path)
 
 

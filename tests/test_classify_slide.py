@@ -291,7 +291,7 @@ def test_other_settings_do_not_pass_for_these(place: Path, tmp_path: Path) -> No
         ({"threshold": 1.5}, "threshold must be at most 1"),
         ({"case": "A", "cases": "x.csv"}, "either --cases"),
         ({"cases": "missing.csv"}, "CSV file of slides and cases"),
-        ({"objects": "missing.geojson"}, "Expected a GeoJSON file or a folder"),
+        ({"objects": "missing.geojson"}, "Expected a file of outlines or a folder"),
         ({"heatmap_class": "lesions"}, "Did you mean 'lesion'"),
         ({"model": "missing/run/folder"}, "run's folder"),
     ],

@@ -401,7 +401,7 @@ def _blue_mask(folder: Path) -> None:
         ("small.png", {"colours": GREEN_RED}, None, "has 100 x 100 pixels and the slide 300 x 200"),
         ("mask.png", {"colours": GREEN_RED}, _blue_mask, "no class was given for.*#0000ff"),
         ("far.geojson", {}, None, "outside the slide of 300 x 200 pixels.*another slide"),
-        ("no.geojson", {}, None, "a GeoJSON file"),
+        ("no.geojson", {}, None, "a file of outlines"),
         ("a.geojson", {"scene": "2"}, None, "one picture and holds no scenes"),
         ("a.geojson", {"classes": ["b"]}, None, "Asked for: b; its classes are a"),
         ("mask.png", {"colours": GREEN_RED, "exclude": ["opn"]}, None, "Did you mean 'open'"),

@@ -598,6 +598,7 @@ def _count(
             origin=origin,
             classes=config.classes,
             exclude=config.exclude,
+            slide=task.path,
             size=slide.size,
             mpp=slide.mpp,
         )

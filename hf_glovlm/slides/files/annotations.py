@@ -1,14 +1,14 @@
 """Annotations: outlined objects of a slide, as QuPath writes and reads them in GeoJSON.
 
-Objects are held in pixels of level 0; a file may count from elsewhere (see `coordinates`). An
-object that was read keeps its id, its geometry and all else in its file when it is written again;
-only its class, its colour and its measurements change.
+Files of other programs are read as well (see `features`); what is written is GeoJSON. Objects are
+held in pixels of level 0; a file may count from elsewhere (see `coordinates`). An object that was
+read keeps its id, its geometry and all else in its file when it is written again; only its class,
+its colour and its measurements change.
 """
 
 import json
 import logging
 import math
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,14 +24,16 @@ from ...errors import GloVLMError, nearest
 from ...files import write_text
 from ...tables import spelling
 from .coordinates import LEVEL0, Origin, Source
+from .features import FORMATS, read_features
 from .geojson import (
     CHILDREN,
     FARTHEST,
+    FILE_ID,
+    LeftOut,
     Unusable,
     describe_kind,
-    list_features,
+    make_id,
     move_geometry,
-    parse_file,
     read_polygons,
 )
 from .shapes import (
@@ -160,13 +162,13 @@ class NoObject(GloVLMError):
     @property
     def note(self) -> str:
         """What was left out, for the results."""
-        return f"No outline is to be counted. {_left_out_note(self.left_out, 0)}"
+        return f"No outline is to be counted. {_left_out_note(self.left_out, 0)}".rstrip()
 
 
 def read_geojson(
     path: Path, *, label_property: str | None = None, origin: Origin = LEVEL0
 ) -> list[SlideObject]:
-    """Read every outlined object of a GeoJSON file.
+    """Read every outlined object of a GeoJSON file (or of one that `read_outlines` takes).
 
     A `FeatureCollection`, a list, a single feature or geometry, or a hierarchy as QuPath writes it,
     whose `childObjects` are objects of their own; packed by gzip or not; in UTF-8, UTF-16 or
@@ -199,10 +201,15 @@ def read_outlines(
     origin: Origin = LEVEL0,
     classes: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    slide: Path | str | None = None,
     size: tuple[int, int] | None = None,
     mpp: float | None = None,
 ) -> Outlines:
     """Read the outlines of a file that are to be cut or counted.
+
+    GeoJSON, COCO JSON (instances or a detector's results), or XML of Aperio ImageScope or ASAP, by
+    what the file holds. All but GeoJSON count from the corner of level 0 unless a person says
+    otherwise; outlines of COCO that were drawn on a smaller picture of the slide are scaled.
 
     Left out beside what `read_geojson` leaves out, and named in the notes: classes that QuPath
     reserves (their name ends in `*`: `Region*`, `Ignore*`), detections, cells, tiles and cores of a
@@ -212,24 +219,26 @@ def read_outlines(
     it, and what is smaller than 4 pixels. Outlines without a class stay.
 
     Args:
-        path: The file, see `read_geojson`.
+        path: The file, packed by gzip or not.
         label_property: See `read_geojson`.
         origin: See `read_geojson`.
         classes: Names of classes that are taken, and no other; of a derived class ("Glomerulus:
             Sclerosed") its own name or that of what it is derived from ("Glomerulus"). Case and the
             kind of separator do not count.
         exclude: Names of classes that are left out.
+        slide: The slide's file or name, which chooses the image in a COCO file of several.
         size: Width and height of the slide at level 0.
         mpp: Micrometres per pixel of level 0, where known: outlines of one class that are at most
             400 micrometres long are no tissue annotations, whatever is drawn in them.
 
     Raises:
-        NoObject: All outlines are of classes that are not taken.
+        NoObject: All outlines are of classes that are not taken, or a COCO file names the image
+            and no object in it.
         GloVLMError: As `read_geojson`, or nothing is left for other reasons, among them a class
             asked for that nearly has the name of one in the file: says why, with counts.
     """
     path = Path(path)
-    reading = _read(path, label_property, origin)
+    reading = _read(path, label_property, origin, slide, size)
     selection = _Selection(reading)
     notes = list(reading.notes)
     if size is not None:
@@ -613,15 +622,26 @@ class _Reading:
     origin: Origin
 
 
-def _read(path: Path, label_property: str | None, origin: Origin) -> _Reading:
-    raw = parse_file(path)
+def _read(
+    path: Path,
+    label_property: str | None,
+    origin: Origin,
+    slide: Path | str | None = None,
+    size: tuple[int, int] | None = None,
+) -> _Reading:
+    features = read_features(path, slide=slide, size=size)
+    if features.from_corner and origin.source != "given":
+        origin = LEVEL0
     notes: list[str] = []
-    origin = _choose_origin(raw, origin, path, notes)
+    origin = _choose_origin(features.origin, origin, path, notes)
     left_out: dict[str, list[str]] = {}
     objects: list[SlideObject] = []
     by_id: dict[str, SlideObject] = {}
     renamed = 0
-    for number, feature in enumerate(list_features(raw, path), start=1):
+    for number, feature in enumerate(features.listed, start=1):
+        if isinstance(feature, LeftOut):
+            left_out.setdefault(feature.reason, []).append(_clean(feature.name))
+            continue
         try:
             item = _object(feature, label_property, number, origin)
         except Unusable as reason:
@@ -635,22 +655,23 @@ def _read(path: Path, label_property: str | None, origin: Origin) -> _Reading:
             continue
         if twin is not None:
             renamed += 1
-            item = replace(item, id=_make_id(number, item.geometry), members=_other(item.members))
+            item = replace(item, id=make_id(number, item.geometry), members=_other(item.members))
         by_id[item.id] = item
         objects.append(item)
+    if not objects and not left_out and features.may_be_empty:
+        raise NoObject(f"{path} names the image of the slide and no object in it.", {})
     if not objects:
         raise GloVLMError(
-            f"{path} holds no outlined object that can be used; expected features with a Polygon "
-            f"or MultiPolygon. {_left_out_note(left_out, 0)}".rstrip()
+            f"{path} holds no outlined object that can be used; expected polygons ({FORMATS}). "
+            f"{_left_out_note(left_out, 0)}".rstrip()
         )
     if renamed:
         notes.append(f"{renamed} outlines bear the id of another one and were given ids of ours.")
-    return _Reading(objects, left_out, notes, origin)
+    return _Reading(objects, left_out, [*notes, *features.notes], origin)
 
 
-def _choose_origin(raw: Any, given: Origin, path: Path, notes: list[str]) -> Origin:
+def _choose_origin(stated: Any, given: Origin, path: Path, notes: list[str]) -> Origin:
     """Origin of a file: the one that it states, else the given one; notes say where it differs."""
-    stated = raw.get("origin") if isinstance(raw, dict) else None
     origin = given
     if isinstance(stated, dict) and stated.get("source") in get_args(Source):
         x, y = (_coordinate(stated.get(name)) for name in ("x", "y"))
@@ -705,7 +726,7 @@ def _object(
     if kind is not None:
         properties = {"objectType": kind, **properties}
     if kind is not None or not _is_id(given):
-        given, members = _make_id(number, geometry), _other(members)
+        given, members = make_id(number, geometry), _other(members)
     item = SlideObject(
         id=_clean(str(given)),
         geometry=dict(geometry or {}),
@@ -738,15 +759,6 @@ def _label(properties: Mapping[str, Any], label_property: str | None) -> str | N
     return text or None
 
 
-def _make_id(number: int, geometry: Any) -> str:
-    """Id of an object that has none: the same in every run."""
-    try:
-        text = f"{number} {json.dumps(geometry, sort_keys=True)}"
-    except RecursionError:
-        raise Unusable("geometries nested too deeply") from None
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, text))
-
-
 def _is_id(value: Any) -> bool:
     return isinstance(value, str | int | float) and not isinstance(value, bool) and value != ""
 
@@ -763,6 +775,10 @@ def _other(members: Mapping[str, Any]) -> dict[str, Any]:
 def _name_of(feature: Any, number: int) -> str:
     given = feature.get("id") if isinstance(feature, dict) else None
     legacy = isinstance(given, str) and given in _TYPES
+    properties = feature.get("properties") if isinstance(feature, dict) else None
+    metadata = properties.get("metadata") if isinstance(properties, dict) else None
+    if isinstance(metadata, dict) and isinstance(metadata.get(FILE_ID), str):
+        return _clean(metadata[FILE_ID])
     return _clean(str(given)) if _is_id(given) and not legacy else f"feature {number}"
 
 

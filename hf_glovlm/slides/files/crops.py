@@ -282,7 +282,7 @@ def cut_crops(
         else:
             place = parse_origin(origin, opened.bounds)
             candidates = _read_objects(
-                annotations, opened.size, label_property, place, chosen, summary
+                annotations, slide, opened.size, label_property, place, chosen, summary
             )
         summary.flags = dict(Counter(flag for item in candidates for flag in item.flags))
         if not keep_flagged:
@@ -461,6 +461,7 @@ def _open(path: Path, mpp: float | None, scene: str | None, allow: bool) -> "Sli
 
 def _read_objects(
     path: Path,
+    slide: Path,
     size: tuple[int, int],
     label_property: str | None,
     origin: Origin,
@@ -474,6 +475,7 @@ def _read_objects(
         origin=origin,
         classes=choice.classes,
         exclude=choice.exclude,
+        slide=slide,
         size=size,
         mpp=summary.mpp,
     )

@@ -4,8 +4,10 @@ What is nested becomes flat, so that nothing here depends on how deep it stands.
 """
 
 import json
+import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from .shapes import Polygon, Ring
 MOST_BYTES = 2**30  # of a file of outlines, unpacked: some millions of polygons
 CHILDREN = ("childObjects", "children")  # of QuPath's objects within others
 FARTHEST = 2.0**30  # pixels from the corner of a slide
+FILE_ID = "id in its file"  # of an object of another format, in QuPath's metadata of it
 _DEEPEST = 16  # collections of geometries in one another
 
 
@@ -26,15 +29,70 @@ class Unusable(Exception):
     """Why one feature cannot be used, in a few words."""
 
 
-def parse_file(path: Path) -> Any:
-    """Read a JSON file in UTF-8, UTF-16 or UTF-32, packed by gzip or not.
+@dataclass(frozen=True)
+class LeftOut:
+    """What stands in a file in place of a feature and is none: its name there, and why."""
+
+    name: str
+    reason: str
+
+
+def make_feature(
+    geometry: Mapping[str, Any],
+    file_id: str,
+    *,
+    label: str | None = None,
+    score: float | None = None,
+    **properties: str,
+) -> dict[str, Any]:
+    """A feature of an object that another format than GeoJSON holds.
+
+    Args:
+        geometry: In the file's own pixels.
+        file_id: Its name in the file. The feature's id is made of it and of the geometry, the same
+            in every run, since QuPath takes UUIDs alone.
+        label: Its class.
+        score: A detector's, kept as a measurement.
+        **properties: Texts of the file, by name.
+    """
+    own: dict[str, Any] = {"objectType": "annotation", "metadata": {FILE_ID: file_id}}
+    if label is not None:
+        own["classification"] = {"name": label}
+    if score is not None:
+        own["measurements"] = {"score": score}
+    return {
+        "type": "Feature",
+        "id": make_id(file_id, geometry),
+        "geometry": geometry,
+        "properties": own | {name: text for name, text in properties.items() if text},
+    }
+
+
+def make_id(name: object, geometry: Any) -> str:
+    """Id of an object that has none: the same in every run."""
+    try:
+        text = f"{name} {json.dumps(geometry, sort_keys=True)}"
+    except RecursionError:
+        raise Unusable("geometries nested too deeply") from None
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, text.encode("utf-8", "replace").decode()))
+
+
+def read_unpacked(path: Path) -> bytes:
+    """Read a file of outlines, packed by gzip or not.
 
     Raises:
-        GloVLMError: No such file, one that is too large or damaged, or no JSON.
+        GloVLMError: No such file, or one that is too large or damaged.
     """
-    content = read_content(path, "a GeoJSON file", most=MOST_BYTES)
-    if content[:2] == b"\x1f\x8b":
-        content = _unpack(content, path)
+    content = read_content(path, "a file of outlines", most=MOST_BYTES)
+    return _unpack(content, path) if content[:2] == b"\x1f\x8b" else content
+
+
+def parse_json(content: bytes, path: Path) -> Any:
+    """Parse JSON in UTF-8, UTF-16 or UTF-32.
+
+    Raises:
+        GloVLMError: No JSON.
+    """
     try:
         return json.loads(content)  # in UTF-8, -16 or -32, by its first bytes
     except UnicodeDecodeError as error:
@@ -42,9 +100,7 @@ def parse_file(path: Path) -> Any:
             f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
         ) from None
     except (ValueError, RecursionError) as error:
-        raise GloVLMError(
-            f"{path} is not JSON ({error}); export the annotations as GeoJSON again."
-        ) from None
+        raise GloVLMError(f"{path} is not JSON ({error}); export the annotations again.") from None
 
 
 def _unpack(content: bytes, path: Path) -> bytes:
@@ -66,7 +122,7 @@ def _unpack(content: bytes, path: Path) -> bytes:
             content = stream.unused_data.lstrip(b"\0")
     except zlib.error as error:
         raise GloVLMError(
-            f"{path} is a damaged gzip file ({error}); pack the GeoJSON again."
+            f"{path} is a damaged gzip file ({error}); pack the file again."
         ) from None
     return b"".join(parts)
 
@@ -85,7 +141,7 @@ def list_features(raw: Any, path: Path) -> Iterator[Any]:
     )
     if not known:
         raise GloVLMError(
-            f"{path} is JSON but not GeoJSON: expected a FeatureCollection, found "
+            f"{path} is JSON but neither GeoJSON nor COCO: expected a FeatureCollection, found "
             f"{describe_kind(raw)}."
         )
     rest = [raw]

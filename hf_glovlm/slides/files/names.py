@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...data.listing import SUFFIXES as PICTURES
 from ...data.listing import few, walk_folders
 from ...errors import GloVLMError, nearest
+from .features import images_of, index_images, is_foreign_xml, list_images
 from .listing import SUFFIXES
 from .wsi import slide_name
 
@@ -15,7 +17,8 @@ _SUFFIXES = sorted(
     SUFFIXES | {".ome.tif", ".ome.tiff", ".vsi", ".h5", ".hdf5", ".parquet", ".pt"},
     key=lambda suffix: (-len(suffix), suffix),
 )
-OUTLINES = (".geojson", ".geojson.gz", ".json", ".json.gz")
+OUTLINES = (".geojson", ".geojson.gz", ".json", ".json.gz", ".xml", ".xml.gz")
+SHARED = "coco"  # the file of a folder that may hold the outlines of all slides
 MASKS = (".png", ".tif", ".tiff", ".bmp")
 _OF_A_MASK = ("", "_mask", "-mask")  # behind the slide's name
 
@@ -56,11 +59,13 @@ def match_outlines(
     """Match slides with files of outlines by their exact names.
 
     In a folder and its subfolders, the outlines of `S1.svs` are `S1.geojson` or `S1.svs.geojson`,
-    also as `.json` and compressed (`.gz`); its mask is `S1.png`, `S1_mask.png` or `S1-mask.png`
-    (or TIFF, BMP).
+    also as `.json`, `.xml` and compressed (`.gz`); its mask is `S1.png`, `S1_mask.png` or
+    `S1-mask.png` (or TIFF, BMP). A slide without a file of its own has the outlines of the image of
+    its name in the folder's `coco.json`.
 
     Args:
-        given: A folder, or the one file of a single slide.
+        given: A folder, or the one file of a single slide, or a COCO file of images that are
+            called as the slides are.
         slides: Files of slides.
         masks: Whether masks are looked for in place of outlines.
         skip: A folder that is not entered.
@@ -69,16 +74,23 @@ def match_outlines(
         GloVLMError: Nothing is there, one file for several slides, two files for one slide, or a
             folder in which no file belongs to any of the slides: names what is near.
     """
-    what = "masks (NAME.png, NAME_mask.png)" if masks else "outlines (NAME.geojson, NAME.json)"
+    what = "outlines (NAME.geojson, NAME.json, NAME.xml, or coco.json)"
+    what = "masks (NAME.png, NAME_mask.png)" if masks else what
     if os.path.isfile(given):
-        if len(slides) > 1:
+        if len(slides) == 1:
+            return Outlined({slides[0]: given})
+        images = None if masks else list_images(given)
+        if images is None:
             raise GloVLMError(
                 f"One file of outlines, {given}, cannot serve {len(slides)} slides: give a folder "
                 f"of {what}, called as the slides are."
             )
-        return Outlined({slides[0]: given})
+        matched = _match_images(given, images, slides)
+        if not matched.files:
+            raise _no_outlines(given, what, images, map(slide_name, slides), PICTURES)
+        return matched
     if not os.path.isdir(given):
-        one = "a mask" if masks else "a GeoJSON file"
+        one = "a mask" if masks else "a file of outlines"
         raise GloVLMError(f"Expected {one} or a folder of {what} at {given}, found none.")
     suffixes = MASKS if masks else OUTLINES
     own = {path.resolve() for path in slides}
@@ -93,6 +105,8 @@ def match_outlines(
         keys = dict.fromkeys(n + end for n in (slide_name(slide), slide.name) for end in endings)
         own_files = [path for key in keys for path in by_key.get(key, ())]
         if len(own_files) > 1:
+            own_files = [path for path in own_files if not is_foreign_xml(path)]
+        if len(own_files) > 1:
             raise GloVLMError(
                 f"{given} holds {len(own_files)} files of outlines of the slide "
                 f"{slide_name(slide)} "
@@ -103,10 +117,38 @@ def match_outlines(
         else:
             without.append(slide)
     used = {*files.values()}
-    unused = [_below(path, given) for path in listed if path not in used]
+    unused, shared = [], []
+    for path in (path for path in listed if path not in used):
+        is_shared = without and not masks and _without(path.name, suffixes).casefold() == SHARED
+        images = list_images(path) if is_shared else None
+        if images is not None:
+            shared.append((path, _match_images(path, images, without)))
+        elif not is_foreign_xml(path):
+            unused.append(_below(path, given))
+    for path, matched in shared:
+        if twice := [slide_name(slide) for slide in matched.files if slide in files]:
+            raise GloVLMError(
+                f"{given} holds several files of outlines of {few(twice)} "
+                f"({few([_below(other, given) for other, _ in shared])}): keep one of them."
+            )
+        files |= matched.files
+        without = [slide for slide in without if slide not in files]
+        unused += [f"{_below(path, given)}: {name}" for name in matched.unused]
     if not files:
         raise _no_outlines(given, what, unused, map(slide_name, slides), suffixes)
     return Outlined(files, without, unused)
+
+
+def _match_images(path: Path, images: Sequence[str], slides: Sequence[Path]) -> Outlined:
+    """Match slides with the images of a COCO file; `unused` names images."""
+    index = index_images(images)
+    places = {slide: images_of(slide, index) for slide in slides}
+    used = {place for some in places.values() for place in some}
+    return Outlined(
+        {slide: path for slide in slides if places[slide]},
+        [slide for slide in slides if not places[slide]],
+        [name for place, name in enumerate(images) if place not in used],
+    )
 
 
 def files_below(root: Path, suffixes: Iterable[str], *, skip: Path | None = None) -> list[Path]:
@@ -136,8 +178,8 @@ def is_mask_name(name: str) -> bool:
 
 def _without(name: str, suffixes: Iterable[str]) -> str:
     """Name without the longest of the suffixes that it bears."""
-    best = max((s for s in suffixes if name.lower().endswith(s)), key=len)
-    return name[: -len(best)]
+    best = max((s for s in suffixes if name.lower().endswith(s)), key=len, default="")
+    return name[: len(name) - len(best)]
 
 
 def _no_outlines(
