@@ -35,5 +35,5 @@ def read_asap(root: Element) -> Iterator[dict[str, Any] | LeftOut]:
             {"type": "Polygon", "coordinates": [[*ring, *ring[:1]]]},
             name,
             label=None if group.casefold() == "none" else group or None,
-            Name=title,
+            texts={"Name": title},
         )

@@ -43,7 +43,7 @@ def make_feature(
     *,
     label: str | None = None,
     score: float | None = None,
-    **properties: str,
+    texts: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A feature of an object that another format than GeoJSON holds.
 
@@ -53,7 +53,7 @@ def make_feature(
             in every run, since QuPath takes UUIDs alone.
         label: Its class.
         score: A detector's, kept as a measurement.
-        **properties: Texts of the file, by name.
+        texts: Further texts of the file, by name.
     """
     own: dict[str, Any] = {"objectType": "annotation", "metadata": {FILE_ID: file_id}}
     if label is not None:
@@ -64,7 +64,7 @@ def make_feature(
         "type": "Feature",
         "id": make_id(file_id, geometry),
         "geometry": geometry,
-        "properties": own | {name: text for name, text in properties.items() if text},
+        "properties": {name: text for name, text in (texts or {}).items() if text} | own,
     }
 
 

@@ -50,9 +50,8 @@ def read_imagescope(root: Element) -> Iterator[dict[str, Any] | LeftOut]:
             geometry = {"type": "Polygon", "coordinates": rings}
             text, layer_name = region.get("Text", "").strip(), layer.get("Name", "").strip()
             label = layer_name or text or _attribute_of(layer)
-            yield make_feature(
-                geometry, name, label=label or None, Name=layer_name, Text=text, **_texts(region)
-            )
+            texts = _texts(region) | {"Name": layer_name, "Text": text}
+            yield make_feature(geometry, name, label=label or None, texts=texts)
 
 
 def _ring(region: Element, kind: str) -> list[list[float]]:
@@ -102,5 +101,4 @@ def _attribute_of(layer: Element) -> str:
 def _texts(region: Element) -> dict[str, str]:
     """A region's own attributes, by name."""
     pairs = ((one.get("Name", ""), one.get("Value", "")) for one in region.iter("Attribute"))
-    own = ("geometry", "file_id", "label", "score", "Name", "Text")
-    return {name: value for name, value in pairs if name and name not in own}
+    return {name: value for name, value in pairs if name}
