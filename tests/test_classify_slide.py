@@ -383,5 +383,11 @@ def test_one_file_of_objects_is_for_one_slide(place: Path, tmp_path: Path) -> No
     given = str(place / "outlines/sick.geojson")
     with pytest.raises(GloVLMError, match="cannot serve 2 slides"):
         classify_slides(configured(place, tmp_path, "sick", "well", objects=given))
-    results = classify_slides(configured(place, tmp_path, "sick", objects=given))
+    images = [{"id": n, "file_name": f"{name}.png"} for n, name in enumerate(("well", "sick"))]
+    annotations = [
+        {"id": n, "image_id": min(n, 1), "bbox": [300 + 60 * n, 300, 48, 48]} for n in range(3)
+    ]
+    coco = tmp_path / "coco.json"  # but of COCO, each slide its image
+    coco.write_text(json.dumps({"images": images, "annotations": annotations}))
+    results = classify_slides(configured(place, tmp_path / "out", "sick", objects=str(coco)))
     assert results["slides"][0]["counts"]["n"] == 2

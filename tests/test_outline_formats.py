@@ -177,7 +177,7 @@ def test_outlines_of_a_smaller_picture_are_scaled_and_told(
         (coco(name="s1.png"), {"slide": "S1.2"}, "none of the slide S1.2"),
         (coco() | {"images": 2 * coco()["images"]}, {}, "several images of one id"),
         (coco() | {"images": [{"id": 7}]}, {}, "'id' and 'file_name' of every image"),
-        (coco() | {"images": {}, "annotations": []}, {}, "outlines of no image"),
+        (coco() | {"images": {}, "annotations": []}, {}, "outlines of 0 images"),
         (coco() | {"categories": [{"id": 1}]}, {}, "'id' and 'name' of every category"),
         (coco() | {"categories": [{"id": 1, "name": n} for n in "ab"]}, {}, "category 1 twice"),
     ],

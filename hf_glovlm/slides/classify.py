@@ -58,7 +58,7 @@ from .files.bags import find_damage, read_bag
 from .files.case_table import agreed, read_case_table
 from .files.coordinates import Origin, parse_origin
 from .files.listing import list_slides
-from .files.names import match_outlines
+from .files.names import match_outlines, outline_suffix
 from .files.wsi import Slide, is_elsewhere, is_same_slide, name_flags, open_slide, slide_name
 from .mil import SlideClassifier, load_aggregator
 from .numbering import NUMBERS, Numbers
@@ -94,9 +94,9 @@ class _Task:
 
     def hide(self, text: str) -> str:
         """Remove the machine's paths from a sentence."""
-        for path, shown in ((self.objects, f"{self.name}.geojson"), (self.bag, f"{self.name}.h5")):
+        for path in (self.objects, self.bag):
             if path is not None:
-                text = text.replace(str(path), shown)
+                text = text.replace(str(path), f"{self.name}{outline_suffix(path) or path.suffix}")
         return clean_text(text, self.path, self.name)
 
 

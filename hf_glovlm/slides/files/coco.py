@@ -104,11 +104,12 @@ def parse_coco(raw: Any, path: Path) -> Coco:
     unnamed = len(by_image.pop(None, ()))
     if not given:  # results, which go beside the file of the images
         given = [{"id": number, "file_name": str(number)} for number in by_image]
-    for image in given:
+    for number, image in enumerate(given, start=1):
         named = isinstance(image, dict) and isinstance(image.get("file_name"), str)
         if not named or _id_of(image) is None:
             raise GloVLMError(
-                f"{path}: expected 'id' and 'file_name' of every image, found {short(repr(image))}."
+                f"{path}: expected 'id' and 'file_name' of every image; the image in place "
+                f"{number} lacks them: add them."
             )
     twice = [str(number) for number, n in Counter(map(_id_of, given)).items() if n > 1]
     if twice:
@@ -199,7 +200,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _score_of(annotation: Mapping[str, Any]) -> float | None:
-    score = annotation.get("score")
+    score: Any = annotation.get("score")
     return float(score) if _is_finite(score) else None
 
 
@@ -213,7 +214,7 @@ def _scale_of(
 
     A picture of the slide at a lower magnification has its shape but for the rounding of its sides.
     """
-    sides = [image.get("width"), image.get("height")]
+    sides: list[Any] = [image.get("width"), image.get("height")]
     if None in sides:
         if size is not None:
             notes.append(

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from ...data.listing import SUFFIXES as PICTURES
 from ...data.listing import few
-from ...errors import GloVLMError, nearest
+from ...errors import GloVLMError
 from .asap import read_asap
 from .coco import Coco, is_coco, parse_coco
 from .geojson import list_features, parse_json, read_unpacked
@@ -186,8 +186,7 @@ def _choose_image(many: Coco, slide: Path | str | None, notes: list[str]) -> int
     if len(names) == 1 and path.name.startswith((f"{name}.", f"{Path(slide).name}.")):
         notes.append("The file's one image is called otherwise than the slide, as the file is.")
         return 0
-    raise GloVLMError(
-        f"{path} holds outlines of {few(names) or 'no image'} and none of the slide {name}: names "
+    raise GloVLMError(  # without the images' names, which may stand for patients
+        f"{path} holds the outlines of {len(names)} images and none of the slide {name}: names "
         "must be the same but for folder and suffix. Tiles of a slide are no image of it."
-        f"{nearest(name, [Path(other).stem for other in names])}"
     )

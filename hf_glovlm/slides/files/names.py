@@ -166,6 +166,11 @@ def files_below(root: Path, suffixes: Iterable[str], *, skip: Path | None = None
     return sorted(listed)
 
 
+def outline_suffix(path: Path) -> str:
+    """Suffix of a file of outlines, that of a packed file as well."""
+    return path.name[len(_without(path.name, OUTLINES)) :]
+
+
 def _below(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix()
 

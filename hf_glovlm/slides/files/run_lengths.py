@@ -54,10 +54,10 @@ def trace_mask(segmentation: Any) -> list[Corners]:
 def _size_of(segmentation: Any) -> tuple[int, int]:
     """Height and width that a mask states."""
     size = segmentation.get("size") if isinstance(segmentation, dict) else None
-    good = isinstance(size, list) and len(size) == 2
-    if not good or not all(type(n) is int and 0 < n <= FARTHEST for n in size):
+    sides = size if isinstance(size, list) else []
+    if len(sides) != 2 or not all(type(n) is int and 0 < n <= FARTHEST for n in sides):
         raise Unusable("a mask without a size [height, width]")
-    return size[0], size[1]
+    return sides[0], sides[1]
 
 
 def _decode_text(text: str) -> list[int]:
