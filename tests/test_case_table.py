@@ -62,6 +62,55 @@ def test_a_full_table(tmp_path: Path) -> None:
     assert table.row_of(Path("in/x.ome.tif")).patient == "P3"
 
 
+def test_what_a_table_states_is_told_and_nothing_else(tmp_path: Path) -> None:
+    table = module("case_table").read_case_table(
+        put(
+            tmp_path / "cases.csv",
+            "slide,case,kidney,system,arteries,block,level,section_um,stain,reader,read\n"
+            'S1,A,Native,ISN/RPS,3,A1,2,"2,5",PAS,MK,crescent; segmental_sclerosis;crescent\n'
+            "S2,A,,,,,,,,none,n/a\n"
+            "S3,B,NA,none,0,,,30,,,\n"
+            "S4,C,,,,,,,,,;\n",
+        )
+    )
+    rows = [table.rows[f"S{i}"] for i in range(1, 5)]
+    assert [row.stated() for row in rows] == [
+        {
+            "block": "A1",
+            "level": "2",
+            "section_um": 2.5,
+            "stain": "PAS",
+            "reader": "MK",
+            "read": ["crescent", "segmental_sclerosis"],
+        },
+        {},
+        {"section_um": 30},
+        {},
+    ]
+    assert rows[0].stated(hide=True).keys() == {"level", "section_um", "stain", "read"}
+    of_case = [table.stated_of(case) for case in "ABC"]
+    assert of_case[0] == {"kidney": "native", "system": "isn_rps", "arteries": 3}
+    assert of_case[1:] == [{"system": "none", "arteries": 0}, {}]
+    assert table.stated_for_crops(rows[1]) == {"kidney": "native"}
+    assert table.notes == [
+        "cases.csv: section_um is in micrometres, and sections are 0.5 to 20 thick; check S3: 30."
+    ]
+
+
+def test_a_slide_without_a_case_states_what_is_of_a_case_itself(tmp_path: Path) -> None:
+    path = put(tmp_path / "c.csv", "slide,kidney\nS1,transplant\nS2,\n")
+    table = module("case_table").read_case_table(path)
+    assert [row.stated() for row in table.rows.values()] == [{"kidney": "transplant"}, {}]
+
+
+def test_biopsies_that_a_case_joins_are_told(tmp_path: Path) -> None:
+    path = put(tmp_path / "c.csv", "slide,case,biopsy\nS1,A,1\nS2,A,2\nS3,B,1\n")
+    table = module("case_table").read_case_table(path)
+    assert table.notes == ["c.csv: the case A holds the biopsies 1, 2, which are counted together."]
+    assert [table.stated_of(case) for case in "AB"] == [{"biopsy": "1; 2"}, {"biopsy": "1"}]
+    assert table.stated_of("A", hide=True) == {}
+
+
 @pytest.mark.parametrize("header", ["slide,case,patient", "Slide_ID;Case ID;Patient-ID"])
 def test_columns_have_two_names_and_tables_their_dialects(tmp_path: Path, header: str) -> None:
     text = f"{header}\nS1,C1,P1\n".replace(",", ";" if ";" in header else ",")
@@ -101,6 +150,24 @@ def test_a_scale_is_read_in_every_dialect_of_numbers(
         ("S1.tif", "slide,case,mpp\nS1,A,.00025\n", "'.00025' for S1; .*would be 0.25"),
         ("S1.tif", "slide,patient\nS1,P1\nS2,p 01\n", "'P1' and 'p 01' of patient_id differ"),
         ("S1.tif", "slide,case\nS1,C1\nS2,c1\n", "'C1' and 'c1' of case_id differ"),
+        ("S1.tif", "slide,case,kidney\nS1,A,nativ\n", "'nativ' for S1; .* mean 'native'"),
+        ("S1.tif", "slide,case,system\nS1,A,banf\n", "isn_rps or banff in system.* mean 'banff'"),
+        ("S1.tif", "slide,case,arteries\nS1,A,2.5\n", "whole number from 0 on, found '2.5'"),
+        ("S1.tif", "slide,case,arteries\nS1,A,-1\n", "whole number from 0 on, found '-1'"),
+        ("S1.tif", "slide,case,section_um\nS1,A,thin\n", "micrometres in section_um, found 'thin'"),
+        ("S1.tif", "slide,case,section_um\nS1,A,0\n", "micrometres in section_um, found '0'"),
+        (
+            "S1.tif",
+            "slide,case,read\nS1,A,Crescent;crescent\n",
+            "'Crescent' and 'crescent' of read",
+        ),
+        (
+            "S1.tif",
+            "slide,patient,kidney\nS1,P,native\nS2,P,\nS3,P,transplant\n",
+            "kidney of the case P is native for S1 and transplant for S3; a case has one",
+        ),
+        ("S1.tif", "slide,case,arteries\nS1,A,3\nS2,A,4\n", "arteries of the case A is 3 for S1"),
+        ("S1.tif", "slide,kidneys\nS1,native\n", "'kidneys'. Did you mean 'kidney'"),
         (
             "S1.tif",
             "slide,case,patient\nS1,1,P1\nS2,1,P2\n",

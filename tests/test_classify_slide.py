@@ -52,7 +52,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "outlines" / "well.geojson",
         [outline(PLAIN[0] + 8, PLAIN[1] + 8, 48, "1", glomerulus_id="g1")],
     )
-    (folder / "cases.csv").write_text("slide,case\nsick.tiff,A\nwell,A\nother.tiff,B\n")
+    (folder / "cases.csv").write_text(
+        "slide,case,kidney,arteries,reader,read\n"
+        "sick.tiff,A,native,2,MK,crescent;necrosis\nwell,A,,,,\nother.tiff,B,,,,\n"
+    )
     train(folder, confusion=CONFUSION)
     (folder / "drawn.json").write_text(json.dumps(slide_facts["sick"]["lesions"]))
     return folder
@@ -145,6 +148,14 @@ def test_a_case_counts_a_glomerulus_of_two_sections_once(output: Path) -> None:
     a, b = json.loads((output / "results.json").read_text())["cases"]
     assert (a["case"], a["slides"], a["counts"]["n"]) == ("A", ["sick", "well"], 2)
     assert (b["case"], b["counts"]["unit"]) == ("B", "tiles")
+
+
+def test_what_the_table_states_is_kept_by_slide_and_by_case(output: Path) -> None:
+    results = json.loads((output / "results.json").read_text())
+    by_slide = [entry["stated"] for entry in results["slides"]]
+    assert by_slide == [{"reader": "MK", "read": ["crescent", "necrosis"]}, {}, {}]
+    by_case = [case["stated"] for case in results["cases"]]
+    assert by_case == [{"kidney": "native", "arteries": 2}, {}]
 
 
 def test_the_summary_has_a_row_for_each(output: Path) -> None:
@@ -259,11 +270,14 @@ def test_names_are_hidden_everywhere(place: Path, tmp_path: Path) -> None:
     flags = classify_slides(shown)["slides"][0]["flags"]
     assert any("accession" in flag for flag in flags)
 
-    hidden = configured(place, tmp_path / "hidden", anonymise=True, case="Jane Doe")
+    table = tmp_path / "in" / "cases.csv"
+    table.write_text("slide,case,block,level,reader\nS21-12345,Jane Doe,S21-12345 A,2,Jane\n")
+    hidden = configured(place, tmp_path / "hidden", anonymise=True, cases=str(table))
     hidden = replace(hidden, slides=[str(source)])
     results = classify_slides(hidden)
     assert [entry["slide"] for entry in results["slides"]] == ["slide_001"]
     assert results["cases"][0]["case"] == "case_001"
+    assert results["slides"][0]["stated"] == {"level": "2"}
     assert not any("accession" in flag for flag in results["slides"][0]["flags"])
     for path in (tmp_path / "hidden").rglob("*"):
         assert "S21" not in path.name

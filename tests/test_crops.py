@@ -556,18 +556,21 @@ def test_a_folder_is_cut_with_its_cases_and_an_error_stays_with_its_slide(
     (outlined / "S2.geojson").write_text("{")
     boxes(outlined / "other.geojson", (50, "a"))
     (tmp_path / "cases.csv").write_text(
-        "slide_id,case_id,patient_id,biopsy,stain,mpp\n"
-        "S1.png,,P1,2,PAS,0.5\nS1.2,C2,P2,,H&E,\nS2,C2,P2,,,\nS4,C2,P2,,,\n"
+        "slide_id,case_id,patient_id,biopsy,stain,mpp,kidney,section_um,reader,read\n"
+        "S1.png,,P1,2,PAS,0.5,,2.50,MK,a\nS1.2,C2,P2,,H&E,,,,,\nS2,C2,P2,,,,native,,,\n"
+        "S4,C2,P2,,,,,,,\n"
     )
     command = ("data", "crops", slides, outlined, "--cases", tmp_path / "cases.csv")
     done = glovlm(*command, "--output-dir", tmp_path / "out")
     assert done.code == 1, done.err
-    keys = ("slide_id", "label", "patient_id", "case_id", "stain", "mpp")
+    keys = ("slide_id", "label", "patient_id", "case_id", "stain", "mpp", "kidney", "section_um")
     assert [tuple(row.get(key) for key in keys) for row in rows(tmp_path / "out")] == [
-        ("S1.2", "b", "P2", "C2", "H&E", ""),
-        ("S1", "a", "P1", "P1 / 2", "PAS", "0.5"),
-        ("S1", "", "P1", "P1 / 2", "PAS", "0.5"),
+        ("S1.2", "b", "P2", "C2", "H&E", "", "native", ""),
+        ("S1", "a", "P1", "P1 / 2", "PAS", "0.5", "", "2.5"),
+        ("S1", "", "P1", "P1 / 2", "PAS", "0.5", "", "2.5"),
     ]
+    assert [row["reader"] for row in rows(tmp_path / "out")] == ["", "MK", "MK"]
+    assert not {"block", "level", "read"} & {*rows(tmp_path / "out")[0]}  # nothing, or of no image
     lines = {line.split()[0]: line for line in done.out.splitlines() if line.startswith("S")}
     assert lines["S1"].split()[1:] == ["1", "0", "1"]
     assert "is not JSON" in lines["S2"]

@@ -134,14 +134,18 @@ def crops(
     annotations: Annotated[
         Path,
         Argument(
-            help="GeoJSON of QuPath, or a mask with --colours; of a folder of slides a folder of "
-            "NAME.geojson, or of NAME.png or NAME_mask.png."
+            help="GeoJSON of QuPath, COCO, XML of ImageScope or ASAP, or a mask with --colours; of "
+            "a folder of slides one COCO file, or a folder of NAME.geojson, NAME.json, NAME.xml, "
+            "or of NAME.png, NAME_mask.png."
         ),
     ],
     output_dir: Annotated[Path, Option(help="Folder of crops; other slides in it stay.")],
     cases: Annotated[
         Path | None,
-        Option(help="CSV with slide_id and any of patient_id, case_id, biopsy, stain, mpp, scene."),
+        Option(
+            help="CSV with slide_id and any of patient_id, case_id, stain, mpp, scene and what "
+            "else is known of each slide and case (docs/outlines.md)."
+        ),
     ] = None,
     mpp: MppFlag = None,
     scene: Annotated[Text, Option(help="Of a file that holds several: its number or name.")] = None,

@@ -48,7 +48,7 @@ _FOLDER = "a local folder"
 _FRONT = 2**16  # characters of front matter at most
 _SHOWN = 3  # classes that it misses, pairs that it confuses
 _TAGS = ("few-shot", "vision-language", "not-for-diagnosis")
-SUBGROUPS = ("stain", "scanner")  # an institution or a reader is somebody's name
+SUBGROUPS = ("stain", "scanner", "kidney")  # an institution or a reader is somebody's name
 # Absolute paths of any system, file names of images: what no sentence of a card may hold.
 _PRIVATE = re.compile(
     r"(?<![\w.:/])(?:~?/|[A-Za-z]:[\\/]|\\\\)\S|\w\.(?:png|jpe?g|tiff?|bmp|svs|ndpi|mrxs|scn)\b",

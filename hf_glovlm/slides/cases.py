@@ -11,7 +11,11 @@ from .objects import read_objects
 
 
 def count_cases(
-    slides: Sequence[Mapping[str, Any]], output: Path, class_names: Sequence[str], confusion: Any
+    slides: Sequence[Mapping[str, Any]],
+    output: Path,
+    class_names: Sequence[str],
+    confusion: Any,
+    stated: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Case-level counts over the slides of each case; a glomerulus on several of them counts once.
 
@@ -23,9 +27,11 @@ def count_cases(
         output: The folder of the run.
         class_names: `[K]`; without classes nothing is counted.
         confusion: As for `count_classes`.
+        stated: What the table of cases states of each.
 
     Returns:
-        `case`, `status`, `slides` (those that are counted), `counts` and `flags` of each case. The
+        `case`, `status`, `slides` (those that are counted), `counts`, `flags` and `stated` of each
+        case. The
         flags name the slides that are not counted and why; a case without any that is has the
         status `failed`, and `None` for counts.
     """
@@ -68,4 +74,5 @@ def count_cases(
         counted.append(
             {"case": case, "status": "done", "slides": names, "counts": counts, "flags": notes}
         )
-    return counted
+    known = stated or {}
+    return [row | {"stated": dict(known.get(row["case"], {}))} for row in counted]

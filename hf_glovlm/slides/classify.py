@@ -82,7 +82,10 @@ Event = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class _Task:
-    """One slide of a run: its file, name, case, scale, scene, outlined objects and bag."""
+    """One slide of a run: its file, name, case, scale, scene, outlined objects and bag.
+
+    `stated` and `of_case` are what the table of cases states of the slide and of its case.
+    """
 
     path: Path
     name: str
@@ -91,6 +94,8 @@ class _Task:
     scene: str | None
     objects: Path | None
     bag: Path
+    stated: Mapping[str, Any]
+    of_case: Mapping[str, Any]
 
     def hide(self, text: str) -> str:
         """Remove the machine's paths from a sentence."""
@@ -135,9 +140,9 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
     Returns:
         The content of `results.json`: `slides` (each with `status` `done` or `failed`, `error`,
         `label`, `probabilities`, `pooling`, `pooled`, `counts`, `origin` of its outlines and how
-        many were `left_out`, `flags`), `cases`, `class_names` (of tiles and objects),
-        `slide_class_names`, `settings`, `pooling`, `model`, `failed` (their number). The same for a
-        run that was killed and started again.
+        many were `left_out`, `flags`, and what the table of cases has `stated` of it), `cases`,
+        `class_names` (of tiles and objects), `slide_class_names`, `settings`, `pooling`, `model`,
+        `failed` (their number). The same for a run that was killed and started again.
 
     Raises:
         GloVLMError: The model, the aggregator or a table cannot be read, or two slides share a
@@ -182,7 +187,11 @@ def _classify_all(config: SlideConfig, output: Path, notify: Event) -> dict[str,
         )
         raise
 
-    slides = [(entries[task.name] or {}) | {"case": task.case} for task in tasks]
+    slides = [
+        (entries[task.name] or {}) | {"case": task.case, "stated": dict(task.stated)}
+        for task in tasks
+    ]
+    stated = {task.case: task.of_case for task in tasks if task.case is not None}
     results = {
         "kind": "slides",
         "research_use_only": True,
@@ -198,7 +207,7 @@ def _classify_all(config: SlideConfig, output: Path, notify: Event) -> dict[str,
         | {name: _shared(slides, name) for name in ("tile_size", "tile_mpp")},
         "pooling": _pooling_name(run),
         "slides": slides,
-        "cases": count_cases(slides, output, run.class_names, run.confusion),
+        "cases": count_cases(slides, output, run.class_names, run.confusion, stated),
         "failed": sum(entry["status"] != "done" for entry in slides),
     }
     with staging(output) as work:
@@ -247,8 +256,12 @@ def _plan(config: SlideConfig, output: Path, numbers: Numbers | None) -> list[_T
     tasks = []
     for path, case in zip(paths, cases, strict=True):
         name, mpp, scene = slide_name(path), config.mpp, config.scene
+        stated: dict[str, Any] = {}
+        of_case: dict[str, Any] = {}
         if table is not None:
             row = table.row_of(path)
+            stated = row.stated(hide=config.anonymise)
+            of_case = table.stated_of(case, hide=config.anonymise) if case else {}
             mpp = agreed("--mpp", mpp, row.mpp, name, table.path)
             scene = agreed("--scene", scene, row.scene, name, table.path)
         if numbers is not None:
@@ -260,7 +273,8 @@ def _plan(config: SlideConfig, output: Path, numbers: Numbers | None) -> list[_T
                 "replace it: give another --output-dir."
             )
         bag = output / "features" / f"{name}.h5"
-        tasks.append(_Task(path, name, case, mpp, scene, objects.get(path), bag))
+        outlines = objects.get(path)
+        tasks.append(_Task(path, name, case, mpp, scene, outlines, bag, stated, of_case))
     return tasks
 
 

@@ -70,8 +70,8 @@ class SlideConfig(Settings):
     drop_pen: bool = setting(True, help="Leave strokes of a pen out of the tissue.", group="Tiles")
     objects: str | None = setting(
         None,
-        help="GeoJSON of outlined glomeruli; for several slides a folder of NAME.geojson or "
-        "NAME.json, also packed (.gz).",
+        help="Outlined glomeruli: GeoJSON, COCO, or XML of ImageScope or ASAP; for several slides "
+        "one COCO file, or a folder of NAME.geojson, NAME.json or NAME.xml, also packed (.gz).",
         group="Objects",
         unset="tiles alone",
     )
@@ -138,8 +138,8 @@ class SlideConfig(Settings):
     )
     cases: str | None = setting(
         None,
-        help="CSV with slide_id and any of case_id, patient_id, biopsy, mpp and scene of each "
-        "slide.",
+        help="CSV with slide_id and any of case_id, patient_id, mpp, scene and what else is known "
+        "of each slide and case (docs/outlines.md).",
         group="Data",
         unset="each slide its own",
     )

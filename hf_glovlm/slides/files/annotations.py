@@ -1,9 +1,9 @@
 """Annotations: outlined objects of a slide, as QuPath writes and reads them in GeoJSON.
 
-Files of other programs are read as well (see `features`); what is written is GeoJSON. Objects are
-held in pixels of level 0; a file may count from elsewhere (see `coordinates`). An object that was
-read keeps its id, its geometry and all else in its file when it is written again; only its class,
-its colour and its measurements change.
+Files of other programs are read as well (see `outline_formats`); what is written is GeoJSON.
+Objects are held in pixels of level 0; a file may count from elsewhere (see `coordinates`). An
+object that was read keeps its id, its geometry and all else in its file when it is written again;
+only its class, its colour and its measurements change.
 """
 
 import json
@@ -24,7 +24,6 @@ from ...errors import GloVLMError, nearest
 from ...files import write_text
 from ...tables import spelling
 from .coordinates import LEVEL0, Origin, Source
-from .features import FORMATS, read_features
 from .geojson import (
     CHILDREN,
     FARTHEST,
@@ -36,6 +35,7 @@ from .geojson import (
     move_geometry,
     read_polygons,
 )
+from .outline_formats import FORMATS, read_features
 from .shapes import (
     Bounds,
     Polygon,

@@ -1,17 +1,22 @@
-"""Case table: `cases.csv`, which says of slides whose they are, their stain and their scale."""
+"""Case table: `cases.csv`, which says of slides whose they are and what is known of them.
 
+What a table does not state is not assumed: it stays unknown in all that is made of it.
+"""
+
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ...data.columns import SYNONYMS
 from ...data.folder import positive
 from ...data.groups import differing_spellings, in_quotes
 from ...data.listing import few
 from ...errors import GloVLMError, nearest
-from ...tables import Table, read_table
+from ...tables import Table, read_table, spelling
 from .names import names_of, slide_stem
 from .pixel_size import LIMITS
 
@@ -24,7 +29,22 @@ COLUMNS = {
     "stain": ("stain",),
     "mpp": ("mpp",),
     "scene": ("scene",),
+    "kidney": ("kidney",),
+    "system": ("system",),
+    "arteries": ("arteries",),
+    "block": ("block",),
+    "level": ("level",),
+    "section_um": ("section_um",),
+    "reader": ("reader",),
+    "read": ("read",),
 }
+KIDNEYS = ("native", "transplant")
+SYSTEMS = ("none", "oxford", "isn_rps", "banff")
+OF_CASE = ("biopsy", "kidney", "system", "arteries")  # the same in every row of a case
+OF_SLIDE = ("block", "level", "section_um", "stain", "reader", "read")
+OF_CROPS = ("kidney", "block", "level", "section_um", "reader")  # columns of a table of images
+NAMING = frozenset({"biopsy", "block", "reader"})  # may be a number or name of a person
+SECTIONS = (0.5, 20.0)  # micrometres; renal sections are cut at 1 to 5
 T = TypeVar("T")
 NO_VALUE = frozenset({"", "na", "n/a", "nan", "none", "null"})
 
@@ -41,6 +61,14 @@ class CaseRow:
         stain: As written.
         mpp: Micrometres per pixel of level 0.
         scene: Which picture of a file that holds several: its number, from 1, or its name.
+        kidney: Of the case: one of KIDNEYS.
+        system: Class system that the case is read by: one of SYSTEMS; `none` is by none.
+        arteries: Of the case: how many a person counted.
+        block: Of the slide: which block it was cut from.
+        level: Which level of the block.
+        section_um: Micrometres: how thick the section is.
+        reader: Who outlined or classified its objects.
+        read: Lesions that the reader declared read, so that one that is not marked is not there.
     """
 
     slide: str
@@ -50,6 +78,14 @@ class CaseRow:
     stain: str | None = None
     mpp: float | None = None
     scene: str | None = None
+    kidney: str | None = None
+    system: str | None = None
+    arteries: int | None = None
+    block: str | None = None
+    level: str | None = None
+    section_um: float | None = None
+    reader: str | None = None
+    read: tuple[str, ...] | None = None
 
     @property
     def specimen(self) -> str | None:
@@ -62,6 +98,26 @@ class CaseRow:
     def counted_as(self) -> str | None:
         """What the slide's counts belong to: the case, else the biopsy, else the patient."""
         return self.specimen or self.patient
+
+    def stated(self, *, hide: bool = False) -> dict[str, Any]:
+        """What the table states of the slide, by the names OF_SLIDE; what it does not is not there.
+
+        A slide that belongs to no case has what is of a case (OF_CASE) itself.
+
+        Args:
+            hide: Leave out what may name a person.
+        """
+        names = OF_SLIDE if self.counted_as else (*OF_SLIDE, *OF_CASE)
+        return _known({name: getattr(self, name) for name in names}, hide)
+
+
+def _known(values: Mapping[str, Any], hide: bool) -> dict[str, Any]:
+    """Values that are there, as JSON holds them."""
+    return {
+        name: [*value] if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if value is not None and not (hide and name in NAMING)
+    }
 
 
 @dataclass(frozen=True)
@@ -118,14 +174,40 @@ class CaseTable:
             )
         return [row.counted_as for row in rows]
 
+    def stated_of(self, case: str, *, hide: bool = False) -> dict[str, Any]:
+        """What the table states of a case, in any of its rows, by the names OF_CASE.
+
+        Args:
+            case: What its slides are counted as.
+            hide: Leave out what may name a person.
+        """
+        rows = [row for row in self.rows.values() if row.counted_as == case]
+        values = {name: _distinct(rows, name) for name in OF_CASE}
+        biopsies = "; ".join(values.pop("biopsy")) or None  # several, in a case that names them so
+        agreed_on = {name: own[0] if own else None for name, own in values.items()}
+        return _known({"biopsy": biopsies} | agreed_on, hide)
+
+    def stated_for_crops(self, row: CaseRow) -> dict[str, str]:
+        """What the table states of a slide and of its case, by the names OF_CROPS, as text."""
+        stated = row.stated() | (self.stated_of(row.counted_as) if row.counted_as else {})
+        texts = {name: value for name, value in stated.items() if name in OF_CROPS}
+        return {n: f"{v:g}" if isinstance(v, float) else str(v) for n, v in texts.items()}
+
+
+def _distinct(rows: Iterable[CaseRow], name: str) -> list[Any]:
+    """Values of a column that some rows have, each once."""
+    values = (getattr(row, name) for row in rows)
+    return [*dict.fromkeys(value for value in values if value is not None)]
+
 
 def read_case_table(path: Path) -> CaseTable:
     """Read a table of slides and the cases that they belong to.
 
     A CSV file with the column `slide_id` (a file name, whose folder and suffix are taken off) and
-    any of `case_id`, `patient_id`, `biopsy`, `stain`, `mpp` (micrometres per pixel of level 0) and
-    `scene`; `slide`, `case` and `patient` are taken as the same. `NA` and the like are empty. Other
-    columns are not read, and a note names them.
+    any others of COLUMNS, see `CaseRow`; `slide`, `case` and `patient` are taken as `slide_id`,
+    `case_id` and `patient_id`. `NA` and the like are empty; so is `none`, but as a `system`. The
+    lesions of `read` are separated by semicolons. Other columns are not read, and a note names
+    them.
 
     Args:
         path: The file.
@@ -133,8 +215,9 @@ def read_case_table(path: Path) -> CaseTable:
     Raises:
         GloVLMError: No column of slides, one that is nearly of a known name or stands there twice,
             a row without slide, a slide named twice with different values, a scale that is no
-            number of micrometres, patients or cases that differ in spelling only, a case of two
-            patients.
+            number of micrometres, a word that `kidney` or `system` does not have, arteries that are
+            no whole number, patients, cases or lesions that differ in spelling only, a case of two
+            patients, or of two kidneys, systems or counts of arteries.
     """
     path = Path(path)
     table = read_table(path, "a CSV file of slides and cases")
@@ -158,6 +241,8 @@ def read_case_table(path: Path) -> CaseTable:
             )
         lines.setdefault(row.slide, line)
     _check_names(path, rows.values())
+    notes += _check_cases(path, rows.values())
+    notes += _odd_sections(path, rows.values())
     names_cases = not {"case", "patient", "biopsy"}.isdisjoint(places)
     return CaseTable(path, rows, names_cases, notes)
 
@@ -250,13 +335,57 @@ def _is_nearly(name: str, names: Sequence[str]) -> bool:
 
 
 def _read_row(texts: Mapping[str, str], table: Table) -> CaseRow:
-    values = {
+    values: dict[str, Any] = {
         role: None if text.casefold() in NO_VALUE and role != "slide" else text
         for role, text in texts.items()
     }
-    mpp = table.number(values.pop("mpp", None) or "")
-    slide = slide_stem(str(values.pop("slide")))
-    return CaseRow(slide, mpp=read_mpp(mpp, slide, table.path), **values)
+    slide = slide_stem(values.pop("slide"))
+    if texts.get("system", "").casefold() == SYSTEMS[0]:
+        values["system"] = texts["system"]
+    for role in ("mpp", "section_um", "arteries"):
+        if values.get(role) is not None:
+            values[role] = table.number(values[role])
+    values["mpp"] = read_mpp(values.get("mpp") or "", slide, table.path)
+    for role, words in (("kidney", KIDNEYS), ("system", SYSTEMS)):
+        values[role] = _word(role, values.get(role), words, slide, table.path)
+    values["section_um"] = _thickness(values.get("section_um"), slide, table.path)
+    values["arteries"] = _whole(values.get("arteries"), slide, table.path)
+    if values.get("read") is not None:
+        lesions = (part.strip() for part in values["read"].split(";"))
+        values["read"] = tuple(dict.fromkeys(filter(None, lesions))) or None
+    return CaseRow(slide, **values)
+
+
+def _word(role: str, text: str | None, words: Sequence[str], slide: str, path: Path) -> str | None:
+    """A word of a column that has some few."""
+    word = next((w for w in words if text is not None and spelling(w) == spelling(text)), None)
+    if text is not None and word is None:
+        raise GloVLMError(
+            f"{path}: expected {', '.join(words[:-1])} or {words[-1]} in {role}, found '{text}' "
+            f"for {slide}; empty is unknown.{nearest(text, words)}"
+        )
+    return word
+
+
+def _thickness(text: str | None, slide: str, path: Path) -> float | None:
+    number = None if text is None else positive(text)
+    if text is not None and number is None:
+        raise GloVLMError(
+            f"{path}: expected a positive number of micrometres in section_um, found '{text}' for "
+            f"{slide}; empty is unknown."
+        )
+    return number
+
+
+def _whole(text: str | None, slide: str, path: Path) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,4}(\.0+)?", text):
+        raise GloVLMError(
+            f"{path}: expected how many arteries were counted, a whole number from 0 on, found "
+            f"'{text}' for {slide}; empty is unknown."
+        )
+    return int(float(text))
 
 
 def _check_names(path: Path, rows: Iterable[CaseRow]) -> None:
@@ -265,6 +394,7 @@ def _check_names(path: Path, rows: Iterable[CaseRow]) -> None:
     for what, values in (
         ("patient_id", [row.patient for row in named]),
         ("case_id", [row.counted_as for row in named]),
+        ("read", [lesion for row in named for lesion in row.read or ()]),
     ):
         for written in differing_spellings(filter(None, values)):
             raise GloVLMError(
@@ -278,3 +408,41 @@ def _check_names(path: Path, rows: Iterable[CaseRow]) -> None:
                 f"{path}: the case {row.case} is of the patients {patient_of[row.case]} and "
                 f"{row.patient}; give the cases of each patient names of their own."
             )
+
+
+def _check_cases(path: Path, rows: Iterable[CaseRow]) -> list[str]:
+    """Refuse rows of one case that differ in what is of the case; notes on several biopsies."""
+    cases: dict[str, list[CaseRow]] = defaultdict(list)
+    for row in rows:
+        if row.counted_as:
+            cases[row.counted_as].append(row)
+    notes = []
+    for case, own in cases.items():
+        for name in OF_CASE:
+            values = _distinct(own, name)
+            if name != "biopsy" and len(values) > 1:
+                slides = [next(r.slide for r in own if getattr(r, name) == v) for v in values[:2]]
+                raise GloVLMError(
+                    f"{path}: {name} of the case {case} is {values[0]} for {slides[0]} and "
+                    f"{values[1]} for {slides[1]}; a case has one: correct a row, or give the "
+                    "slides cases of their own."
+                )
+        biopsies = _distinct(own, "biopsy")
+        if len(biopsies) > 1:
+            notes.append(
+                f"{path.name}: the case {case} holds the biopsies {few(biopsies)}, which are "
+                "counted together."
+            )
+    return notes
+
+
+def _odd_sections(path: Path, rows: Iterable[CaseRow]) -> list[str]:
+    """Notes on sections that are thinner or thicker than sections are."""
+    least, most = SECTIONS
+    rows = [r for r in rows if r.section_um is not None and not least <= r.section_um <= most]
+    if not rows:
+        return []
+    return [
+        f"{path.name}: section_um is in micrometres, and sections are {least:g} to {most:g} thick; "
+        f"check {few([f'{row.slide}: {row.section_um:g}' for row in rows])}."
+    ]

@@ -40,7 +40,7 @@ from ...files import (
 )
 from ...tables import read_table
 from .annotations import NoObject, find_repeats, read_outlines
-from .case_table import CaseRow, CaseTable, agreed
+from .case_table import OF_CROPS, CaseRow, CaseTable, agreed
 from .coordinates import LEVEL0, Origin, parse_origin
 from .crop_image import (
     MAX_SIDE,
@@ -61,7 +61,7 @@ from .shapes import Bounds, fill
 from .wsi import Slide, describe_slide, is_same_slide, open_slide, slide_name
 
 _PLAIN = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})  # region images; the rest are slides
-_OF_SLIDE = ("patient_id", "case_id", "stain")
+_OF_SLIDE = ("patient_id", "case_id", "stain", *OF_CROPS)
 _KNOWN = (*_OF_SLIDE, OUTLINE)  # a column of each that is known
 _COLUMNS = (
     "file_name", "label", "slide_id", *_OF_SLIDE, "object_id", "mpp", OUTLINE, "x", "y",
@@ -204,6 +204,7 @@ def cut_crops(
     case_id: str | None = None,
     stain: str | None = None,
     outline_of: str | None = None,
+    stated: Mapping[str, str] | None = None,
     keep_flagged: bool = True,
     min_extent: int = 16,
     max_side: int = MAX_SIDE,
@@ -244,6 +245,7 @@ def cut_crops(
         stain: If known.
         outline_of: What the outlines go around, `capsule` or `tuft`, if known. With the tuft
             crescents, adhesions and ischaemia cannot be judged.
+        stated: What else a table states of the slide, by the names OF_CROPS, which are columns.
         keep_flagged: Whether objects that are partial, merged or disputed are cut.
         min_extent: For a mask: blobs whose longer side has fewer of its pixels are specks.
         max_side: A larger crop is shrunk to this many pixels; its `mpp` grows with it.
@@ -296,6 +298,7 @@ def cut_crops(
                 f"flagged ({', '.join(summary.flags)}); cut them too, or look at them."
             )
         about = {"patient_id": patient_id, "case_id": case_id, "stain": stain, OUTLINE: outline_of}
+        about |= {name: (stated or {}).get(name) for name in OF_CROPS}
         rows = []
         for number, item in enumerate(candidates, start=1):
             row = _about(item, about, earlier)
@@ -346,7 +349,8 @@ def cut_slides(
         annotations: A folder of outlines, or of masks with `colours`, called as the slides are (see
             `match_outlines`), or the file of a single slide.
         output_dir: As for `cut_crops`.
-        cases: What is known of each slide: patient, case, stain, scale and scene.
+        cases: What is known of each slide: patient, case, stain, scale, scene and what else goes
+            into the table of crops.
         colours: As for `cut_crops`.
         mpp: Of every slide, as for `cut_crops`.
         scene: Of every slide.
@@ -394,6 +398,7 @@ def cut_slides(
                     patient_id=agreed("--patient-id", patient_id, row.patient, name, table),
                     case_id=row.specimen,
                     stain=row.stain,
+                    stated=None if cases is None else cases.stated_for_crops(row),
                     **options,
                 )
                 outcome = CropOutcome(name, summary)

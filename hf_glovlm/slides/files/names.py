@@ -8,8 +8,8 @@ from pathlib import Path
 from ...data.listing import SUFFIXES as PICTURES
 from ...data.listing import few, walk_folders
 from ...errors import GloVLMError, nearest
-from .features import images_of, index_images, is_foreign_xml, list_images
 from .listing import SUFFIXES
+from .outline_formats import images_of, index_images, is_foreign_xml, list_images
 from .wsi import slide_name
 
 # Of slide and feature files, longest first; a name may hold other dots.
