@@ -161,6 +161,7 @@ def test_a_scale_is_read_in_every_dialect_of_numbers(
             "slide,case,read\nS1,A,Crescent;crescent\n",
             "'Crescent' and 'crescent' of read",
         ),
+        ("S1.tif", 'slide,case,read\nS1,A,"a, b"\n', "by semicolons in read, found 'a, b' for S1"),
         (
             "S1.tif",
             "slide,patient,kidney\nS1,P,native\nS2,P,\nS3,P,transplant\n",

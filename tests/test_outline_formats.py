@@ -174,6 +174,11 @@ def test_outlines_of_a_smaller_picture_are_scaled_and_told(
         (instances({}, width="x"), {}, "width and height of the image in pixels"),
         (instances({}, width=float("nan")), {}, "width and height of the image in pixels"),
         (coco(name="S1.2.png"), {"slide": Path("in/S1.svs")}, "none of the slide S1: .* Tiles"),
+        (
+            [{"image_id": "a\\ud800", "bbox": [1, 1, 9, 9]}],
+            {},
+            "lists results without their images",
+        ),
         (coco(name="s1.png"), {"slide": "S1.2"}, "none of the slide S1.2"),
         (coco() | {"images": 2 * coco()["images"]}, {}, "several images of one id"),
         (coco() | {"images": [{"id": 7}]}, {}, "'id' and 'file_name' of every image"),
@@ -319,6 +324,14 @@ def test_negative_regions_are_holes_and_lines_are_left_out(path: Path) -> None:
         "a coordinate that is no finite number": ["region 8 of layer 3"],
         "a negative region that lies in no outline of its layer": ["region 4 of layer 3"],
     }
+
+
+@pytest.mark.parametrize(("mpp", "told"), [(0.25, 0), (0.24, 0), (0.5, 1), (None, 0)])
+def test_outlines_of_a_scan_of_another_scale_are_told(
+    path: Path, mpp: float | None, told: int
+) -> None:
+    notes = read(path, imagescope(), mpp=mpp).notes  # which states 0.25
+    assert sum("states 0.25 micrometres per pixel" in note for note in notes) == told
 
 
 @pytest.mark.parametrize("corners", [((40, 20), (100, 60)), box(40, 20, 100, 60)])

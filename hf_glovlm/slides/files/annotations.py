@@ -241,6 +241,11 @@ def read_outlines(
     reading = _read(path, label_property, origin, slide, size)
     selection = _Selection(reading)
     notes = list(reading.notes)
+    if mpp is not None and reading.mpp is not None and not 0.9 < reading.mpp / mpp < 1.1:
+        notes.append(
+            f"The file of outlines states {reading.mpp:g} micrometres per pixel and the slide has "
+            f"{mpp:g}: on another scan of it the outlines would lie elsewhere."
+        )
     if size is not None:
         selection.drop_outside(size)
     selection.drop_small()
@@ -620,6 +625,7 @@ class _Reading:
     left_out: dict[str, list[str]]
     notes: list[str]
     origin: Origin
+    mpp: float | None = None  # as the file states it
 
 
 def _read(
@@ -667,7 +673,7 @@ def _read(
         )
     if renamed:
         notes.append(f"{renamed} outlines bear the id of another one and were given ids of ours.")
-    return _Reading(objects, left_out, [*notes, *features.notes], origin)
+    return _Reading(objects, left_out, [*notes, *features.notes], origin, features.mpp)
 
 
 def _choose_origin(stated: Any, given: Origin, path: Path, notes: list[str]) -> Origin:

@@ -350,9 +350,7 @@ def _read_row(texts: Mapping[str, str], table: Table) -> CaseRow:
         values[role] = _word(role, values.get(role), words, slide, table.path)
     values["section_um"] = _thickness(values.get("section_um"), slide, table.path)
     values["arteries"] = _whole(values.get("arteries"), slide, table.path)
-    if values.get("read") is not None:
-        lesions = (part.strip() for part in values["read"].split(";"))
-        values["read"] = tuple(dict.fromkeys(filter(None, lesions))) or None
+    values["read"] = _lesions(values.get("read"), slide, table.path)
     return CaseRow(slide, **values)
 
 
@@ -386,6 +384,17 @@ def _whole(text: str | None, slide: str, path: Path) -> int | None:
             f"'{text}' for {slide}; empty is unknown."
         )
     return int(float(text))
+
+
+def _lesions(text: str | None, slide: str, path: Path) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    if "," in text and ";" not in text:
+        raise GloVLMError(
+            f"{path}: expected lesions separated by semicolons in read, found '{text}' for {slide}."
+        )
+    parts = (part.strip() for part in text.split(";"))
+    return tuple(dict.fromkeys(filter(None, parts))) or None
 
 
 def _check_names(path: Path, rows: Iterable[CaseRow]) -> None:

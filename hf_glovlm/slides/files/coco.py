@@ -30,6 +30,7 @@ class Coco:
         annotations: By the id of their image.
         categories: Names by id.
         without_image: How many annotations are of no image of the file.
+        is_results: Whether it lists a detector's results, without images.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Coco:
     annotations: Mapping[Any, list[Any]]
     categories: Mapping[Any, str] = field(default_factory=dict)
     without_image: int = 0
+    is_results: bool = False
 
     def features(
         self, place: int, size: tuple[int, int] | None, notes: list[str]
@@ -102,7 +104,8 @@ def parse_coco(raw: Any, path: Path) -> Coco:
     for one in annotations:
         by_image[_key(one.get("image_id")) if isinstance(one, dict) else None].append(one)
     unnamed = len(by_image.pop(None, ()))
-    if not given:  # results, which go beside the file of the images
+    is_results = not given  # which go beside the file of the images
+    if is_results:
         given = [{"id": number, "file_name": str(number)} for number in by_image]
     for number, image in enumerate(given, start=1):
         named = isinstance(image, dict) and isinstance(image.get("file_name"), str)
@@ -117,9 +120,8 @@ def parse_coco(raw: Any, path: Path) -> Coco:
     own = {_id_of(image) for image in given}
     lost = sum(len(some) for number, some in by_image.items() if number not in own)
     categories = _categories(raw.get("categories") if isinstance(raw, dict) else None, path)
-    return Coco(
-        path, given, [image["file_name"] for image in given], by_image, categories, lost + unnamed
-    )
+    names = [_printable(image["file_name"]) for image in given]
+    return Coco(path, given, names, by_image, categories, lost + unnamed, is_results)
 
 
 def _categories(given: Any, path: Path) -> dict[Any, str]:
@@ -140,8 +142,14 @@ def _key(value: Any) -> int | str | None:
     """An id as it is compared; `None` for what is none."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    good = isinstance(value, int | str) and not isinstance(value, bool) and value != ""
-    return value if good else None
+    if isinstance(value, str):
+        return _printable(value) or None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _printable(text: str) -> str:
+    """Text that can be written: half a pair of surrogates becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _id_of(value: Any) -> int | str | None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from ...data.folder import positive
 from ...data.listing import SUFFIXES as PICTURES
 from ...data.listing import few
 from ...errors import GloVLMError
@@ -36,6 +37,7 @@ class Features:
             JSON.
         origin: Where the file itself says that it counts from; `None` where it does not.
         from_corner: Whether it counts from the corner of level 0, as all but QuPath do.
+        mpp: Micrometres per pixel that the file states.
         may_be_empty: Whether the file names the image, so that nothing outlined is nothing there.
         notes: Sentences for the results, complete once `listed` was gone through.
     """
@@ -43,6 +45,7 @@ class Features:
     listed: Iterable[Any]
     origin: Any = None
     from_corner: bool = True
+    mpp: float | None = None
     may_be_empty: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -85,7 +88,7 @@ def _read_xml(content: bytes, path: Path) -> Features:
             f"{path} is XML of {program} (its first element is {root.tag[:80]}); expected "
             f"{FORMATS}: export the outlines in one of these."
         )
-    return Features(read(root))
+    return Features(read(root), mpp=positive(root.get("MicronsPerPixel")))
 
 
 def list_images(path: Path) -> list[str] | None:
@@ -186,7 +189,9 @@ def _choose_image(many: Coco, slide: Path | str | None, notes: list[str]) -> int
     if len(names) == 1 and path.name.startswith((f"{name}.", f"{Path(slide).name}.")):
         notes.append("The file's one image is called otherwise than the slide, as the file is.")
         return 0
+    more = " It lists results without their images: join them with the file that has these."
     raise GloVLMError(  # without the images' names, which may stand for patients
         f"{path} holds the outlines of {len(names)} images and none of the slide {name}: names "
         "must be the same but for folder and suffix. Tiles of a slide are no image of it."
+        + (more if many.is_results else "")
     )

@@ -7,7 +7,7 @@ from xml.parsers import expat
 
 from ...errors import GloVLMError
 
-MOST_ELEMENTS = 2_000_000  # half a gigabyte once read; a hundred glomeruli have some 50,000 points
+MOST_ELEMENTS = 2_000_000  # 1.3 GB once read; a hundred glomeruli have some 50,000 points
 _DEEPEST = 64
 _FIRST = re.compile(rb"<([A-Za-z_][\w.:-]*)")
 
