@@ -16,6 +16,7 @@ from slides_made import write_slide
 from tiny import tiny_clip
 
 from hf_glovlm import load_dataset
+from hf_glovlm.calibration import ConformalThresholds
 from hf_glovlm.cli import main
 from hf_glovlm.data.folder import column
 from hf_glovlm.data.outlines import open_outlined
@@ -168,6 +169,63 @@ def test_objects_keep_id_and_geometry_and_get_class_and_probability(
         assert after["properties"]["metadata"]["given class"] == "Glomerulus"
     assert written[0]["properties"]["lock"] is True
     assert [f["properties"]["measurements"]["counted"] for f in written] == [1, 0, 1, 1]
+
+
+def test_doubt_and_the_limits_of_a_model_are_measurements(
+    place: Path, tools: Any, tmp_path: Path
+) -> None:
+    plain = classify(place, tools).probabilities
+    best = plain.max(axis=1)
+    second = 1 - plain.min(axis=1)  # from this limit on both classes are in the set
+    least, limit = ((values.min() + values.max()) / 2 for values in (best, second))
+    sets = ConformalThresholds("lac", 0.1, False, (float(limit),), (20,), ((0.8, 1.0),))
+    model = tools[0]
+    model.config.calibration = {
+        "abstention": {"threshold": float(least), "max_risk": 0.1},
+        "conformal": sets.to_dict(),
+    }
+    try:
+        result = classify(place, tools, batch_size=1)
+    finally:
+        model.config.calibration = None
+    distances = np.array(result.limits["support_distance"])
+    unlike, answered = distances > 1, (best >= least) & (distances <= 1)
+    result.write_geojson(tmp_path / "objects.geojson")
+    result.save(tmp_path / "objects.parquet")
+    features = json.loads((tmp_path / "objects.geojson").read_text())["features"]
+    numbers = [feature["properties"]["measurements"] for feature in features]
+    assert [own["doubt"] for own in numbers] == pytest.approx(1 - best)
+    assert [own["abstains"] for own in numbers] == (~answered).tolist()
+    assert [own["set size"] for own in numbers] == (1 - plain <= limit).sum(axis=1).tolist()
+    assert [own["unlike support"] for own in numbers] == unlike.tolist()
+    assert [own["support distance"] for own in numbers] == distances.tolist()
+    rows = pq.read_table(tmp_path / "objects.parquet").to_pylist()
+    assert [row["doubt"] for row in rows] == pytest.approx(1 - best)
+    assert [row["answers"] == "yes" for row in rows] == answered.tolist()
+    assert {row["set"] for row in rows} <= {"lesion", "tissue", "lesion or tissue"}
+
+
+def test_a_class_of_the_outlines_keeps_its_colour_and_text_is_plain_ascii(
+    place: Path, tools: Any, tmp_path: Path
+) -> None:
+    """QuPath up to 0.4.0 reads a file in the machine's own encoding."""
+    rose, packed = [200, 30, 60], -(1 << 24) + (1 << 16) + (2 << 8) + 3
+    given = [
+        outline(128, 128, 96, "a", classification={"name": "lesion", "color": rose}, title="é"),
+        outline(700, 540, 96, "d", classification={"name": "tissue", "colorRGB": packed}),
+        outline(512, 320, 128, "c", classification={"name": "lesion"}),
+    ]
+    items = read_geojson(write_outlines(tmp_path / "s1.geojson", given))
+    with open_slide(place / "s1.tiff") as slide:
+        classify_objects(*tools, slide, items).write_geojson(tmp_path / "objects.geojson")
+    text = (tmp_path / "objects.geojson").read_bytes()
+    assert text.isascii()
+    features = json.loads(text)["features"]
+    assert features[0]["properties"]["title"] == "é"
+    classes = [feature["properties"]["classification"] for feature in features]
+    colours = {"lesion": rose, "tissue": [1, 2, 3]}
+    assert all(one["color"] == colours[one["name"]] for one in classes)
+    assert {one["name"] for one in classes} == {*colours}
 
 
 def test_the_table_says_where_each_crop_lies(place: Path, tools: Any, tmp_path: Path) -> None:

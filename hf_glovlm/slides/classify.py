@@ -74,7 +74,7 @@ from .report import (
     write_tiles,
 )
 
-VERSION = 3  # of what is written for a slide; raise it when an old one may not stand in for a new
+VERSION = 4  # of what is written for a slide; raise it when an old one may not stand in for a new
 
 logger = logging.getLogger("hf_glovlm")
 Event = Callable[[str, dict[str, Any]], None]

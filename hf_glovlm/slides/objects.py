@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..calibration import ConformalThresholds, conformal_sets
 from ..errors import GloVLMError
 from ..files import write_table
 from ..inference import predict
 from ..inference.scale import ImageScale, compare_scale
-from .files.annotations import SlideObject, find_repeats, write_geojson
+from ..inference.sentences import calibration_columns
+from .files.annotations import Colour, SlideObject, class_colours, find_repeats, write_geojson
 from .files.coordinates import LEVEL0, Origin
 from .files.crop_image import (
     crop_downsample,
@@ -32,11 +34,12 @@ from .files.shapes import fill
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from ..inference import Predictions
     from ..model import GloVLMForImageClassification, GloVLMProcessor
     from .files.wsi import Slide
 
 _LARGEST = 1.05  # an object's longer side over the slide's
-COUNTED = "counted"  # name of that measurement in GeoJSON
+COUNTED, DOUBT = "counted", "doubt"  # names of these measurements in GeoJSON
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class ClassifiedObjects:
         repeats: For each object the id of the one it repeats, else `None`.
         glomeruli: For each object the `glomerulus_id` that its file gives it, else `None`; what is
             the same glomerulus on several sections shares it.
+        limits: What `glovlm predict` states of a model's limits, a column of `n` by name: `set`,
+            `set_size`, `answers`, `unlike_support`, `support_distance`, where the model has them.
         mpp: Median micrometres per input pixel, or `unknown`.
         notes: Sentences for the results.
     """
@@ -63,6 +68,7 @@ class ClassifiedObjects:
     counted: NDArray[np.bool_]
     repeats: Sequence[str | None]
     glomeruli: Sequence[str | None]
+    limits: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     mpp: float | Literal["unknown"] = "unknown"
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -77,11 +83,17 @@ class ClassifiedObjects:
         """The most probable class of each object."""
         return [self.class_names[k] for k in self.probabilities.argmax(axis=1)]
 
+    @property
+    def doubts(self) -> NDArray[np.float64]:
+        """Doubt `[n]`: what is left for all other classes, 1 minus the largest probability."""
+        largest = self.probabilities.max(axis=1, initial=0.0)
+        return np.asarray(np.where(largest > 0, 1 - largest, 1.0), np.float64)
+
     def save(self, path: Path) -> None:
         """Write a parquet file, one row an object.
 
-        `id`, `glomerulus`, `x`, `y`, `side` (the crop, at level 0), `counted`, `repeats`, `label`
-        and `p_<class>` for every class.
+        `id`, `glomerulus`, `x`, `y`, `side` (the crop, at level 0), `counted`, `repeats`, `doubt`,
+        the columns of `limits`, `label` and `p_<class>` for every class.
         """
         columns: dict[str, Any] = {
             "id": pa.array([item.id for item in self.objects], pa.string()),
@@ -89,6 +101,8 @@ class ClassifiedObjects:
             **{name: self.boxes[:, i] for i, name in enumerate(("x", "y", "side"))},
             "counted": self.counted,
             "repeats": pa.array(list(self.repeats), pa.string()),
+            "doubt": self.doubts,
+            **{name: pa.array(list(values)) for name, values in self.limits.items()},
             "label": pa.array(self.labels, pa.string()),
         }
         for k, name in enumerate(self.class_names):
@@ -96,18 +110,46 @@ class ClassifiedObjects:
         write_table(path, columns)
 
     def write_geojson(self, path: Path, origin: Origin = LEVEL0) -> None:
-        """Write the objects with class and probabilities, id and geometry as they came.
+        """Write the objects with class, probabilities and doubt, id and geometry as they came.
+
+        Measurements of each: `doubt`, by which QuPath sorts a table of annotations; `p <class>`;
+        `counted`; and, where the model has such limits, `abstains` (1 where it gives no answer),
+        `set size` (classes in the prediction set), `unlike support` (1 where the class may mean
+        nothing) and `support distance`. A class that was among those of the outlines keeps its
+        colour.
 
         Args:
             path: The file.
             origin: Where it counts from.
         """
-        numbers: list[Mapping[str, float]] = [
-            {f"p {name}": float(p) for name, p in zip(self.class_names, row, strict=True)}
-            | {COUNTED: float(once)}
-            for row, once in zip(self.probabilities, self.counted, strict=True)
+        numbers: list[dict[str, float]] = [
+            {DOUBT: doubt, COUNTED: float(once)}
+            | {f"p {name}": p for name, p in zip(self.class_names, row, strict=True)}
+            for row, doubt, once in zip(
+                self.probabilities.tolist(), self.doubts.tolist(), self.counted, strict=True
+            )
         ]
-        write_geojson(path, self.objects, labels=self.labels, measurements=numbers, origin=origin)
+        for name, values in self._limit_numbers().items():
+            for own, value in zip(numbers, values, strict=True):
+                own[name] = value
+        colours: dict[str, Colour] = class_colours(self.objects)
+        write_geojson(
+            path, self.objects, labels=self.labels, measurements=numbers, colours=colours,
+            origin=origin,
+        )  # fmt: skip
+
+    def _limit_numbers(self) -> dict[str, list[float]]:
+        """The columns of `limits` as measurements."""
+        numbers: dict[str, list[float]] = {}
+        if "answers" in self.limits:
+            numbers["abstains"] = [float(value == "no") for value in self.limits["answers"]]
+        if "set_size" in self.limits:
+            numbers["set size"] = [float(value) for value in self.limits["set_size"]]
+        if "unlike_support" in self.limits:
+            numbers["unlike support"] = [float(v == "yes") for v in self.limits["unlike_support"]]
+        if "support_distance" in self.limits:
+            numbers["support distance"] = [float(v) for v in self.limits["support_distance"]]
+        return numbers
 
 
 def read_objects(path: Path, slide: str) -> tuple[NDArray[np.float64], list[str]]:
@@ -180,6 +222,8 @@ def classify_objects(
     scale = _compare_scale(model, processor, boxes[once, 2], level0, allow_scale)
 
     parts, unlike, specks = [], 0, list[str]()
+    limits: dict[str, list[Any]] = {}
+    calibration = model.config.calibration or {}
     chosen = np.flatnonzero(once)
     outlined = processor.outline not in ("ignore", "centre")
     for start in range(0, len(chosen), batch_size):
@@ -196,6 +240,8 @@ def classify_objects(
         specks += [objects[i].id for i, crop in both if is_speck(crop)]
         predictions = predict(model, processor, _image_rows(crops), batch_size=batch_size)
         parts.append(predictions.probabilities)
+        for name, values in _limits_of(predictions, calibration).items():
+            limits.setdefault(name, []).extend(values)
         if predictions.unlike_support is not None:
             unlike += int(predictions.unlike_support.sum())
         if on_progress is not None:
@@ -203,6 +249,7 @@ def classify_objects(
     probabilities = np.empty((len(objects), parts[0].shape[1]))
     probabilities[chosen] = np.concatenate(parts)
     probabilities = probabilities[first]
+    shown = np.searchsorted(chosen, first)  # place among those that were classified
 
     notes = []
     if not once.all():
@@ -230,7 +277,8 @@ def classify_objects(
         class_names=predictions.class_names,
         counted=once,
         repeats=[None if first[i] == i else objects[int(first[i])].id for i in range(len(objects))],
-        glomeruli=[_glomerulus(item) for item in objects],
+        glomeruli=[glomerulus_of(item) for item in objects],
+        limits={name: [values[i] for i in shown] for name, values in limits.items()},
         mpp=scale.input_mpp,
         notes=notes,
     )
@@ -299,7 +347,20 @@ def _image_rows(crops: Sequence[Image.Image]) -> "Dataset":
     return Dataset.from_dict({"image": values}, Features({"image": ImageColumn(decode=False)}))
 
 
-def _glomerulus(item: SlideObject) -> str | None:
+def _limits_of(
+    predictions: "Predictions", calibration: Mapping[str, Any]
+) -> dict[str, Sequence[Any]]:
+    """A model's limits as columns, and the size of each prediction set."""
+    columns: dict[str, Sequence[Any]] = dict(calibration_columns(predictions, calibration))
+    if "set" in columns:
+        thresholds = ConformalThresholds.from_dict(calibration["conformal"])
+        inside = conformal_sets(predictions.probabilities, thresholds)
+        columns["set_size"] = inside.sum(axis=1).tolist()
+    return columns
+
+
+def glomerulus_of(item: SlideObject) -> str | None:
+    """Which glomerulus an object shows, where its file says so (`glomerulus_id`)."""
     metadata = item.properties.get("metadata")
     for source in (item.properties, metadata if isinstance(metadata, dict) else {}):
         if source.get("glomerulus_id"):

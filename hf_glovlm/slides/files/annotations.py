@@ -332,10 +332,25 @@ def write_geojson(
         for item, label, values in zip(objects, new_labels, numbers, strict=True)
     ]
     content = {"type": "FeatureCollection", "origin": origin.describe(), "features": features}
-    text = json.dumps(content, ensure_ascii=False)
-    if not text.isascii() and _clean(text) != text:  # what cannot stand in UTF-8 is escaped
-        text = json.dumps(content)
-    write_text(path, text)
+    # Escaped, as QuPath reads a file in the machine's own encoding: Windows-1252, for instance.
+    write_text(path, json.dumps(content))
+
+
+def class_colours(objects: Sequence[SlideObject]) -> dict[str, Colour]:
+    """Colours of classes, as the objects of a file bear them; the first of each class counts."""
+    colours: dict[str, Colour] = {}
+    for item in objects:
+        classification = item.properties.get("classification")
+        if item.label is None or item.label in colours or not isinstance(classification, dict):
+            continue
+        colour, packed = classification.get("color"), classification.get("colorRGB")
+        if type(packed) is int:  # QuPath up to 0.3
+            colour = [packed >> 16 & 255, packed >> 8 & 255, packed & 255]
+        if not isinstance(colour, list) or len(colour) not in (3, 4):
+            continue
+        if all(type(value) is int and 0 <= value <= 255 for value in colour):
+            colours[item.label] = (colour[0], colour[1], colour[2])
+    return colours
 
 
 def polygon_object(
@@ -815,7 +830,7 @@ def _feature(
         if wrong:
             raise GloVLMError(f"Object {item.id}: the measurement '{wrong[0]}' is not finite.")
         new = {name: float(value) for name, value in numbers.items()}
-        properties["measurements"] = _measured(properties.get("measurements")) | new
+        properties["measurements"] = by_name(properties.get("measurements")) | new
     members: dict[str, Any] = {"id": item.id, **item.members}
     geometry = item.geometry
     by = item.origin.x - origin.x, item.origin.y - origin.y
@@ -825,8 +840,8 @@ def _feature(
     return {"type": "Feature", **members, "geometry": geometry, "properties": properties}
 
 
-def _measured(raw: Any) -> dict[str, Any]:
-    """Measurements by name; QuPath before 0.4 wrote a list of `{"name", "value"}`."""
+def by_name(raw: Any) -> dict[str, Any]:
+    """Measurements or metadata by name; QuPath before 0.4 wrote lists of `{"name", "value"}`."""
     if isinstance(raw, list):
         named = [m for m in raw if isinstance(m, dict) and {"name", "value"} <= {*m}]
         return {m["name"]: m["value"] for m in named if isinstance(m["name"], str)}
