@@ -37,12 +37,14 @@ COLUMNS = {
     "section_um": ("section_um",),
     "reader": ("reader",),
     "read": ("read",),
+    "split": ("split",),
 }
 KIDNEYS = ("native", "transplant")
 SYSTEMS = ("none", "oxford", "isn_rps", "banff")
 OF_CASE = ("biopsy", "kidney", "system", "arteries")  # the same in every row of a case
 OF_SLIDE = ("block", "level", "section_um", "stain", "reader", "read")
-OF_CROPS = ("kidney", "block", "level", "section_um", "reader")  # columns of a table of images
+# Columns of a table of images.
+OF_CROPS = ("split", "kidney", "block", "level", "section_um", "reader")
 NAMING = frozenset({"biopsy", "block", "reader"})  # may be a number or name of a person
 SECTIONS = (0.5, 20.0)  # micrometres; renal sections are cut at 1 to 5
 T = TypeVar("T")
@@ -69,6 +71,7 @@ class CaseRow:
         section_um: Micrometres: how thick the section is.
         reader: Who outlined or classified its objects.
         read: Lesions that the reader declared read, so that one that is not marked is not there.
+        split: On which side of a given split its patient stands; see `data crops`.
     """
 
     slide: str
@@ -86,6 +89,7 @@ class CaseRow:
     section_um: float | None = None
     reader: str | None = None
     read: tuple[str, ...] | None = None
+    split: str | None = None
 
     @property
     def specimen(self) -> str | None:
@@ -190,6 +194,7 @@ class CaseTable:
     def stated_for_crops(self, row: CaseRow) -> dict[str, str]:
         """What the table states of a slide and of its case, by the names OF_CROPS, as text."""
         stated = row.stated() | (self.stated_of(row.counted_as) if row.counted_as else {})
+        stated |= {"split": row.split} if row.split else {}
         texts = {name: value for name, value in stated.items() if name in OF_CROPS}
         return {n: f"{v:g}" if isinstance(v, float) else str(v) for n, v in texts.items()}
 
@@ -308,7 +313,8 @@ def _choose_columns(table: Table) -> tuple[dict[str, int], list[str]]:
         if there:
             places[role] = table.names.index(there[0])
     others = [name for name in table.names if name and name not in known]
-    for role in [role for role in COLUMNS if role not in places]:
+    # What is nearly called `split` (set, phase) may be anything.
+    for role in [role for role in COLUMNS if role not in (*places, "split")]:
         meant = [name for name in others if _is_nearly(name, COLUMNS[role])]
         if meant:
             raise GloVLMError(

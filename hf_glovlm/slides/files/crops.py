@@ -806,6 +806,12 @@ def _folder_of(label: str) -> str:
     return _file_part(label) if label else UNLABELLED
 
 
+def is_crop_of(file_name: str, slide: str) -> bool:
+    """Whether a file of a folder of crops is called as those of a slide are."""
+    pattern = rf"{re.escape(_file_part(slide))}_\d{{4,}}\.png"
+    return re.fullmatch(pattern, PurePosixPath(file_name).name) is not None
+
+
 def _file_part(text: str) -> str:
     """A name that every file system takes."""
     name = re.sub(r"[^\w.+-]+", "_", text).strip("._") or "unnamed"
