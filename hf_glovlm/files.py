@@ -35,6 +35,7 @@ KINDS = {  # of folders, by the `kind` that results.json or the manifest states
     "study": "a study of `glovlm study`",
     "pretraining": "a backbone of `glovlm pretrain`",
     "crops": "crops of `glovlm data crops`",
+    "corrections": "corrections of `glovlm correct`",
 }
 _NO_NAME = r"/\\:*?\"<>|\x00-\x1f"
 _FRESH = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")

@@ -59,7 +59,7 @@ from .options import (
     read_shots,
 )
 from .publish import card, explain, explain_check, export, push
-from .slides import caption, crops, get, mil, slide
+from .slides import caption, correct, crops, get, mil, slide
 
 app = typer.Typer()
 data_app = typer.Typer(help="Look at labelled images.")
@@ -312,7 +312,16 @@ def study(
         raise typer.Exit(1)
 
 
-ELSEWHERE: list[Callable[..., None]] = [slide, mil, explain, explain_check, card, push, export]
+ELSEWHERE: list[Callable[..., None]] = [
+    slide,
+    correct,
+    mil,
+    explain,
+    explain_check,
+    card,
+    push,
+    export,
+]
 for _command in ELSEWHERE:
     app.command()(_command)
 ABOUT_DATA: list[Callable[..., None]] = [caption, crops, get]

@@ -33,7 +33,7 @@ from .options import (
 if TYPE_CHECKING:
     from ..slides.files.crops import CropSummary
 
-__all__ = ["caption", "crops", "get", "mil", "slide"]
+__all__ = ["caption", "correct", "crops", "get", "mil", "slide"]
 
 MppFlag = Annotated[Real, Option(help="Micrometres per pixel, if the file lacks it.")]
 
@@ -80,6 +80,108 @@ def slide(checked: SlideConfig, as_json: JsonFlag = False) -> None:
     note(f"tables, heat maps and GeoJSON are in {checked.output_dir}")
     if results["failed"]:
         raise typer.Exit(1)
+
+
+def correct(
+    results: Annotated[Path, Argument(help="Output folder of glovlm slide --objects.")],
+    corrected: Annotated[
+        Path, Argument(help="GeoJSON from QuPath, or a folder of NAME.geojson, one a slide.")
+    ],
+    reader: Annotated[str, Option(help="Who corrected: initials or a number.")],
+    output_dir: Annotated[
+        Path, Option(help="Folder of corrections; other slides and readers in it stay.")
+    ],
+    all_read: Annotated[
+        bool,
+        Option(
+            help="The reader looked at every object of these slides: what was left as it was is "
+            "confirmed."
+        ),
+    ] = False,
+    classes: Annotated[
+        Texts, Option(help="A class that the reader uses and the model lacks; repeat it.")
+    ] = None,
+    date: Annotated[
+        Text, Option(help="Of the correction, YYYY-MM-DD; by default the file's last change.")
+    ] = None,
+    run: Annotated[
+        Path | None, Option(help="Run of glovlm train whose split the slides' patients keep.")
+    ] = None,
+    cases: Annotated[
+        Path | None, Option(help="With --run: CSV with slide_id and whose the slides are.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Read a reader's corrections from QuPath: what changed, counts anew, labels to train on.
+
+    The results are not changed. Exit code 1 if the file of a slide cannot be used.
+    """
+    from ..slides.corrections import correct_results
+
+    done = correct_results(
+        results,
+        corrected,
+        reader,
+        output_dir,
+        all_read=all_read,
+        classes=classes or (),
+        date=date,
+        run=run,
+        cases=cases,
+    )
+    if as_json:
+        print_json(done)
+    else:
+        kinds = ("added", "removed", "reclassified", "redrawn", "unchanged")
+        rows = [
+            [name, *(str(one["changes"][kind]) for kind in kinds), one["date"]]
+            for name, one in done["slides"].items()
+        ]
+        print_table(f"Corrections of {reader}", ["slide", *kinds, "on"], rows)
+        _print_counts(done)
+    for name, one in done["slides"].items():
+        for sentence in one["notes"]:
+            note(f"{name}: {sentence}")
+    for pair in done["between_readers"]:
+        if pair["differing"]:
+            note(
+                f"{pair['slide']}: {' and '.join(pair['readers'])} differ in "
+                f"{len(pair['differing'])} of {len(pair['differing']) + pair['alike']} objects"
+            )
+    if run is None:
+        note(
+            "to train on these slides: give --run and --cases, so that their patients stay on the "
+            "side of the split where they were"
+        )
+    else:
+        note("the split of the run is in {0}: {train} train, {test} test, {new} new to it".format(
+            output_dir / reader / "cases.csv", **done["split"]
+        ))  # fmt: skip
+    note(f"what {reader} corrected is in {output_dir / reader}")
+    for name, error in done["failed"].items():
+        note(f"{name}: failed ({error})")
+    if done["failed"]:
+        raise typer.Exit(1)
+
+
+def _print_counts(done: Mapping[str, Any]) -> None:
+    """Table of the counts before and after a reader's corrections."""
+    names = [*done["class_names"], *done["classes"]]
+    entries = [(name, one["counts"]) for name, one in done["slides"].items()]
+    entries += [(f"case {one['case']}", one["counts"]) for one in done["cases"]]
+    rows = []
+    for name, counts in entries:
+        before = (counts["before"] or {}).get("classes", {})
+        after = counts["after"]["classes"]
+        cells = [
+            f"{before.get(label, {}).get('count', 0)} -> {after[label]['count']}"
+            if label in after
+            else "-"
+            for label in names
+        ]
+        read = f"{counts['after']['read']} of {counts['after']['n']}"
+        rows.append([name, *cells, read])
+    print_table("Counts. Research use only, not for diagnosis", ["", *names, "read"], rows)
 
 
 @options_of(MilConfig, own="aggregator_config")

@@ -166,6 +166,11 @@ def files_below(root: Path, suffixes: Iterable[str], *, skip: Path | None = None
     return sorted(listed)
 
 
+def outlined_slide(path: Path) -> str:
+    """Slide whose outlines a file holds, by its name: `S1` of `S1.geojson` and `S1.svs.geojson`."""
+    return slide_stem(_without(path.name, OUTLINES))
+
+
 def outline_suffix(path: Path) -> str:
     """Suffix of a file of outlines, that of a packed file as well."""
     return path.name[len(_without(path.name, OUTLINES)) :]
