@@ -246,6 +246,7 @@ def good() -> dict:
                 "definition": "A tuft.",
                 "system": "general",
                 "stains": ["PAS"],
+                "seen_in": "tuft",
                 "verified": True,
                 "source": "a book",
             }
@@ -272,6 +273,9 @@ def test_the_sound_file_is_read(tmp_path):
         (lambda f: f["terms"][0].update(stains=["PAX"]), "unknown 'PAX'. Did you mean 'PAS'"),
         (lambda f: f["terms"][0].update(stains="PAS"), "'stains': expected a list of texts"),
         (lambda f: f["terms"][0].update(level="slide"), "'level': expected one of crop, biopsy"),
+        (lambda f: f["terms"][0].pop("seen_in"), "'seen_in' (tuft, capsule, around or anywhere) m"),
+        (lambda f: f["terms"][0].update(level="biopsy"), "must be there if, and only if, 'level'"),
+        (lambda f: f["terms"][0].update(seen_in="hilum"), "'seen_in': expected one of tuft, caps"),
         (lambda f: f["terms"][0].update(system="Bonff"), "'system': unknown 'Bonff'"),
         (lambda f: f["terms"][0].update(em_only=True), "'em_only' and 'stains' exclude"),
         (lambda f: f["terms"][0].update(verified=False), "must contain unverified"),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         split_groups,
         split_hash,
     )
+    from .visibility import hidden_classes
 
 _HOMES = {
     "catalog": (
@@ -42,6 +43,7 @@ _HOMES = {
         "Episode", "all_rows", "assert_disjoint", "draw_episode", "load_episode",
         "reserve_calibration", "save_episodes", "split_groups", "split_hash",
     ),
+    "visibility": ("hidden_classes",),
 }  # fmt: skip
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "describe_source",
     "draw_episode",
     "group_rows",
+    "hidden_classes",
     "load_classes",
     "load_dataset",
     "load_episode",

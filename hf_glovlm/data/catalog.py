@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ..errors import GloVLMError, nearest
 from ..settings import from_mapping, read_yaml
 from .terminology import Term, find_stain, find_term, match_key, prompts_for
+from .visibility import visible_prompts
 
 logger = logging.getLogger("hf_glovlm")
 _FOLDER = Path(__file__).with_name("catalog")
@@ -199,6 +200,8 @@ def load_classes(
     source: str | Path | None = None,
     prompts: str | Path = "auto",
     stain: str | None = None,
+    outline: str = "ignore",
+    outline_of: str | None = None,
 ) -> list[ClassInfo]:
     """Class names and prompts of a data set.
 
@@ -224,6 +227,9 @@ def load_classes(
         stain: Used with `terminology`: named in the prompts if every class takes its prompts from
             the terminology and shows in that stain, else in none of them, so that the stain's
             words favour no class.
+        outline: What the model does with outlines; where these hide something, prompts that name
+            it are left out (see `visible_prompts`), except those of a `classes.yaml`.
+        outline_of: What outlines go around: `capsule`, `tuft`, or not known.
 
     Returns:
         One ClassInfo for each label, in the order given; every one has a prompt, no prompt twice.
@@ -244,11 +250,10 @@ def load_classes(
     for label in labels:
         text, known = own.get(label, _ClassText()), from_catalog.get(label)
         display = text.display_name or (known or _undescribed(label)).display_name
-        chosen = (
-            text.prompts
-            or from_terms.get(label)
-            or (known.prompts if known else (_TEMPLATE.format(display),))
+        ours = from_terms.get(label) or (
+            known.prompts if known else (_TEMPLATE.format(display),)
         )
+        chosen = text.prompts or visible_prompts(ours, outline, outline_of)
         classes.append(ClassInfo(label, display, _distinct(chosen)))
     _check_prompts(classes, "")
     return classes

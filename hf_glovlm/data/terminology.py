@@ -39,6 +39,8 @@ class Term:
         synonyms: In prompts beside the name.
         aliases: Accepted by `find_term`, never in prompts.
         level: `crop` (one glomerulus can show it) or `biopsy` (a label of the whole biopsy).
+        seen_in: Of a `crop`, the outermost place that a picture must show for it: the `tuft`, the
+            `capsule` (Bowman's space and capsule), `around` (outside of the capsule) or `anywhere`.
         em_only: Only electron microscopy shows it.
         note: A trap, if there is one.
     """
@@ -52,6 +54,7 @@ class Term:
     synonyms: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     level: Literal["crop", "biopsy"] = "crop"
+    seen_in: Literal["tuft", "capsule", "around", "anywhere"] = "anywhere"
     em_only: bool = False
     note: str = ""
 
@@ -281,6 +284,11 @@ def read_terminology(path: Path) -> Terminology:
             _check_known(stain, stains, f"{where}: 'stains'")
         if term.em_only and term.stains:
             raise GloVLMError(f"{where}: 'em_only' and 'stains' exclude each other.")
+        if (term.level == "crop") != ("seen_in" in item):
+            raise GloVLMError(
+                f"{where}: 'seen_in' (tuft, capsule, around or anywhere) must be there if, and only "
+                "if, 'level' is crop."
+            )
         if term.verified == ("unverified" in term.source):
             raise GloVLMError(
                 f"{where}: 'source' must contain unverified if, and only if, 'verified' is false."
