@@ -37,6 +37,22 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_glovlm.GloVLMForImageClassification",
     "AutoModelForZeroShotImageClassification": "modeling_glovlm.GloVLMModel",
 }
+# Pipelines of a model that was adapted to outlined pictures, whichever head it has.
+PIPELINES = {
+    "image-classification": {
+        "impl": "pipeline_glovlm.GloVLMImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+        "type": "image",
+    },
+    "zero-shot-image-classification": {
+        "impl": "pipeline_glovlm.GloVLMZeroShotImageClassificationPipeline",
+        "pt": ["AutoModelForZeroShotImageClassification"],
+        "type": "multimodal",
+    },
+}
+# Where the package is installed, it registers them (see `__init__.py`). `pipeline` asks for
+# trust_remote_code for what a configuration names, so this one names them in files alone.
+_INSTALLED = __name__.startswith("hf_glovlm.")
 
 
 class GloVLMConfig(PreTrainedConfig):
@@ -146,6 +162,7 @@ class GloVLMConfig(PreTrainedConfig):
         elif backbone is not None:
             # Without this, wrapping towers that are already loaded would reset them from sdpa.
             kwargs.setdefault("attn_implementation", {"backbone_config": _attention(backbone)})
+        kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         for field, known in _CHOICES.items():
@@ -159,6 +176,8 @@ class GloVLMConfig(PreTrainedConfig):
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}.")
+        if not _INSTALLED and (named := self._pipelines()):
+            self.custom_pipelines = named["custom_pipelines"]
         if self.head is not None and len(self.prompts or []) not in (0, self.num_labels):
             raise ValueError(
                 f"prompts must hold one list per class: {self.num_labels} classes, "
@@ -253,12 +272,19 @@ class GloVLMConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, without the path of the backbone on this disk (private)."""
         self._match_labels()  # the names may have been changed in place
-        return _without_private(super().to_dict())
+        return _without_private(super().to_dict() | self._pipelines())
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Fields that differ from the defaults, as a saved folder holds them."""
         self._match_labels()
-        return _without_private(super().to_diff_dict())
+        return _without_private(super().to_diff_dict() | self._pipelines())
+
+    def _pipelines(self) -> dict[str, Any]:
+        """Pipelines that a saved folder names, where those of transformers would not do."""
+        if self.outline == "ignore":
+            return {}
+        # Copies, since `pipeline` writes into them.
+        return {"custom_pipelines": {task: dict(one) for task, one in PIPELINES.items()}}
 
     def _backbone(self) -> PreTrainedConfig:
         assert isinstance(self.backbone_config, PreTrainedConfig)  # made so by __post_init__

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
@@ -122,6 +123,10 @@ class GloVLMPreTrainedModel(PreTrainedModel):
         if kwargs.get("push_to_hub") or any(args[2:3]) or _is_for_upload():
             self.config.check_publishing()
         super().save_pretrained(save_directory, *args, **kwargs)
+        from .pipeline_glovlm import GloVLMImageClassificationPipeline
+
+        # No other file of the code needs this one, so nothing else would take it along.
+        custom_object_save(GloVLMImageClassificationPipeline, save_directory)
 
     def get_input_embeddings(self) -> nn.Module:
         """Token embedding of the text tower."""
