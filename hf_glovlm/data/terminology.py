@@ -286,8 +286,8 @@ def read_terminology(path: Path) -> Terminology:
             raise GloVLMError(f"{where}: 'em_only' and 'stains' exclude each other.")
         if (term.level == "crop") != ("seen_in" in item):
             raise GloVLMError(
-                f"{where}: 'seen_in' (tuft, capsule, around or anywhere) must be there if, and only "
-                "if, 'level' is crop."
+                f"{where}: 'seen_in' (tuft, capsule, around or anywhere) must be there if, and "
+                "only if, 'level' is crop."
             )
         if term.verified == ("unverified" in term.source):
             raise GloVLMError(

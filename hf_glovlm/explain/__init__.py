@@ -10,7 +10,7 @@ from .faithfulness import (
     shuffle_weights,
     summarise_maps,
 )
-from .figures import COLORMAP, explain_files, load_masks, overlay, save_figure
+from .figures import COLORMAP, explain_files, load_masks, overlay, save_figure, show_outline
 from .maps import (
     HEAT_MAPS,
     HeatMap,
@@ -42,6 +42,7 @@ __all__ = [
     "overlay",
     "register_map",
     "save_figure",
+    "show_outline",
     "shuffle_weights",
     "summarise_maps",
 ]

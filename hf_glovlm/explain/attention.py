@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import GloVLMError
 from ..model.towers import AttentionalPooler
-from .patches import View, has_patches
+from .patches import View, has_patches, pooled_inside
 
 _ONE_AT_A_TIME = Lock()  # a switched back end is the model's, not a thread's
 
@@ -26,12 +26,15 @@ class Attention:
 
     Args:
         layers: Attention of each block `[heads, tokens, tokens]`; patches stand last.
-        pooling: Attention of a pooler to the last tokens `[heads, own tokens]`, where there is one.
+        pooling: Attention of a pooler to the last tokens `[heads, own tokens]`, or to the patches
+            alone where the inside of an outline is pooled; where there is one.
         layer_gradients: Of the score, in the shapes of `layers`; empty where not asked for.
         pooling_gradient: The same for `pooling`.
         tokens: The last hidden state `[own tokens, width]`; tokens between the blocks are gone.
         prefix: How many of the own tokens stand before the patches.
         patches: How many patches there are; what stands behind them is padding.
+        inside: Weight of each patch in the mean over the inside of an outline `[patches]`; `None`
+            where that is not what is pooled.
     """
 
     layers: list[Tensor]
@@ -41,6 +44,7 @@ class Attention:
     tokens: Tensor
     prefix: int
     patches: int
+    inside: Tensor | None = None
 
 
 def read_attention(
@@ -75,7 +79,8 @@ def read_attention(
         inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         if score is not None:  # a path for the gradients, even through a tower that is frozen
             inputs["pixel_values"].requires_grad_()
-        with _eager(backbone.vision_model), _watched(backbone) as poolings:
+        inside = pooled_inside(model, inputs, view)
+        with _eager(backbone.vision_model), _watched(backbone, inside is None) as poolings:
             outputs = model.glovlm.get_image_features(**inputs, output_attentions=True)
         layers, gradients = list(outputs.attentions), list[Tensor]()
         if score is not None:
@@ -92,6 +97,7 @@ def read_attention(
         tokens=tokens,
         prefix=len(tokens) - room,
         patches=length,
+        inside=None if inside is None else inside.detach(),
     )
 
 
@@ -148,14 +154,16 @@ def read_out(flow: Tensor, attention: Attention, pooling: str, weights: Tensor |
         attention: Of one image.
         pooling: `cls`; `mean` of the patches; `cls_mean`, of which each half counts the same;
             anything else is the class token's, or the patches' mean where there is none.
-        weights: Of a pooler that attends to all own tokens `[own tokens]`; used instead.
+        weights: Of a pooler that attends `[own tokens]`; used instead.
 
     Returns:
         `[patches]`.
     """
     prefix, patches = attention.prefix, attention.patches
     own = flow.new_zeros(len(attention.tokens))
-    if weights is not None:
+    if attention.inside is not None:
+        own[prefix : prefix + patches] = attention.inside if weights is None else weights
+    elif weights is not None:
         own += weights
     else:
         if pooling != "mean" and prefix:
@@ -183,8 +191,13 @@ def _eager(tower: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _watched(backbone: Any) -> Iterator[list[Tensor]]:
-    """Note the attention `[n, heads, 1, tokens]` of a pooler while images pass."""
+def _watched(backbone: Any, own_head: bool = True) -> Iterator[list[Tensor]]:
+    """Note the attention `[n, heads, 1, tokens]` of a pooler while images pass.
+
+    Args:
+        backbone: The towers.
+        own_head: Whether what the vision tower's own head pools is used.
+    """
     seen: list[Tensor] = []
 
     def multihead(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -204,14 +217,18 @@ def _watched(backbone: Any) -> Iterator[list[Tensor]]:
         tokens = module.norm_tokens(args[0])
         query = module.q_proj(module.norm_query(module.query)).expand(len(tokens), 1, -1)
         keys, values = module.k_proj(tokens), module.v_proj(tokens)
-        weights, mixed = _attend(query, keys, values, module.heads, None)
+        mask = None
+        if len(args) > 1:  # which tokens lie inside of an outline
+            bias = torch.zeros_like(tokens[..., 0]).masked_fill(~args[1], -torch.inf)
+            mask = bias[:, None, None].expand(-1, module.heads, -1, -1)
+        weights, mixed = _attend(query, keys, values, module.heads, mask)
         seen.append(weights)
         pooled: Tensor = module.norm(module.out_proj(mixed[:, 0]))
         return pooled
 
     handles = []
     for module in backbone.vision_model.modules():
-        if isinstance(module, nn.MultiheadAttention):
+        if own_head and isinstance(module, nn.MultiheadAttention):
             handles.append(module.register_forward_hook(multihead, with_kwargs=True))
     if isinstance(own := getattr(backbone, "vision_pooler", None), AttentionalPooler):
         handles.append(own.register_forward_hook(pooler))
@@ -232,6 +249,6 @@ def _attend(
     )
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores + mask.view(scores.shape)
+        scores = scores + mask.reshape(scores.shape)
     weights = scores.softmax(-1)
     return weights, (weights @ v).transpose(1, 2).flatten(2)

@@ -59,6 +59,7 @@ def measure_faithfulness(
     image: ImageValue,
     heat: HeatMap,
     *,
+    mask: ArrayLike | None = None,
     steps: int = 16,
     orders: int = 3,
     seed: int = 0,
@@ -71,6 +72,7 @@ def measure_faithfulness(
         processor: Its processor.
         image: The image that the map is of.
         heat: The map.
+        mask: Where the glomerulus is, if `explain` was given it.
         steps: In how many equal parts the patches go; at most one a patch.
         orders: Random orders to compare with.
         seed: Draws these.
@@ -83,7 +85,7 @@ def measure_faithfulness(
         text = heat.target if len(heat.classes) > len(model.config.id2label) else None
         target = heat.target if text is None else None
         case = prepare_image(
-            model, processor, image, target=target, text=text, batch_size=batch_size
+            model, processor, image, target=target, text=text, mask=mask, batch_size=batch_size
         )
         if case.view != heat.view:
             raise GloVLMError("The heat map is of another image, or of another model.")
@@ -307,6 +309,7 @@ def compare_with_shuffled(
     processor: Any,
     images: Sequence[ImageValue],
     *,
+    masks: Sequence[ArrayLike | None] | None = None,
     methods: Sequence[str] | None = None,
     seed: int = 0,
     window: int = 1,
@@ -317,6 +320,7 @@ def compare_with_shuffled(
         model: The classifier.
         processor: Its processor.
         images: The images.
+        masks: Where the glomerulus is in each, see `explain`.
         methods: Names of `HEAT_MAPS`; by default all that apply.
         seed: Of the shuffling.
         window: For `occlusion`.
@@ -329,17 +333,17 @@ def compare_with_shuffled(
 
     other = shuffle_weights(model, seed)
     correlations: dict[str, list[float]] = {}
+    pairs = list(zip(images, masks or [None] * len(images), strict=True))
     for method in methods or HEAT_MAPS:
-        for image in images:
+        for image, mask in pairs:
+            options: dict[str, Any] = {"method": method, "mask": mask, "window": window}
             try:
-                heat = explain(model, processor, image, method=method, window=window)
+                heat = explain(model, processor, image, **options)
             except GloVLMError:
                 if methods:
                     raise
                 break
-            again = explain(
-                other, processor, image, method=method, target=heat.target, window=window
-            )
+            again = explain(other, processor, image, target=heat.target, **options)
             ranks = [rankdata(h.values.ravel()) for h in (heat, again)]
             flat = min(rank.std() for rank in ranks) == 0
             value = 0.0 if flat else float(np.corrcoef(*ranks)[0, 1])

@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..data.folder import ImageValue, open_image
 from ..data.listing import SUFFIXES
+from ..data.outlines import open_outlined
 from ..errors import GloVLMError, nearest
 from ..files import check_target, read_json, replacing, write_json
 from ..rendering import figure_text
@@ -21,6 +22,33 @@ COLORMAP = "cividis"
 DISCLAIMER = "Research use only, not for diagnosis."
 SOFTWARE = "hf-glovlm heat map"  # by which a figure of ours is known
 LINE = 110  # characters that fit below a figure
+PALE = 0.6  # how far what lies outside of an outline goes to white
+_WHERE = {
+    "given": "the given mask",
+    "outline": "its outline",
+    "centre": "the circle in the middle, which is all that the model sees",
+    "central ellipse": "a central ellipse that stands in for a mask, since none was given",
+}
+
+
+def show_outline(image: ImageValue) -> Image.Image:
+    """Picture of an outlined image for a person: the whole of it, paler outside of the outline.
+
+    Args:
+        image: As `open_image` takes it.
+
+    Returns:
+        RGB, as large as the image; without an outline the image as it is.
+
+    Raises:
+        GloVLMError: The image cannot be read, or its outline encloses nothing.
+    """
+    outlined = open_outlined(image)
+    if outlined.mode != "RGBA":
+        return open_image(image)
+    picture, inside = outlined.convert("RGB"), outlined.getchannel("A")
+    pale = Image.blend(picture, Image.new("RGB", picture.size, "white"), PALE)
+    return Image.composite(picture, pale, inside)
 
 
 def overlay(
@@ -43,7 +71,7 @@ def overlay(
     """
     from matplotlib import colormaps
 
-    picture = open_image(image)
+    picture = open_outlined(image).convert("RGB") if heat.mask == "outline" else open_image(image)
     if picture.size != heat.view.size:
         raise GloVLMError(
             f"Expected the image of this heat map, {heat.view.size[0]} x {heat.view.size[1]} "
@@ -98,7 +126,7 @@ def save_figure(
     shown = figure_text(title or f"{heat.target}: {heat.score:.2f}")
     figure.suptitle(shown, parse_math=False)
     left, right = figure.subplots(1, 2)
-    left.imshow(open_image(image))
+    left.imshow(show_outline(image))
     left.set_title("image", fontsize=9)
     right.imshow(overlay(image, heat, opacity=opacity, colormap=colormap))
     right.set_title(HEAT_MAPS[heat.method].title, fontsize=9)
@@ -115,11 +143,7 @@ def save_figure(
 
 def describe_scores(heat: HeatMap) -> list[str]:
     """The lines that stand below every map."""
-    where = (
-        "the given mask"
-        if heat.mask == "given"
-        else "a central ellipse that stands in for a mask, since none was given"
-    )
+    where = _WHERE[heat.mask]
     return [
         f"Probability of {heat.target}: {heat.score:.2f}; with the glomerulus blanked "
         f"{heat.glomerulus_blanked[heat.index]:.2f}; with the context blanked "
@@ -182,7 +206,7 @@ def explain_files(
     _check_folder(folder, [*names, f"{method}.json"], images)
     rows = []
     for number, (path, mask, name) in enumerate(zip(images, given, names, strict=True)):
-        picture = open_image(Path(path))
+        picture = Path(path)
         heat = explain(
             model,
             processor,

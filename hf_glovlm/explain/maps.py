@@ -15,11 +15,14 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.folder import ImageValue, open_image
+from ..data.columns import OUTLINE
+from ..data.folder import ImageValue, decode_image, open_image
+from ..data.outlines import open_outlined, outlined
 from ..errors import GloVLMError, nearest
 from ..inference import embed_prompts, evaluation_mode
 from ..inference.prediction import class_names
 from ..model.heads import CacheHead
+from ..model.outlines import draw_centre, split_channels
 from ..model.towers import TowerPair
 from .attention import read_attention, roll_out, weigh_by_gradient
 from .patches import (
@@ -30,12 +33,15 @@ from .patches import (
     central_ellipse,
     has_patches,
     mean_colour,
+    pooled_inside,
     reveal,
     view_image,
 )
 
 if TYPE_CHECKING:
     from ..model import GloVLMForImageClassification, GloVLMProcessor
+
+Where = Literal["given", "outline", "centre", "central ellipse"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +57,8 @@ class HeatMap:
         scores: Probability of each class `[K]`.
         glomerulus_blanked: The same with the glomerulus filled with the image's mean colour.
         context_blanked: The same with everything but the glomerulus filled.
-        mask: Where the glomerulus was taken to be: a mask that was `given`, or for want of one a
+        mask: Where the glomerulus was taken to be: a mask that was `given`; the image's `outline`;
+            the circle in the middle that a model with outline `centre` sees; or for want of all a
             `central ellipse` of 0.8 times the image's width and height.
         view: Where the patches lie in the image.
         synthetic: Whether the model learned from synthetic images.
@@ -65,7 +72,7 @@ class HeatMap:
     scores: list[float]
     glomerulus_blanked: list[float]
     context_blanked: list[float]
-    mask: Literal["given", "central ellipse"]
+    mask: Where
     view: View
     synthetic: bool = False
 
@@ -139,7 +146,7 @@ class ExplainedImage:
     view: View
     inputs: dict[str, Tensor]
     scores: NDArray[np.float64]
-    mask: Literal["given", "central ellipse"]
+    mask: Where
     window: int = 1
     batch_size: int = 32
 
@@ -227,12 +234,14 @@ def explain(
     Args:
         model: The classifier; left in the mode and with the attention back end that it had.
         processor: Its processor.
-        image: A picture, a path, or `{"path", "bytes"}`.
+        image: A picture, a path, or `{"path", "bytes"}`; with its outline, for a model that was
+            adapted to outlined images.
         method: A name of `HEAT_MAPS`.
         target: The explained class, by name or number; by default the most probable.
         text: Any text to explain instead, against the prompts of the model's classes. Needs an
             image and a text tower that share a space.
-        mask: Where the glomerulus is, `[height, width]` of the image; above 0 is inside.
+        mask: Where the glomerulus is, `[height, width]` of the image; above 0 is inside. It is the
+            outline, in place of the image's own, for a model that was adapted to outlined images.
         window: For `occlusion`: side of the blank in patches.
         batch_size: Images at a time.
 
@@ -271,17 +280,47 @@ def prepare_image(
         raise GloVLMError(
             f"Expected a window and a batch size of 1 or more, found {window} and {batch_size}."
         )
-    picture = open_image(image)
-    given = None if mask is None else check_mask(mask, picture)
-    inside = central_ellipse(*picture.size) if given is None else given
-    view, inputs = view_image(model, processor, picture)
+    outline = getattr(processor, "outline", "ignore")
+    picture, inside, where = place_glomerulus(image, outline, mask)
+    seen = [picture, *(blank_image(picture, part) for part in (inside, ~inside))]
+    if outline not in ("ignore", "centre") and where in ("given", "outline"):
+        seen = [outlined(one, inside) for one in seen]
+    view, inputs = view_image(model, processor, seen[0])
     explained = choose_target(model, processor, inputs, target, text)
-    blanked = [
-        view_image(model, processor, blank_image(picture, part))[1] for part in (inside, ~inside)
-    ]
+    blanked = [view_image(model, processor, one)[1] for one in seen[1:]]
     scores = classify(model, explained, [inputs, *blanked])
-    where: Literal["given", "central ellipse"] = "central ellipse" if given is None else "given"
     return ExplainedImage(model, explained, view, inputs, scores, where, window, batch_size)
+
+
+def place_glomerulus(
+    image: ImageValue, outline: str = "ignore", mask: ArrayLike | None = None
+) -> tuple[Image.Image, Mask, Where]:
+    """Where the glomerulus lies in an image.
+
+    Args:
+        image: As `open_image` takes it.
+        outline: What the model sees of an outline.
+        mask: Where a person says that it lies `[height, width]`.
+
+    Returns:
+        The whole image in RGB, True inside `[height, width]`, and how that is known.
+
+    Raises:
+        GloVLMError: The image cannot be read, or the mask does not fit.
+    """
+    own = decode_image(image)
+    if OUTLINE in own.info or outline not in ("ignore", "centre"):
+        own = open_outlined(own)
+        picture = own.convert("RGB")
+    else:
+        own = picture = open_image(own)
+    if mask is not None:
+        return picture, check_mask(mask, picture), "given"
+    if own.mode == "RGBA":
+        return picture, np.asarray(own.getchannel("A")) > 0, "outline"
+    if outline == "centre":
+        return picture, np.asarray(draw_centre(picture).getchannel("A")) > 0, "centre"
+    return picture, central_ellipse(*picture.size), "central ellipse"
 
 
 @dataclass(frozen=True, eq=False)
@@ -495,7 +534,11 @@ class GradientAttention(MapMethod):
 
 @register_map
 class PatchSimilarity(MapMethod):
-    """Contrast of cosines: each patch token, pooled alone, with the class and with the others."""
+    """Contrast of cosines: each patch token, pooled alone, with the class and with the others.
+
+    Where the inside of an outline is pooled, a patch outside of it has no part in that: its value
+    is 0.
+    """
 
     name = "similarity"
     title = "Similarity of patch and class"
@@ -509,7 +552,9 @@ class PatchSimilarity(MapMethod):
         with torch.no_grad():
             similar = case.target.contrast(_features_alone(case))
         others = [k for k in range(similar.shape[1]) if k != case.target.index]
-        return similar[:, case.target.index] - similar[:, others].mean(1)
+        contrast = similar[:, case.target.index] - similar[:, others].mean(1)
+        inside = pooled_inside(case.model, case.inputs, case.view)
+        return contrast if inside is None else contrast * (inside > 0)
 
 
 def _features_alone(case: ExplainedImage) -> Tensor:
@@ -530,7 +575,8 @@ def _features_alone(case: ExplainedImage) -> Tensor:
             )
             + ". Use 'occlusion'."
         )
-    outputs = tower(**case.inputs)
+    colours, _ = split_channels(case.inputs["pixel_values"])
+    outputs = tower(**case.inputs | {"pixel_values": colours})
     tokens, count = outputs.last_hidden_state[0], view.rows * view.columns
     room = case.inputs["pixel_values"].shape[1] if "spatial_shapes" in case.inputs else count
     prefix = len(tokens) - room
@@ -538,16 +584,19 @@ def _features_alone(case: ExplainedImage) -> Tensor:
     # Two of the same, so that a pooler that leaves the first token out still has one.
     alone = tokens[prefix:].unsqueeze(1).expand(-1, 2, -1)
     pooled: Tensor = alone[:, 0]
-    if not isinstance(backbone, TowerPair):
+    if pooled_inside(model, case.inputs, view) is not None:
+        pooled = model.glovlm.pool_tokens(alone, alone.new_ones(alone.shape[:2]))
+    elif not isinstance(backbone, TowerPair):
         pooled = _own_pooling(tower, tokens, outputs.pooler_output)(alone)
-    elif backbone.vision_pooler is not None:
-        pooled = backbone.vision_pooler(alone)
-    elif model.config.vision_pooling == "pooler":
-        pooled = _own_pooling(tower, tokens, outputs.pooler_output)(alone)
-    elif model.config.vision_pooling == "cls_mean":
-        pooled = torch.cat([tokens[:1].expand(count, -1), pooled], dim=-1)
-    if isinstance(backbone, TowerPair) and model.config.normalize_pooled:
-        pooled = nn.functional.normalize(pooled, dim=-1)
+    else:
+        if backbone.vision_pooler is not None:
+            pooled = backbone.vision_pooler(alone)
+        elif model.config.vision_pooling == "pooler":
+            pooled = _own_pooling(tower, tokens, outputs.pooler_output)(alone)
+        elif model.config.vision_pooling == "cls_mean":
+            pooled = torch.cat([tokens[:1].expand(count, -1), pooled], dim=-1)
+        if model.config.normalize_pooled:
+            pooled = nn.functional.normalize(pooled, dim=-1)
     features: Tensor = model.glovlm.project_images(pooled)
     return features
 

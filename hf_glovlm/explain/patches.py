@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..inference.prediction import move_inputs
+from ..model.outlines import choose_inside, cover_patches, split_channels
 from ..model.prompts import tower_blocks
 
 Floats = NDArray[np.float32]
@@ -82,7 +83,7 @@ def view_image(model: Any, processor: Any, image: Image.Image) -> tuple[View, di
     Args:
         model: A classifier of ours.
         processor: Its processor.
-        image: RGB.
+        image: RGB, or RGBA with an outline.
 
     Returns:
         The view and the model's inputs, on its device.
@@ -114,6 +115,26 @@ def has_patches(model: Any) -> bool:
     # The patches of a hierarchical tower (Swin) merge on the way.
     staged = getattr(tower.config, "depths", None) is not None
     return not staged and getattr(tower.config, "patch_size", None) is not None
+
+
+def pooled_inside(model: Any, inputs: dict[str, Tensor], view: View) -> Tensor | None:
+    """Weight of each patch in a mean over the inside of an outline.
+
+    Args:
+        model: A classifier of ours.
+        inputs: Of one image.
+        view: Of the image.
+
+    Returns:
+        `[rows * columns]`, 0 outside, with a sum of 1; `None` where the model does not pool inside.
+    """
+    if not getattr(model.config, "pools_inside", False):
+        return None
+    values, inside = split_channels(inputs["pixel_values"])
+    if inside is None:
+        inside = torch.ones_like(values[:, 0])
+    weights = choose_inside(cover_patches(inside, (view.rows, view.columns), view.patch))[0]
+    return weights / weights.sum()
 
 
 def _patch(model: Any) -> tuple[int, int]:
@@ -151,7 +172,7 @@ def mean_colour(inputs: dict[str, Tensor]) -> Tensor:
     """Mean colour of an image as the model sees it `[3]`, with which parts of it are blanked."""
     values = inputs["pixel_values"][0]
     if values.dim() == 3:
-        return values.mean((1, 2))
+        return values[:3].mean((1, 2))
     seen = values[: int(inputs["spatial_shapes"][0].prod())]
     return seen.reshape(-1, 3).mean(0)  # flattened patches hold a pixel's channels together
 
@@ -159,7 +180,7 @@ def mean_colour(inputs: dict[str, Tensor]) -> Tensor:
 def reveal(
     inputs: dict[str, Tensor], shown: Tensor, colour: Tensor, view: View, batch_size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Show some patches of an image, and blank the others.
+    """Show some patches of an image, and blank the others; an outline stays where it is.
 
     Args:
         inputs: Of one image.
@@ -171,7 +192,7 @@ def reveal(
     Yields:
         The model's inputs, `n` images in all.
     """
-    values = inputs["pixel_values"]
+    values, inside = split_channels(inputs["pixel_values"])
     rest = {name: tensor for name, tensor in inputs.items() if name != "pixel_values"}
     if values.dim() == 4:
         row = (torch.arange(values.shape[-2]) // view.patch[0]).clamp(max=view.rows - 1)
@@ -181,6 +202,8 @@ def reveal(
         if values.dim() == 4:
             grid = part.view(n, 1, view.rows, view.columns)
             blank = torch.where(grid[:, :, row][..., column], values, colour.view(1, 3, 1, 1))
+            if inside is not None:
+                blank = torch.cat([blank, inside.expand(n, 1, -1, -1)], dim=1)
         else:
             padded = part.new_ones(n, values.shape[1])
             padded[:, : part.shape[1]] = part

@@ -63,7 +63,7 @@ GloVLMProcessor.register_for_auto_class("AutoProcessor")
 
 
 class _PipelineOf:
-    """Pipeline class of a task: ours for models that see outlines, transformers' own for all others.
+    """Pipeline class of a task: ours for models that see outlines, else transformers' own.
 
     `pipeline` looks a task's class up before it knows the model, and calls it with the model.
     """

@@ -356,10 +356,6 @@ class GloVLMModel(GloVLMPreTrainedModel):
     def _pool_inside(self, pixel_values: Tensor, **kwargs: Any) -> tuple[Any, Tensor]:
         """The vision tower's output, and its patch tokens pooled inside of the outline.
 
-        The mean of the patch tokens of which more than half lies inside; an attentional pooler
-        attends to these alone. CLIP's final norm, which its tower applies to the class token, is
-        applied to each token.
-
         Returns:
             The output, and `[n, width]`.
         """
@@ -374,15 +370,33 @@ class GloVLMModel(GloVLMPreTrainedModel):
                 outputs = tower(pixel_values=picture, **kwargs)
             kept = seen.patches[-1] if seen.patches else None
         tokens, coverage = self._patch_tokens(outputs.last_hidden_state, picture, inside, kept)
+        return outputs, self.pool_tokens(tokens, coverage)
+
+    def pool_tokens(self, tokens: Tensor, coverage: Tensor) -> Tensor:
+        """Pool the patch tokens inside of an outline, as a model with `pools_inside` does.
+
+        The mean of those of which more than half lies inside; an attentional pooler attends to
+        these alone. CLIP's final norm, which its tower applies to the class token, is applied to
+        each token.
+
+        Args:
+            tokens: `[n, patches, width]` of the vision tower.
+            coverage: Part of each that lies inside `[n, patches]`.
+
+        Returns:
+            `[n, vision_pooled_dim]`.
+        """
+        tower: Any = self.backbone.vision_model
         pooler = getattr(self.backbone, "vision_pooler", None)
         if pooler is not None:
-            return outputs, pooler(tokens, choose_inside(coverage) > 0)
+            attended: Tensor = pooler(tokens, choose_inside(coverage) > 0)
+            return attended
         if hasattr(tower, "post_layernorm") and "siglip" not in tower.config.model_type:
             tokens = tower.post_layernorm(tokens)
         pooled = mean_inside(tokens, coverage)
         if self.config.is_pair and self.config.normalize_pooled:
             pooled = nn.functional.normalize(pooled, dim=-1)
-        return outputs, pooled
+        return pooled
 
     def _patch_tokens(
         self, states: Tensor, picture: Tensor, inside: Tensor | None, kept: Tensor | None = None
