@@ -42,6 +42,9 @@ def config(**calibration: Any) -> Any:
         synthetic=False,
         backbone_name="x",
         guard={"images": 16},
+        id2label=dict(enumerate(NAMES)),
+        outline="ignore",
+        outline_of=None,
     )
 
 

@@ -224,6 +224,7 @@ def predict(
     from ..inference import FeatureCache, resolve_device
     from ..inference import predict as classify
     from ..inference.guard import NO_GUARD
+    from ..inference.outlines import hidden_notes, outline_notes
     from ..inference.scale import check_scale, describe_scale
     from ..inference.sentences import calibration_columns
     from ..publish.adapter_only import load_model
@@ -255,6 +256,9 @@ def predict(
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
         predictions = classify(*loaded, image_rows(readable, mpp), **options)
+    about = loaded[0].config
+    for sentence in [*hidden_notes(about), *outline_notes(about, image_rows(readable, mpp))]:
+        note(sentence)
     if predictions.support_distances is None:
         note(NO_GUARD)
     answers = calibration_columns(predictions, loaded[0].config.calibration or {})

@@ -95,8 +95,9 @@ def _rule(outline: str, outline_of: str | None) -> str:
     """What any model of this kind does not see."""
     if outline == "centre":
         return (
-            "The model looks at a circle in the middle of the square and at nothing else: what "
-            "lies around the glomerulus, or beyond the circle, cannot be judged."
+            "The model looks at a circle in the middle of each image and at nothing else: images "
+            "must be cut around the glomerulus, and what lies around it, or beyond the circle, "
+            "cannot be judged."
         )
     seen = f"The model looks inside the outline and at nothing else (outline: {outline})"
     if outline_of == "tuft":

@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from ..data.outlines import outlines_of, structure_of
+from ..data.visibility import hidden_classes
 from ..errors import GloVLMError
 from ..model.outlines import pools
+from .prediction import class_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,13 +37,14 @@ def set_outline(
     _check_tower(about, outline)
     about.outline, processor.outline, about.outline_of = outline, outline, None
     notes = [FAR_FROM_TEXTS] if needs_text and pools(outline) and not about.is_pair else []
+    classes = support.features["label"].names
     if outline in ("ignore", "centre"):
         if config.outline_of is not None:
             raise GloVLMError(
                 f"outline_of says what outlines go around, and with outline '{outline}' none is "
                 "used: leave it out, or give outline blank, pool or blank+pool."
             )
-        return [*notes, CENTRED] if outline == "centre" else []
+        return [*notes, *hidden_classes(classes, outline)]
     outlines = outlines_of(support)
     without = outlines.count(None)
     if without:
@@ -51,23 +54,22 @@ def set_outline(
             "use outline centre, which takes a circle in the middle."
         )
     about.outline_of = structure_of(outlines, config.outline_of)
-    if about.outline_of is None and outlines:
-        notes.append(UNSTATED_STRUCTURE)
-    return notes
+    return [*notes, *hidden_classes(classes, outline, about.outline_of)]
 
 
 FAR_FROM_TEXTS = (
     "This encoder learned to compare texts with its pooled output, not with the patch tokens that "
     "are averaged inside of the outline: class texts may say less here than with outline blank."
 )
-CENTRED = (
-    "The model sees a circle in the middle of each image, 80% of its shorter side wide, and "
-    "nothing around it: images must be cut around the glomerulus."
-)
-UNSTATED_STRUCTURE = (
-    "Whether the outlines go around the capsule or the tuft is not stated (outline_of): within the "
-    "tuft crescents, adhesions and ischaemia cannot be judged."
-)
+
+
+def hidden_notes(config: Any) -> list[str]:
+    """Sentences on what a classifier cannot judge, since its outline hides where that is seen.
+
+    Args:
+        config: Of the classifier.
+    """
+    return hidden_classes(class_names(config), config.outline, config.outline_of)
 
 
 def outline_notes(config: Any, rows: "Dataset") -> list[str]:

@@ -20,6 +20,7 @@ from ..data.terminology import find_term
 from ..errors import GloVLMError
 from ..model.heads import prototype_head
 from .guard import NO_GUARD
+from .outlines import hidden_notes
 from .prediction import Predictions, class_names
 from .scale import check_scale, describe_scale
 from .texts import check_class_texts, embed_prompts
@@ -171,6 +172,7 @@ def describe_limits(config: Any) -> list[str]:
             "Scores from synthetic images: this model was trained on synthetic images, so its "
             "scores test the software and are no evidence about kidneys."
         )
+    limits += hidden_notes(config)
     calibration = config.calibration or {}
     if calibration:
         limits += calibration.get("notes", [])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data.catalog import ClassInfo
 from ..data.terminology import described_prompts, terms_of
+from ..data.visibility import visible_prompts
 from ..errors import GloVLMError
 from ..settings import Settings, setting
 from .contract import Recipe, StepState, TowerMethod, coop_epochs, coop_recipe, register
@@ -236,7 +237,8 @@ class BiomedCoOp(AnchoredContextMethod):
         return coop_recipe(100, lr=2.5e-3, batch_size=4)
 
     def hand_made_prompts(self) -> list[list[str]]:
-        texts, self.notes = prompt_sets(self.classes, self.config.prompts)
+        seen = self.model.config.outline, self.model.config.outline_of
+        texts, self.notes = prompt_sets(self.classes, self.config.prompts, *seen)
         return texts
 
     def build(self) -> None:
@@ -264,13 +266,21 @@ class BiomedCoOp(AnchoredContextMethod):
 # -------------------------------------------------------------------------------- hand-made prompts
 
 
-def prompt_sets(classes: Sequence[ClassInfo], source: str) -> tuple[list[list[str]], list[str]]:
+def prompt_sets(
+    classes: Sequence[ClassInfo],
+    source: str,
+    outline: str = "ignore",
+    outline_of: str | None = None,
+) -> tuple[list[list[str]], list[str]]:
     """Prompt ensembles of each class, from which `biomedcoop` learns.
 
     Args:
         classes: The classes.
         source: `terminology`, for classes that it has and a crop can show, or `classes`: their
             own prompts.
+        outline: What the model does with outlines; those of the terminology's texts that name
+            what is hidden are left out.
+        outline_of: What the outlines go around.
 
     Returns:
         At least one text a class, and sentences for the results.
@@ -279,7 +289,9 @@ def prompt_sets(classes: Sequence[ClassInfo], source: str) -> tuple[list[list[st
         return [list(c.prompts) for c in classes], []
     known = terms_of([(c.name, c.display_name) for c in classes])
     texts = [
-        list(c.prompts) if term is None else described_prompts(term)
+        list(c.prompts)
+        if term is None
+        else list(visible_prompts(described_prompts(term), outline, outline_of))
         for c, term in zip(classes, known, strict=True)
     ]
     notes = []

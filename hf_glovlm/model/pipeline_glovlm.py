@@ -20,8 +20,9 @@ except ImportError:  # transformers says so when a pipeline is made
 class _Outlined:
     """Parts of a pipeline: the whole processor, which knows what the model sees of an outline."""
 
-    _load_processor = True
-    _load_image_processor = _load_tokenizer = False  # the processor has them
+    _load_processor: Any = True
+    _load_image_processor: Any = False  # the processor has both
+    _load_tokenizer: Any = False
     processor: Any
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -37,7 +38,9 @@ class GloVLMImageClassificationPipeline(_Outlined, ImageClassificationPipeline):
     inside and 0 outside. Of one without an outline the model takes the whole, and the log says so.
     """
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> Any:
+    def preprocess(  # type: ignore[override]
+        self, image: Any, timeout: float | None = None
+    ) -> Any:
         """Prepare an image, or an array, with its outline."""
         inputs = self.processor(images=load_outlined(image, timeout), return_tensors="pt")
         return inputs.to(self.dtype)
@@ -46,7 +49,7 @@ class GloVLMImageClassificationPipeline(_Outlined, ImageClassificationPipeline):
 class GloVLMZeroShotImageClassificationPipeline(_Outlined, ZeroShotImageClassificationPipeline):
     """Zero-shot image classification that keeps outlines; otherwise as transformers' own."""
 
-    def preprocess(
+    def preprocess(  # type: ignore[override]
         self, image: Any, *args: Any, timeout: float | None = None, **kwargs: Any
     ) -> Any:
         """Prepare an image with its outline, and the texts."""

@@ -15,7 +15,7 @@ from ..environment import describe_environment
 from ..errors import GloVLMError, nearest
 from ..inference import FeatureCache, Predictions, predict, resolve_device
 from ..inference.guard import count_unlike
-from ..inference.outlines import outline_notes
+from ..inference.outlines import hidden_notes, outline_notes
 from ..inference.prediction import class_names
 from ..inference.scale import check_scale, listed_mpp
 from ..settings import declarations
@@ -145,6 +145,7 @@ def evaluate(
         "notes": [
             groups.note,
             count_unlike(predictions),
+            *hidden_notes(classifier.config),
             *outline_notes(classifier.config, rows),
             *describe_reading({"all": rows}).notes,
             *seen.notes,

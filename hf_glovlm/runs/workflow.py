@@ -115,18 +115,17 @@ class Loader:
 
     def inputs(self, config: TrainConfig) -> dict[str, Any]:
         """What a run would be made from beside its settings and split; no image is decoded."""
-        from ..data import check_dataset, load_classes, load_dataset
+        from ..data import check_dataset, load_dataset
 
         source = _data_key(config)
         if source not in self._reports:
             dataset = load_dataset(config.data, columns=config.columns)
             self._reports[source] = check_dataset(dataset, decode=False)
         report = self._reports[source]
-        key = (source, config.prompts, config.stain, config.episodes, config.backbone)
+        shown = (config.prompts, config.stain, config.outline, config.outline_of)
+        key = (source, *shown, config.episodes, config.backbone)
         if key not in self._inputs:
-            classes = load_classes(
-                report.classes, source=config.folder, prompts=config.prompts, stain=config.stain
-            )
+            classes = _classes(config, report.classes)
             self._inputs[key] = describe_inputs(config, report.digests, classes, self)
         return self._inputs[key]
 
@@ -352,9 +351,23 @@ class _Task:
         return own if self.former is None else own.after(self.former)
 
 
+def _classes(config: TrainConfig, names: Sequence[str]) -> list["ClassInfo"]:
+    """Classes of a run with their prompts."""
+    from ..data import load_classes
+
+    return load_classes(
+        names,
+        source=config.folder,
+        prompts=config.prompts,
+        stain=config.stain,
+        outline=config.outline,
+        outline_of=config.outline_of,
+    )
+
+
 def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     """Read and split the data, and refuse what cannot be done before a backbone is loaded."""
-    from ..data import all_rows, describe_reading, load_classes
+    from ..data import all_rows, describe_reading
     from ..data.folder import column
 
     dataset, report = loader.data(config)
@@ -362,7 +375,7 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     former = former_provenance(config.backbone or MINI)
     episode, groups = _choose_episode(config, rows, former, report.hashes)
     names: list[str] = rows.features["label"].names
-    classes = load_classes(names, source=config.folder, prompts=config.prompts, stain=config.stain)
+    classes = _classes(config, names)
     labels = column(rows, "label")
     summary = episode.summary(labels, groups.ids, names)
     if former is not None:

@@ -302,7 +302,8 @@ def adapt(
     if isinstance(model, str):
         model, processor = load_backbone(model)
     if classes is None:
-        classes = load_classes(support.features["label"].names)
+        names = support.features["label"].names
+        classes = load_classes(names, outline=config.outline, outline_of=config.outline_of)
     labels = _labels(support)
     _check_support(chosen, labels, [c.name for c in classes])
     _check_config(chosen, model, config)
