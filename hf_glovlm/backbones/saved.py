@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import GloVLMError
 from ..files import check_fields, is_plain_name, read_json
+from ..model.outlines import OUTLINES, draw_centre
 
 _NONE = type(None)
 _KINDS: dict[str, tuple[type, ...]] = {  # of fields that any config.json may have
@@ -33,6 +34,8 @@ _OURS: dict[str, tuple[type, ...]] = {  # of those that a `GloVLMConfig` has
     **dict.fromkeys(("backbone_name", "backbone_revision", "backbone_license"), (str, _NONE)),
     **dict.fromkeys(("vision_pooling", "text_pooling"), (str,)),
     **dict.fromkeys(("joint_space", "synthetic", "normalize_pooled", "projection_bias"), (bool,)),
+    "outline": (str,),
+    "outline_of": (str, _NONE),
     "calibration": (dict, _NONE),
     "temperature": (float,),
     "mpp": (float, _NONE),
@@ -146,6 +149,11 @@ def check_config(content: Any, path: Path | str) -> None:
 
 def _check_values(place: Path, content: Mapping[str, Any]) -> None:
     """Check what stands in the fields of a `GloVLMConfig`, which are of the right kinds."""
+    for name, known in (("outline", OUTLINES), ("outline_of", (None, "capsule", "tuft"))):
+        value = content.get(name, known[0])
+        _refuse_unless(
+            value in known, place, name, f"to be one of {', '.join(map(str, known))}", value
+        )
     labels = content.get("id2label") or {}
     _refuse_unless(
         all(isinstance(name, str) for name in labels.values())
@@ -196,8 +204,15 @@ def check_processor(processor: Any, config: Any, place: str) -> None:
     from PIL import Image
 
     _check_numbers(Path(place), "", processor.image_processor.to_dict())
+    if processor.outline != config.outline:
+        raise GloVLMError(
+            f"The image transform in '{place}' was saved for outline '{processor.outline}', and "
+            f"the model learned with outline '{config.outline}': restore a copy of "
+            "processor_config.json, and of config.json."
+        )
+    picture = draw_centre(Image.new("RGB", (64, 48)))  # one with an outline
     try:
-        made = processor(images=Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"]
+        made = processor(images=picture, return_tensors="pt")["pixel_values"]
         finite = bool(made.isfinite().all())
     except Exception as error:  # of whatever library reads it
         raise GloVLMError(

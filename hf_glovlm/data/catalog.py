@@ -250,9 +250,7 @@ def load_classes(
     for label in labels:
         text, known = own.get(label, _ClassText()), from_catalog.get(label)
         display = text.display_name or (known or _undescribed(label)).display_name
-        ours = from_terms.get(label) or (
-            known.prompts if known else (_TEMPLATE.format(display),)
-        )
+        ours = from_terms.get(label) or (known.prompts if known else (_TEMPLATE.format(display),))
         chosen = text.prompts or visible_prompts(ours, outline, outline_of)
         classes.append(ClassInfo(label, display, _distinct(chosen)))
     _check_prompts(classes, "")

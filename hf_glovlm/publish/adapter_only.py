@@ -130,7 +130,7 @@ def stage_parts(stage: Path, run: Run, what: Part) -> None:
             )
         beside[key] = value.clone().contiguous()
     save_file(beside, stage / BESIDE, metadata={"format": "pt"})
-    config = without_places(run.config.to_dict(), {"auto_map"})
+    config = without_places(run.config.to_dict(), {"auto_map", "custom_pipelines"})
     config["context_token_ids"] = processor.context_token_ids
     write_json(stage / PARTS, config, ensure_ascii=False)
 
@@ -216,5 +216,5 @@ def _assemble(folder: Path) -> tuple[Any, Any]:
             f"{folder} does not fit its base '{config.backbone_name}': "
             f"{str(error).strip().splitlines()[-1].strip()}"
         ) from error
-    processor.context_token_ids = context
+    processor.context_token_ids, processor.outline = context, config.outline
     return classifier.float().eval(), processor

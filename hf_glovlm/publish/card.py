@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import UndefinedError
 
 from ..backbones import MINI, NOT_VERIFIED, known_rows
+from ..data.visibility import hidden_classes
 from ..errors import GloVLMError
 from ..files import check_kind, check_target, read_json, write_text
 from ..metrics import METRICS
@@ -60,7 +61,13 @@ NOT_IN_SETTINGS = {
     *("method", "method_config", "epochs", "lr", "weight_decay", "batch_size", "loss", "max_steps"),
     *("temperature", "conformal", "alpha", "per_class", "max_risk", "prior", "n_resamples"),
     *("device", "overwrite", "resume", "cache", "save_model"),
-    *("image_column", "label_column", "group_column", "group_from"),
+    *("image_column", "label_column", "group_column", "group_from", "outline", "outline_of"),
+}
+_SEEN = {  # of an image, by the setting `outline`
+    "centre": "a circle in its middle, on grey; the patch tokens in the circle are averaged",
+    "blank": "the inside of its outline, on grey",
+    "pool": "all of it; the patch tokens inside of its outline are averaged",
+    "blank+pool": "the inside of its outline, on grey; the patch tokens inside are averaged",
 }
 # Results that not every run has.
 _OPTIONAL = ("calibration", "prior_correction", "sets", "abstention", "transductive")
@@ -189,6 +196,7 @@ def _card_values(results: Mapping[str, Any], publication: Publication | None) ->
     title = f"{_backbone(results)}{former} adapted by {config['method']}, {_shots(data)}{mark}"
     confused = results["confusion_matrix"]
     mpp = data.get("mpp")
+    hidden = _hidden(results)
     return {
         **{name: results[name] for name in ("n", "n_groups", "bootstrap", "threshold", "method")},
         "config": config,
@@ -215,7 +223,11 @@ def _card_values(results: Mapping[str, Any], publication: Publication | None) ->
         "stain": data.get("stain") or config.get("stain"),
         "mpp": None if mpp == "unknown" else mpp,
         "frozen": config.get("episodes"),
-        "notes": [note for note in results["notes"] if not _PRIVATE.search(note)],
+        "seen": _describe_outline(results["training"]),
+        "hidden": hidden,
+        "notes": [
+            note for note in results["notes"] if note not in hidden and not _PRIVATE.search(note)
+        ],
         "licence": _licence(results),
         "prior": named(results["prior"]),
         "metrics": metric_rows(results["metrics"]),
@@ -328,6 +340,23 @@ def _labels(data: Mapping[str, Any]) -> dict[str, Any]:
         "further": " and ".join(f"{n} served for {side}" for side, n in further.items() if n),
         "groups": named(data.get("groups", {})),
     }
+
+
+def _describe_outline(training: Mapping[str, Any]) -> str:
+    """What the model sees of an image; empty where that is all of it."""
+    outline = training.get("outline", "ignore")  # runs before outlines have none
+    if outline == "ignore":
+        return ""
+    around = training.get("outline_of")
+    stated = f"The outlines go around the {around}." if around else "Around what is not stated."
+    return f"{_SEEN[outline]}.{'' if outline == 'centre' else f' {stated}'}"
+
+
+def _hidden(results: Mapping[str, Any]) -> list[str]:
+    """What the model cannot judge, since its outline hides where that is seen."""
+    training, names = results["training"], [row["name"] for row in results["data"]["classes"]]
+    seen = training.get("outline", "ignore"), training.get("outline_of")
+    return [sentence for sentence in hidden_classes(names, *seen) if not _PRIVATE.search(sentence)]
 
 
 def _licence(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,10 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..calibration.inputs import softmax
-from ..data.folder import column, open_image
+from ..data.folder import column
 from ..errors import GloVLMError, nearest
 from ..files import replacing
 from ..inference import evaluation_mode, load_classifier
+from ..inference.prediction import ImageRows
+from ..model.outlines import CENTRE, FILL, blanks, draw_centre, pools
 from .identifiers import Identifiers, Text, identifiers_of, refuse_named, texts_of
 from .licences import check_publishing
 from .staging import search_folder
@@ -155,8 +157,9 @@ def export_classifier(
     """Write a classifier as an ONNX graph with its preprocessing, or leave nothing.
 
     The graph maps `pixel_values` `[batch, 3, height, width]`, of any batch, to `logits`
-    `[batch, classes]`, with temperature and prior correction. `int8` quantises the weights of its
-    matrix products, and activations as they come (onnxruntime's dynamic quantisation).
+    `[batch, classes]`, with temperature and prior correction; where the inside of an outline is
+    pooled there is a fourth channel, the part of each pixel inside. `int8` quantises the weights of
+    its matrix products, and activations as they come (onnxruntime's dynamic quantisation).
 
     Args:
         model: The classifier, in fp32 on a CPU; it is not changed.
@@ -185,12 +188,13 @@ def export_classifier(
     refuse_named("the model", texts_of({"class_names": _names(model)}), forbidden)
     refuse_named("the command", [Text("data", data_name)], forbidden)
     target = _check_folder(Path(output_dir))
-    sample = None if data is None else _images(model, data, data_name, synthetic)
+    sample = None if data is None else _images(model, processor, data, data_name, synthetic)
     with evaluation_mode(model), replacing(target) as work:
         work.mkdir()
         notify("exporting")
         plain = work / "model.onnx"
-        images = [Image.new("RGB", (64, 64))] * 2 if sample is None else sample.images
+        blank = draw_centre(Image.new("RGB", (64, 64)))
+        images = [blank] * 2 if sample is None else sample.images
         example = _prepare(processor, images[:2])
         opset = _write_graph(model, example, plain)
         _annotate(plain, model)
@@ -261,8 +265,9 @@ def describe_input(
             "dtype": "float32",
             "shape": ["batch", *example.shape[1:]],
             "layout": "NCHW",
-            "channel_order": "RGB",
+            "channel_order": "RGB, inside" if pools(config.outline) else "RGB",
         },
+        "outline": _describe_outline(config),
         "preprocessing": {
             "resize": resize,
             "center_crop": crop,
@@ -282,6 +287,21 @@ def describe_input(
         "backbone": config.backbone_name,
         "license": config.backbone_license,
         "synthetic": config.synthetic,
+    }
+
+
+def _describe_outline(config: Any) -> dict[str, Any] | None:
+    """What to do with the outline of an image; `None` where it is not used."""
+    if config.outline == "ignore":
+        return None
+    inside = "of the part of each pixel inside of the outline, 0 to 1, resized and cropped as RGB"
+    return {
+        "mode": config.outline,
+        "around": config.outline_of,
+        "circle": CENTRE if config.outline == "centre" else None,
+        "fill_outside": [FILL] * 3 if blanks(config.outline) else None,
+        "fourth_channel": inside if pools(config.outline) else None,
+        "without_an_outline": "everything is inside",
     }
 
 
@@ -344,11 +364,11 @@ class _Sample(NamedTuple):
     synthetic: bool
 
 
-def _images(model: Any, data: "Dataset", name: str, synthetic: bool) -> _Sample:
+def _images(model: Any, processor: Any, data: "Dataset", name: str, synthetic: bool) -> _Sample:
     """The images of the data, with the model's number of each one's class."""
     if not len(data):
         raise GloVLMError("There are no images to measure on: give a folder with images in it.")
-    images = [open_image(value) for value in column(data, "image")]
+    images = ImageRows(data, processor.outline).pictures(range(len(data)))
     labels = None
     if "label" in data.column_names:
         names, known = _names(model), data.features["label"].names
@@ -511,6 +531,7 @@ def _largest_difference(
 ) -> float:
     """Over noise and images, in batches of several sizes; not a number counts as infinite."""
     noise = torch.randn(5, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    noise[:, 3:] = (noise[:, 3:] > 0).float()  # pixels inside of an outline
     batches = [noise[:1], noise, _prepare(processor, images)]
     graph, plain = _of_graph(path), _of_model(model)
     difference = max(float(np.abs(graph(batch) - plain(batch)).max()) for batch in batches)

@@ -31,8 +31,8 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
         The folder.
 
     Raises:
-        GloVLMError: The model is no CLIP (a pair, SigLIP), changed its blocks, or classifies by
-            something other than texts.
+        GloVLMError: The model is no CLIP (a pair, SigLIP), changed its blocks, sees outlines, or
+            classifies by something other than texts.
     """
     import torch
     from transformers import CLIPProcessor
@@ -50,6 +50,12 @@ def export_clip(run: str | Path, folder: str | Path, *, reason: str | None = Non
         raise GloVLMError(
             f"Method '{method}' changed the blocks of the towers, which "
             "a plain CLIP has no place for: publish it as it is (glovlm push)."
+        )
+    if config.outline != "ignore":
+        raise GloVLMError(
+            f"This model sees what lies inside of an outline (outline '{config.outline}'), and a "
+            "plain CLIP takes the whole image into its class token: publish it as it is (glovlm "
+            "push), or export it as ONNX."
         )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise GloVLMError(f"{target} is there already: give a new or an empty folder.")

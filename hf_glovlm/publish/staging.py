@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import GloVLMError
 from ..files import check_fields, read_json, read_text, write_json
-from ..model.configuration_glovlm import AUTO_MAP
+from ..model.configuration_glovlm import AUTO_MAP, PIPELINES
 from ..settings import read_yaml
 from .adapter_only import stage_parts
 from .card import SUBGROUPS, Publication, render_card
@@ -21,6 +21,7 @@ from .licences import Part, describe_licence
 from .source import MODEL_FILES, SHARD, Run, without_places, write_code
 
 _CODE = {*AUTO_MAP.values(), "processing_glovlm.GloVLMProcessor"}
+_CODE |= {str(pipeline["impl"]) for pipeline in PIPELINES.values()}
 _VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt")
 _FIGURES = ("calibration", "confusion_matrix", "per_class", "reliability", "risk_coverage")
 # `results.json` as it is published: what stands here, and nothing that was added since.
@@ -29,7 +30,7 @@ _CONFIG_KEYS = (
     "test_fraction", "loss", "method_config", "epochs", "lr", "weight_decay", "batch_size",
     "max_steps", "cross_validate", "calibration_groups", "temperature", "conformal", "alpha",
     "per_class", "max_risk", "prior", "augment", "views", "mixed_precision", "accumulate",
-    "clip_norm", "n_resamples",
+    "clip_norm", "n_resamples", "outline", "outline_of",
 )  # fmt: skip
 _DATA_KEYS = (
     "name", "hub_id", "fingerprint", "classes", "counts", "groups", "group_column", "split_hash",
@@ -125,8 +126,10 @@ def _stage_model(stage: Path, run: Run) -> None:
 
 def _check_code(file: Path, content: dict[str, Any]) -> None:
     """Refuse a file that names code other than the package's own."""
-    check_fields(file, content, {"auto_map": (dict, type(None))})
-    for name in _strings((content.get("auto_map") or {}).values()):
+    check_fields(file, content, dict.fromkeys(("auto_map", "custom_pipelines"), (dict, type(None))))
+    pipelines = (content.get("custom_pipelines") or {}).values()
+    named = [one.get("impl") if isinstance(one, dict) else one for one in pipelines]
+    for name in _strings([*(content.get("auto_map") or {}).values(), *named]):
         if name not in _CODE:
             raise GloVLMError(
                 f"'{file}' names the code '{name}', which is none of this package, and no code of "

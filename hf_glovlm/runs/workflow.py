@@ -466,6 +466,8 @@ def _describe_adapted(adapted: Adapted, task: _Task) -> dict[str, Any]:
             "epochs_run": len(adapted.log),
             "final_loss": adapted.log[-1]["loss"] if adapted.log else None,
             "loss": task.config.loss,
+            "outline": model.outline,
+            "outline_of": model.outline_of,
             "facts": adapted.facts,
         },
     }
