@@ -23,6 +23,7 @@ _MODULES = {  # public names, by the module that holds them; for type checkers i
         "load_episode",
         "open_image",
     ),
+    "data.outlines": ("open_outlined",),
     "errors": ("GloVLMError",),
     "inference": (
         "FeatureCache",
@@ -33,6 +34,7 @@ _MODULES = {  # public names, by the module that holds them; for type checkers i
         "load_classifier",
         "predict",
     ),
+    "inference.outlines": ("outline_notes",),
     "inference.sentences": (
         "build_zero_shot",
         "copy_sharing_weights",

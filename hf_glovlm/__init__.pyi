@@ -9,6 +9,7 @@ from .data import load_classes as load_classes
 from .data import load_dataset as load_dataset
 from .data import load_episode as load_episode
 from .data import open_image as open_image
+from .data.outlines import open_outlined as open_outlined
 from .errors import GloVLMError as GloVLMError
 from .inference import FeatureCache as FeatureCache
 from .inference import MemoryCache as MemoryCache
@@ -17,6 +18,7 @@ from .inference import embed_images as embed_images
 from .inference import embed_prompts as embed_prompts
 from .inference import load_classifier as load_classifier
 from .inference import predict as predict
+from .inference.outlines import outline_notes as outline_notes
 from .inference.sentences import build_zero_shot as build_zero_shot
 from .inference.sentences import copy_sharing_weights as copy_sharing_weights
 from .inference.sentences import describe_classes as describe_classes
@@ -103,6 +105,8 @@ __all__ = [
     "load_episode",
     "load_published",
     "open_image",
+    "open_outlined",
+    "outline_notes",
     "paired_differences",
     "predict",
     "push",

@@ -20,6 +20,7 @@ from ..inference.sentences import copy_sharing_weights
 from ..methods import METHODS, FeatureMethod, HeadMethod
 from ..metrics import compute_metrics
 from ..training import AdaptConfig, adapt
+from ..training.config import Outline
 from .evaluation import check_unlearned
 from .provenance import hash_groups
 
@@ -69,6 +70,7 @@ def leave_patients_out(
     *,
     classes: "Sequence[ClassInfo] | None" = None,
     method_config: Mapping[str, Any] | None = None,
+    outline: Outline = "ignore",
     seed: int = 0,
     cache: FeatureCache | None = None,
     on_patient: Callable[[int, int], None] | None = None,
@@ -83,6 +85,7 @@ def leave_patients_out(
         patients: Patient of each row; an empty one is not known.
         classes: Names and prompts in label order.
         method_config: Settings of the method.
+        outline: What the model sees of an outlined image, see `AdaptConfig`.
         seed: Of every adaptation.
         cache: Keeps features of the towers; by default in memory, and gone afterwards.
         on_patient: Told how many patients are done, of how many.
@@ -113,7 +116,7 @@ def leave_patients_out(
     group = np.array([order.index(patient) for patient in patients])
     probabilities = np.empty((len(rows), len(names)))
     logits = np.empty((len(rows), len(names)), np.float32)
-    config = AdaptConfig(method_config or {}, seed=seed)
+    config = AdaptConfig(method_config or {}, seed=seed, outline=outline)
     for k in range(len(order)):
         kept, left = np.flatnonzero(group != k).tolist(), np.flatnonzero(group == k).tolist()
         adapted = adapt(

@@ -30,7 +30,7 @@ from gate import Gate
 from shelf import Settings
 from starlette.middleware import Middleware
 from uploads import MAX_BATCH, MAX_FILE, sweep
-from work import MAX_CLASSES
+from work import MAX_CLASSES, OUTLINES
 
 from hf_glovlm import explain, frozen_methods
 
@@ -194,14 +194,19 @@ def _lay_out_adapt() -> dict[str, Any]:
         methods, value="linear_probe", label="Method", info="All leave the towers as they are.",
         elem_id="adapt-method",
     )  # fmt: skip
+    outline = gr.Dropdown(
+        [(title, name) for name, title in OUTLINES.items()], value="ignore",
+        label="What the model sees", elem_id="adapt-outline",
+        info="An outline hides what lies outside of it; the limits above the result say what.",
+    )  # fmt: skip
     start = gr.Button("Adapt", variant="primary", elem_id="adapt-start")
     result = gr.HTML(elem_id="adapt-result", min_height=60)
     download = gr.DownloadButton("Download the model", interactive=False, elem_id="adapt-zip")
     use = gr.Button("Use this model above", elem_id="adapt-use")
     return {
         "fill": fill, "clear": clear, "names": names, "boxes": boxes, "trays": trays,
-        "by_name": by_name, "table": table, "method": method, "start": start, "result": result,
-        "download": download, "use": use,
+        "by_name": by_name, "table": table, "method": method, "outline": outline,
+        "start": start, "result": result, "download": download, "use": use,
     }  # fmt: skip
 
 
@@ -220,7 +225,15 @@ def _connect_adapt(
     on(
         parts["start"].click,
         desk.adapt,
-        [model, parts["method"], parts["by_name"], parts["table"], session, *names],
+        [
+            model,
+            parts["method"],
+            parts["outline"],
+            parts["by_name"],
+            parts["table"],
+            session,
+            *names,
+        ],
         [session, parts["table"], parts["result"], parts["download"], model, other],
         **ONE_AT_A_TIME,
     )

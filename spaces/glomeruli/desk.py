@@ -179,7 +179,7 @@ class Desk:
         return session, *[""] * MAX_CLASSES, *[pages.show_tray([])] * MAX_CLASSES
 
     def adapt(
-        self, name: str, method: str, by_name: bool, table: Files,
+        self, name: str, method: str, outline: str, by_name: bool, table: Files,
         session: Session, *names: str, progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> tuple[Any, ...]:  # fmt: skip
         """Adapt the chosen model to the boxes, estimate, and offer the model's folder."""
@@ -193,8 +193,9 @@ class Desk:
         if by_name:
             support = {label: [_from_name(i) for i in part] for label, part in support.items()}
         session.adapted = adapt_classifier(
-            self.find(name, session), support, method, patients, lambda p, what: progress(p, what)
-        )
+            self.find(name, session), support, method, patients, outline,
+            lambda p, what: progress(p, what),
+        )  # fmt: skip
         limits = describe_limits(session.adapted.loaded.ask().config)
         try:
             path = zip_model(session.adapted, Path(os.environ["GRADIO_TEMP_DIR"]), self.settings)
@@ -306,6 +307,7 @@ class Desk:
         method: str = "linear_probe",
         patients: list[str] | None = None,
         model: str = "",
+        outline: str = "ignore",
     ) -> dict[str, Any]:
         """Adapt a model to labelled images: leave-one-patient-out metrics and the model as a zip.
 
@@ -318,6 +320,7 @@ class Desk:
             method: A method on frozen features, such as linear_probe or tip_adapter.
             patients: Patient of each image, if known.
             model: A Hub id or a known backbone; the page's own when empty.
+            outline: What the model sees: ignore (the whole image), centre, blank, pool, blank+pool.
         """
         images, refused = read_uploads(take_files(files), limit=MAX_CLASSES * 24)
         if refused or len(labels) != len(images) or len(patients or labels) != len(images):
@@ -328,7 +331,7 @@ class Desk:
         support: dict[str, list[Upload]] = {}
         for image, label in zip(images, labels, strict=True):
             support.setdefault(label, []).append(image)
-        adapted = adapt_classifier(self.shelf.get(model), support, method)
+        adapted = adapt_classifier(self.shelf.get(model), support, method, outline=outline)
         measured = adapted.results["metrics"] if adapted.results else None
         file, limits = None, describe_limits(adapted.loaded.ask().config)
         try:

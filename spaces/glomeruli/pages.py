@@ -7,7 +7,7 @@ from typing import Any
 
 from shelf import Loaded
 from uploads import Upload
-from work import Classification, Heat
+from work import OUTLINES, Classification, Heat
 
 from hf_glovlm import describe_classes, describe_limits
 
@@ -25,6 +25,13 @@ Every image is decoded in memory, and the uploaded file is deleted at once. The 
 `glovlm predict`, the heat maps those of `glovlm explain`, and what is adapted here loads with
 `hf_glovlm.load_classifier`. The same is served without a page: see *Use via API* below, and the
 README of this Space.
+
+An image may carry the outline of its glomerulus: a PNG whose colours are the whole image and whose
+alpha channel is 255 inside and 0 outside, as `glovlm data crops` writes it. A model that was
+adapted to outlined images sees the inside; the page says when an image has no outline, and what
+cannot be judged: inside the outline of a tuft neither crescents nor adhesions nor ischaemia, inside
+that of a capsule not what lies around the glomerulus. Pictures are shown whole, paler outside of
+the outline.
 
 Everything called *synthetic*, the examples too, comes from a computer program, not from patients.
 Numbers made with it test the software and say nothing about kidneys.
@@ -81,10 +88,13 @@ def show_tray(images: Sequence[Upload], refused: Sequence[str] = ()) -> str:
     """Tray of thumbnails, and refused files."""
     items = "".join(
         f'<li><img src="{image.thumbnail}" alt=""><span>{_name(image.name)}'
-        f"{' (synthetic)' if image.synthetic else ''}</span></li>"
+        f"{' (synthetic)' if image.synthetic else ''}{' (outlined)' if image.outline else ''}"
+        "</span></li>"
         for image in images
     )
     count = f"{len(images)} image{'' if len(images) == 1 else 's'}"
+    if outlined := sum(bool(image.outline) for image in images):
+        count += f", {outlined} with an outline"
     return _wrap(
         _mark(refused, "refused"),
         f'<p class="quiet" role="status">{count}</p>',
@@ -102,6 +112,7 @@ def show_model(loaded: Loaded) -> str:
         "Licence": config.backbone_license or "not known",
         "Head": (config.head or {}).get("kind", "not known").replace("_", " "),
         "Classes": ", ".join(map(str, config.id2label.values())).replace("_", " "),
+        "Sees": OUTLINES.get(config.outline, f"outlines ({config.outline})"),
     }
     items = "".join(f"<span><b>{k}</b> {escape(v)}</span>" for k, v in facts.items())
     return _wrap(f'<div class="facts">{items}</div>', _mark(describe_limits(config)))

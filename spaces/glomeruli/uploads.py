@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from hf_glovlm import GloVLMError, open_image, render_cohort
+from hf_glovlm import GloVLMError, explain, open_outlined, render_cohort
 
 MAX_FILE = 20 * 2**20  # bytes
 MAX_PIXELS = 16_000_000
@@ -39,6 +39,7 @@ class Upload:
         patient: Where known.
         label: Its class, where known.
         synthetic: Whether it is one of the examples.
+        outline: What its outline goes around (`capsule`, `tuft`, `unstated`); empty without one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Upload:
     patient: str = ""
     label: str = ""
     synthetic: bool = False
+    outline: str = ""
 
 
 def take_files(
@@ -141,14 +143,15 @@ def read_upload(name: str, content: bytes) -> Upload:
             f"{name} has {len(content) / 2**20:.0f} MB, at most {MAX_FILE / 2**20:.0f} are taken: "
             "cut the glomeruli out first."
         )
-    image = open_image({"path": name, "bytes": content})
+    image = open_outlined({"path": name, "bytes": content})
     if image.width * image.height > MAX_PIXELS:
         raise GloVLMError(
             f"{name} has {image.width} x {image.height} pixels, and at most {MAX_PIXELS:,} are "
             "taken here: cut the glomeruli out first."
         )
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    return Upload(name, content, to_address(image))
+    shown = explain.show_outline(image)  # the whole picture: its outline hides nothing of it
+    shown.thumbnail((THUMBNAIL, THUMBNAIL))
+    return Upload(name, content, to_address(shown), outline=image.info.get("outline", ""))
 
 
 def check_name(name: str) -> None:

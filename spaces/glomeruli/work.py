@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from PIL.Image import Image as Picture
 from shelf import Loaded, Settings
 from uploads import Upload, to_address
 
 from hf_glovlm import (
+    AdaptConfig,
     GloVLMError,
     MemoryCache,
     __version__,
@@ -35,7 +36,8 @@ from hf_glovlm import (
     frozen_methods,
     leave_patients_out,
     load_classes,
-    open_image,
+    open_outlined,
+    outline_notes,
     predict,
 )
 
@@ -43,6 +45,16 @@ BATCH = 8  # images decoded at a time
 SHOWN = 512  # pixels of a heat map on the page
 EXPLAINED = 1024  # pixels of the longer side of an image before a heat map
 MAX_CLASSES = 6
+OUTLINES = {  # what a model may learn to see, for the page
+    "ignore": "the whole image",
+    "centre": "a circle in the middle of the image",
+    "blank+pool": "the inside of the outline (an image's alpha channel)",
+}
+GLOMERULUS = {  # where the glomerulus was taken to be, by `HeatMap.mask`
+    "given": "the outline is taken for the glomerulus",
+    "centre": "the circle that the model sees is taken for the glomerulus",
+    "central ellipse": "an ellipse in the middle stands in for the glomerulus",
+}
 Progress = Callable[[float, str], object]
 
 
@@ -96,7 +108,7 @@ def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None)
     return Classification(
         describe_predictions(predictions, model.config),
         scale,
-        describe_limits(model.config),
+        [*outline_notes(model.config, rows), *describe_limits(model.config)],
         neighbours,
     )
 
@@ -142,11 +154,18 @@ class Heat:
 
 def draw_heat(loaded: Loaded, image: Upload, method: str, target: str | None = None) -> Heat:
     """Draw one heat map."""
-    picture: Picture = open_image({"path": image.name, "bytes": image.content})
+    outlined = open_outlined({"path": image.name, "bytes": image.content})
+    picture, inside = outlined.convert("RGB"), None
+    if outlined.mode == "RGBA":  # apart, as resizing both together loses the colours outside
+        alpha = outlined.getchannel("A")
+        alpha.thumbnail((EXPLAINED, EXPLAINED))
+        inside = np.asarray(alpha) > 127
     picture.thumbnail((EXPLAINED, EXPLAINED))
     # Attention is read by switching the towers' back end: on modules of one's own.
     model = copy_sharing_weights(loaded.ask())
-    heat = explain.explain(model, loaded.processor, picture, method=method, target=target or None)
+    heat = explain.explain(
+        model, loaded.processor, picture, method=method, target=target or None, mask=inside
+    )
     colours = explain.overlay(picture, heat, opacity=1.0)
     about = heat.describe()
     name = heat.target.replace("_", " ")
@@ -155,7 +174,7 @@ def draw_heat(loaded: Loaded, image: Upload, method: str, target: str | None = N
         f"highest. A value is: {explain.HEAT_MAPS[method].unit}.",
         f"Probability of {name}: {heat.score:.2f}; with the glomerulus blanked "
         f"{about['glomerulus_blanked']:.2f}; with its surroundings blanked "
-        f"{about['context_blanked']:.2f} (an ellipse in the middle stands in for the glomerulus).",
+        f"{about['context_blanked']:.2f} ({GLOMERULUS[heat.mask]}).",
         "A map shows what the model uses, not what is the matter with a glomerulus.",
     ]
     shown = []
@@ -197,6 +216,7 @@ def adapt_classifier(
     support: Mapping[str, Sequence[Upload]],
     method: str,
     patients: Mapping[str, str] | None = None,
+    outline: str = "ignore",
     on_progress: Progress = lambda share, what: None,
 ) -> AdaptedModel:
     """Adapt a model to labelled images, and leave out one patient at a time if they are known.
@@ -206,6 +226,7 @@ def adapt_classifier(
         support: Images of each class.
         method: A name of `frozen_methods()`.
         patients: Of file names; of images that are not among them, their own.
+        outline: What the model sees of an image, as `AdaptConfig` takes it.
         on_progress: Called with the share that is done, 0 to 1, and the current step.
     """
     support = {name.strip(): list(images) for name, images in support.items() if images}
@@ -224,14 +245,20 @@ def adapt_classifier(
         "file_name": [image.name for image in images],
     }
     rows = Dataset.from_dict(columns, Features(types))
-    classes, cache = load_classes(list(support)), MemoryCache()
+    config = AdaptConfig.from_mapping({"outline": outline})
+    around = {image.outline for image in images} - {"", "unstated"}
+    classes = load_classes(
+        list(support), outline=outline, outline_of=around.pop() if len(around) == 1 else None
+    )
+    cache = MemoryCache()
     # What an earlier head was calibrated to is no longer true.
     base = copy_sharing_weights(loaded.towers)
     base.config.temperature, base.config.prior_shift, base.config.calibration = 1.0, None, None
     base.config.mpp = base.config.image_scale = None
     processor = copy.deepcopy(loaded.processor)  # a tokenizer serves one at a time
     on_progress(0.05, "encoding images")
-    embed_images(base, processor, rows, batch_size=BATCH, cache=cache, project=False)
+    if outline == processor.outline:  # else `adapt` encodes them, once it has set what is seen
+        embed_images(base, processor, rows, batch_size=BATCH, cache=cache, project=False)
     on_progress(0.2, f"adapting by {method}")
 
     def show(row: Mapping[str, Any]) -> None:
@@ -241,11 +268,11 @@ def adapt_classifier(
 
     adapted = adapt(
         copy_sharing_weights(base), method, rows,
-        processor=processor, classes=classes, cache=cache, on_epoch=show,
+        processor=processor, classes=classes, config=config, cache=cache, on_epoch=show,
     )  # fmt: skip
     adapted.model.config.synthetic = all(image.synthetic for image in images)
     validation = leave_patients_out(
-        base, processor, method, rows, known, classes=classes, cache=cache,
+        base, processor, method, rows, known, classes=classes, outline=config.outline, cache=cache,
         on_patient=lambda k, n: on_progress(0.4 + 0.6 * k / n, f"left out {k} of {n} patients"),
     )  # fmt: skip
     model = Loaded("adapted here", adapted.model.glovlm, processor, adapted.model)
