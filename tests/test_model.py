@@ -407,17 +407,23 @@ found["module"] = type(model).__module__.split(".")[0]
 
 def test_remote_code_without_the_package(tmp_path: Path) -> None:
     expected, folders = {}, []
-    for name in [*DUAL, "pair"]:
-        model, processor = load_backbone(backbone_name(name))
+    for name in [*DUAL, "pair", "outlined"]:
+        model, processor = load_backbone(backbone_name("clip" if name == "outlined" else name))
+        image = IMAGES[0].copy()
         if name == "pair":
             model.backbone.set_visual_projection(torch.randn(32, 64), torch.randn(32))
+        if name == "outlined":
+            model.config.outline = processor.outline = "blank+pool"
+            alpha = Image.new("L", image.size)
+            alpha.paste(255, (6, 8, 30, 34))
+            image.putalpha(alpha)
         saved = with_head(model)
         folders.append(tmp_path / name)
         saved.save_pretrained(folders[-1])
         processor.save_pretrained(folders[-1])
-        IMAGES[0].save(folders[-1] / "image.png")
+        image.save(folders[-1] / "image.png")
         with torch.no_grad():
-            inputs = processor(images=IMAGES[:1], return_tensors="pt")
+            inputs = processor(images=[image], return_tensors="pt")
             text = model.class_prototypes(**processor.encode_prompts(PROMPTS))
             expected[name] = saved(**inputs).logits[0].tolist(), text.tolist()
     elsewhere = tmp_path / "elsewhere"

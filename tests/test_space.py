@@ -1,5 +1,6 @@
 """The Space without a browser: what it takes and refuses, what it does, and its endpoints."""
 
+import base64
 import csv
 import html
 import io
@@ -11,6 +12,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import product
@@ -21,12 +23,15 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx
+import numpy as np
 import pytest
 import tiny
+import torch
 import yaml
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
+from test_outline_input import write_crops
 
 import hf_glovlm
 from hf_glovlm import GloVLMError
@@ -38,6 +43,7 @@ import work
 from gate import MAX_JSON
 from shelf import Settings, Shelf
 from uploads import (
+    Upload,
     check_name,
     make_examples,
     read_patients,
@@ -632,3 +638,63 @@ def test_a_few_clients_at_once(served: Served, files: list[Path]) -> None:
     report = press(served.url, files[0], clients=4, seconds=1.0)
     assert report["errors"] == []
     assert report["answers"] >= 4
+
+
+# ------------------------------------------------------------------------------------- outlines
+
+
+def outlined_uploads(folder: Path, structure: str = "tuft") -> dict[str, list[Upload]]:
+    support: dict[str, list[Upload]] = {}
+    for path in sorted(write_crops(folder, structure).glob("*/*.png")):
+        image = read_upload(f"{path.parent.name}_{path.name}", path.read_bytes())
+        support.setdefault(path.parent.name, []).append(replace(image, patient=f"P{path.stem}"))
+    return support
+
+
+def test_an_outline_goes_through_the_page(shelf: Shelf, tmp_path: Path) -> None:
+    support = outlined_uploads(tmp_path)
+    first = support["pale"][0]
+    thumbnail = Image.open(io.BytesIO(base64.b64decode(first.thumbnail.split(",")[1])))
+    path = tmp_path / "pale" / "0.png"
+    whole = np.asarray(hf_glovlm.open_image(path), float)
+    inside = np.asarray(Image.open(path).getchannel("A")) > 0
+    shown = np.asarray(thumbnail, float)
+    # Nothing of the picture is hidden: paler outside, but not blank.
+    assert abs(shown[inside].mean() - whole[inside].mean()) < 5
+    assert shown[~inside].mean() > whole[~inside].mean() + 20
+    assert shown[~inside].std() > 10
+    assert "8 images, 8 with an outline" in pages.show_tray(
+        [i for p in support.values() for i in p]
+    )
+    adapted = work.adapt_classifier(shelf.get(""), support, "linear_probe", outline="blank+pool")
+    model, processor = adapted.loaded.ask(), adapted.loaded.processor
+    assert (model.config.outline, processor.outline) == ("blank+pool", "blank+pool")
+    assert adapted.results is not None  # left out one patient at a time, inside of the outlines too
+    hidden = "crescents, adhesions, ischaemia"
+    assert hidden in adapted.card
+    assert any(hidden in note for note in adapted.notes)
+    assert hidden in pages.show_model(adapted.loaded)
+    assert "inside of the outline" in pages.show_model(adapted.loaded)
+    images = support["pale"] + support["dark"]
+    answers = work.classify(adapted.loaded, images)
+    pictures = [hf_glovlm.open_outlined({"bytes": i.content, "path": i.name}) for i in images]
+    with torch.no_grad():
+        expected = model(**processor(images=pictures, return_tensors="pt")).logits.softmax(-1)
+    actual = [list(answer.probabilities.values()) for answer in answers.answers]
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    assert not any("have no outline" in sentence for sentence in answers.limits)
+    bare = work.classify(adapted.loaded, [read_upload("bare.png", png()), *images[:1]])
+    assert bare.limits[0].startswith("1 of 2 images have no outline")
+    heat = work.draw_heat(adapted.loaded, first, "occlusion")
+    assert any("the outline is taken for the glomerulus" in text for text in heat.sentences)
+
+
+def test_an_outline_that_is_needed_is_asked_for(shelf: Shelf, tmp_path: Path) -> None:
+    support = outlined_uploads(tmp_path)
+    support["pale"][0] = read_upload("bare.png", png())
+    with pytest.raises(GloVLMError, match=r"needs the outline .* 1 of 8 have none"):
+        work.adapt_classifier(shelf.get(""), support, "prototype", outline="blank+pool")
+    centred = work.adapt_classifier(shelf.get(""), support, "prototype", outline="centre")
+    assert "a circle in the middle" in pages.show_model(centred.loaded)
+    with pytest.raises(GloVLMError, match="outline"):
+        work.adapt_classifier(shelf.get(""), support, "prototype", outline="inside")
