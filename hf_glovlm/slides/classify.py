@@ -41,6 +41,7 @@ from ..files import (
     write_manifest,
 )
 from ..inference import load_classifier, resolve_device
+from ..inference.outlines import hidden_notes
 from ..inference.prediction import class_names
 from .cases import count_cases
 from .config import SlideConfig
@@ -510,7 +511,8 @@ def _classify_encoded(
     counts, left_out, count_notes = _count(task, slide, origin, tiles.probabilities, run, work)
     # Where the name is hidden, so are the flags about it.
     hidden = set(name_flags(slide_name(task.path))) if config.anonymise else set()
-    notes = [*encoded.flags, *_outline_notes(run.model.config.outline), *notes, *count_notes]
+    seen = [*_outline_notes(run.model.config.outline), *hidden_notes(run.model.config)]
+    notes = [*encoded.flags, *seen, *notes, *count_notes]
     flags = [flag for flag in notes if flag not in hidden]
     return {
         "slide": task.name,
