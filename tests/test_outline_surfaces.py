@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command_line import Glovlm
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import save_file
@@ -122,6 +123,23 @@ def test_a_picture_without_an_outline_is_noticed_at_once(
     classify(picture())
     assert len(notes) == 1
     assert "without an outline" in notes[0]
+
+
+def test_predict_says_what_is_hidden_and_leaves_out_an_empty_outline(
+    crops: tuple[Path, Dataset], saved: tuple[Path, Any, Any], tmp_path: Path, glovlm: Glovlm
+) -> None:
+    bare, empty = picture(9), picture(9).convert("RGBA")
+    empty.putalpha(0)
+    for name, image in (("bare", bare), ("empty", empty)):
+        image.save(tmp_path / f"{name}.png")
+    done = glovlm("predict", saved[0], crops[0] / "pale", tmp_path, "--json")
+    assert done.code == 1
+    assert len(json.loads(done.out)) == 5
+    said = " ".join(done.err.split())
+    assert "The outline of" in said
+    assert "empty.png encloses nothing" in said
+    assert "1 of 5 images have no outline" in said
+    assert hidden_classes([], "blank+pool", "capsule")[0] in said
 
 
 # ------------------------------------------------------------------------------------------- maps

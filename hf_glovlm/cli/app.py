@@ -248,7 +248,7 @@ def predict(
     try:
         predictions = classify(*loaded, rows_of_images, **options)
     except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone
-        readable, unreadable = readable_images(places)
+        readable, unreadable = readable_images(places, loaded[0].config.outline)
         for sentence in unreadable:
             note(sentence)
         if not unreadable:

@@ -388,15 +388,24 @@ def image_rows(paths: Mapping[str, Path], mpp: float | None = None) -> "Dataset"
     return Dataset.from_dict(columns, Features(types))
 
 
-def readable_images(paths: Mapping[str, Path]) -> tuple[dict[str, Path], list[str]]:
-    """The images that can be decoded, and a sentence about each of the others."""
-    from ..data import open_image
+def readable_images(
+    paths: Mapping[str, Path], outline: str = "ignore"
+) -> tuple[dict[str, Path], list[str]]:
+    """The images that can be decoded, and a sentence about each of the others.
 
+    Args:
+        paths: Files by name.
+        outline: What the model does with their outlines.
+    """
+    from ..data import open_image
+    from ..data.outlines import open_outlined
+
+    read = open_image if outline in ("ignore", "centre") else open_outlined
     readable: dict[str, Path] = {}
     unreadable: list[str] = []
     for name, path in paths.items():
         try:
-            open_image(path)
+            read(path)
             readable[name] = path
         except GloVLMError as error:
             unreadable.append(str(error))
