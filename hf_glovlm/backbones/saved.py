@@ -30,7 +30,8 @@ _KINDS: dict[str, tuple[type, ...]] = {  # of fields that any config.json may ha
 }
 _OURS: dict[str, tuple[type, ...]] = {  # of those that a `GloVLMConfig` has
     **dict.fromkeys(("backbone_config", "head", "inserts", "context", "guard"), (dict, _NONE)),
-    **dict.fromkeys(("prompts", "prior_shift", "backbone_restrictions"), (list, _NONE)),
+    "stain_centres": (dict, _NONE),
+    **dict.fromkeys(("prompts", "prior_shift", "backbone_restrictions", "stains"), (list, _NONE)),
     **dict.fromkeys(("backbone_name", "backbone_revision", "backbone_license"), (str, _NONE)),
     **dict.fromkeys(("vision_pooling", "text_pooling"), (str,)),
     **dict.fromkeys(("joint_space", "synthetic", "normalize_pooled", "projection_bias"), (bool,)),

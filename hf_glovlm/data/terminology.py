@@ -156,6 +156,11 @@ def find_stain(name: str) -> str:
     return table.stain_by_key[key]
 
 
+def stain_names() -> Mapping[str, str]:
+    """Canonical name of every stain by the `match_key` of each of its names."""
+    return _terminology().stain_by_key
+
+
 def prompts_for(term: str | Term, stain: str | None = None) -> list[str]:
     """Prompts for a lesion: every template with the name and each synonym.
 

@@ -95,6 +95,10 @@ class GloVLMConfig(PreTrainedConfig):
             groups; `None` where that was not done.
         guard: Distance to the support and its limit (see `SupportGuard`); `None` where images
             unlike the support are not noticed.
+        stains: The stains of the images that it learned from, in canonical names; `None` is
+            unknown.
+        stain_centres: Stains whose mean feature is taken away before the head (see
+            `StainCentres`); `None` where features are not centred.
         mpp: Micrometres per input pixel (after the image transform's resizing) that the model was
             adapted at; `None` is unknown.
         image_scale: Of the images that it learned from `mpp`, their median micrometres per pixel,
@@ -146,6 +150,8 @@ class GloVLMConfig(PreTrainedConfig):
     prior_shift: list[float] | None = None
     calibration: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
+    stains: list[str] | None = None
+    stain_centres: dict[str, Any] | None = None
     mpp: float | None = None
     image_scale: dict[str, float] | None = None
     outline: Literal["ignore", "centre", "blank", "pool", "blank+pool"] = "ignore"

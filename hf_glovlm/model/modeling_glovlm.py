@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_glovlm import GloVLMConfig
 from .context import ContextGuide
@@ -20,6 +20,7 @@ from .guard import SupportGuard
 from .heads import Head, build_head, describe_head
 from .outlines import choose_inside, cover_patches, mean_inside, split_channels
 from .prompts import TEXT_CHUNK, AdapterModules, Bottleneck, LayerTokens
+from .stains import StainCentres
 from .towers import (
     AttentionalPooler,
     TowerPair,
@@ -27,6 +28,8 @@ from .towers import (
     count_patches,
     patch_grid,
 )
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -184,7 +187,13 @@ class GloVLMPreTrainedModel(PreTrainedModel):
                         if linear.bias is not None:
                             init.zeros_(linear.bias)
         elif isinstance(
-            module, AttentionalPooler | LayerTokens | Bottleneck | ContextGuide | SupportGuard
+            module,
+            AttentionalPooler
+            | LayerTokens
+            | Bottleneck
+            | ContextGuide
+            | SupportGuard
+            | StainCentres,
         ):
             module.reset()
         elif isinstance(module, Head):
@@ -204,7 +213,7 @@ class GloVLMModel(GloVLMPreTrainedModel):
         backbone: Pretrained towers to wrap; built from the config, untrained, when not given.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^head\.", r"^guard\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^head\.", r"^guard\.", r"^centres\."]  # noqa: RUF012
 
     backbone: Any  # a transformers dual encoder or a TowerPair
 
@@ -683,6 +692,7 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
             else build_head(config.head, config.image_feature_dim, int(config.num_labels or 2))
         )
         self.guard = SupportGuard(**config.guard) if config.guard else None
+        self.centres = StainCentres(**config.stain_centres) if config.stain_centres else None
         self.post_init()
 
     def set_guard(self, guard: SupportGuard | None) -> None:
@@ -697,11 +707,32 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
         self.guard = guard
         self.config.guard = None if guard is None else guard.describe()
 
-    def classify_features(self, features: Tensor) -> Tensor:
+    def set_centres(self, centres: StainCentres | None) -> None:
+        """Put the centres of stains into the model, or take them away.
+
+        Args:
+            centres: As `inference.stains.fit_centres` fits them; the head was fitted behind them.
+        """
+        if centres is not None:
+            _keep_weights(centres)
+            centres = centres.to(self.device, self.dtype)
+        self.centres = centres
+        self.config.stain_centres = None if centres is None else centres.describe()
+
+    def classify_features(self, features: Tensor, stain_ids: Tensor | None = None) -> Tensor:
         """Map image features `[n, dim]`, not normalised, to calibrated logits `[n, classes]`.
 
-        The head's logits divided by the temperature, plus the prior correction where there is one.
+        Centred by stain where the model has centres; the head's logits divided by the temperature,
+        plus the prior correction where there is one.
+
+        Args:
+            features: `[n, dim]`.
+            stain_ids: `[n]`, see `StainCentres.forward`; not needed by a model without centres.
         """
+        if self.centres is not None:
+            if stain_ids is None and not torch.compiler.is_compiling():
+                logger.warning_once(_NO_STAIN.format(", ".join(self.centres.stains)))
+            features = self.centres(features, stain_ids)
         # CoCoOp's class texts depend on the image, so its head reads them anew.
         more = (self.glovlm,) if getattr(self.head, "needs_model", False) else ()
         logits: Tensor = self.head(features, *more) / self.config.temperature
@@ -715,6 +746,7 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
         return_dict: bool | None = None,
         pixel_attention_mask: Tensor | None = None,
         spatial_shapes: Tensor | None = None,
+        stain_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> GloVLMImageClassifierOutput | tuple[Any, ...]:
         """Classify images.
@@ -730,6 +762,8 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
             return_dict: Whether to return an output object rather than a tuple.
             pixel_attention_mask: For SigLIP 2. (`Trainer` drops inputs that are not named here.)
             spatial_shapes: For SigLIP 2.
+            stain_ids: Stain of each image `[n]`, for a model that centres by it, see
+                `StainCentres.forward`.
             **kwargs: What the vision tower takes.
         """
         vision = self.glovlm.get_image_features(
@@ -740,7 +774,7 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
             **kwargs,
         )
         features: Any = vision.pooler_output
-        logits = self.classify_features(features)
+        logits = self.classify_features(features, stain_ids)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         output = GloVLMImageClassifierOutput(
             loss=loss,
@@ -753,6 +787,10 @@ class GloVLMForImageClassification(GloVLMPreTrainedModel):
         return answer
 
 
+_NO_STAIN = (
+    "This model centres features by the stain ({}), and none is given: the mean of its centres "
+    "stands in for that of the images' own stain. `stain_ids` states it."
+)
 _ONE_OF_BOTH = (
     "A context drops patches between the blocks, and inserted tokens or bottlenecks expect them "
     "all: start from the backbone without the other."

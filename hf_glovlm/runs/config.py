@@ -213,7 +213,7 @@ class TrainConfig(LearningSettings, Columns):
             )
         self._check_calibration(method)
         super().check()
-        self.adaptation(self.output_dir).check_recipe(method)
+        self.adaptation(self.output_dir).check_method(method)
 
     def _check_calibration(self, method: "Method") -> None:
         needing = [n for n in ("conformal", "max_risk") if getattr(self, n) is not None]

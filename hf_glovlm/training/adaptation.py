@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones import load_backbone
+from ..data.stains import list_stains, read_stains
 from ..errors import GloVLMError
-from ..inference import FeatureCache, MemoryCache, embed_images, embed_prompts
+from ..inference import FeatureCache, MemoryCache
 from ..inference.guard import add_guard
 from ..inference.outlines import set_outline
 from ..inference.texts import check_class_texts
@@ -39,6 +40,7 @@ from ..methods.arrays import (
 )
 from ..model.heads import ClassWeights, class_means
 from .config import AdaptConfig
+from .images import TaskImages
 from .loop import (
     BatchSource,
     ImageSource,
@@ -196,41 +198,6 @@ class _Training:
         return folder / "adapter"
 
 
-@dataclass(frozen=True)
-class _Images:
-    """Images of a task, and the model that encodes them."""
-
-    model: Any
-    processor: Any
-    classes: Sequence["ClassInfo"]
-    support: "Dataset"
-    labels: Tensor
-    validation: "Dataset | None"
-    query: "Dataset | None"
-    config: AdaptConfig
-    device: torch.device
-    cache: FeatureCache | None
-
-    def embed(self, images: "Dataset", project: bool, views: int = 0) -> Tensor:
-        """Image features, each image, or each of its views, encoded once."""
-        features = embed_images(
-            self.model, self.processor, images, device=self.device, cache=self.cache,
-            project=project, views=views, seed=self.config.seed,
-        )  # fmt: skip
-        return torch.from_numpy(features)
-
-    def embed_views(self, project: bool) -> Tensor | None:
-        """Features of the support's augmented views `[n, V, dim]`, if there are to be any."""
-        count = self.config.views
-        if count < 2 or not len(self.support):
-            return None
-        return self.embed(self.support, project, count).unflatten(0, (-1, count))
-
-    def embed_texts(self, prompts: Sequence[Sequence[str]]) -> Tensor:
-        """Class prototypes `[K, dim]`."""
-        return torch.from_numpy(embed_prompts(self.model, self.processor, prompts))
-
-
 @dataclass
 class _FeatureResult:
     """A method on features, fitted."""
@@ -260,6 +227,7 @@ def adapt(
     config: AdaptConfig | Mapping[str, Any] | None = None,
     validation: "Dataset | None" = None,
     query: "Dataset | None" = None,
+    unlabelled: "Dataset | None" = None,
     groups: Sequence[str] | None = None,
     accelerator: "Accelerator | None" = None,
     cache: FeatureCache | None = None,
@@ -272,13 +240,15 @@ def adapt(
         model: A `GloVLMModel`, which is changed and taken over, or a backbone's name. If it was
             adapted before, its weights stay; head, prompts and calibration of that task go.
         method: A name of `METHODS`.
-        support: Labelled rows with `image` and `label` (a `ClassLabel`).
+        support: Labelled rows with `image` and `label` (a `ClassLabel`), and `stain` where known.
         processor: The model's processor; loaded with it when `model` is a name.
         classes: Names and prompts in label order; from the labels' names when not given.
         config: How to train, or the fields of it that are not the defaults.
         validation: Further labelled rows, to stop early or to choose settings; they count as
             labels.
         query: The images that a transductive method takes; a label column is not read.
+        unlabelled: The images whose means are the centres of stains; a label column is not read.
+            By default all that are given here.
         groups: Patient, case or slide of each support row, for `cross_validate`.
         accelerator: For many processes or mixed precision; made when needed.
         cache: Keeps features of the frozen tower.
@@ -318,10 +288,14 @@ def adapt(
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
     model.to(device).requires_grad_(False)
     seed_everything(config.seed)
-    images = _Images(
+    images = TaskImages(
         model, processor, classes, support, labels, validation, query, config, device, cache
     )
     training = _Training(config, device, accelerator, on_epoch, made_from)
+    if config.centre == "stain":
+        given = [unlabelled] if unlabelled is not None else [support, validation, query]
+        images, centred = images.centred([rows for rows in given if rows is not None])
+        notes += centred
     if isinstance(chosen, TowerMethod) or (chosen.needs_text and model.has_joint_space):
         prompts = chosen.prompts(classes, settings)
         notes += check_class_texts(model, processor, prompts, [c.name for c in classes])
@@ -339,13 +313,15 @@ def adapt(
     result.fitted.notes += notes
     adapted = _put_together(images, result)
     if chosen.name != "zero_shot":  # which learned from no image, whatever it was given
+        adapted.model.config.stains = list_stains(read_stains(support)) or None
         add_guard(adapted.model, processor, support, labels.tolist(), groups, cache)
     return adapted
 
 
 def _forget_task(config: Any, processor: Any) -> None:
     """Drop what a model has of a task that it was adapted to before; its weights stay."""
-    for name in ("head", "prompts", "prior_shift", "calibration", "guard", "mpp", "problem_type"):
+    task = ("head", "prompts", "prior_shift", "calibration", "guard", "stains", "stain_centres")
+    for name in (*task, "mpp", "problem_type"):
         setattr(config, name, None)
     config.temperature = 1.0
     processor.context_token_ids = None
@@ -375,7 +351,7 @@ def _check_config(method: Method, model: Any, config: AdaptConfig) -> None:
             f"Method '{method.name}' has no setting to choose by leaving groups out: use "
             "--validation-shots to stop early, or leave --cross-validate out."
         )
-    config.check_recipe(method)
+    config.check_method(method)
     if config.augment and not inside:
         raise GloVLMError(
             f"Method '{method.name}' works on features that are computed once, so --augment would "
@@ -385,7 +361,7 @@ def _check_config(method: Method, model: Any, config: AdaptConfig) -> None:
         raise GloVLMError("Method 'zero_shot' learns from no image: leave --views out.")
 
 
-def _put_together(images: _Images, result: _Result) -> Adapted:
+def _put_together(images: TaskImages, result: _Result) -> Adapted:
     """Adapted model: the backbone with its head, classes and prompts."""
     from ..model import GloVLMForImageClassification
 
@@ -397,7 +373,10 @@ def _put_together(images: _Images, result: _Result) -> Adapted:
     model.config.prompts = result.prompts
     model.requires_grad_(True)
     head = fitted.head.requires_grad_(True).to(images.device, model.dtype)
+    if images.centres is not None and isinstance(head, ClassWeights):
+        head.cosine = False  # of centred features: no cosines of an image with a text
     classifier = GloVLMForImageClassification(model.config, glovlm=model, head=head)
+    classifier.set_centres(images.centres)
     return Adapted(
         model=classifier.eval(),
         processor=images.processor,
@@ -509,7 +488,7 @@ def _check_finite(*tensors: Tensor) -> None:
 
 
 def _adapt_on_features(
-    images: _Images,
+    images: TaskImages,
     method: Method,
     settings: Any,
     training: _Training,
@@ -525,7 +504,7 @@ def _adapt_on_features(
     return _Result(**vars(result), prompts=prompts, frozen_tower=True)
 
 
-def _describe_support(images: _Images, method: Method, settings: Any, seed: int) -> Support:
+def _describe_support(images: TaskImages, method: Method, settings: Any, seed: int) -> Support:
     """Support set of a method on features."""
     model, support, labels = images.model, images.support, images.labels
     projection: Any = getattr(model.backbone, "visual_projection", None)
@@ -705,7 +684,7 @@ def _fit_head(
 
 
 def _adapt_towers(
-    images: _Images, method: TowerMethod, settings: Any, training: _Training
+    images: TaskImages, method: TowerMethod, settings: Any, training: _Training
 ) -> _Result:
     """Attach a method to the towers, train it, and take the class prototypes it ends with."""
     model, classes = images.model, images.classes
@@ -775,7 +754,7 @@ class _Pair:
     prototypes: Tensor
     bridged: bool
 
-    def follow(self, images: _Images, prototypes: Tensor) -> None:
+    def follow(self, images: TaskImages, prototypes: Tensor) -> None:
         """Start the projection anew where what is attached moved the texts, or what is pooled."""
         model = images.model
         if not torch.allclose(prototypes, self.prototypes, atol=1e-2):  # new tokens moved them
@@ -786,7 +765,7 @@ class _Pair:
             refit_projection(model, pooled, images.labels, self.prototypes)
 
 
-def _start_pair(images: _Images, prompts: Sequence[Sequence[str]]) -> _Pair:
+def _start_pair(images: TaskImages, prompts: Sequence[Sequence[str]]) -> _Pair:
     """Encode support and texts, and give the pair a joint space if it has none."""
     model = images.model
     pooled = images.embed(images.support, False)
@@ -825,7 +804,7 @@ def _replayed(
 
 
 def _sources(
-    images: _Images, trains_vision: bool, pooled: Tensor | None
+    images: TaskImages, trains_vision: bool, pooled: Tensor | None
 ) -> tuple[BatchSource, BatchSource | None]:
     """Sources of training and validation batches: pixels, or vectors of a frozen tower."""
     processor, validation, config = images.processor, images.validation, images.config

@@ -59,6 +59,12 @@ class LearningSettings(Settings):
         least=0,
         most=10_000,
     )
+    centre: Literal["none", "stain"] = setting(
+        "none",
+        help="Centre features within each stain by the mean of all its images, labelled or not; "
+        "for methods on features. The results are then transductive.",
+        group="Method",
+    )
     accumulate: int = setting(
         1,
         help="Parts that each batch is split into, to save memory; same result.",
@@ -140,9 +146,23 @@ class AdaptConfig(LearningSettings):
         if self.resume and self.output_dir is None:
             raise GloVLMError("resume goes on from a checkpoint in output_dir: give output_dir.")
 
-    def check_recipe(self, method: "Method") -> None:
-        """Refuse fields of a recipe for a method that has none."""
-        from ..methods import FeatureMethod
+    def check_method(self, method: "Method") -> None:
+        """Refuse fields of a recipe, and centres of stains, for a method that takes none."""
+        from ..methods import FeatureMethod, TowerMethod
+
+        if self.centre != "none" and (isinstance(method, TowerMethod) or method.on_pooled):
+            raise GloVLMError(
+                f"Method '{method.name}' trains what makes the features, so no centre of a stain "
+                "would stay one: leave --centre out, or use a method on features (linear_probe, "
+                "gda, tip_adapter_f)."
+            )
+        if self.centre != "none" and method.name == "zero_shot":
+            raise GloVLMError(
+                "Method 'zero_shot' learns from no image, and centring would shift each class's "
+                "score by one number in all images of a stain: a prior correction that nobody "
+                "declared. Leave --centre out, or use a method that learns from labelled images "
+                "(tip_adapter)."
+            )
 
         if self.recipe and isinstance(method, FeatureMethod):
             raise GloVLMError(
