@@ -52,6 +52,7 @@ from .options import (
     ModelArgument,
     Real,
     ScaleFlag,
+    StainFlag,
     Text,
     Texts,
     Whole,
@@ -161,6 +162,7 @@ def evaluate(
     group_column: GroupColumn = None,
     group_from: GroupFrom = None,
     split: Annotated[Text, Option(help="Of the data; by default test, or all.")] = None,
+    stain: StainFlag = None,
     allow_seen: Annotated[bool, Option(help="Accept patients it learned from.")] = False,
     allow_scale: ScaleFlag = False,
     batch_size: BatchFlag = 32,
@@ -188,6 +190,7 @@ def evaluate(
             group_from=group_from,
         ),
         split=split,
+        stain=stain,
         allow_seen=allow_seen,
         allow_scale=allow_scale,
         batch_size=batch_size,
@@ -210,6 +213,7 @@ def predict(
     images: Annotated[list[Path], Argument(help="Images, or folders of images.")],
     output: Annotated[Path | None, Option(help="CSV: file_name, predicted, p_CLASS.")] = None,
     mpp: Annotated[Real, Option(help="Micrometres per pixel, else from metadata.csv.")] = None,
+    stain: StainFlag = None,
     allow_scale: ScaleFlag = False,
     batch_size: BatchFlag = 32,
     device: DeviceFlag = "auto",
@@ -220,6 +224,7 @@ def predict(
     if mpp is not None and not 0 < mpp < float("inf"):
         raise GloVLMError(f"--mpp must be a number above 0; found {mpp:g}.")
 
+    from ..data.stains import state_stains
     from ..files import write_csv
     from ..inference import FeatureCache, resolve_device
     from ..inference import predict as classify
@@ -237,13 +242,14 @@ def predict(
     options: dict[str, Any] = {"batch_size": batch_size, "device": resolve_device(device)}
     options |= {"cache": FeatureCache(), "progress": sys.stderr.isatty()}
     loaded = load_model(model)[:2]
-    readable, rows_of_images = places, image_rows(places, mpp)
+    rows_of_images, stated = state_stains(image_rows(places, mpp), stain)
+    readable = places
     scale, adapted = check_scale(*loaded, rows_of_images, allow=allow_scale), loaded[0].config.mpp
     if (scale.mpp == "unknown") != (adapted is None):
         adapted_at = describe_scale(adapted)
         shown = scale.input_mpp
         note(f"micrometres per input pixel: {shown}; the model was adapted at {adapted_at}")
-    for sentence in scale.notes:
+    for sentence in [*scale.notes, *stated]:
         note(sentence)
     try:
         predictions = classify(*loaded, rows_of_images, **options)
@@ -255,9 +261,11 @@ def predict(
             raise
         if not readable:
             raise GloVLMError(f"None of the {len(places)} images can be read.") from None
-        predictions = classify(*loaded, image_rows(readable, mpp), **options)
+        rows_of_images, _ = state_stains(image_rows(readable, mpp), stain)
+        predictions = classify(*loaded, rows_of_images, **options)
     about = loaded[0].config
-    for sentence in [*hidden_notes(about), *outline_notes(about, image_rows(readable, mpp))]:
+    seen = [*hidden_notes(about), *outline_notes(about, rows_of_images)]
+    for sentence in [*seen, *predictions.notes]:
         note(sentence)
     if predictions.support_distances is None:
         note(NO_GUARD)

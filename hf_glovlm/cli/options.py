@@ -25,6 +25,7 @@ JsonFlag = Annotated[bool, Option("--json", help="Print JSON instead of tables."
 DeviceFlag = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 BatchFlag = Annotated[int, Option(min=1, max=65_536, help="Images encoded at a time.")]
 ScaleFlag = Annotated[bool, Option(help="Accept images at a very different scale.")]
+StainFlag = Annotated[Text, Option(help="Stain of images whose stain no column states.")]
 ModelArgument = Annotated[str, Argument(help="A run's folder, its model/, or a Hub id.")]
 _OF_DATA = declarations(Columns)
 ImageColumn = Annotated[Text, Option(help=_OF_DATA["image_column"].help)]

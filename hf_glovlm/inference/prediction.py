@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,12 @@ from ..calibration.inputs import softmax
 from ..data.columns import MASK
 from ..data.folder import open_image
 from ..data.outlines import open_outlined
+from ..data.stains import contradictions, read_stains
 from ..errors import GloVLMError, nearest
 from ..files import model_folder, read_json, results_kind, write_table
 from ..model.outlines import draw_centre
 from .cache import FeatureCache, encoder_key
+from .stains import compare_stains, find_centres
 from .views import draw_view, view_key
 
 if TYPE_CHECKING:
@@ -439,6 +441,7 @@ class Predictions:
         labels: True class numbers `[n]`, -1 for an image without; `None` when none is known.
         support_distances: `[n]` distances to the support as multiples of their limit; `None` where
             the model has no guard.
+        notes: What the images' stains are beside the model's, in sentences; not saved.
     """
 
     probabilities: NDArray[np.float64]
@@ -449,6 +452,7 @@ class Predictions:
     groups: list[str] | None = None
     labels: NDArray[np.int64] | None = None
     support_distances: NDArray[np.float64] | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def unlike_support(self) -> NDArray[np.bool_] | None:
@@ -620,8 +624,8 @@ def predict(
     Args:
         model: The classifier.
         processor: Its processor.
-        images: Rows with `image`, and `label` (ClassLabel) and `file_name` where known. Labels are
-            matched by class name, whatever their order.
+        images: Rows with `image`, and `label` (ClassLabel), `file_name` and `stain` where known.
+            Labels are matched by class name, whatever their order.
         batch_size: Images at a time.
         device: Where to compute; by default where the model is.
         cache: Where pooled vectors are looked up and stored.
@@ -633,7 +637,7 @@ def predict(
     """
     _move(model, device)
     names = class_names(model.config)
-    labels = _labels(images, names)
+    labels, stains = _labels(images, names), read_stains(images)
     pooled, compared = embed_twice(
         model.glovlm, processor, images, batch_size=batch_size, cache=cache, progress=progress
     )
@@ -641,7 +645,9 @@ def predict(
         features = _project(model.glovlm, pooled)
         tensor = torch.from_numpy(features).to(model_device(model), model.dtype)
         head: Any = model.head
-        logits = to_array(model.classify_features(tensor))
+        centres: Any = model.centres
+        ids = None if centres is None else find_centres(centres, stains).to(tensor.device)
+        logits = to_array(model.classify_features(tensor, ids))
         similarities = None
         if getattr(head, "cosine", False):
             unit = torch.nn.functional.normalize(tensor, dim=-1)
@@ -666,6 +672,7 @@ def predict(
         groups=None if groups is None else list(groups),
         labels=labels,
         support_distances=None if distances is None else distances.astype(np.float64),
+        notes=[*contradictions(images), *compare_stains(model, stains)],
     )
 
 

@@ -217,27 +217,42 @@ def listed_mpp(images: Iterable[Path]) -> list[float | None]:
     Returns:
         Micrometres per pixel of each; `None` where that file has none.
     """
+    cells = listed_cells(images, "mpp")
+    return [None if cell is None else positive(cell) for cell in cells]
+
+
+def listed_cells(images: Iterable[Path], name: str) -> list[str | None]:
+    """Cells of image files in a `metadata.csv` in their folder or in the one above.
+
+    Args:
+        images: The files.
+        name: The column.
+
+    Returns:
+        The cell of each, numbers with a decimal point; `None` where that file has none.
+    """
     read = cache(_read_metadata)
-    scales: list[float | None] = []
+    cells: list[str | None] = []
     for image in images:
         folders = (image.parent, image.parent.parent)
         keys = [
-            (read(folder), name_key(image.relative_to(folder).as_posix())) for folder in folders
+            (read(folder, name), name_key(image.relative_to(folder).as_posix()))
+            for folder in folders
         ]
-        scales.append(next((table[key] for table, key in keys if key in table), None))
-    return scales
+        cells.append(next((table[key] for table, key in keys if key in table), None))
+    return cells
 
 
-def _read_metadata(folder: Path) -> dict[str, float | None]:
-    """`mpp` by file name in one normal form, from a folder's table of images."""
+def _read_metadata(folder: Path, name: str) -> dict[str, str]:
+    """Cells of a column by file name in one normal form, from a folder's table of images."""
     path = metadata_of(folder)
     if path is None:
         return {}
     table = read_table(path, "a table of images")
-    place, mpp = images_column(table), table.index("mpp")
-    if place is None or mpp is None:
+    images, place = images_column(table), table.index(name)
+    if images is None or place is None:
         return {}
-    return {name_key(row[place]): positive(table.number(row[mpp])) for row in table.rows}
+    return {name_key(row[images]): table.number(row[place]) for row in table.rows}
 
 
 def _known(rows: "Dataset") -> list[tuple[float, tuple[int, int]]]:

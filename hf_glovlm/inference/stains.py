@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..data.stains import list_stains
 from ..errors import GloVLMError
 from ..model.stains import StainCentres
 from ..tables import spelling
@@ -34,14 +33,7 @@ def fit_centres(
         GloVLMError: No stain has 8 images.
     """
     counts = Counter(stain for stain in stains if stain is not None)
-    kept = sorted(stain for stain, n in counts.items() if n >= MIN_IMAGES)
-    if not kept:
-        found = _counted(counts) if counts else f"no stain of any of {len(stains)} images"
-        raise GloVLMError(
-            f"centre 'stain' needs at least {MIN_IMAGES} images of a stain, labelled or not, and "
-            f"found {found}: fill in a column stain, give --stain, add images, or leave --centre "
-            "out."
-        )
+    kept = check_stains(stains)
     centres = StainCentres(features.shape[1], kept, [counts[stain] for stain in kept])
     unit = features.astype(np.float64)
     unit /= np.linalg.norm(unit, axis=1, keepdims=True).clip(1e-12)
@@ -66,6 +58,36 @@ def fit_centres(
     return centres, notes
 
 
+def check_stains(stains: Sequence[str | None], hints: Sequence[str] = ()) -> list[str]:
+    """Check that a stain has images enough for a centre.
+
+    Args:
+        stains: Canonical stain of each image, `None` where unknown.
+        hints: Sentences behind the error.
+
+    Returns:
+        The stains that have, sorted.
+
+    Raises:
+        GloVLMError: None has 8 images.
+    """
+    counts = Counter(stain for stain in stains if stain is not None)
+    kept = sorted(stain for stain, n in counts.items() if n >= MIN_IMAGES)
+    if not kept:
+        found = _counted(counts) if counts else f"no stain of any of {len(stains)} images"
+        raise GloVLMError(
+            " ".join(
+                [
+                    f"centre 'stain' needs at least {MIN_IMAGES} images of a stain, labelled or "
+                    f"not, and found {found}: fill in a column stain, give --stain, add images, or "
+                    "leave --centre out.",
+                    *hints,
+                ]
+            )
+        )
+    return kept
+
+
 def find_centres(centres: StainCentres, stains: Sequence[str | None]) -> Tensor:
     """Places of stains among the centres `[n]`; -1 where one has none."""
     place = {spelling(stain): i for i, stain in enumerate(centres.stains)}
@@ -77,31 +99,42 @@ def compare_stains(model: Any, stains: Sequence[str | None]) -> list[str]:
     """Sentences where images are of stains that a model has not seen, or has no centre of.
 
     Args:
-        model: The classifier; its config's `stains` are those that it learned from.
+        model: The classifier.
         stains: Canonical stain of each image, `None` where unknown.
     """
-    trained: list[str] | None = getattr(model.config, "stains", None)
+    return [*unseen_stains(model.config, stains), *_uncentred(model, stains)]
+
+
+def unseen_stains(config: Any, stains: Sequence[str | None]) -> list[str]:
+    """A sentence where images are of stains that a model did not learn from.
+
+    Args:
+        config: Of the classifier; its `stains` are those that it learned from.
+        stains: Canonical stain of each image, `None` where unknown.
+    """
+    trained: list[str] = config.stains or []
+    known = {*map(spelling, trained)}
+    unseen = Counter(s for s in stains if s is not None and spelling(s) not in known)
+    if not trained or not unseen:
+        return []
+    return [
+        f"{sum(unseen.values())} of {len(stains)} images are of a stain that the model did not "
+        f"learn from: {_counted(unseen)}. It learned from {' and '.join(trained)}."
+    ]
+
+
+def _uncentred(model: Any, stains: Sequence[str | None]) -> list[str]:
+    """A sentence where images have no centre of their stain in a model that centres."""
     centres: StainCentres | None = getattr(model, "centres", None)
-    notes = []
-    if trained:
-        known = {*map(spelling, trained)}
-        unseen = Counter(s for s in stains if s is not None and spelling(s) not in known)
-        if unseen:
-            notes.append(
-                f"{sum(unseen.values())} of {len(stains)} images are of a stain that the model did "
-                f"not learn from ({_counted(unseen)}; it learned from {' and '.join(trained)})."
-            )
-    if centres is not None:
-        without = int((find_centres(centres, stains) < 0).sum())
-        if without:
-            told = list_stains(stains)
-            notes.append(
-                f"{without} of {len(stains)} images have no centre of their stain "
-                f"({'stated: ' + ', '.join(told) if told else 'no stain is stated'}; centres: "
-                f"{', '.join(centres.stains)}): the mean of the centres stands in. A column stain "
-                "states it, or --stain."
-            )
-    return notes
+    without = 0 if centres is None else int((find_centres(centres, stains) < 0).sum())
+    if centres is None or not without:
+        return []
+    unstated = sum(stain is None for stain in stains)
+    return [
+        f"{without} of {len(stains)} images have no centre of their own stain, {unstated} of them "
+        f"no stain (centres: {', '.join(centres.stains)}): the mean of the centres stands in. A "
+        "column stain states it, or --stain."
+    ]
 
 
 def _counted(counts: Counter[str], names: Sequence[str] | None = None) -> str:

@@ -302,7 +302,11 @@ def find_shape(text: str, *, by_hand: bool = False) -> str | None:
 # ----------------------------------------------------------------------------------- what is read
 
 _BY_HAND = frozenset(
-    {"prompts", "id2label", "label2id", "classes", "class_names", "stain", "scanner"}
+    {
+        *("prompts", "id2label", "label2id", "classes", "class_names", "stain", "scanner"),
+        "stains",
+        "trained_stains",
+    }
 )
 _BY_HAND_FIELDS = frozenset({"data.name", "data.hub_id"})
 

@@ -322,6 +322,11 @@ def _check_request(model: Any, format: str, reason: str | None) -> None:
             "tower would run inside the graph once an image and class: use the model itself, or "
             "export one of another method."
         )
+    if getattr(config, "stain_centres", None):
+        raise GloVLMError(
+            "This model centres features by the stain (--centre stain), and a graph has no input "
+            "that states it: use the model itself, or export one that was trained without."
+        )
     if getattr(config, "context", None):
         raise GloVLMError(
             "Context-guided layers (method convlm) cannot be traced into one graph: use the model "

@@ -30,11 +30,11 @@ _CONFIG_KEYS = (
     "test_fraction", "loss", "method_config", "epochs", "lr", "weight_decay", "batch_size",
     "max_steps", "cross_validate", "calibration_groups", "temperature", "conformal", "alpha",
     "per_class", "max_risk", "prior", "augment", "views", "mixed_precision", "accumulate",
-    "clip_norm", "n_resamples", "outline", "outline_of",
+    "clip_norm", "n_resamples", "outline", "outline_of", "centre",
 )  # fmt: skip
 _DATA_KEYS = (
     "name", "hub_id", "fingerprint", "classes", "counts", "groups", "group_column", "split_hash",
-    "shots", "sampler", "support", "notes", "mpp", "stain", "license", "citation",
+    "shots", "sampler", "support", "notes", "mpp", "stain", "trained_stains", "license", "citation",
 )  # fmt: skip
 _RESULT_KEYS = (
     "kind", "metrics", "per_class", "confusion_matrix", "reliability", "prior", "threshold", "n",

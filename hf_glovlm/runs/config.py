@@ -84,7 +84,10 @@ class TrainConfig(LearningSettings, Columns):
         "auto", help="auto, catalog, terminology, or a classes.yaml.", group="Data"
     )
     stain: str | None = setting(
-        None, help="For prompts: terminology.", group="Data", unset="none named"
+        None,
+        help="Stain of images whose stain no column states; also for prompts: terminology.",
+        group="Data",
+        unset="none named",
     )
     validation_shots: int = setting(
         0,

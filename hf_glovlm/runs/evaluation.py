@@ -17,7 +17,7 @@ from ..inference import FeatureCache, Predictions, predict, resolve_device
 from ..inference.guard import count_unlike
 from ..inference.outlines import hidden_notes, outline_notes
 from ..inference.prediction import class_names
-from ..inference.scale import check_scale, listed_mpp
+from ..inference.scale import check_scale, listed_cells, listed_mpp
 from ..settings import declarations
 from ..tables import spelling
 from .config import IN_MEMORY, TrainConfig
@@ -58,6 +58,7 @@ def evaluate(
     *,
     columns: "Columns | None" = None,
     split: str | None = None,
+    stain: str | None = None,
     allow_seen: bool = False,
     allow_scale: bool = False,
     batch_size: int = 32,
@@ -73,6 +74,7 @@ def evaluate(
         data: Folder, table, Hub id, or a data set in memory.
         columns: Which columns hold images, classes and patients; see `load_dataset`.
         split: Of the data; by default `test` where they are split, else all.
+        stain: Of images whose stain no column states.
         allow_seen: Accept groups and images that the model learned from.
         allow_scale: Accept images at a very different scale.
         batch_size: Images encoded at a time, 1 or more.
@@ -92,6 +94,7 @@ def evaluate(
     """
     from ..data import Columns, check_dataset, describe_reading, group_rows, load_dataset
     from ..data.folder import is_synthetic
+    from ..data.stains import list_stains, read_stains, state_stains
     from ..publish.adapter_only import load_model
 
     table = declarations(TrainConfig)
@@ -100,7 +103,7 @@ def evaluate(
             raise GloVLMError(f"{name} must be a whole number of 1 or more; found {value!r}.")
     place = resolve_device(device)
     source = str(model.folder if isinstance(model, RunResult) else model)
-    rows = choose_split(load_dataset(data, columns=columns), split)
+    rows, stated = state_stains(choose_split(load_dataset(data, columns=columns), split), stain)
     classifier, processor, run = load_model(source)
     known = _check_labels(classifier, rows)
     report = check_dataset({"all": rows})
@@ -127,6 +130,7 @@ def evaluate(
             "model": source,
             "data": named,
             "split": split,
+            "stain": stain,
             **asdict(columns or Columns()),
             "allow_seen": allow_seen,
             "allow_scale": allow_scale,
@@ -140,6 +144,7 @@ def evaluate(
             "groups_seen_in_training": len(learned) if seen.known else None,
             "images_seen_in_training": sum(seen.rows) if seen.known else None,
             "mpp": scale.input_mpp,
+            "stain": list_stains(read_stains(rows)) or None,
         },
         **measure(predictions, n_resamples=n_resamples),
         "notes": [
@@ -147,6 +152,8 @@ def evaluate(
             count_unlike(predictions),
             *hidden_notes(classifier.config),
             *outline_notes(classifier.config, rows),
+            *stated,
+            *predictions.notes,
             *describe_reading({"all": rows}).notes,
             *seen.notes,
             *scale.notes,
@@ -374,7 +381,9 @@ def _relative(path: Path, base: Path) -> str:
 
 
 def image_rows(paths: Mapping[str, Path], mpp: float | None = None) -> "Dataset":
-    """Rows of image files without labels: `image`, `file_name`, `mpp`.
+    """Rows of image files without labels: `image`, `file_name`, `mpp`, `stain`.
+
+    The stain is that of a metadata.csv beside each; see `data.stains.state_stains` for one by hand.
 
     Args:
         paths: Files by name.
@@ -383,8 +392,14 @@ def image_rows(paths: Mapping[str, Path], mpp: float | None = None) -> "Dataset"
     from datasets import Dataset, Features, Image, Value
 
     types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
+    types["stain"] = Value("string")
     scales = listed_mpp(paths.values()) if mpp is None else [mpp] * len(paths)
-    columns = {"image": [*map(str, paths.values())], "file_name": [*paths], "mpp": scales}
+    columns: dict[str, list[Any]] = {
+        "image": [*map(str, paths.values())],
+        "file_name": [*paths],
+        "mpp": scales,
+    }
+    columns["stain"] = listed_cells(paths.values(), "stain")
     return Dataset.from_dict(columns, Features(types))
 
 

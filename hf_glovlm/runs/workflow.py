@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,12 +30,13 @@ from ..calibration import (
 )
 from ..calibration.inputs import softmax
 from ..data.columns import MASK
+from ..data.stains import STAIN, contradictions, list_stains, read_stains, state_stains
 from ..environment import check_tracker, describe_environment, peak_memory
-from ..errors import GloVLMError
 from ..files import digest_file, digest_value, write_text
 from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
 from ..inference.outlines import outline_notes
 from ..inference.scale import describe_scale, known_scale, support_scale
+from ..inference.stains import check_stains, unseen_stains
 from ..methods import FeatureMethod, Method, get_method
 from ..publish.card import SUBGROUPS, render_card
 from ..publish.identifiers import write_identifiers
@@ -303,6 +303,7 @@ class _Task:
         summary: Labels and groups per class, as events and results state them.
         shift: What a declared prevalence adds to the logits, if one is declared.
         former: Provenance of a backbone that was adapted before.
+        stated: Sentences on how the stains were stated.
     """
 
     config: TrainConfig
@@ -317,6 +318,7 @@ class _Task:
     summary: dict[str, Any]
     shift: list[float] | None
     former: Provenance | None
+    stated: Sequence[str] = ()
 
     @property
     def groups(self) -> list[str]:
@@ -371,7 +373,9 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     from ..data.folder import column
 
     dataset, report = loader.data(config)
-    rows = all_rows(dataset)
+    rows, stated = state_stains(all_rows(dataset), config.stain)
+    if config.centre == "stain":
+        check_stains(read_stains(rows), contradictions(rows))
     former = former_provenance(config.backbone or MINI)
     episode, groups = _choose_episode(config, rows, former, report.hashes)
     names: list[str] = rows.features["label"].names
@@ -397,6 +401,7 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
         summary=summary,
         shift=shift,
         former=former,
+        stated=stated,
     )
     if episode.calibration and config.conformal:
         held = [labels[i] for i in episode.calibration]
@@ -428,6 +433,7 @@ def _adapt(
         config=config.adaptation(work),
         validation=task.side("validation")[0] if task.episode.validation else None,
         query=_unlabelled(task.side("test")[0]) if task.method.transductive else None,
+        unlabelled=_unlabelled(task.rows) if config.centre == "stain" else None,
         groups=groups,
         accelerator=processes.accelerator,
         cache=processes.cache,
@@ -442,8 +448,9 @@ def _adapt(
 
 
 def _unlabelled(rows: "Dataset") -> "Dataset":
-    """Images and their outlines alone."""
-    return rows.select_columns([name for name in ("image", MASK) if name in rows.column_names])
+    """Images, their outlines and stains alone."""
+    kept = ("image", MASK, STAIN)
+    return rows.select_columns([name for name in kept if name in rows.column_names])
 
 
 def _describe_adapted(adapted: Adapted, task: _Task) -> dict[str, Any]:
@@ -700,6 +707,9 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
     return [
         *episode_notes(task.episode),
         *(f"{note[0].upper()}{note[1:]}." for note in task.reading.notes),
+        *task.stated,
+        *contradictions(task.rows),
+        *unseen_stains(adapted.model.config, read_stains(task.side("test")[0])),
         *adapted.notes,
         *outline_notes(adapted.model.config, task.side("test")[0]),
         *(calibrated.notes if calibrated is not None else ()),
@@ -710,13 +720,10 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
 
 def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -> list[str]:
     """Notes on the task inside or outside of the backbone's pretraining data."""
-    from ..data.terminology import find_stain
+    from ..data.terminology import stain_names
 
-    named = "stain" in rows.column_names
-    stains: set[str | None] = {None}
-    for name in _stains(rows) if named else filter(None, [config.stain]):
-        with suppress(GloVLMError):  # a stain that the terminology does not know
-            stains.add(find_stain(name))
+    known = {*stain_names().values()}  # of another, nobody has said who was trained on it
+    stains: set[str | None] = {None, *known.intersection(list_stains(read_stains(rows)))}
     model = adapted.model.config
     notes = [SYNTHETIC_BACKBONE] if model.backbone_name == MINI and not model.synthetic else []
     notes += contamination_notes(
@@ -748,7 +755,8 @@ def _describe_data(task: _Task) -> dict[str, Any]:
     return {
         "name": config.data_name,
         "hub_id": config.hub_id,
-        "stain": config.stain or _stains(task.rows) or None,
+        "stain": list_stains(read_stains(task.rows)) or None,
+        "trained_stains": list_stains(read_stains(task.side("support")[0])) or None,
         "fingerprint": task.report.fingerprint,
         "classes": [asdict(c) | {"prompts": list(c.prompts)} for c in classes],
         "counts": {
@@ -776,14 +784,6 @@ def _digest_split(task: _Task) -> str:
     return digest_value([sorted(names[i] for i in getattr(episode, side)) for side in sides])
 
 
-def _stains(rows: "Dataset") -> list[str]:
-    """The stains that the rows name."""
-    from ..data.folder import column
-
-    named = column(rows, "stain") if "stain" in rows.column_names else ()
-    return sorted({str(value) for value in named if value})
-
-
 def _in_order(parts: list[tuple[list[int], Predictions]]) -> Predictions:
     """Join the predictions of all processes in the order of the test rows."""
     order = np.argsort(np.concatenate([index for index, _ in parts]))
@@ -797,7 +797,8 @@ def _in_order(parts: list[tuple[list[int], Predictions]]) -> Predictions:
             return [flat[i] for i in order]
         return np.concatenate(values)[order]
 
-    joint = {f.name: joined(f.name) for f in fields(Predictions) if f.name != "class_names"}
+    apart = ("class_names", "notes")
+    joint = {f.name: joined(f.name) for f in fields(Predictions) if f.name not in apart}
     return Predictions(class_names=parts[0][1].class_names, **joint)
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ..calibration.inputs import softmax
 from ..data.listing import few
+from ..data.stains import name_stain
 from ..errors import GloVLMError, describe_error, nearest
 from ..files import (
     LOCK,
@@ -74,6 +75,7 @@ from .report import (
     write_tile_geojson,
     write_tiles,
 )
+from .stains import stain_flags
 
 VERSION = 4  # of what is written for a slide; raise it when an old one may not stand in for a new
 
@@ -83,7 +85,7 @@ Event = Callable[[str, dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class _Task:
-    """One slide of a run: its file, name, case, scale, scene, outlined objects and bag.
+    """One slide of a run: its file, name, case, scale, scene, stain, outlined objects and bag.
 
     `stated` and `of_case` are what the table of cases states of the slide and of its case.
     """
@@ -93,6 +95,7 @@ class _Task:
     case: str | None
     mpp: float | None
     scene: str | None
+    stain: str | None
     objects: Path | None
     bag: Path
     stated: Mapping[str, Any]
@@ -259,12 +262,14 @@ def _plan(config: SlideConfig, output: Path, numbers: Numbers | None) -> list[_T
         name, mpp, scene = slide_name(path), config.mpp, config.scene
         stated: dict[str, Any] = {}
         of_case: dict[str, Any] = {}
+        stain = name_stain(config.stain)
         if table is not None:
             row = table.row_of(path)
             stated = row.stated(hide=config.anonymise)
             of_case = table.stated_of(case, hide=config.anonymise) if case else {}
             mpp = agreed("--mpp", mpp, row.mpp, name, table.path)
             scene = agreed("--scene", scene, row.scene, name, table.path)
+            stain = agreed("--stain", stain, name_stain(row.stain), name, table.path)
         if numbers is not None:
             name, case = numbers.of_slide(path), case and numbers.of_case(case)
         folder = output / "slides" / name
@@ -275,7 +280,7 @@ def _plan(config: SlideConfig, output: Path, numbers: Numbers | None) -> list[_T
             )
         bag = output / "features" / f"{name}.h5"
         outlines = objects.get(path)
-        tasks.append(_Task(path, name, case, mpp, scene, outlines, bag, stated, of_case))
+        tasks.append(_Task(path, name, case, mpp, scene, stain, outlines, bag, stated, of_case))
     return tasks
 
 
@@ -332,7 +337,7 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
 
 def _made_from(task: _Task, run: _Run) -> dict[str, Any]:
     """All that determines a slide's results, but the slide itself."""
-    own = {"mpp": task.mpp, "scene": task.scene}
+    own = {"mpp": task.mpp, "scene": task.scene, "stain": task.stain}
     return {**run.made_from, **own, "objects": task.objects and digest_file(task.objects)}
 
 
@@ -405,6 +410,7 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
             names=[task.name for task in tasks] if config.anonymise else None,
             slide_mpp={slide_name(task.path): task.mpp for task in tasks},
             scene={slide_name(task.path): task.scene for task in tasks},
+            stain={slide_name(task.path): task.stain for task in tasks},
             on_done=lambda outcome: finish(by_path[outcome.slide], outcome),
             device=config.device,
             **settings,
@@ -423,6 +429,7 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
                 task.bag,
                 slide_mpp=task.mpp,
                 scene=task.scene,
+                stain=task.stain,
                 name=task.name if config.anonymise else None,
                 on_progress=advance,
                 **settings,
@@ -511,7 +518,11 @@ def _classify_encoded(
     counts, left_out, count_notes = _count(task, slide, origin, tiles.probabilities, run, work)
     # Where the name is hidden, so are the flags about it.
     hidden = set(name_flags(slide_name(task.path))) if config.anonymise else set()
-    seen = [*_outline_notes(run.model.config.outline), *hidden_notes(run.model.config)]
+    seen = [
+        *stain_flags(run.model, task.stain, slide_name(task.path)),
+        *_outline_notes(run.model.config.outline),
+        *hidden_notes(run.model.config),
+    ]
     notes = [*encoded.flags, *seen, *notes, *count_notes]
     flags = [flag for flag in notes if flag not in hidden]
     return {
@@ -525,6 +536,7 @@ def _classify_encoded(
         "mpp": slide.mpp,
         "mpp_source": slide.mpp_source,
         "size": list(slide.size),
+        "stain": task.stain,
         "tissue": tissue.summary(),
         "heatmap_class": target,
         "origin": origin.describe(),
@@ -628,6 +640,7 @@ def _count(
             outlines.objects,
             margin=config.margin,
             outline_of=config.outline_of,
+            stain=task.stain,
             batch_size=config.batch_size,
             allow_scale=config.allow_scale,
         )

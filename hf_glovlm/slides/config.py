@@ -42,6 +42,12 @@ class SlideConfig(Settings):
         group="Data",
         unset="the largest",
     )
+    stain: str | None = setting(
+        None,
+        help="Stain of all slides, where --cases does not state it; see docs/stains.md.",
+        group="Data",
+        unset="not stated",
+    )
     tile_mpp: float | None = setting(
         None,
         help="Micrometres per pixel at which tiles are cut.",

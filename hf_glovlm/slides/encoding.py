@@ -31,6 +31,7 @@ from ..errors import GloVLMError, describe_error
 from ..inference import encoder_key, exact_inference, load_classifier, resolve_device
 from ..inference.prediction import class_names, move_inputs, to_array
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
+from ..inference.stains import find_centres
 from .files.bags import BagWriter
 from .files.tiles import TileGrid, lay_tiles
 from .files.tissue import TissueMask, find_tissue
@@ -96,6 +97,7 @@ def encode_slide(
     batch_size: int = 32,
     slide_mpp: float | None = None,
     scene: str | None = None,
+    stain: str | None = None,
     allow_scale: bool = False,
     device: str | torch.device | None = None,
     classify: bool = True,
@@ -124,6 +126,7 @@ def encode_slide(
         slide_mpp: Micrometres per pixel of level 0, where the file's own is missing or wrong.
         scene: Which picture of a file that holds several: its number, from 1, or its name; by
             default the largest.
+        stain: Of the slide, in its canonical name, for a classifier that centres by it.
         allow_scale: Accept a scale far from the model's, finer than the slide was scanned at, or
             a `slide_mpp` that contradicts the file.
         device: Where to compute; by default where the model is.
@@ -163,6 +166,7 @@ def encode_slide(
             n_scores=len(classes),
             attributes={"min_tissue": min_tissue, "drop_pen": drop_pen}
             | _describe(model, processor, slide, grid, classes, seen)
+            | ({"stain": stain} if getattr(model, "centres", None) is not None else {})
             | ({"name": name, "slide_file": name + slide.path.suffix} if name else {}),
             slide=slide.path,
             dated=name is None,
@@ -176,7 +180,7 @@ def encode_slide(
             # Closed before the slide is: its thread may still be reading.
             with closing(batches), exact_inference(model):
                 for rows, inputs in batches:
-                    features, scores = _encode(model, backbone, inputs, bool(classes))
+                    features, scores = _encode(model, backbone, inputs, bool(classes), stain)
                     writer.append(features, grid.coords[rows], scores)
                     notify(writer.rows, len(grid))
             writer.complete()
@@ -205,6 +209,7 @@ def encode_slides(
     names: Sequence[str] | None = None,
     slide_mpp: Mapping[str, float | None] | float | None = None,
     scene: Mapping[str, str | None] | str | None = None,
+    stain: Mapping[str, str | None] | str | None = None,
     on_done: Callable[[Outcome], object] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
@@ -220,6 +225,7 @@ def encode_slides(
         names: What the slides are called, in place of their files' names; see `encode_slide`.
         slide_mpp: Micrometres per pixel of level 0 of every slide, or by the slide's name.
         scene: Which picture of every slide, or by the slide's name.
+        stain: Of every slide, or by the slide's name.
         on_done: Called with each outcome as it comes.
         **settings: Of `encode_slide`; with several workers they are pickled, so `on_progress` must
             be a function of a module, and is called in the worker.
@@ -241,6 +247,7 @@ def encode_slides(
             path,
             folder / f"{name}.h5",
             {**settings, "slide_mpp": _given(slide_mpp, path), "scene": _given(scene, path)}
+            | {"stain": _given(stain, path)}
             | ({"name": name} if names else {}),
         )
         for path, name in zip(paths, shown, strict=True)
@@ -379,7 +386,9 @@ def encoder_fingerprint(model: Any, processor: Any) -> str:
     backbone = getattr(model, "glovlm", model)
     config = model.config
     digest = xxhash.xxh3_128(encoder_key(backbone, processor).encode())
-    digest.update(repr((config.head, config.temperature, config.prior_shift)).encode())
+    about = (config.head, config.temperature, config.prior_shift)
+    about += (config.stain_centres,) if config.stain_centres else ()
+    digest.update(repr(about).encode())
     # The vision tower is in the key already; texts count where the head encodes them anew.
     reads_texts = getattr(getattr(model, "head", None), "needs_model", False)
     inside = (".vision_model.",) if reads_texts else (".vision_model.", ".text_model.")
@@ -431,11 +440,17 @@ def _batches(
             yield done, inputs.result()
 
 
-def _encode(model: Any, backbone: Any, inputs: dict[str, Any], classify: bool) -> tuple[Any, Any]:
+def _encode(
+    model: Any, backbone: Any, inputs: dict[str, Any], classify: bool, stain: str | None
+) -> tuple[Any, Any]:
     """Features `[n, dim]` and logits `[n, classes]` (or `None`) of one batch, as arrays."""
     try:
         features = backbone.get_image_features(**move_inputs(inputs, model)).pooler_output
-        logits = model.classify_features(features) if classify else None
+        centres = model.centres if classify else None
+        ids = None
+        if centres is not None:
+            ids = find_centres(centres, [stain] * len(features)).to(features.device)
+        logits = model.classify_features(features, ids) if classify else None
     except RuntimeError as error:
         if "out of memory" not in str(error):
             raise

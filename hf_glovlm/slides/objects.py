@@ -184,6 +184,7 @@ def classify_objects(
     mpp: float | None = None,
     margin: float = 1.25,
     outline_of: str | None = None,
+    stain: str | None = None,
     batch_size: int = 32,
     allow_scale: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -204,6 +205,7 @@ def classify_objects(
         mpp: Micrometres per pixel of level 0, in place of the slide's own.
         margin: Side of the crop over the longer side of the outline; at least 1.
         outline_of: What the outlines go around, `capsule` or `tuft`; `None` where not stated.
+        stain: Of the slide, for a classifier that centres by it.
         batch_size: Crops at a time.
         allow_scale: Accept crops at a scale that is known to differ from the model's.
         on_progress: Called with the number of crops done and of all.
@@ -238,7 +240,7 @@ def classify_objects(
         ]
         both = zip(chosen[start:].tolist(), crops, strict=False)
         specks += [objects[i].id for i, crop in both if is_speck(crop)]
-        predictions = predict(model, processor, _image_rows(crops), batch_size=batch_size)
+        predictions = predict(model, processor, _image_rows(crops, stain), batch_size=batch_size)
         parts.append(predictions.probabilities)
         for name, values in _limits_of(predictions, calibration).items():
             limits.setdefault(name, []).extend(values)
@@ -330,9 +332,9 @@ def _outline_notes(learned: str | None, given: str | None) -> list[str]:
     ]
 
 
-def _image_rows(crops: Sequence[Image.Image]) -> "Dataset":
+def _image_rows(crops: Sequence[Image.Image], stain: str | None) -> "Dataset":
     """Crops in memory as rows that `predict` takes."""
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, Value
     from datasets import Image as ImageColumn
 
     def content(crop: Image.Image) -> bytes:
@@ -344,7 +346,9 @@ def _image_rows(crops: Sequence[Image.Image]) -> "Dataset":
         return stream.getvalue()
 
     values = [{"bytes": content(crop), "path": None} for crop in crops]
-    return Dataset.from_dict({"image": values}, Features({"image": ImageColumn(decode=False)}))
+    columns = {"image": values, "stain": [stain] * len(values)}
+    types = {"image": ImageColumn(decode=False), "stain": Value("string")}
+    return Dataset.from_dict(columns, Features(types))
 
 
 def _limits_of(
