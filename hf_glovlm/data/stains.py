@@ -114,7 +114,7 @@ def contradictions(rows: "Dataset") -> list[str]:
         {s for s in (find_stain_in_name(str(name)) for name in names if name) if s}
         for names in (zip(*columns, strict=True) if columns else [()] * len(rows))
     ]
-    by_name = [found.pop() if len(found) == 1 else None for found in seen]
+    by_name = [names.pop() if len(names) == 1 else None for names in seen]
     return compare_names(read_stains(rows), by_name)
 
 

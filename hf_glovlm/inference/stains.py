@@ -74,13 +74,13 @@ def check_stains(stains: Sequence[str | None], hints: Sequence[str] = ()) -> lis
     counts = Counter(stain for stain in stains if stain is not None)
     kept = sorted(stain for stain, n in counts.items() if n >= MIN_IMAGES)
     if not kept:
-        found = _counted(counts) if counts else f"no stain of any of {len(stains)} images"
+        actual = _counted(counts) if counts else f"no stain of any of {len(stains)} images"
         raise GloVLMError(
             " ".join(
                 [
                     f"centre 'stain' needs at least {MIN_IMAGES} images of a stain, labelled or "
-                    f"not, and found {found}: fill in a column stain, give --stain, add images, or "
-                    "leave --centre out.",
+                    f"not, and found {actual}: fill in a column stain, give --stain, add images, "
+                    "or leave --centre out.",
                     *hints,
                 ]
             )

@@ -5,8 +5,8 @@ that a model is to learn from, and the other half is tested, in each stain. All 
 one split, and arms that learn from the same stains have one support, so that differences are paired
 over patients and draws.
 
-`python -m hf_glovlm.lab.stain_bench experiments/stains.yaml --data FOLDER --backbone NAME` prints a
-row for each arm and for each comparison.
+`python -m hf_glovlm.lab.stain_bench experiments/stains.yaml --data FOLDER --backbone NAME
+--run ignored` prints a row for each arm and for each comparison.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from ..data.folder import column
 from ..data.stains import read_stains
 from ..errors import GloVLMError
 from ..inference import FeatureCache, embed_images
+from ..inference.outlines import set_outline
 from ..inference.stains import find_centres, fit_centres
 from ..metrics import PairedRun, compute_metrics, paired_differences
 from ..settings import read_yaml
-from ..training import adapt_features
+from ..training import AdaptConfig, adapt_features
 
 Row = dict[str, Any]
 Floats = NDArray[np.float32]
@@ -170,11 +171,13 @@ def _run_arms(
 ) -> tuple[dict[Arm, list[Tested]], int]:
     """All arms of a part over all draws, and how many draws were drawn again."""
     arms: dict[Arm, list[Tested]] = {}
+    each = {f"each of {'+'.join(stains)}": stains for stains in part.get("train_each", ())}
     trains, tests = part["train"], part["test"]
     numbers = np.searchsorted(_classes(data), data.labels)
     every = [sorted({*chain(*stains)}) for stains in (trains, tests)]
     enough = part.get("enough") or dict(zip(("train", "test"), every, strict=True))
     sides = {"+".join(stains): np.isin(data.stains, stains) for stains in (*trains, *tests)}
+    own = {stain: np.isin(data.stains, stain) for stain in every[0]}
     again = 0
     for draw in range(run["draws"]):
         if "tested_patients" in part:
@@ -183,9 +186,15 @@ def _run_arms(
         else:
             inside, tries = draw_split(data, enough["train"], enough["test"], seed, draw)
             again += tries
-        for name, shots in product(map("+".join, trains), run["shots"]):
-            place = [seed, draw, *name.encode()]
-            support = draw_support(data, inside & sides[name], shots, place)
+        for name, shots in product([*map("+".join, trains), *each], run["shots"]):
+            # Of one stain, the support is the same whether another is learned from beside it.
+            within = {s: own[s] for s in each[name]} if name in each else {name: sides[name]}
+            support = np.concatenate(
+                [
+                    draw_support(data, inside & rows, shots, [seed, draw, *stain.encode()])
+                    for stain, rows in within.items()
+                ]
+            )
             for method, way in product(run["methods"], run["ways"]):
                 predict = _fit(data, way, support, method, draw)
                 for tested in map("+".join, tests):
@@ -241,16 +250,19 @@ def bench_stains(
 
     Args:
         run: `methods`, `shots`, `ways` (see `centre_all_ways`), `seed`, `draws`, `resamples` and
-            `parts`; each of these has a `name`, `train` and `test` (lists of lists of stains), and
-            may have `classes`, `paired` (stains that each patient must have), `enough` (see
-            `draw_split`), `tested_patients` (those with a stain, in place of a draw),
-            `without` (patients) and `descriptive` (no interval).
+            `parts`; `outline`, if other than ignored. A part has a `name`, `train` and `test`
+            (lists of lists of stains), and may have `train_each` (the same, with so many shots of
+            each stain), `classes`, `paired` (stains that each patient must have), `enough` (see
+            `draw_split`), `tested_patients` (those with a stain, in place of a draw), `without`
+            (patients), `reference` (by what is tested, with what else was learned from is
+            compared) and `descriptive` (no comparison).
         data: A folder of images whose table has the columns `patient_id` and `stain`.
         backbone: As `--backbone` takes it; its features come through the cache.
         on_part: Called with the name of each part.
     """
     rows = all_rows(load_dataset(str(data)))
     model, processor = load_backbone(backbone)
+    set_outline(model, processor, AdaptConfig(outline=run.get("outline", "ignore")), rows)
     features = embed_images(model, processor, rows, cache=FeatureCache())
     stains = read_stains(rows)
     every = Stained(
@@ -310,9 +322,10 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--data", required=True, help="Folder of images by class, with a table.")
     parser.add_argument("--backbone", required=True)
-    parser.add_argument("--run", default="run", help="Which of the file's runs.")
+    parser.add_argument("--run", required=True, help="Which of the file's runs.")
     given = parser.parse_args()
-    run = read_yaml(given.file)[given.run]
+    content = read_yaml(given.file)
+    run = {**content["settings"], **content["runs"][given.run]}
     for row in bench_stains(run, given.data, given.backbone):
         sys.stdout.write(json.dumps(row) + "\n")
 
