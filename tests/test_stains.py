@@ -1,0 +1,345 @@
+"""Stains: stated by a column or the user, contradicted by names, and centred within each."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from command_line import Glovlm
+from datasets import Dataset
+from slide_model import outline, train, write_outlines
+from slides_made import write_slide
+from tiny import tiny_clip, tiny_images
+from tolerance import assert_same_numbers
+from transformers import AutoModelForImageClassification
+
+from hf_glovlm import adapt, adapt_features, embed_images, load_backbone, load_dataset, predict
+from hf_glovlm.data import all_rows
+from hf_glovlm.data.stains import (
+    contradictions,
+    find_stain_in_name,
+    name_stain,
+    read_stains,
+    state_stains,
+)
+from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference import load_classifier
+from hf_glovlm.inference.stains import find_centres, fit_centres
+from hf_glovlm.publish.onnx_graph import export_classifier
+from hf_glovlm.slides.classify import classify_slides
+from hf_glovlm.slides.config import SlideConfig
+from hf_glovlm.slides.stains import stain_flags
+
+
+@pytest.mark.parametrize(
+    ("written", "stain"),
+    [
+        ("PASM", "silver"),
+        ("h&e", "H&E"),
+        ("Masson's_Trichrome", "trichrome"),
+        (" Congo  red", "Congo red"),  # not in the terminology
+        ("N/A", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_stain_has_one_name(written: str | None, stain: str | None) -> None:
+    assert name_stain(written) == stain
+
+
+@pytest.mark.parametrize(
+    ("name", "stain"),
+    [
+        ("p07_PASM_2", "silver"),
+        ("S-18-162_PAS.svs", "PAS"),
+        ("block A, Masson trichrome (3).ndpi", "trichrome"),
+        ("case_H&E", "H&E"),
+        ("p07PASM", None),
+        ("pasture_heart_triple", None),
+        ("PAS_then_HE", None),  # two that differ
+        ("normal/12.png", None),
+    ],
+)
+def test_a_name_says_a_stain_as_a_whole_word(name: str, stain: str | None) -> None:
+    assert find_stain_in_name(name) == stain
+
+
+def rows_of(stains: list[str | None] | None, names: list[str]) -> Dataset:
+    columns: dict[str, list[Any]] = {"file_name": names}
+    return Dataset.from_dict(columns if stains is None else {**columns, "stain": stains})
+
+
+def test_the_column_counts_and_the_user_fills_in_what_it_leaves_open() -> None:
+    rows = rows_of(["Masson", "trichrome", None, "congo-red", "Congo red"], [*"abcde"])
+    stated, notes = state_stains(rows, "HE")
+    assert stated["stain"][:] == ["trichrome", "trichrome", "H&E", "congo-red", "congo-red"]
+    assert stated.column_names == rows.column_names
+    assert len(notes) == 3
+    assert "given as H&E" in notes[0]
+    assert "congo-red of 2 and trichrome of 2" in notes[0]
+    assert "'Congo red' and 'congo-red'" in notes[1]
+    assert "'Masson' and 'trichrome'" in notes[2]
+    assert state_stains(rows_of(None, ["a"]), "PAS")[0]["stain"][:] == ["PAS"]
+    assert "stain" not in state_stains(rows_of(None, ["a_PAS"]))[0].column_names
+
+
+def test_names_contradict_and_never_decide() -> None:
+    rows = rows_of(["H&E", "HE", "PAS", None, None], ["1_PAS", "2_pas", "3_PAS", "4_PASM", "5"])
+    assert read_stains(rows) == ["H&E", "H&E", "PAS", None, None]
+    stated, silent = contradictions(rows)
+    assert "stated as H&E, and 2 names say PAS" in stated
+    assert "silver of 1" in silent
+    assert "--stain" in silent
+    assert contradictions(rows_of(["PAS"], ["3_PAS"])) == contradictions(rows_of(None, ["3"])) == []
+
+
+# ------------------------------------------------------------------------------------ centres
+
+
+def centred_by_hand(features: Any, by: list[str], own: list[str | None]) -> Any:
+    """Unit features less the mean of their stain's, or of all means, of length one again."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    means = {s: unit[np.array(by) == s].mean(0) for s in sorted({*by})}
+    overall = np.mean([*means.values()], axis=0)
+    rest = np.stack([u - means.get(s or "", overall) for u, s in zip(unit, own, strict=True)])
+    return rest / np.linalg.norm(rest, axis=1, keepdims=True)
+
+
+def test_features_are_centred_by_the_mean_of_their_stain() -> None:
+    features = np.random.default_rng(0).normal(1, 1, (20, 6)).astype(np.float32)
+    by = ["PAS"] * 12 + ["silver"] * 8
+    centres, (note,) = fit_centres(features, by)
+    assert "PAS 12, silver 8" in note
+    assert "transductive" in note
+    tensor = torch.from_numpy(features)
+    for own in (by, ["pas"] * 20, ["H&E", None, *by[2:]]):
+        expected = centred_by_hand(
+            features.astype(np.float64), by, ["PAS" if s == "pas" else s for s in own]
+        )
+        assert_same_numbers(centres(tensor, find_centres(centres, own)), expected)
+    assert_same_numbers(centres(tensor), centred_by_hand(features, by, [None] * 20))
+
+
+def test_a_stain_of_few_images_has_no_centre_of_its_own() -> None:
+    features = np.random.default_rng(0).normal(size=(12, 4)).astype(np.float32)
+    centres, notes = fit_centres(features, [*["PAS"] * 10, "silver", None])
+    assert centres.stains == ["PAS"]
+    assert "silver 1" in notes[1]
+    assert "1 of 12 images have no stain" in notes[2]
+    with pytest.raises(GloVLMError, match=r"at least 8 images of a stain.*found PAS 7, silver 5"):
+        fit_centres(features, ["PAS"] * 7 + ["silver"] * 5)
+    with pytest.raises(GloVLMError, match=r"no stain of any of 12 images.*--stain"):
+        fit_centres(features, [None] * 12)
+
+
+@pytest.fixture(scope="module")
+def stained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny images of three classes in two stains, and the name of a slide for each."""
+    folder = tiny_images(tmp_path_factory.mktemp("stains") / "data")
+    with (folder / "metadata.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        row["stain"] = "Masson" if i % 8 < 4 else "PASM"
+        row["slide_id"] = f"{row['patient_id']} {'HE' if i == 0 else ''}"
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["linear_probe", "tip_adapter"])
+def test_a_head_learns_from_centred_features_and_takes_the_centres_along(
+    method: str, stained: Path, tmp_path: Path
+) -> None:
+    rows, _ = state_stains(all_rows(load_dataset(stained)))
+    support = rows.select(range(0, 24, 2))
+    model, processor = load_backbone(str(tiny_clip()))
+    features = embed_images(model, processor, rows).astype(np.float64)
+    stains = read_stains(rows)
+    expected = centred_by_hand(features, [s or "" for s in stains], stains)
+    texts = None
+    if method == "tip_adapter":
+        plain = adapt(model, method, support, processor=processor).model.head
+        texts = plain.text.weight.detach().numpy()
+    scale = model.logit_scale.exp().item()
+    labels = support["label"][:]
+    reference = adapt_features(method, expected[::2], labels, texts, logit_scale=scale)
+
+    adapted = adapt(
+        model,
+        method,
+        support,
+        processor=processor,
+        unlabelled=rows.remove_columns("label"),
+        config={"centre": "stain"},
+    )
+    assert any("centred within each stain" in note for note in adapted.notes)
+    assert adapted.model.config.stains == ["silver", "trichrome"]
+    adapted.save(tmp_path / "model")
+    loaded, _, _ = load_classifier(tmp_path / "model")
+    for classifier in (adapted.model, loaded):
+        predicted = predict(classifier, processor, rows)
+        assert predicted.notes == [n for n in predicted.notes if "stated as trichrome" in n]
+        assert_same_numbers(predicted.logits, reference.predict_logits(expected), roundings=10_000)
+        assert predicted.similarities is None
+    # Of a stain without a centre, and of none, the mean of the centres stands in, and it is said.
+    other, _ = state_stains(rows.remove_columns("stain"), "PAS")
+    by_mean = centred_by_hand(features, [s or "" for s in stains], [None] * 24)
+    predicted = predict(loaded, processor, other)
+    assert_same_numbers(predicted.logits, reference.predict_logits(by_mean), roundings=10_000)
+    assert "24 of 24 images are of a stain that the model did not learn from: PAS 24" in " ".join(
+        predicted.notes
+    )
+    assert "24 of 24 images have no centre" in " ".join(predicted.notes)
+
+
+def test_without_a_stain_the_model_itself_warns_once(
+    stained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows, _ = state_stains(all_rows(load_dataset(stained)))
+    adapted = adapt(str(tiny_clip()), "linear_probe", rows, config={"centre": "stain"})
+    adapted.save(tmp_path / "model")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    pixels = torch.randn(2, 3, 32, 32)
+    logging.getLogger("transformers").propagate = True
+    try:
+        with torch.no_grad():
+            first, second = model(pixels).logits, model(pixels).logits
+            known = model(pixels, stain_ids=torch.tensor([-1, -1])).logits
+            one = model(pixels, stain_ids=torch.tensor([0, 1])).logits
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert torch.equal(first, second)
+    assert torch.equal(first, known)
+    assert not torch.allclose(first, one)
+    assert [r.message for r in caplog.records if "centres features by the stain" in r.message]
+    model.config.backbone_license = "mit"
+    with pytest.raises(GloVLMError, match="a graph has no input that states it"):
+        export_classifier(model, adapted.processor, tmp_path / "graph")
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("lora", "trains what makes the features"),
+        ("prolip", "trains what makes the features"),
+        ("zero_shot", "a prior correction that nobody declared"),
+        ("linear_probe", "found no stain of any of 24 images"),
+    ],
+)
+def test_what_cannot_be_centred_is_refused(method: str, sentence: str, tmp_path: Path) -> None:
+    rows = all_rows(load_dataset(tiny_images(tmp_path / "images")))
+    with pytest.raises(GloVLMError, match=sentence):
+        adapt(str(tiny_clip()), method, rows, config={"centre": "stain"})
+
+
+# --------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_states_stains_and_later_images_are_compared_with_them(
+    stained: Path, tmp_path: Path, glovlm: Glovlm
+) -> None:
+    run = tmp_path / "run"
+    given = ("--backbone", tiny_clip(), "--method", "gda", "--shots", 2, "--n-resamples", 20)
+    done = glovlm(
+        "train", "--data", stained, "--output-dir", run, *given, "--centre", "stain",
+        "--calibration-groups", 1, "--stain", "HE",
+    )  # fmt: skip
+    assert done.code == 0, done.stderr
+    results = json.loads((run / "results.json").read_text())
+    notes = " ".join(results["notes"])
+    assert "silver 12, trichrome 12" in notes
+    assert "given as H&E, and the column stain says silver of 12 and trichrome of 12" in notes
+    assert "stated as trichrome, and 1 name says H&E" in notes
+    assert results["data"]["stain"] == ["silver", "trichrome"]
+    learned = results["data"]["trained_stains"]
+    assert learned == json.loads((run / "model" / "config.json").read_text())["stains"]
+    assert f"it learned from {', '.join(learned)}" in (run / "README.md").read_text()
+    assert {*results["subgroups"]["stain"]} == {"silver", "trichrome"}
+
+    other = tiny_images(tmp_path / "other", per_class=2, seed=1)
+    done = glovlm("predict", run, other, "--stain", "Congo red")
+    assert done.code == 0
+    assert (
+        "6 of 6 images are of a stain that the model did not learn from: Congo red 6" in done.stderr
+    )
+    assert "6 of 6 images have no centre of their own stain" in done.stderr
+    done = glovlm("predict", run, stained)  # whose table states them
+    assert "did not learn from" not in done.stderr
+    assert "no centre" not in done.stderr
+    done = glovlm(
+        "evaluate",
+        run,
+        "--data",
+        other,
+        "--stain",
+        "PAS",
+        "--allow-seen",
+        "--n-resamples",
+        20,
+        "--output",
+        tmp_path / "e.json",
+    )
+    assert done.code == 0, done.stderr
+    results = json.loads((tmp_path / "e.json").read_text())
+    assert "did not learn from: PAS 6" in " ".join(results["notes"])
+    assert results["data"]["stain"] == ["PAS"]
+
+
+# ------------------------------------------------------------------------------------- slides
+
+
+@pytest.mark.parametrize(
+    ("stain", "name", "parts"),
+    [
+        ("silver", "S1_PASM", ["learned from PAS"]),
+        ("H&E", "S1_PASM", ["stated as H&E, and the slide's name says silver", "stained H&E"]),
+        (None, "S1_PAS", ["seems to say PAS: --stain"]),
+        (None, "S1", []),
+        ("PAS", "S1", []),
+    ],
+)
+def test_the_stain_of_a_slide_is_compared(stain: str | None, name: str, parts: list[str]) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(stains=["PAS"]), centres=None)
+    flags = stain_flags(model, stain, name)
+    assert len(flags) == len(parts)
+    assert all(part in flag for part, flag in zip(parts, flags, strict=True))
+
+
+def test_a_slide_is_centred_by_its_stain(tmp_path: Path) -> None:
+    facts = write_slide(tmp_path / "a.tiff", 512, 384, mpp=0.5, lesions=1, lesion_side=64, seed=1)
+    x, y, *_ = facts["lesions"][0]
+    write_outlines(tmp_path / "a.geojson", [outline(x + 8, y + 8, 48, "1")])
+    train(tmp_path)
+    model, _, _ = load_classifier(tmp_path / "run")
+    model.config.stains = ["PAS", "silver"]
+    features = (
+        np.random.default_rng(0)
+        .normal(size=(16, model.config.image_feature_dim))
+        .astype(np.float32)
+    )
+    model.set_centres(fit_centres(features, ["PAS"] * 8 + ["silver"] * 8)[0])
+    model.save_pretrained(tmp_path / "run" / "model")
+    (tmp_path / "cases.csv").write_text("slide_id,stain\na,PASM\n")
+    values: dict[str, Any] = {"model": str(tmp_path / "run"), "slides": [str(tmp_path / "a.tiff")]}
+    values |= {"tile_size": 64, "objects": str(tmp_path / "a.geojson")}
+    entries = []
+    for i, more in enumerate(({"cases": str(tmp_path / "cases.csv")}, {"stain": "pas"}, {})):
+        config = SlideConfig.from_mapping({**values, **more, "output_dir": str(tmp_path / f"{i}")})
+        (entry,) = classify_slides(config)["slides"]
+        assert entry["status"] == "done", entry
+        entries.append(entry)
+    silver, pas, none = entries
+    assert [entry["stain"] for entry in entries] == ["silver", "PAS", None]
+    assert silver["probabilities"] != pas["probabilities"] != none["probabilities"]
+    assert "has no centre of this slide's (not stated" in " ".join(none["flags"])
+    assert not any("centre" in flag for flag in (*silver["flags"], *pas["flags"]))
+    both = {"cases": str(tmp_path / "cases.csv"), "stain": "HE", "output_dir": str(tmp_path / "x")}
+    with pytest.raises(GloVLMError, match=r"--stain is H&E and .* has silver"):
+        classify_slides(SlideConfig.from_mapping({**values, **both}))
