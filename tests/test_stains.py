@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import Glovlm
 from datasets import Dataset
-from slide_model import outline, train, write_outlines
+from slide_model import train
 from slides_made import write_slide
 from tiny import tiny_clip, tiny_images
 from tolerance import assert_same_numbers
@@ -33,6 +33,8 @@ from hf_glovlm.inference.stains import find_centres, fit_centres
 from hf_glovlm.publish.onnx_graph import export_classifier
 from hf_glovlm.slides.classify import classify_slides
 from hf_glovlm.slides.config import SlideConfig
+from hf_glovlm.slides.encoding import encode_slide
+from hf_glovlm.slides.files.bags import read_bag
 from hf_glovlm.slides.stains import stain_flags
 
 
@@ -101,12 +103,17 @@ def test_names_contradict_and_never_decide() -> None:
 # ------------------------------------------------------------------------------------ centres
 
 
-def centred_by_hand(features: Any, by: list[str], own: list[str | None]) -> Any:
-    """Unit features less the mean of their stain's, or of all means, of length one again."""
+def means_by_hand(features: Any, by: list[str]) -> dict[str | None, Any]:
+    """Mean of the unit features of each stain; of all means, under `None`."""
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    means = {s: unit[np.array(by) == s].mean(0) for s in sorted({*by})}
-    overall = np.mean([*means.values()], axis=0)
-    rest = np.stack([u - means.get(s or "", overall) for u, s in zip(unit, own, strict=True)])
+    means = {stain: unit[np.array(by) == stain].mean(0) for stain in {*by}}
+    return {**means, None: np.mean([*means.values()], axis=0)}
+
+
+def centred_by_hand(features: Any, means: Any, own: list[str | None]) -> Any:
+    """Unit features less the mean of their stain's, of length one again."""
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    rest = unit - np.stack([means.get(stain, means[None]) for stain in own])
     return rest / np.linalg.norm(rest, axis=1, keepdims=True)
 
 
@@ -117,12 +124,12 @@ def test_features_are_centred_by_the_mean_of_their_stain() -> None:
     assert "PAS 12, silver 8" in note
     assert "transductive" in note
     tensor = torch.from_numpy(features)
-    for own in (by, ["pas"] * 20, ["H&E", None, *by[2:]]):
-        expected = centred_by_hand(
-            features.astype(np.float64), by, ["PAS" if s == "pas" else s for s in own]
-        )
-        assert_same_numbers(centres(tensor, find_centres(centres, own)), expected)
-    assert_same_numbers(centres(tensor), centred_by_hand(features, by, [None] * 20))
+    means = means_by_hand(features, by)
+    for own in (by, ["H&E", None, *by[2:]]):
+        ids = find_centres(centres, own)
+        assert_same_numbers(centres(tensor, ids), centred_by_hand(features, means, own))
+    assert torch.equal(find_centres(centres, ["pas", "Silver", "H&E"]), torch.tensor([0, 1, -1]))
+    assert_same_numbers(centres(tensor), centred_by_hand(features, means, [None] * 20))
 
 
 def test_a_stain_of_few_images_has_no_centre_of_its_own() -> None:
@@ -162,7 +169,8 @@ def test_a_head_learns_from_centred_features_and_takes_the_centres_along(
     model, processor = load_backbone(str(tiny_clip()))
     features = embed_images(model, processor, rows).astype(np.float64)
     stains = read_stains(rows)
-    expected = centred_by_hand(features, [s or "" for s in stains], stains)
+    means = means_by_hand(features, [s or "" for s in stains])
+    expected = centred_by_hand(features, means, stains)
     texts = None
     if method == "tip_adapter":
         plain = adapt(model, method, support, processor=processor).model.head
@@ -190,7 +198,7 @@ def test_a_head_learns_from_centred_features_and_takes_the_centres_along(
         assert predicted.similarities is None
     # Of a stain without a centre, and of none, the mean of the centres stands in, and it is said.
     other, _ = state_stains(rows.remove_columns("stain"), "PAS")
-    by_mean = centred_by_hand(features, [s or "" for s in stains], [None] * 24)
+    by_mean = centred_by_hand(features, means, [None] * 24)
     predicted = predict(loaded, processor, other)
     assert_same_numbers(predicted.logits, reference.predict_logits(by_mean), roundings=10_000)
     assert "24 of 24 images are of a stain that the model did not learn from: PAS 24" in " ".join(
@@ -251,7 +259,7 @@ def test_a_run_states_stains_and_later_images_are_compared_with_them(
         "train", "--data", stained, "--output-dir", run, *given, "--centre", "stain",
         "--calibration-groups", 1, "--stain", "HE",
     )  # fmt: skip
-    assert done.code == 0, done.stderr
+    assert done.code == 0, done.err
     results = json.loads((run / "results.json").read_text())
     notes = " ".join(results["notes"])
     assert "silver 12, trichrome 12" in notes
@@ -266,13 +274,11 @@ def test_a_run_states_stains_and_later_images_are_compared_with_them(
     other = tiny_images(tmp_path / "other", per_class=2, seed=1)
     done = glovlm("predict", run, other, "--stain", "Congo red")
     assert done.code == 0
-    assert (
-        "6 of 6 images are of a stain that the model did not learn from: Congo red 6" in done.stderr
-    )
-    assert "6 of 6 images have no centre of their own stain" in done.stderr
+    assert "6 of 6 images are of a stain that the model did not learn from: Congo red 6" in done.err
+    assert "6 of 6 images have no centre of their own stain" in done.err
     done = glovlm("predict", run, stained)  # whose table states them
-    assert "did not learn from" not in done.stderr
-    assert "no centre" not in done.stderr
+    assert "did not learn from" not in done.err
+    assert "no centre" not in done.err
     done = glovlm(
         "evaluate",
         run,
@@ -286,7 +292,7 @@ def test_a_run_states_stains_and_later_images_are_compared_with_them(
         "--output",
         tmp_path / "e.json",
     )
-    assert done.code == 0, done.stderr
+    assert done.code == 0, done.err
     results = json.loads((tmp_path / "e.json").read_text())
     assert "did not learn from: PAS 6" in " ".join(results["notes"])
     assert results["data"]["stain"] == ["PAS"]
@@ -313,33 +319,34 @@ def test_the_stain_of_a_slide_is_compared(stain: str | None, name: str, parts: l
 
 
 def test_a_slide_is_centred_by_its_stain(tmp_path: Path) -> None:
-    facts = write_slide(tmp_path / "a.tiff", 512, 384, mpp=0.5, lesions=1, lesion_side=64, seed=1)
-    x, y, *_ = facts["lesions"][0]
-    write_outlines(tmp_path / "a.geojson", [outline(x + 8, y + 8, 48, "1")])
+    write_slide(tmp_path / "a.tiff", 256, 192, mpp=0.5, lesions=0, seed=1)
     train(tmp_path)
-    model, _, _ = load_classifier(tmp_path / "run")
-    model.config.stains = ["PAS", "silver"]
-    features = (
-        np.random.default_rng(0)
-        .normal(size=(16, model.config.image_feature_dim))
-        .astype(np.float32)
-    )
-    model.set_centres(fit_centres(features, ["PAS"] * 8 + ["silver"] * 8)[0])
+    model, processor, _ = load_classifier(tmp_path / "run")
+    features = np.random.default_rng(0).normal(size=(16, model.config.image_feature_dim))
+    by = ["PAS"] * 8 + ["silver"] * 8
+    model.set_centres(fit_centres(features.astype(np.float32), by)[0])
     model.save_pretrained(tmp_path / "run" / "model")
-    (tmp_path / "cases.csv").write_text("slide_id,stain\na,PASM\n")
-    values: dict[str, Any] = {"model": str(tmp_path / "run"), "slides": [str(tmp_path / "a.tiff")]}
-    values |= {"tile_size": 64, "objects": str(tmp_path / "a.geojson")}
-    entries = []
-    for i, more in enumerate(({"cases": str(tmp_path / "cases.csv")}, {"stain": "pas"}, {})):
-        config = SlideConfig.from_mapping({**values, **more, "output_dir": str(tmp_path / f"{i}")})
-        (entry,) = classify_slides(config)["slides"]
-        assert entry["status"] == "done", entry
-        entries.append(entry)
-    silver, pas, none = entries
-    assert [entry["stain"] for entry in entries] == ["silver", "PAS", None]
-    assert silver["probabilities"] != pas["probabilities"] != none["probabilities"]
-    assert "has no centre of this slide's (not stated" in " ".join(none["flags"])
-    assert not any("centre" in flag for flag in (*silver["flags"], *pas["flags"]))
-    both = {"cases": str(tmp_path / "cases.csv"), "stain": "HE", "output_dir": str(tmp_path / "x")}
-    with pytest.raises(GloVLMError, match=r"--stain is H&E and .* has silver"):
-        classify_slides(SlideConfig.from_mapping({**values, **both}))
+    settings: dict[str, Any] = {"tile_size": 64, "stain": "silver"}
+    done = encode_slide(model, processor, tmp_path / "a.tiff", tmp_path / "silver.h5", **settings)
+    (tmp_path / "cases.csv").write_text("slide_id,stain\na,Congo red\n")
+    values = {
+        "model": str(tmp_path / "run"),
+        "slides": [str(tmp_path / "a.tiff")],
+        "cases": str(tmp_path / "cases.csv"),
+        "output_dir": str(tmp_path / "out"),
+        "tile_size": 64,
+    }
+    (entry,) = classify_slides(SlideConfig.from_mapping(values))["slides"]
+    assert entry["stain"] == "Congo red"
+    assert "no centre of this slide's (Congo red; centres: PAS, silver)" in " ".join(entry["flags"])
+    paths = (done.path, tmp_path / "out" / "features" / "a.h5")
+    own, mean = (read_bag(path, scores=True) for path in paths)
+    assert np.array_equal(own.features, mean.features)
+    means = means_by_hand(features, by)
+    for bag, stain in ((own, "silver"), (mean, None)):
+        centred = centred_by_hand(bag.features, means, [stain] * len(bag.features))
+        with torch.no_grad():
+            expected = model.head(torch.from_numpy(centred).float())
+        assert_same_numbers(bag.scores, expected, roundings=10_000)
+    with pytest.raises(GloVLMError, match=r"--stain is H&E and .* has Congo red"):
+        classify_slides(SlideConfig.from_mapping({**values, "stain": "HE"}))
