@@ -29,7 +29,9 @@ from hf_glovlm.data.stains import (
 )
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import load_classifier
+from hf_glovlm.inference.sentences import build_zero_shot, describe_limits
 from hf_glovlm.inference.stains import find_centres, fit_centres
+from hf_glovlm.lab.stain_bench import Stained, draw_split, draw_support
 from hf_glovlm.publish.onnx_graph import export_classifier
 from hf_glovlm.slides.classify import classify_slides
 from hf_glovlm.slides.config import SlideConfig
@@ -214,6 +216,10 @@ def test_without_a_stain_the_model_itself_warns_once(
     adapted = adapt(str(tiny_clip()), "linear_probe", rows, config={"centre": "stain"})
     adapted.save(tmp_path / "model")
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert "stained silver and trichrome alone" in " ".join(describe_limits(model.config))
+    assert "where none is stated" in " ".join(describe_limits(model.config))
+    plain = build_zero_shot(model.glovlm, adapted.processor, {"a": ["a tuft"], "b": ["a cast"]})
+    assert plain.centres is plain.config.stain_centres is plain.config.stains is None
     pixels = torch.randn(2, 3, 32, 32)
     logging.getLogger("transformers").propagate = True
     try:
@@ -271,6 +277,8 @@ def test_a_run_states_stains_and_later_images_are_compared_with_them(
     assert f"it learned from {', '.join(learned)}" in (run / "README.md").read_text()
     assert {*results["subgroups"]["stain"]} == {"silver", "trichrome"}
 
+    done = glovlm("data", "check", stained)
+    assert "stated as trichrome, and 1 name says H&E" in done.err
     other = tiny_images(tmp_path / "other", per_class=2, seed=1)
     done = glovlm("predict", run, other, "--stain", "Congo red")
     assert done.code == 0
@@ -350,3 +358,32 @@ def test_a_slide_is_centred_by_its_stain(tmp_path: Path) -> None:
         assert_same_numbers(bag.scores, expected, roundings=10_000)
     with pytest.raises(GloVLMError, match=r"--stain is H&E and .* has Congo red"):
         classify_slides(SlideConfig.from_mapping({**values, "stain": "HE"}))
+
+
+# ------------------------------------------------------------------------------ the comparison
+
+
+def test_a_split_has_three_patients_of_each_class_and_a_support_takes_each_in_turn() -> None:
+    rng = np.random.default_rng(0)
+    patients = np.repeat([f"p{i:02d}" for i in range(10)], 5)
+    labels, stains = rng.binomial(1, 0.5, 50), np.array(["PAS", "silver"])[rng.integers(0, 2, 50)]
+    data = Stained({}, labels, stains, patients, ["a", "b"])
+    again = 0
+    for draw in range(5):
+        inside, tries = draw_split(data, ["PAS"], ["PAS", "silver"], 0, draw)
+        again += tries
+        assert len({*patients[inside]}) == 5
+        for side, stain in ((inside, "PAS"), (~inside, "PAS"), (~inside, "silver")):
+            rows = side & (stains == stain)
+            assert min(len({*patients[rows & (labels == k)]}) for k in (0, 1)) >= 3
+        support = draw_support(data, inside, 8, [0, draw])
+        for k in (0, 1):
+            own = patients[support[labels[support] == k]].tolist()
+            there = {*patients[inside & (labels == k)]}
+            assert len(own) == min(8, int((inside & (labels == k)).sum()))
+            assert {*own} == there or len({*own}) == 8  # every patient before one comes again
+        few = draw_support(data, inside, 2, [0, draw])
+        assert {*few} <= {*support}
+    assert again > 0
+    with pytest.raises(GloVLMError, match="leave a class out"):
+        draw_split(data.select(patients < "p04"), ["PAS"], ["PAS"], 0, 0)

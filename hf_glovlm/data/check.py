@@ -22,6 +22,7 @@ from .groups import (
 )
 from .outlines import masks_of, open_outlined
 from .splits import all_rows, assert_disjoint, draw_episode
+from .stains import contradictions
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -88,7 +89,8 @@ def check_dataset(
     Problems: a single class; an image that cannot be read; the same pixels with different labels or
     in different groups; classes or ids that differ in spelling only; a group on two sides of a
     given split; a class of the test without a training image; what an episode cannot be drawn for.
-    Notes: what a group is, identical images within a group, classes in one group.
+    Notes: what a group is, identical images within a group, classes in one group, names of files
+    that say another stain than is stated.
 
     Args:
         ds: As `load_dataset` makes it.
@@ -116,6 +118,7 @@ def check_dataset(
     reading = describe_reading(ds)
     report.left_out = reading.left_out
     report.notes += [f"{note}." for note in reading.in_full]
+    report.notes += contradictions(rows)
     if len(set(labels)) < 2:
         report.problems.append(
             f"expected images of at least two classes, found one ({', '.join(names)}); add another "

@@ -182,6 +182,13 @@ def describe_limits(config: Any) -> list[str]:
         )
     if not config.guard:
         limits.append(NO_GUARD)
+    if config.stains:
+        limits.append(f"It learned from images stained {' and '.join(config.stains)} alone.")
+    if config.stain_centres:
+        limits.append(
+            "Features are centred by the stain: where none is stated, the mean of the centres of "
+            f"{' and '.join(config.stain_centres['stains'])} stands in."
+        )
     return [*limits, RESEARCH_ONLY]
 
 
@@ -263,6 +270,7 @@ def build_zero_shot(
     config.prompts = list(texts.values())
     config.temperature = 1.0
     config.prior_shift = config.calibration = config.guard = None
+    config.stains = config.stain_centres = None
     head = prototype_head(prototypes, own.logit_scale.exp().item())
     return GloVLMForImageClassification(config, glovlm=own, head=head).eval()
 

@@ -40,7 +40,7 @@ Ints = NDArray[np.int64]
 
 METRICS = ("macro_auc", "balanced_accuracy")
 MIN_PATIENTS = 3  # of each class on either side; a draw with fewer is drawn again
-_MOST_TRIES = 100_000
+_MOST_TRIES = 10_000
 
 
 @dataclass(frozen=True)

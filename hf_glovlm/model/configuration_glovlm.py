@@ -180,6 +180,8 @@ class GloVLMConfig(PreTrainedConfig):
                 "Attentional pooling, and only that, needs pooler_dim; found vision_pooling "
                 f"'{self.vision_pooling}' and pooler_dim {self.pooler_dim}."
             )
+        if not all(isinstance(stain, str) for stain in self.stains or ()):
+            raise ValueError(f"stains must be names; found {self.stains}.")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, found {self.temperature}.")
         if not _INSTALLED and (named := self._pipelines()):
