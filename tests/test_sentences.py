@@ -41,6 +41,8 @@ def config(**calibration: Any) -> Any:
         temperature=1.0,
         synthetic=False,
         backbone_name="x",
+        stains=None,
+        stain_centres=None,
         guard={"images": 16},
         id2label=dict(enumerate(NAMES)),
         outline="ignore",

@@ -247,7 +247,9 @@ def _run(
         results = {
             "kind": folder.kind,
             "config": config.to_repeat(),
-            "data": _describe_data(task) | {"mpp": describe_scale(adapted.model.config.mpp)},
+            "data": _describe_data(task)
+            | {"mpp": describe_scale(adapted.model.config.mpp)}
+            | {"trained_stains": adapted.model.config.stains},
             **measured,
             **_describe_adapted(adapted, task),
             **further,
@@ -756,7 +758,6 @@ def _describe_data(task: _Task) -> dict[str, Any]:
         "name": config.data_name,
         "hub_id": config.hub_id,
         "stain": list_stains(read_stains(task.rows)) or None,
-        "trained_stains": list_stains(read_stains(task.side("support")[0])) or None,
         "fingerprint": task.report.fingerprint,
         "classes": [asdict(c) | {"prompts": list(c.prompts)} for c in classes],
         "counts": {
