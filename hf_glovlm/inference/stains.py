@@ -131,9 +131,9 @@ def _uncentred(model: Any, stains: Sequence[str | None]) -> list[str]:
         return []
     unstated = sum(stain is None for stain in stains)
     return [
-        f"{without} of {len(stains)} images have no centre of their own stain, {unstated} of them "
-        f"no stain (centres: {', '.join(centres.stains)}): the mean of the centres stands in. A "
-        "column stain states it, or --stain."
+        f"{without} of {len(stains)} images have no centre of their own stain, which is stated for "
+        f"{len(stains) - unstated} of all (centres: {', '.join(centres.stains)}): the mean of "
+        "the centres stands in. A column stain states it, or --stain."
     ]
 
 
