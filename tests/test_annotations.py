@@ -154,7 +154,7 @@ ONE = square(0, 0, 50, "a")
         ([ONE, ONE], ["a"]),
         ([square(90 * i, 0, 50, "PathAnnotationObject") for i in range(3)], 3),
         ([square(90 * i, 0, 50, "PathCellObject") for i in range(2)], 2),
-        (gzip.compress(json.dumps([ONE]).encode()), ["a"]),
+        (gzip.compress(json.dumps([ONE]).encode(), mtime=0), ["a"]),
         (json.dumps([ONE]).encode("utf-16"), ["a"]),
     ],
 )
