@@ -16,6 +16,7 @@ from PIL import Image
 
 from hf_glovlm.data.outlines import open_outlined
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference import predict
 from hf_glovlm.lab import outline_cells, outline_study
 from hf_glovlm.lab.outline_cells import (
     choose_rule,
@@ -23,7 +24,7 @@ from hf_glovlm.lab.outline_cells import (
     draw_supports,
     left_out_scores,
 )
-from hf_glovlm.lab.outline_study import judge, run_study
+from hf_glovlm.lab.outline_study import Arm, Study, judge, run_study
 from hf_glovlm.lab.outlined_crops import (
     SHAPES,
     draw_shape,
@@ -31,6 +32,7 @@ from hf_glovlm.lab.outlined_crops import (
     read_glomeruli,
     render_crops,
 )
+from hf_glovlm.training import adapt
 
 BLOBS = ((20, 20, "plain"), (70, 34, "striped"))  # left, top, class; 24 pixels high
 TABLE = {"table": "metadata.csv", "pictures": ".", "picture": "picture", "group": "slide_id"}
@@ -275,10 +277,9 @@ def test_a_plan_runs_once_and_reports_all_of_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GLOVLM_CACHE", str(tmp_path / "features"))
-    support = ["plain/0.png", "striped/0.png"]
-    draw = {"draw": 0, "support": support, "test_groups": ["S4", "S5"]}
-    episodes = {"set": "x", "shots": 1, "sampler": "spread", "group_column": "slide_id"}
-    (root / "episodes.json").write_text(json.dumps(episodes | {"draws": [draw]}))
+    episode = {"draw": 0, "support": ["plain/0.png", "striped/0.png"], "test_groups": ["S4", "S5"]}
+    about = {"set": "x", "shots": 1, "sampler": "spread", "group_column": "slide_id"}
+    (root / "episodes.json").write_text(json.dumps(about | {"draws": [episode]}))
     report = run_study(_plan(), root, tmp_path / "out")
     arms = {(row["arm"], row["population"]) for row in report["results"]}
     assert len(arms) == 7
@@ -293,6 +294,17 @@ def test_a_plan_runs_once_and_reports_all_of_it(
     assert "**missed**" in page
     assert "0.800 / 0.900 / 0.700" in page
     assert "of which" in page
+
+    study = Study(_plan(), root, tmp_path / "out")
+    (draw, _), _ = study.populations["all"]
+    images = render_crops(study.glomeruli, margin=1.25).add_column("label", study.labels.tolist())
+    images = images.cast_column("label", study.rows.features["label"])
+    adapted = adapt(
+        "mini", "linear_probe", images.select(draw.first(2)), config={"outline": "blank+pool"}
+    )
+    p = predict(adapted.model, adapted.processor, images.select(draw.test)).probabilities
+    cells = study.cells(Arm("blank+pool", "blank+pool", 1.25))
+    np.testing.assert_allclose(cells.probabilities["linear_probe", 2][0], p, atol=1e-5)
 
     def encode(*_: Any, **__: Any) -> Any:
         raise AssertionError("encoded twice")

@@ -11,6 +11,7 @@ Row = Mapping[str, Any]
 def render_report(report: Row) -> str:
     """Render a report as Markdown tables, goals first."""
     recipe = report["recipe"]
+    margin = recipe["margin"]
     shots = sorted({row["shots"] for row in report["results"]})
     parts = [
         f"### Goals ({report['purpose']})",
@@ -21,6 +22,7 @@ def render_report(report: Row) -> str:
         f"### macro-AUC, mean over methods and draws ({report['purpose']})",
         _by_shots(report["results"], shots),
         f"### Each method: macro-AUC, and its gain over `{report['reference']}` at the same margin",
+        f"Of `{report['reference']}` at another margin: the gain over that at {margin:g}.",
         _by_method(report["results"], shots),
         f"### Balanced accuracy and macro-F1, {max(shots)} labels",
         _other_metrics(report["results"], max(shots), recipe),

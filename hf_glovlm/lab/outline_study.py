@@ -337,17 +337,20 @@ def run_study(plan: Mapping[str, Any], root: Path, output: Path) -> dict[str, An
     controls = {
         name: study.arm(name, about, margin, outline) for name, about in plan["controls"].items()
     }
+
+    def compared_with(arm: Arm) -> Arm | None:
+        """The reference at the same margin; of itself at another margin that at the recipe's."""
+        other = reference[margin] if arm in reference.values() else reference[arm.margin]
+        return None if arm == other else other
+
     results = [
         row
         for arm in [*arms.values(), *controls.values()]
-        for row in study.summarise(
-            arm, None if arm in reference.values() else reference[arm.margin]
-        )
+        for row in study.summarise(arm, compared_with(arm))
     ]
     for population in list(study.populations)[1:]:
         for arm in (a for a in arms.values() if a.margin == margin):
-            before = None if arm in reference.values() else reference[margin]
-            results += study.summarise(arm, before, population)
+            results += study.summarise(arm, compared_with(arm), population)
     last = max(study.shots)
     method = recipe["methods"][last]
     report = {

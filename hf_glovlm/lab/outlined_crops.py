@@ -22,7 +22,7 @@ from ..data.listing import few
 from ..errors import GloVLMError, nearest
 from ..model.outlines import FILL, KEY
 from ..slides.files.annotations import read_geojson
-from ..slides.files.crops import crop_square
+from ..slides.files.crop_image import crop_square
 from ..slides.files.shapes import draw
 from ..tables import read_table
 
