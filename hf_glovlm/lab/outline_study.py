@@ -255,24 +255,32 @@ class Study:
             for shots in self.shots
         }
         recipe = {"outline": best.outline, "margin": best.margin, "methods": methods}
-        measured = {
-            rule: self.at_threshold(best, methods[max(self.shots)], rule)
-            for rule in self.plan["thresholds"]
-        }
+        measured = self.thresholds(best, methods[max(self.shots)])
         return recipe | {"threshold": choose_rule(measured), "thresholds": measured}
 
-    def at_threshold(self, arm: Arm, method: str, rule: str) -> dict[str, Any]:
+    def thresholds(self, arm: Arm, method: str) -> dict[str, dict[str, Any]]:
+        """What each rule of the plan gives at most shots, see `at_threshold`."""
+        draws, _ = self.populations["all"]
+        values = self.cells(arm).probabilities[method, max(self.shots)]
+        return {
+            rule: self.at_threshold(arm, method, rule, draws, values)
+            for rule in self.plan["thresholds"]
+        }
+
+    def at_threshold(
+        self, arm: Arm, method: str, rule: str, draws: Sequence[Draw], values: Sequence[Floats]
+    ) -> dict[str, Any]:
         """Sensitivity and specificity for the target class at a threshold from the support.
 
         Each draw's threshold comes from its own support, every group of it left out in turn.
-        """
-        draws, _ = self.populations["all"]
-        values = self.cells(arm).probabilities[method, max(self.shots)]
-        return self._at_threshold(arm, method, rule, draws, values)
 
-    def _at_threshold(
-        self, arm: Arm, method: str, rule: str, draws: Sequence[Draw], values: Sequence[Floats]
-    ) -> dict[str, Any]:
+        Args:
+            arm: The rendering.
+            method: As it was fitted.
+            rule: See `choose_threshold`.
+            draws: The draws, at most shots.
+            values: Probabilities `[test rows, K]` in each.
+        """
         target = self.class_names.index(self.plan["target"])
         support, _ = self.features(arm)
         rows = []
@@ -372,8 +380,7 @@ def run_study(plan: Mapping[str, Any], root: Path, output: Path) -> dict[str, An
         "recipe": recipe,
         "results": results,
         "at_threshold": {
-            arm.name: {rule: study.at_threshold(arm, method, rule) for rule in plan["thresholds"]}
-            for arm in (reference[margin], best)
+            arm.name: study.thresholds(arm, method) for arm in (reference[margin], best)
         },
         "stains": by_stain(study, best, method),
         "transfer": transfer(study, plan["transfer"], reference[margin], best, recipe)
@@ -399,23 +406,23 @@ def _by_number(values: Mapping[Any, Any]) -> dict[int, Any]:
 def by_stain(study: Study, arm: Arm, method: str) -> list[dict[str, Any]]:
     """Recall of each class in each stain at most shots, mean over the draws that test it."""
     draws, _ = study.populations["all"]
-    found: dict[tuple[str, str], list[float]] = {}
+    recalls: dict[tuple[str, str], list[float]] = {}
     for draw, p in zip(
         draws, study.cells(arm).probabilities[method, max(study.shots)], strict=True
     ):
         stains = [study.stains[row] for row in draw.test]
         for row in recall_by_group(study.labels[draw.test], p.argmax(1), stains, study.class_names):
-            found.setdefault((row["group"], row["class"]), []).append(row["recall"])
+            recalls.setdefault((row["group"], row["class"]), []).append(row["recall"])
     counts = {
         (stain, name): sum(
             s == stain and study.class_names[y] == name
             for s, y in zip(study.stains, study.labels, strict=True)
         )
-        for stain, name in found
+        for stain, name in recalls
     }
     return [
         {"stain": stain, "class": name, "images": counts[stain, name], "recall": fmean(values)}
-        for (stain, name), values in sorted(found.items())
+        for (stain, name), values in sorted(recalls.items())
     ]
 
 
@@ -471,7 +478,7 @@ def transfer(
                     "gain": study.gains(sub, before, values) if arm is best else None,
                 }
                 if shots == max(study.shots):
-                    row["at_threshold"] = study._at_threshold(
+                    row["at_threshold"] = study.at_threshold(
                         arm, method, recipe["threshold"], sub, values
                     )
                 results.append(row)
@@ -545,23 +552,23 @@ def tuned_rows(study: Study, about: Mapping[str, Any], margin: float) -> list[di
     first = about["outlines"][0]
     results = []
     for method in about["methods"]:
-        found: dict[str, dict[int, Floats]] = {outline: {} for outline in about["outlines"]}
+        runs: dict[str, dict[int, Floats]] = {outline: {} for outline in about["outlines"]}
         for i, draw in enumerate(draws):
             for outline in about["outlines"]:
                 path = _tuned_file(study, method, outline, margin, draw)
                 cells = Cells.load(path, study.digest, [draw])
                 if cells is not None:
-                    found[outline][i] = cells.probabilities[method, about["shots"]][0]
-        for outline, values in found.items():
+                    runs[outline][i] = cells.probabilities[method, about["shots"]][0]
+        for outline, values in runs.items():
             if not values:
                 continue
-            both = [i for i in values if i in found[first]]
+            both = [i for i in values if i in runs[first]]
             row = {"method": method, "outline": outline, "shots": about["shots"]}
             row |= {"draws": len(values)}
             row |= study.means([draws[i] for i in values], list(values.values()))
             row["gain"] = None
             if outline != first and both:
-                sides = ([found[o][i] for i in both] for o in (first, outline))
+                sides = ([runs[o][i] for i in both] for o in (first, outline))
                 row["gain"] = study.gains([draws[i] for i in both], *sides)
             results.append(row)
     return results

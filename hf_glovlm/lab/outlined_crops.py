@@ -99,9 +99,9 @@ def read_glomeruli(about: Mapping[str, str], root: Path) -> list[Glomerulus]:
     )
     glomeruli = [
         Glomerulus(
-            row["file_name"], row["label"], row[about["group"]], row.get("stain", ""), *found
+            row["file_name"], row["label"], row[about["group"]], row.get("stain", ""), *place
         )
-        for row, found in zip(rows, outlined, strict=True)
+        for row, place in zip(rows, outlined, strict=True)
     ]
     places = [(item.picture, item.corner) for item in glomeruli]
     if len(set(places)) < len(places):
