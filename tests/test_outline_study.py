@@ -316,6 +316,16 @@ def test_a_plan_runs_once_and_reports_all_of_it(
     assert again["results"] == report["results"]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("goals", "lacks goals;"), ("candidates", "lacks a recipe")]
+)
+def test_a_plan_that_lacks_something_is_refused(root: Path, name: str, message: str) -> None:
+    plan = _plan()
+    del plan[name]
+    with pytest.raises(GloVLMError, match=message):
+        Study(plan, root, root)
+
+
 def _measured() -> dict[str, float]:
     names = ("sensitivity", "sensitivity_sd", "specificity", "specificity_sd")
     return dict.fromkeys(names, 0.5)

@@ -44,6 +44,10 @@ def render_report(report: Row) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _labels(shots: int) -> str:
+    return f"{shots} label" if shots == 1 else f"{shots} labels"
+
+
 def _goals(goals: Sequence[Row]) -> Markdown:
     rows = [
         [g["goal"], _value(g["value"], g["ci95"]), g["least"], "met" if g["met"] else "**missed**"]
@@ -118,7 +122,7 @@ def _by_shots(results: Sequence[Row], shots: Sequence[int]) -> Markdown:
             means = [row["macro_auc"]["mean"] for row in _of(results, key, shots=n)]
             cells.append(sum(means) / len(means))
         rows.append([*_titled(key), *map(number, cells), number(sum(cells) / len(cells))])
-    return table(rows, ["arm", "margin", *(f"{n} labels" for n in shots), "mean"])
+    return table(rows, ["arm", "margin", *map(_labels, shots), "mean"])
 
 
 def _by_method(results: Sequence[Row], shots: Sequence[int]) -> Markdown:
@@ -131,7 +135,7 @@ def _by_method(results: Sequence[Row], shots: Sequence[int]) -> Markdown:
                 gain = _gain(row["gain"] and row["gain"]["macro_auc"])
                 cells.append(f"{number(row['macro_auc']['mean'])} {gain}".strip())
             rows.append([*_titled(key), Markdown(f"`{method}`"), *cells])
-    return table(rows, ["arm", "margin", "method", *(f"{n} labels" for n in shots)])
+    return table(rows, ["arm", "margin", "method", *map(_labels, shots)])
 
 
 def _other_metrics(results: Sequence[Row], shots: int, recipe: Row) -> Markdown:

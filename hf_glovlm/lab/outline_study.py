@@ -22,6 +22,7 @@ from ..backbones import load_backbone
 from ..data import draw_episode, load_episode
 from ..data.folder import column
 from ..environment import describe_environment
+from ..errors import GloVLMError
 from ..files import digest_value, write_json, write_text
 from ..inference import FeatureCache, embed_images, predict, resolve_device
 from ..inference.outlines import set_outline
@@ -43,6 +44,10 @@ from .outline_cells import (
 from .outline_report import render_report
 from .outlined_crops import list_rows, place_sizes, read_glomeruli, render_crops
 
+_NEEDED = (
+    "purpose", "backbone", "data", "target", "seed", "bootstrap_seed", "resamples", "draws",
+    "methods", "margins", "arms", "reference", "thresholds", "controls", "goals",
+)  # fmt: skip
 METRICS = ("macro_auc", "balanced_accuracy", "macro_f1")
 
 
@@ -80,9 +85,16 @@ class Study:
         plan: Content of the plan's file.
         root: Folder that its paths are relative to.
         output: Where predictions and report go.
+
+    Raises:
+        GloVLMError: The plan lacks something, or what `read_glomeruli` raises.
     """
 
     def __init__(self, plan: Mapping[str, Any], root: Path, output: Path) -> None:
+        absent = [name for name in _NEEDED if name not in plan]
+        if absent or not {"recipe", "candidates"} & {*plan}:
+            needed = ", ".join(absent) or "a recipe, or candidates to choose it from"
+            raise GloVLMError(f"The plan lacks {needed}; see experiments/outline.yaml.")
         self.plan, self.root, self.output = plan, root, output
         self.glomeruli = read_glomeruli(plan["data"], root)
         self.group_column = str(plan["data"]["group"])
