@@ -297,8 +297,7 @@ def test_a_plan_runs_once_and_reports_all_of_it(
 
     study = Study(_plan(), root, tmp_path / "out")
     (draw, _), _ = study.populations["all"]
-    images = render_crops(study.glomeruli, margin=1.25).add_column("label", study.labels.tolist())
-    images = images.cast_column("label", study.rows.features["label"])
+    images = study.images(1.25)
     adapted = adapt(
         "mini", "linear_probe", images.select(draw.first(2)), config={"outline": "blank+pool"}
     )

@@ -59,7 +59,8 @@ def _goals(goals: Sequence[Row]) -> Markdown:
 
 
 def _value(value: float, ci95: Sequence[float] | None) -> str:
-    return number(value) if ci95 is None else _gain({"value": value, "ci95": ci95})
+    """With four decimals, for what lies next to its goal."""
+    return f"{value:.4f}" if ci95 is None else _gain({"value": value, "ci95": ci95})
 
 
 def _gain(row: Row | None) -> str:

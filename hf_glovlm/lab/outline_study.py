@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,9 @@ from .outline_cells import (
 )
 from .outline_report import render_report
 from .outlined_crops import list_rows, place_sizes, read_glomeruli, render_crops
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 _NEEDED = (
     "purpose", "backbone", "data", "target", "seed", "bootstrap_seed", "resamples", "draws",
@@ -120,6 +123,12 @@ class Study:
         outline = str(about["outline"]).replace("chosen", chosen)
         return Arm(name, outline, margin, about.get("shape", "outline"), about.get("support", ""))
 
+    def images(self, margin: float, shape: str = "outline") -> "Dataset":
+        """Labelled images of all glomeruli, see `render_crops`."""
+        images = render_crops(self.glomeruli, margin=margin, shape=shape, seed=self.seed)
+        images = images.add_column("label", self.labels.tolist())
+        return images.cast_column("label", self.rows.features["label"])
+
     def embed(self, outline: str, margin: float, shape: str) -> NDArray[np.float32]:
         """Features of all glomeruli, each rendering encoded once."""
         key = outline, margin, shape
@@ -128,7 +137,7 @@ class Study:
                 self._features[key] = place_sizes(self.glomeruli).astype(np.float32)
                 return self._features[key]
             model, processor = self.backbone
-            images = render_crops(self.glomeruli, margin=margin, shape=shape, seed=self.seed)
+            images = self.images(margin, shape)
             set_outline(model, processor, AdaptConfig(outline=outline), images)  # type: ignore[arg-type]
             self._features[key] = embed_images(model, processor, images, cache=FeatureCache())
         return self._features[key]
@@ -526,10 +535,7 @@ def tune(study: Study, about: Mapping[str, Any], margin: float) -> Iterator[tupl
         Method, outline and draw of each run that was done.
     """
     draws = study.populations["all"][0][: about["draws"]]
-    images = render_crops(study.glomeruli, margin=margin, seed=study.seed)
-    images = images.add_column("label", study.labels.tolist()).cast_column(
-        "label", study.rows.features["label"]
-    )
+    images = study.images(margin)
     name = _backbone_name(study.plan["backbone"], study.root)
     for draw in draws:
         for method in about["methods"]:
