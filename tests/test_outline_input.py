@@ -35,6 +35,7 @@ from hf_glovlm.model.outlines import (
     mean_inside,
     take_apart,
 )
+from hf_glovlm.runs.evaluation import image_rows, list_images
 from hf_glovlm.settings import declarations
 from hf_glovlm.training.config import AdaptConfig
 from hf_glovlm.training.frozen_cache import Replay
@@ -290,6 +291,13 @@ def test_a_mask_column_is_an_outline(tmp_path: Path) -> None:
     with (tmp_path / "plain" / "metadata.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     masked = all_of(tmp_path / "plain")
+    # As `glovlm predict` lists the same folder: no mask is an image, and each image has its own.
+    paths, notes, _ = list_images([tmp_path / "plain"])
+    assert [*paths] == sorted(masked["file_name"])
+    assert notes == ["8 images are masks of others and are not classified."]
+    assert outlines_of(image_rows(paths)) == ["capsule"] * 8
+    in_order = image_rows({name: paths[name] for name in masked["file_name"]})
+    assert ImageRows(in_order, "pool").digests() == ImageRows(masked, "pool").digests()
     assert outlines_of(masked) == outlines_of(crops) == ["capsule"] * 8
     model, processor = load_backbone(str(tiny_clip()))
     cache = FeatureCache(tmp_path / "cache")

@@ -11,7 +11,6 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +19,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from ..data.folder import column, positive
-from ..data.listing import name_key
-from ..data.readers import images_column, metadata_of
+from ..data.image_tables import listed_cells
 from ..errors import GloVLMError
-from ..tables import read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -219,40 +216,6 @@ def listed_mpp(images: Iterable[Path]) -> list[float | None]:
     """
     cells = listed_cells(images, "mpp")
     return [None if cell is None else positive(cell) for cell in cells]
-
-
-def listed_cells(images: Iterable[Path], name: str) -> list[str | None]:
-    """Cells of image files in a `metadata.csv` in their folder or in the one above.
-
-    Args:
-        images: The files.
-        name: The column.
-
-    Returns:
-        The cell of each, numbers with a decimal point; `None` where that file has none.
-    """
-    read = cache(_read_metadata)
-    cells: list[str | None] = []
-    for image in images:
-        folders = (image.parent, image.parent.parent)
-        keys = [
-            (read(folder, name), name_key(image.relative_to(folder).as_posix()))
-            for folder in folders
-        ]
-        cells.append(next((table[key] for table, key in keys if key in table), None))
-    return cells
-
-
-def _read_metadata(folder: Path, name: str) -> dict[str, str]:
-    """Cells of a column by file name in one normal form, from a folder's table of images."""
-    path = metadata_of(folder)
-    if path is None:
-        return {}
-    table = read_table(path, "a table of images")
-    images, place = images_column(table), table.index(name)
-    if images is None or place is None:
-        return {}
-    return {name_key(row[images]): table.number(row[place]) for row in table.rows}
 
 
 def _known(rows: "Dataset") -> list[tuple[float, tuple[int, int]]]:

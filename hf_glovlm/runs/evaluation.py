@@ -17,7 +17,7 @@ from ..inference import FeatureCache, Predictions, predict, resolve_device
 from ..inference.guard import count_unlike
 from ..inference.outlines import hidden_notes, outline_notes
 from ..inference.prediction import class_names
-from ..inference.scale import check_scale, listed_cells, listed_mpp
+from ..inference.scale import check_scale, listed_mpp
 from ..settings import declarations
 from ..tables import spelling
 from .config import IN_MEMORY, TrainConfig
@@ -338,6 +338,7 @@ def list_images(places: Sequence[Path]) -> tuple[dict[str, Path], list[str], lis
     Raises:
         GloVLMError: There is nothing, something else than a file or folder, or no image.
     """
+    from ..data.image_tables import listed_masks
     from ..data.listing import NOT_UTF8, SUFFIXES, escape_name, few, list_files
 
     paths: dict[str, Path] = {}
@@ -368,6 +369,11 @@ def list_images(places: Sequence[Path]) -> tuple[dict[str, Path], list[str], lis
         if escape_name(name) != name:
             unnamed.append(escape_name(name))
             del paths[name]
+    drawn = {mask.resolve() for mask in listed_masks(paths.values()) if mask is not None}
+    masks = [name for name, path in paths.items() if drawn and path.resolve() in drawn]
+    if masks:
+        paths = {name: path for name, path in paths.items() if name not in {*masks}}
+        notes.append(f"{len(masks)} images are masks of others and are not classified.")
     if not paths:
         raise GloVLMError(f"No image has a name in UTF-8 ({few(unnamed)}): rename them.")
     return paths, notes, unnamed
@@ -381,15 +387,19 @@ def _relative(path: Path, base: Path) -> str:
 
 
 def image_rows(paths: Mapping[str, Path], mpp: float | None = None) -> "Dataset":
-    """Rows of image files without labels: `image`, `file_name`, `mpp`, `stain`.
+    """Rows of image files without labels: `image`, `file_name`, `mpp`, `stain`, `mask`, `outline`.
 
-    The stain is that of a metadata.csv beside each; see `data.stains.state_stains` for one by hand.
+    Stain, mask and outline are those of a metadata.csv beside each, the last two where there are
+    any; see `data.stains.state_stains` for a stain by hand.
 
     Args:
         paths: Files by name.
         mpp: Micrometres per pixel of all; by default from a metadata.csv beside each.
     """
     from datasets import Dataset, Features, Image, Value
+
+    from ..data.columns import MASK, OUTLINE
+    from ..data.image_tables import listed_cells, listed_masks
 
     types = {"image": Image(), "file_name": Value("string"), "mpp": Value("float64")}
     types["stain"] = Value("string")
@@ -400,6 +410,12 @@ def image_rows(paths: Mapping[str, Path], mpp: float | None = None) -> "Dataset"
         "mpp": scales,
     }
     columns["stain"] = listed_cells(paths.values(), "stain")
+    masks = listed_masks(paths.values())
+    if any(masks):
+        types[MASK], columns[MASK] = Image(), [mask and str(mask) for mask in masks]
+    structures = [cell or None for cell in listed_cells(paths.values(), OUTLINE)]
+    if any(structures):
+        types[OUTLINE], columns[OUTLINE] = Value("string"), structures
     return Dataset.from_dict(columns, Features(types))
 
 
@@ -413,14 +429,16 @@ def readable_images(
         outline: What the model does with their outlines.
     """
     from ..data import open_image
+    from ..data.image_tables import listed_masks
     from ..data.outlines import open_outlined
 
-    read = open_image if outline in ("ignore", "centre") else open_outlined
+    outlined = outline not in ("ignore", "centre")
+    masks = listed_masks(paths.values()) if outlined else [None] * len(paths)
     readable: dict[str, Path] = {}
     unreadable: list[str] = []
-    for name, path in paths.items():
+    for (name, path), mask in zip(paths.items(), masks, strict=True):
         try:
-            read(path)
+            open_outlined(path, mask) if outlined else open_image(path)
             readable[name] = path
         except GloVLMError as error:
             unreadable.append(str(error))
