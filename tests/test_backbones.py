@@ -605,6 +605,7 @@ def test_rows_by_the_name_in_a_config() -> None:
 def test_a_run_notes_how_its_task_relates_to_pretraining() -> None:
     from datasets import Dataset
 
+    from hf_glovlm.data.stains import state_stains
     from hf_glovlm.runs import TrainConfig
     from hf_glovlm.runs.workflow import _pretraining_notes
 
@@ -620,5 +621,6 @@ def test_a_run_notes_how_its_task_relates_to_pretraining() -> None:
         "uni was pretrained at 0.5 micrometres per pixel (20x)",
         "uni was pretrained on H&E",
     ]
-    without = _pretraining_notes(adapted, config, rows.remove_columns("stain"))
+    stated, _ = state_stains(Dataset.from_dict({"file_name": ["1.png"]}), config.stain)
+    without = _pretraining_notes(adapted, config, stated)
     assert "silver lies outside of it" in " ".join(without)

@@ -62,7 +62,7 @@ COMMANDS = {
     "train a head": (TRAIN + " --method prototype --output-dir {out}", 20_000),
     "train from the start": (TRAIN + " --method prototype --output-dir {out}", 700),
     "study": ("study --config study.yaml --output-dir {out}", 2_000),
-    "predict": ("predict model cohort --output {out}/answers.csv", 700),
+    "predict": ("predict model cohort --output {out}/answers.csv", 1_200),
     "evaluate": ("evaluate model --data cohort --allow-seen --output {out}/r.json", 700),
     "evaluate rows": (
         "evaluate model --data cohort --allow-seen --output {out}/r.json"
