@@ -74,7 +74,14 @@ def _plain_logits(name: str) -> Any:
     return fit(name, features, labels, texts).predict_logits(unseen)
 
 
-@pytest.mark.parametrize("name", ON_FEATURES)
+# These two take 300 steps of a fit, a dozen times; the others of their kind do the same in less.
+LONG = ("zs_lp", "clap")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in ON_FEATURES],
+)
 @given(power=st.integers(-3, 3))
 @settings(max_examples=3)
 def test_the_length_of_features_does_not_matter(name: str, power: int) -> None:

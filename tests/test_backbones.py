@@ -419,6 +419,7 @@ def test_damage_of_converted_weights_is_named(
         load_backbone(str(tmp_path / "made"))
 
 
+@pytest.mark.long
 def test_two_processes_convert_once(tmp_path: Path, cache_folder: Path) -> None:
     folder = published.quiltnet(tmp_path / "QuiltNet-B-32")
     script = "import logging, sys\nfrom hf_glovlm.backbones import load_backbone\n"

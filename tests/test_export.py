@@ -193,6 +193,7 @@ def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [p.name for p in tmp_path.iterdir()] == ["same"]
 
 
+@pytest.mark.long
 def test_tokens_between_the_blocks_are_in_the_graph(tmp_path: Path) -> None:
     model, processor = classifier("pair")
     model.glovlm.add_adapter_modules(

@@ -658,6 +658,7 @@ def test_a_folder_of_something_else_is_not_touched(small: Cohort, tmp_path: Path
 # ------------------------------------------------------------------------------- two processes
 
 
+@pytest.mark.long
 def test_two_processes_train_to_the_weights_of_one(small: Cohort, tmp_path: Path) -> None:
     """Without dropout and sampled tiles, which each process draws for itself."""
     config = settings(

@@ -35,6 +35,7 @@ def lit(coords: NDArray[np.int64], lesions: list[tuple[int, ...]]) -> NDArray[np
     return observed
 
 
+@pytest.mark.long
 def test_planted_lesions_on_synthetic_slides_are_learned_and_lit(tmp_path: Path) -> None:
     """Twenty slides, ten a class, one a patient. Five folds: the label of every slide and the heat
     of its tiles come from a model that learned from the sixteen slides of other folds."""

@@ -38,6 +38,7 @@ def arguments(data: Path, folder: Path, *more: object) -> list[str]:
     return ["train", *map(str, [*given, "--n-resamples", 20, *more])]
 
 
+@pytest.mark.long
 def test_a_run_ends_well_on_a_system_without_posix(data: Path, tmp_path: Path) -> None:
     script = ["-c", ELSEWHERE, *arguments(data, tmp_path / "run")]
     (done,) = run_forks(script, folder=TESTS, environments=[inherited()])

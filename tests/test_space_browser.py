@@ -261,6 +261,7 @@ def test_adapt_use_compare_and_batch(visit: Visit, examples: list[Path], tmp_pat
     playwright.expect(page.locator("#adapt-result")).to_contain_text("Each of 4", timeout=WAIT)
 
 
+@pytest.mark.long
 def test_a_calibrated_model_shows_sets_and_abstains(
     browser: Any, served: Served, tmp_path: Path
 ) -> None:
