@@ -20,6 +20,9 @@ from hf_glovlm.training import AdaptedFeatures, adapt, adapt_features
 from hf_glovlm.training.adaptation import _leave_groups_out
 
 ON_FEATURES = [n for n, m in METHODS.items() if isinstance(m, FeatureMethod | HeadMethod)]
+# These two take 300 steps of a fit, a dozen times; the others of their kind do the same in less.
+LONG = ("zs_lp", "clap")
+WITHOUT_LONG = [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in ON_FEATURES]
 WITH_LABELS = [n for n in ON_FEATURES if n != "zero_shot"]
 
 
@@ -60,7 +63,7 @@ def test_without_texts_the_class_means_stand_in_and_a_note_is_made(name: str) ->
     assert (fitted.facts.get("joint_space") is False) == METHODS[name].needs_text
 
 
-@pytest.mark.parametrize("name", ON_FEATURES)
+@pytest.mark.parametrize("name", WITHOUT_LONG)
 def test_a_seed_decides_everything(name: str) -> None:
     features, labels, texts, unseen = clusters((3, 3))
     first = fit(name, features, labels, texts, seed=3).predict_logits(unseen)
@@ -74,14 +77,7 @@ def _plain_logits(name: str) -> Any:
     return fit(name, features, labels, texts).predict_logits(unseen)
 
 
-# These two take 300 steps of a fit, a dozen times; the others of their kind do the same in less.
-LONG = ("zs_lp", "clap")
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in ON_FEATURES],
-)
+@pytest.mark.parametrize("name", WITHOUT_LONG)
 @given(power=st.integers(-3, 3))
 @settings(max_examples=3)
 def test_the_length_of_features_does_not_matter(name: str, power: int) -> None:

@@ -173,7 +173,10 @@ def test_push_dry_run_lists_what_would_leave(run_folder: Path, glovlm: Glovlm) -
     assert not {"predictions.parquet", "episodes.json"} & set(files)
 
 
-@pytest.mark.parametrize(("form", "file"), [("onnx", "model.onnx"), ("clip", "config.json")])
+@pytest.mark.parametrize(
+    ("form", "file"),
+    [pytest.param("onnx", "model.onnx", marks=pytest.mark.long), ("clip", "config.json")],
+)
 def test_export_writes_what_others_read(
     form: str, file: str, run_folder: Path, tmp_path: Path, glovlm: Glovlm
 ) -> None:

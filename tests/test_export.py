@@ -59,7 +59,14 @@ def _exported(name: str) -> tuple[Any, Any, Path, ExportReport]:
     return model.eval(), processor, folder, report
 
 
-@pytest.mark.parametrize("name", ["clip", "pair", "siglip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("clip", marks=pytest.mark.long),
+        "pair",
+        pytest.param("siglip", marks=pytest.mark.long),
+    ],
+)
 def test_the_graph_is_the_model(name: str) -> None:
     model, processor, folder, report = _exported(name)
     assert sorted(p.name for p in folder.iterdir()) == [

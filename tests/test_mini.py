@@ -118,6 +118,7 @@ def test_the_demo_does_the_main_job(tmp_path: Path) -> None:
         run_demo(tmp_path / "demo")
 
 
+@pytest.mark.long
 def test_pretraining_makes_a_loadable_folder_and_repeats_itself(tmp_path: Path) -> None:
     def make(name: str) -> dict[str, Any]:
         return pretrain(

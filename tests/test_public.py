@@ -75,7 +75,7 @@ print(json.dumps({
 @pytest.mark.parametrize(
     "order",
     [
-        FIRST + "from transformers import AutoProcessor",
+        pytest.param(FIRST + "from transformers import AutoProcessor", marks=pytest.mark.long),
         pytest.param(FIRST + "from transformers import pipeline", marks=pytest.mark.long),
         "import json, sys\nfrom transformers import AutoModel\nimport hf_glovlm\nlight = True",
     ],

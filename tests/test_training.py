@@ -149,7 +149,9 @@ def test_a_method_leaves_a_classifier_that_reloads_and_predicts_the_same(
     assert np.abs(predictions.logits - logits.numpy()).max() < 1e-3 * float(logits.abs().max())
 
 
-@pytest.mark.parametrize("counts", [(8, 1, 3), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "counts", [(8, 1, 3), pytest.param((1, 1, 1), marks=pytest.mark.long)], ids=str
+)
 @pytest.mark.parametrize(("method", "name"), EVERY)
 def test_unbalanced_classes_and_a_single_image_are_enough(
     method: str, name: str, counts: tuple[int, ...], rows: Dataset
