@@ -23,7 +23,7 @@ FLOORS = {
     4: {"methods"},
     5: {"inference"},
     6: {"explain", "publish", "training"},
-    7: {"runs"},
+    7: {"reports", "runs"},
     8: {"slides"},
     9: {"__init__", "__main__", "cli", "lab", "train"},
 }

@@ -1,0 +1,1 @@
+"""Reports: pages for people, made from the files of results alone."""

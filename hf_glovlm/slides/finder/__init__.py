@@ -1,0 +1,1 @@
+"""Finder of glomeruli: learned from a few outlined regions, run over slides."""
