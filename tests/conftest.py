@@ -4,6 +4,7 @@
 `docs/reproducibility.md`.
 """
 
+import gc
 import os
 import random
 import shutil
@@ -43,6 +44,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("glovlm")
+
+
+# Importing makes millions of objects that all stay: looking for garbage among them takes seconds
+# while the tests are collected, and again whenever one of them leaves many objects behind.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

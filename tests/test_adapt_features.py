@@ -43,7 +43,9 @@ def fit(name: str, *given_: Any, **options: Any) -> AdaptedFeatures:
     return adapt_features(name, *given_, **options)
 
 
-@pytest.mark.parametrize("counts", [(4, 4, 4), (1, 1), (6, 1, 2)])
+@pytest.mark.parametrize(
+    "counts", [pytest.param((4, 4, 4), marks=pytest.mark.long), (1, 1), (6, 1, 2)]
+)
 @pytest.mark.parametrize("name", ON_FEATURES)
 def test_separable_classes_are_learned_from_any_support(name: str, counts: tuple[int, ...]) -> None:
     features, labels, texts, unseen = clusters(counts)
