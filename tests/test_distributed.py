@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from attaching import adapt_with
 from datasets import Dataset
+from fresh_process import run_two_ranks
 from safetensors.torch import load_file, save_file
 from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair
 from torch import Tensor, nn
@@ -158,28 +159,6 @@ class Whole(HeadStep):
 # -------------------------------------------------------------------------------------- the tests
 
 
-def launch(*arguments: str) -> None:
-    """Start two CPU processes, as the README says."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "ACCELERATE_USE_CPU": "1",
-            "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'tests'}",
-        },
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_images(tmp_path_factory.mktemp("data") / "images", per_class=7)
@@ -190,7 +169,7 @@ def both(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """The folder of all results, and the losses of one process and of each of two."""
     folder = tmp_path_factory.mktemp("both")
     arguments = (str(tiny_clip()), tiny_pair(), str(images))
-    launch(str(Path(__file__).resolve()), str(folder), *arguments)
+    run_two_ranks(Path(__file__).resolve(), folder, *arguments)
     AcceleratorState._reset_state(True)
     os.environ["ACCELERATE_USE_CPU"] = "1"
     try:
@@ -285,10 +264,35 @@ def test_train_py_is_launched_as_glovlm_train_is(
     assert furthest(*map(load_file, places)) < 1e-3
 
 
+@pytest.mark.long
+def test_accelerate_launch_starts_these_two_processes(
+    both: tuple[Path, dict[str, Any]], images: Path, tmp_path: Path
+) -> None:
+    """The README's command, in two fresh interpreters; the other tests fork the same two."""
+    folder = tmp_path / "launched"
+    given = {"data": images, "backbone": tiny_clip(), "output-dir": folder}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+            *(TRAIN, *LAUNCHED, *(str(part) for k, v in given.items() for part in (f"--{k}", v))),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(REPOSITORY)},
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((folder / "results.json").read_text())["environment"]["num_processes"] == 2
+    places = (at / "model" / "model.safetensors" for at in (both[0] / "launched", folder))
+    assert furthest(*map(load_file, places)) == 0
+
+
 if __name__ == "__main__":
     place, clip_folder, pair_folders, image_folder = sys.argv[1:]
-    # In the same two processes, whose start takes longer than what they do: the script, as
-    # `accelerate launch` runs it.
+    # In the same two processes: the script, as `accelerate launch` runs it.
     given = {"data": image_folder, "backbone": clip_folder, "output-dir": f"{place}/launched"}
     sys.argv = [TRAIN, *LAUNCHED, *(part for k, v in given.items() for part in (f"--{k}", v))]
     try:

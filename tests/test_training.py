@@ -242,7 +242,20 @@ def test_the_trainable_parameters_are_counted(
 # ---------------------------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "convlm"])
+# Methods on features all take the same ones.
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(
+            name,
+            marks=pytest.mark.long
+            if not isinstance(m, TowerMethod) and name not in ("linear_probe", "tip_adapter_f")
+            else (),
+        )
+        for name, m in METHODS.items()
+        if name != "convlm"
+    ],
+)
 def test_siglip2_adapts_but_for_methods_inside_its_vision_tower(method: str, rows: Dataset) -> None:
     inside = METHODS[method].family in ("image side", "both sides")
     refused = pytest.raises(GloVLMError, match="in a shape of its own") if inside else nullcontext()
