@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaln, gammaln
 from scipy.stats import beta
 
+from thinned import simulate_recall
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab.prevalence_bench import simulate_cell
 from hf_glovlm.settings import read_yaml
@@ -17,6 +18,7 @@ from hf_glovlm.slides.prevalence import (
     LIMIT,
     MARGIN,
     TAIL,
+    check_recall,
     confusion_counts,
     corrected_percentages,
     estimate_fractions,
@@ -188,6 +190,60 @@ def test_what_is_no_count_is_refused(calls: Any) -> None:
 
 def test_the_confusion_matrix_has_labels_as_rows() -> None:
     assert confusion_counts([0, 0, 1], [0, 1, 1], 2).tolist() == [[1, 1], [0, 1]]
+
+
+# ---------------------------------------------------------------------------------------- recall
+
+
+@pytest.mark.parametrize(
+    ("counts", "found", "of"),
+    [([16, 4], [18, 6], [20, 10]), ([12, 0], [9, 5], [10, 10]), ([0, 7], [0, 14], [0, 16])],
+    ids=str,
+)
+def test_missed_objects_are_those_of_a_forward_simulation(
+    counts: list[int], found: list[int], of: list[int]
+) -> None:
+    """Poisson numbers of found and missed ones, kept where as many are found as were counted."""
+    rng = np.random.default_rng(5)
+    recall = np.maximum(rng.beta(*(np.array([found, np.subtract(of, found)]) + 0.5)[:, :, None],
+                                 size=(2, 400_000)), 1e-6)  # fmt: skip
+    mean = 25 * rng.beta(0.5, 1, size=recall.shape)  # of found ones: density ~ 1 / sqrt, below 25
+    kept = (rng.poisson(mean) == np.array(counts)[:, None]).nonzero()
+    chosen = [kept[1][kept[0] == k][:4000] for k in range(2)]
+    n = min(map(len, chosen))
+    rates, means = (np.stack([v[k, chosen[k][:n]] for k in range(2)]) for v in (recall, mean))
+    whole = means / rates
+    everyone = np.array(counts)[:, None] + rng.poisson(whole * (1 - rates))
+    fraction, one = whole[1] / whole.sum(axis=0), np.ones(n)
+    measured = estimate_fractions(counts, None, recall=(found, of))
+    share = np.median(everyone[1] / everyone.sum(axis=0))
+    assert measured.share[1] == pytest.approx(share, abs=0.02)
+    low = 0.0 if (everyone[1] == 0).mean() > TAIL else quantile(fraction, one, TAIL)
+    high = 1.0 if (everyone[0] == 0).mean() > TAIL else quantile(fraction, one, 1 - TAIL)
+    assert (measured.low[1], measured.high[1]) == pytest.approx((low, high), abs=0.04)
+
+
+def test_simulated_biopsies_of_which_the_finder_misses_some_are_covered() -> None:
+    with_recall, without = simulate_recall(n=30, share=0.2, recall=(0.95, 0.6), draws=60, seed=0)
+    assert with_recall["coverage"] >= 0.9
+    assert abs(with_recall["bias"]) < 0.03
+    assert without["bias"] < -0.04  # missed sclerotic glomeruli pull the percentage down
+
+
+def test_a_perfect_and_well_measured_recall_changes_nothing() -> None:
+    matrix, sure = [[90, 10], [5, 95]], (np.array([10**7] * 2),) * 2
+    plain, known = (estimate_fractions([15, 5], matrix, recall=r) for r in (None, sure))
+    for name in ("share", "low", "high"):
+        assert getattr(known, name) == pytest.approx(getattr(plain, name), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("found", "of", "told"),
+    [([1, 2], [1], "2 classes"), ([0.5, 1], [1, 1], "counts"), ([3, 1], [2, 1], "at most 1")],
+)
+def test_what_is_no_recall_is_refused(found: Any, of: Any, told: str) -> None:
+    with pytest.raises(GloVLMError, match=told):
+        check_recall((found, of), 2)
 
 
 # ------------------------------------------------------------------------------------ simulation

@@ -12,6 +12,11 @@ posterior of p, the rates and the true classes (Joseph, Gyorkos and Coupal 1995,
 of Epidemiology 141:263, for two classes). A point estimate divided by sensitivity + specificity - 1
 (Rogan and Gladen 1978) leaves 0 ... 1 and has to be cut there, where it then looks certain; a
 posterior has no such edge. All of it trusts that the classifier errs here as it did there.
+
+What a finder missed is in no call. The objects that it found are a thinned sample: of found
+fractions f and recall r by class, the true fractions are f_k / r_k over their sum. The found
+objects of class k are taken as Poisson with Jeffreys' prior, so that the missed ones are negative
+binomial given the found ones and r_k.
 """
 
 from dataclasses import dataclass
@@ -35,6 +40,7 @@ CONTRADICTION = 0.005
 MARGIN, LIMIT = 0.2, 0.5
 
 _CHAINS, _BURN, _KEEP = 50, 30, 80
+_LEAST_RECALL = 1e-6  # a draw below it, of a recall that was measured on nothing, would overflow
 _FLOOR = 1e-15  # of a gamma variate: one in ten million is below, and would divide by zero
 
 
@@ -43,8 +49,8 @@ class Fractions:
     """Class fractions behind some calls, each array `[..., K]`, in 0 ... 1.
 
     Attributes:
-        share: Share of these objects that truly is of the class, the posterior median; of more than
-            two classes they need not sum to 1.
+        share: Share of these objects (with a recall, of the found and the missed ones) that truly
+            is of the class, the posterior median; of more than two classes they need not sum to 1.
         low: Lower bound of the fraction that the objects were drawn from.
         high: Upper bound.
     """
@@ -84,6 +90,30 @@ def check_confusion(confusion: ArrayLike, n_classes: int) -> Ints:
             f"{table.dtype} of shape {table.shape}."
         )
     return table.astype(np.int64)
+
+
+def check_recall(recall: tuple[ArrayLike, ArrayLike], n_classes: int) -> tuple[Ints, Ints]:
+    """Recall by class as counts, checked: found ones and all, both `[K]`.
+
+    Args:
+        recall: How many objects of each class a finder found, and of how many.
+        n_classes: K.
+
+    Raises:
+        GloVLMError: A shape is wrong, what it holds is no count, or more were found than there are.
+    """
+    found, of = (np.asarray(part) for part in recall)
+    for part in (found, of):
+        if part.shape != (n_classes,) or part.dtype.kind not in "iu" or (part < 0).any():
+            raise GloVLMError(
+                f"Expected the recall of {n_classes} classes as counts [{n_classes}], found "
+                f"{part.dtype} of shape {part.shape}."
+            )
+    if (found > of).any():
+        raise GloVLMError(
+            f"Expected a recall of at most 1, found {found.tolist()} found of {of.tolist()}."
+        )
+    return found.astype(np.int64), of.astype(np.int64)
 
 
 def informative_calls(confusion: ArrayLike, *, n_draws: int = 2000, seed: int = 0) -> Floats:
@@ -128,7 +158,13 @@ def unexplained_calls(
     return np.asarray(np.minimum(as_many, as_few), np.float64)
 
 
-def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0) -> Fractions:
+def estimate_fractions(
+    counts: ArrayLike,
+    confusion: ArrayLike | None,
+    *,
+    recall: tuple[ArrayLike, ArrayLike] | None = None,
+    seed: int = 0,
+) -> Fractions:
     """Posterior of class fractions, given calls and the confusion matrix of the classifier.
 
     `share` is of the objects that were counted, as Banff and Oxford report the share of the
@@ -140,6 +176,11 @@ def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0
     class, the upper 1 where they hold no other, since a density has no mass at a bound. It is
     widened to the share where that lies outside.
 
+    With a recall the objects are what a finder found: the share is of those and of the missed ones,
+    and the interval holds also that the finder misses some classes more often, and how well that
+    was measured. A class whose recall was measured on nothing gets nearly 0 ... 1. An object that
+    was found and is none is not held.
+
     Gibbs sampling over fractions, rates and the true classes of each call (data augmentation).
     Every other step also draws a row of rates anew and moves the fractions so that the expected
     calls stay: with many objects the posterior is a narrow ridge, along which Gibbs steps alone
@@ -148,16 +189,40 @@ def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0
 
     Args:
         counts: Calls of each class `[..., K]`, of one object or more.
-        confusion: Counts `[..., K, K]` with the same leading axes; rows are labels.
+        confusion: Counts `[..., K, K]` with the same leading axes; rows are labels. `None` where
+            the calls are the true classes, as a reader's.
+        recall: How many objects of each class the finder found where they are known, and of how
+            many, each `[..., K]`; `None` where no object can be missing.
         seed: Of the draws.
     """
     calls = np.asarray(counts, np.int64)
-    table = np.asarray(confusion, np.float64) + PRIOR_COUNT
     *batch, k = calls.shape
     rng = np.random.default_rng(seed)
     n = np.broadcast_to(calls.reshape(-1, 1, k), (calls.size // k, _CHAINS, k))
-    alpha = np.broadcast_to(table.reshape(-1, 1, k, k), (*n.shape, k))
+    if confusion is None:
+        objects = np.broadcast_to(n, (_KEEP, *n.shape))
+        drawn = _dirichlet(rng, objects + PRIOR_COUNT)
+    else:
+        objects, drawn = _gibbs(rng, n, np.asarray(confusion, np.float64))
+    if recall is not None:
+        objects, drawn = _with_missed(rng, objects, drawn, *(np.asarray(part) for part in recall))
+    total = objects.sum(axis=-1, keepdims=True)
+    share = np.median(objects / total, axis=(0, 2))
+    low, high = np.quantile(drawn, [TAIL, 1 - TAIL], axis=(0, 2))
+    none, every = ((objects == m).mean(axis=(0, 2)) for m in (0, total))
+    low = np.minimum(np.where(none > TAIL, 0, low), share)
+    high = np.maximum(np.where(every > TAIL, 1, high), share)
+    return Fractions(*(values.reshape(*batch, k) for values in (share, low, high)))
 
+
+def _gibbs(rng: np.random.Generator, n: Ints, confusion: Floats) -> tuple[Ints, Floats]:
+    """Draws of the true classes of calls `[S, chains, K]`, and of the fractions behind them.
+
+    Returns:
+        Objects of each class and fractions, both `[draws, S, chains, K]`.
+    """
+    k = n.shape[-1]
+    alpha = np.broadcast_to((confusion + PRIOR_COUNT).reshape(-1, 1, k, k), (*n.shape, k))
     rates = _dirichlet(rng, alpha)
     fractions = _solve(rates, _dirichlet(rng, n + PRIOR_COUNT))
     fractions = np.clip(fractions, PRIOR_COUNT / (n.sum(axis=-1, keepdims=True) + 1), 1)
@@ -173,17 +238,27 @@ def estimate_fractions(counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0
         objects[kept] = cells.sum(axis=-2)
         fractions = drawn[kept] = _dirichlet(rng, objects[kept] + PRIOR_COUNT)
         rates = _dirichlet(rng, cells.swapaxes(-1, -2) + alpha)
-    total = calls.reshape(-1, k).sum(axis=-1, keepdims=True)
-    share = np.median(objects, axis=(0, 2)) / total
-    low, high = np.quantile(drawn, [TAIL, 1 - TAIL], axis=(0, 2))
-    none, every = ((objects == n).mean(axis=2).sum(axis=0) for n in (0, total[:, None]))
-    low = np.minimum(np.where(none > TAIL * _KEEP, 0, low), share)
-    high = np.maximum(np.where(every > TAIL * _KEEP, 1, high), share)
-    return Fractions(*(values.reshape(*batch, k) for values in (share, low, high)))
+    return objects, drawn
+
+
+def _with_missed(
+    rng: np.random.Generator, objects: Ints, drawn: Floats, found: Ints, of: Ints
+) -> tuple[Ints, Floats]:
+    """The same draws with the objects that the finder missed, and of the fractions of all."""
+    k = objects.shape[-1]
+    rates = [(part + PRIOR_COUNT).reshape(-1, 1, k) for part in (found, of - found)]
+    recall = np.maximum(rng.beta(*rates, size=objects.shape), _LEAST_RECALL)
+    missed = rng.negative_binomial(objects + PRIOR_COUNT, recall)
+    fractions = drawn / recall
+    return objects + missed, fractions / fractions.sum(axis=-1, keepdims=True)
 
 
 def corrected_percentages(
-    counts: ArrayLike, confusion: ArrayLike, *, seed: int = 0
+    counts: ArrayLike,
+    confusion: ArrayLike | None,
+    *,
+    recall: tuple[ArrayLike, ArrayLike] | None = None,
+    seed: int = 0,
 ) -> tuple[list[float], list[list[float]]]:
     """Corrected percentages, with intervals that hold the error of counting and of the classifier.
 
@@ -193,7 +268,8 @@ def corrected_percentages(
 
     Args:
         counts: Calls of each class `[K]` on one slide, of one object or more.
-        confusion: Counts `[K, K]`, rows are labels.
+        confusion: Counts `[K, K]`, rows are labels; `None` where the calls are the true classes.
+        recall: Found ones and all `[K]`, see `estimate_fractions`.
         seed: Of the draws.
 
     Returns:
@@ -208,7 +284,10 @@ def corrected_percentages(
             "Expected the number of calls of each class [K], not all of them 0; found "
             f"{calls.dtype} of shape {calls.shape}."
         )
-    measured = estimate_fractions(calls, check_confusion(confusion, len(calls)), seed=seed)
+    k = len(calls)
+    matrix = None if confusion is None else check_confusion(confusion, k)
+    thinned = None if recall is None else check_recall(recall, k)
+    measured = estimate_fractions(calls, matrix, recall=thinned, seed=seed)
     bounds = np.stack([measured.low, measured.high], axis=1)
     return (100 * measured.share).tolist(), (100 * bounds).tolist()
 
