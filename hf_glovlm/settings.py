@@ -648,7 +648,7 @@ def _scalar(event: Any, line: int) -> Any:
 
 
 def from_mapping(cls: type[T], raw: object, where: str) -> T:
-    """Build a dataclass of text, booleans, choices and lists of text from parsed YAML.
+    """Build a dataclass of text, booleans, whole numbers, choices and lists of text from YAML.
 
     Args:
         cls: The dataclass; its fields are the allowed keys, those without a default are required.
@@ -675,7 +675,7 @@ def from_mapping(cls: type[T], raw: object, where: str) -> T:
 
 
 def _typed(hint: Any, value: object, where: str) -> object:
-    if hint is bool and isinstance(value, bool):
+    if hint in (bool, int) and type(value) is hint:
         return value
     if get_origin(hint) in (dict, list) and isinstance(value, get_origin(hint)) and value:
         return value
@@ -695,8 +695,8 @@ def _typed(hint: Any, value: object, where: str) -> object:
 def _expected(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(get_args(hint))
-    if hint is bool:
-        return "true or false"
+    if hint in (bool, int):
+        return "true or false" if hint is bool else "a whole number"
     if hint is str:
         return "text (in quotes if YAML reads it as something else)"
     return "keys and values" if get_origin(hint) is dict else "a list of texts"

@@ -9,7 +9,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -86,10 +86,57 @@ class _Stain:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adequacy:
+    """Adequacy rule: a verdict on a biopsy, and the least numbers that it asks for.
+
+    Attributes:
+        verdict: `adequate` or `marginal`; a biopsy that meets no rule is unsatisfactory.
+        glomeruli: At least so many.
+        arteries: At least so many; 0 where arteries do not matter.
+    """
+
+    verdict: Literal["adequate", "marginal"]
+    glomeruli: int
+    arteries: int
+
+    @property
+    def words(self) -> str:
+        """Such as `at least 10 glomeruli and 2 arteries`."""
+        arteries = f" and {self.arteries} arter{'y' if self.arteries == 1 else 'ies'}"
+        return f"at least {self.glomeruli} glomeruli{arteries if self.arteries else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeclaredSystem:
+    """Class system that a biopsy is declared to be read by.
+
+    Attributes:
+        name: As a table of cases writes it.
+        title: In words.
+        terms: Which systems of the terms are its own.
+        adequacy: Rules, the best verdict first.
+        source: Where the rules come from.
+        verified: False for rules that are recalled and not checked.
+        parts: Terms whose lesion of single glomeruli each of its letters is made of.
+        never: What it grades and no glomerulus can show, and why.
+    """
+
+    name: str
+    title: str
+    terms: tuple[str, ...]
+    adequacy: tuple[Adequacy, ...]
+    source: str
+    verified: bool
+    parts: dict[str, Any] = field(default_factory=dict)
+    never: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Top:
     stains: dict[str, Any]
     templates: tuple[str, ...]
     systems: dict[str, Any]
+    declared: list[Any]
     terms: list[Any]
 
 
@@ -102,6 +149,7 @@ class Terminology:
     stains: Mapping[str, _Stain]
     stain_by_key: Mapping[str, str]
     templates: tuple[str, ...]
+    declared: Mapping[str, DeclaredSystem]
 
 
 def match_key(name: str) -> str:
@@ -159,6 +207,21 @@ def find_stain(name: str) -> str:
 def stain_names() -> Mapping[str, str]:
     """Canonical name of every stain by the `match_key` of each of its names."""
     return _terminology().stain_by_key
+
+
+def declared_system(name: str) -> DeclaredSystem:
+    """Class system by the name that a table of cases declares: `oxford`, `isn_rps` or `banff`.
+
+    Raises:
+        GloVLMError: No such system; names the nearest.
+    """
+    known = _terminology().declared
+    if name not in known:
+        raise GloVLMError(
+            f"Unknown class system '{name}'; expected one of {', '.join(known)}."
+            f"{nearest(name, known)}"
+        )
+    return known[name]
 
 
 def prompts_for(term: str | Term, stain: str | None = None) -> list[str]:
@@ -309,7 +372,32 @@ def read_terminology(path: Path) -> Terminology:
             ((word, name) for name, s in stains.items() for word in (name, *s.aliases)), file
         ),
         templates=top.templates,
+        declared={
+            one.name: one for one in (_declared(item, top, entries, file) for item in top.declared)
+        },
     )
+
+
+def _declared(raw: Any, top: _Top, entries: Iterable[Term], file: str) -> DeclaredSystem:
+    """One of the declared systems, all that it names checked."""
+    where = f"{file}: declared '{raw.get('name') if isinstance(raw, dict) else raw}'"
+    rules = raw.get("adequacy") if isinstance(raw, dict) else None
+    listed = rules if isinstance(rules, list) else [rules]
+    parsed = tuple(from_mapping(Adequacy, rule, f"{where}: 'adequacy'") for rule in listed)
+    system = from_mapping(DeclaredSystem, {**raw, "adequacy": parsed}, where)
+    for name in system.terms:
+        _check_known(name, top.systems, f"{where}: 'terms'")
+    names = [term.name for term in entries]
+    for letter, words in system.parts.items():
+        for word in words if isinstance(words, list) else [words]:
+            _check_known(word, names, f"{where}: '{letter}'")
+    if [*parsed] != sorted(parsed, key=lambda rule: (-rule.glomeruli, -rule.arteries)):
+        raise GloVLMError(f"{where}: 'adequacy' must begin with the rule that asks for most.")
+    if system.verified == ("unverified" in system.source):
+        raise GloVLMError(
+            f"{where}: 'source' must contain unverified if, and only if, 'verified' is false."
+        )
+    return system
 
 
 def _check_known(name: str, known: Iterable[str], where: str) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..data.groups import differing_spellings, in_quotes
@@ -27,13 +26,11 @@ from ..errors import GloVLMError, WriteError, describe_error, nearest
 from ..files import (
     UNFINISHED,
     check_fields,
-    damaged_files,
     digest_file,
     is_plain_name,
     one_writer,
     put_in_place,
     read_json,
-    read_manifest,
     read_results,
     staging,
     write_csv,
@@ -42,11 +39,11 @@ from ..files import (
 from .counting import NOT_A_SCORE, count_classes
 from .differences import Correction, Difference, compare_objects, corrected_object, read_all
 from .files.annotations import SlideObject, find_repeats, write_geojson
-from .files.coordinates import Origin
 from .files.matching import match_objects
 from .files.names import OUTLINES, files_below, outlined_slide
 from .numbering import NUMBERS
 from .objects import glomerulus_of
+from .result_objects import SlideResults, read_slide_results
 from .split_table import TEST, split_cases
 
 FILE = "corrections.json"
@@ -61,31 +58,11 @@ _PARTLY = (
     "is no random part of it, so it is not written for training and testing. Read all of it, and "
     "say so (--all-read)."
 )
-_RECORD: dict[str, tuple[type, ...]] = {  # of a slide in a reader's corrections
+RECORD: dict[str, tuple[type, ...]] = {  # of a slide in a reader's corrections
     "date": (str,), "all_read": (bool,), "results": (str,), "corrected": (str,), "changes": (dict,),
     "counts": (dict,),
 }  # fmt: skip
 logger = logging.getLogger("hf_glovlm")
-
-
-@dataclass(frozen=True)
-class _Slide:
-    """A slide of the results: its entry, its objects, and what was called of each."""
-
-    entry: Mapping[str, Any]
-    objects: list[SlideObject]
-    probabilities: Mapping[str, NDArray[np.float64]]  # by id
-    glomeruli: Mapping[str, str | None]
-    digest: str  # of objects.geojson
-
-    @property
-    def name(self) -> str:
-        return str(self.entry["slide"])
-
-    @property
-    def origin(self) -> Origin:
-        stated = self.entry.get("origin") or {}
-        return Origin(float(stated.get("x", 0)), float(stated.get("y", 0)))
 
 
 @dataclass(frozen=True)
@@ -100,12 +77,12 @@ class _Reading:
     results: Mapping[str, Any]
     source: Path
 
-    def slide(self, name: str) -> _Slide:
+    def slide(self, name: str) -> SlideResults:
         """A slide of the results with its objects."""
         entries = {str(entry["slide"]): entry for entry in self.results["slides"]}
-        return _read_slide(self.source, entries.get(name) or {"slide": name})
+        return read_slide_results(self.source, entries.get(name) or {"slide": name})
 
-    def compare(self, slide: _Slide, path: Path) -> Difference:
+    def compare(self, slide: SlideResults, path: Path) -> Difference:
         """What a file changes in a slide."""
         size = slide.entry.get("size")
         return compare_objects(
@@ -403,48 +380,16 @@ def _read_former(output: Path, reader: str) -> dict[str, dict[str, Any]]:
         former[name] = read_json(path)
         check_fields(path, former[name], {"slides": (dict,), "classes": (list,)})
         for record in former[name]["slides"].values():
-            check_fields(path, record, _RECORD)
+            check_fields(path, record, RECORD)
     return former
-
-
-def _read_slide(source: Path, entry: Mapping[str, Any]) -> _Slide:
-    """The counted objects of a slide.
-
-    Raises:
-        GloVLMError: It failed, has no outlined objects, or a file was changed since.
-    """
-    name = str(entry["slide"])
-    folder = source / "slides" / name
-    path = folder / "objects.geojson"
-    if entry.get("status") != "done" or not path.is_file():
-        raise GloVLMError(
-            f"{name} has no counted objects in '{source}': count its outlines first (`glovlm slide "
-            "--objects`)."
-        )
-    manifest = read_manifest(folder)
-    damaged = damaged_files(folder, manifest, [path.name, "objects.parquet"]) if manifest else []
-    if damaged:
-        raise GloVLMError(
-            f"'{folder / damaged[0]}' has changed since it was written: keep what came from QuPath "
-            "elsewhere, and run `glovlm slide` again, which makes it anew."
-        )
-    table = pq.read_table(folder / "objects.parquet")
-    columns = [column for column in table.column_names if column.startswith("p_")]
-    ids = table["id"].to_pylist()
-    values = np.stack([table[column].to_numpy() for column in columns], axis=1)
-    return _Slide(
-        entry,
-        read_all(path),
-        dict(zip(ids, values, strict=True)),
-        dict(zip(ids, table["glomerulus"].to_pylist(), strict=True)),
-        digest_file(path),
-    )
 
 
 # -------------------------------------------------------------------------------------- counting
 
 
-def _rows(slide: _Slide, difference: Difference, names: Sequence[str], all_read: bool) -> _Rows:
+def _rows(
+    slide: SlideResults, difference: Difference, names: Sequence[str], all_read: bool
+) -> _Rows:
     """Objects of a slide that are counted, each outline of one object in one glomerulus.
 
     One that was read has probability 1 of its class; one that was not has the classifier's.

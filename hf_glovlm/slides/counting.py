@@ -184,6 +184,54 @@ def _correct(
     return notes
 
 
+def correct_share(
+    calls: ArrayLike,
+    class_names: Sequence[str],
+    groups: Sequence[int],
+    confusion: ArrayLike | None,
+    *,
+    recall: tuple[ArrayLike, ArrayLike] | None = None,
+    seed: int = 0,
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Corrected percentage of a lesion that some classes show and others say is not there.
+
+    Args:
+        calls: Calls of each class `[K]`.
+        class_names: `[K]`.
+        groups: For each class 1 where it shows the lesion, 0 where it says that there is none, and
+            -1 where it is out of the denominator.
+        confusion: Counts `[K, K]`, rows are labels; `None` where the calls are the true classes.
+        recall: Of each class, found ones and all; see `prevalence.estimate_fractions`.
+        seed: Of the draws.
+
+    Returns:
+        `percent` and `ci95`; or `None`, and why the percentage is not corrected.
+    """
+    counts = np.asarray(calls, np.int64)
+    names = list(class_names)
+    if confusion is not None:
+        matrix = check_confusion(confusion, len(names))
+        if unlabelled := [n for n, row in zip(names, matrix, strict=True) if not row.any()]:
+            return None, f"the classifier's errors were measured on no object of {few(unlabelled)}"
+        informative = _informative(tuple(map(tuple, matrix.tolist())), seed)
+        weak = [n for n, g, ok in zip(names, groups, informative, strict=True) if g == 1 and not ok]
+        if weak:
+            return None, (
+                f"calls of {few(weak)} say too little: on labelled objects they are not clearly "
+                f"likelier (by {MARGIN:g}) from their own class than from any other"
+            )
+        unlikely = unexplained_calls(counts, matrix, seed=seed)
+        if odd := [n for n, p in zip(names, unlikely, strict=True) if p <= CONTRADICTION]:
+            return None, (
+                f"no mixture of classes explains how many are called {few(odd)}: the classifier "
+                "errs otherwise here than where its errors were measured"
+            )
+    percent, bounds = corrected_percentages(
+        counts, confusion, recall=recall, groups=groups, seed=seed
+    )
+    return {"percent": percent[1], "ci95": bounds[1]}, None
+
+
 @lru_cache(maxsize=8)  # every slide of a run has the same matrix
 def _informative(confusion: tuple[tuple[int, ...], ...], seed: int) -> tuple[bool, ...]:
     return tuple((informative_calls(confusion, seed=seed) >= LIMIT).tolist())

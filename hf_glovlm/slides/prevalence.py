@@ -19,6 +19,7 @@ objects of class k are taken as Poisson with Jeffreys' prior, so that the missed
 binomial given the found ones and r_k.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,18 +103,18 @@ def check_recall(recall: tuple[ArrayLike, ArrayLike], n_classes: int) -> tuple[I
     Raises:
         GloVLMError: A shape is wrong, what it holds is no count, or more were found than there are.
     """
-    found, of = (np.asarray(part) for part in recall)
-    for part in (found, of):
+    hits, of = (np.asarray(part) for part in recall)
+    for part in (hits, of):
         if part.shape != (n_classes,) or part.dtype.kind not in "iu" or (part < 0).any():
             raise GloVLMError(
                 f"Expected the recall of {n_classes} classes as counts [{n_classes}], found "
                 f"{part.dtype} of shape {part.shape}."
             )
-    if (found > of).any():
+    if (hits > of).any():
         raise GloVLMError(
-            f"Expected a recall of at most 1, found {found.tolist()} found of {of.tolist()}."
+            f"Expected a recall of at most 1, found {hits.tolist()} found of {of.tolist()}."
         )
-    return found.astype(np.int64), of.astype(np.int64)
+    return hits.astype(np.int64), of.astype(np.int64)
 
 
 def informative_calls(confusion: ArrayLike, *, n_draws: int = 2000, seed: int = 0) -> Floats:
@@ -163,6 +164,7 @@ def estimate_fractions(
     confusion: ArrayLike | None,
     *,
     recall: tuple[ArrayLike, ArrayLike] | None = None,
+    groups: Sequence[int] | None = None,
     seed: int = 0,
 ) -> Fractions:
     """Posterior of class fractions, given calls and the confusion matrix of the classifier.
@@ -193,6 +195,9 @@ def estimate_fractions(
             the calls are the true classes, as a reader's.
         recall: How many objects of each class the finder found where they are known, and of how
             many, each `[..., K]`; `None` where no object can be missing.
+        groups: For each class the number of the group whose fraction is asked for, from 0 on; -1
+            leaves a class out of the whole, as globally sclerotic glomeruli are out of the
+            denominator of other lesions. The results are then `[..., groups]`.
         seed: Of the draws.
     """
     calls = np.asarray(counts, np.int64)
@@ -206,8 +211,13 @@ def estimate_fractions(
         objects, drawn = _gibbs(rng, n, np.asarray(confusion, np.float64))
     if recall is not None:
         objects, drawn = _with_missed(rng, objects, drawn, *(np.asarray(part) for part in recall))
+    if groups is not None:
+        k = max(groups) + 1
+        member = (np.array(groups)[:, None] == np.arange(k)).astype(np.int64)
+        objects, drawn = objects @ member, drawn @ member
+        drawn = drawn / drawn.sum(axis=-1, keepdims=True)
     total = objects.sum(axis=-1, keepdims=True)
-    share = np.median(objects / total, axis=(0, 2))
+    share = np.median(objects / np.maximum(total, 1), axis=(0, 2))
     low, high = np.quantile(drawn, [TAIL, 1 - TAIL], axis=(0, 2))
     none, every = ((objects == m).mean(axis=(0, 2)) for m in (0, total))
     low = np.minimum(np.where(none > TAIL, 0, low), share)
@@ -242,12 +252,12 @@ def _gibbs(rng: np.random.Generator, n: Ints, confusion: Floats) -> tuple[Ints, 
 
 
 def _with_missed(
-    rng: np.random.Generator, objects: Ints, drawn: Floats, found: Ints, of: Ints
+    rng: np.random.Generator, objects: Ints, drawn: Floats, hits: Ints, of: Ints
 ) -> tuple[Ints, Floats]:
     """The same draws with the objects that the finder missed, and of the fractions of all."""
     k = objects.shape[-1]
-    rates = [(part + PRIOR_COUNT).reshape(-1, 1, k) for part in (found, of - found)]
-    recall = np.maximum(rng.beta(*rates, size=objects.shape), _LEAST_RECALL)
+    hit, lost = ((part + PRIOR_COUNT).reshape(-1, 1, k) for part in (hits, of - hits))
+    recall = np.maximum(rng.beta(hit, lost, size=objects.shape), _LEAST_RECALL)
     missed = rng.negative_binomial(objects + PRIOR_COUNT, recall)
     fractions = drawn / recall
     return objects + missed, fractions / fractions.sum(axis=-1, keepdims=True)
@@ -258,6 +268,7 @@ def corrected_percentages(
     confusion: ArrayLike | None,
     *,
     recall: tuple[ArrayLike, ArrayLike] | None = None,
+    groups: Sequence[int] | None = None,
     seed: int = 0,
 ) -> tuple[list[float], list[list[float]]]:
     """Corrected percentages, with intervals that hold the error of counting and of the classifier.
@@ -270,10 +281,11 @@ def corrected_percentages(
         counts: Calls of each class `[K]` on one slide, of one object or more.
         confusion: Counts `[K, K]`, rows are labels; `None` where the calls are the true classes.
         recall: Found ones and all `[K]`, see `estimate_fractions`.
+        groups: See there.
         seed: Of the draws.
 
     Returns:
-        Per cent of each class, and its bounds.
+        Per cent of each class or group, and its bounds.
 
     Raises:
         GloVLMError: A shape is wrong, a number is no count or nothing is counted.
@@ -287,7 +299,7 @@ def corrected_percentages(
     k = len(calls)
     matrix = None if confusion is None else check_confusion(confusion, k)
     thinned = None if recall is None else check_recall(recall, k)
-    measured = estimate_fractions(calls, matrix, recall=thinned, seed=seed)
+    measured = estimate_fractions(calls, matrix, recall=thinned, groups=groups, seed=seed)
     bounds = np.stack([measured.low, measured.high], axis=1)
     return (100 * measured.share).tolist(), (100 * bounds).tolist()
 

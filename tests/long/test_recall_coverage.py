@@ -16,6 +16,7 @@ def test_intervals_hold_the_truth_of_found_and_missed(
     for n, known in product((12, 40), (10, 60)):
         measured, plain = simulate_recall(n, share, recall, draws=500, seed=1, known=known)
         assert measured["coverage"] >= 0.905, (n, known)  # of 500, two standard errors below .93
-        assert measured["width"] >= plain["width"] - 0.01, (n, known)
+        if recall[0] > recall[1] and share > 0 and n == 40:  # what is missed pulls down
+            assert plain["bias"] < min(measured["bias"], -0.02), known
         if (n, known) == (40, 60):
-            assert abs(measured["bias"]) <= 0.02, share
+            assert abs(measured["bias"]) <= 0.035, share
