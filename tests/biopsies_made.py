@@ -175,9 +175,7 @@ def correct(
         added = [one for one in of_slide.values() if isinstance(one, Made)]
         content["features"] = kept + [feature(one, 50 + i) for i, one in enumerate(added)]
         (given / f"{slide}.geojson").write_text(json.dumps(content))
-    correct_results(
-        results, given, reader, output, all_read=all_read, classes=classes, date=date
-    )
+    correct_results(results, given, reader, output, all_read=all_read, classes=classes, date=date)
     return output
 
 

@@ -264,8 +264,8 @@ def _notes(biopsy: Biopsy, lesion: Lesion, counts: Mapping[str, int]) -> list[st
     elif counts[NOT_READ] and n:
         whole = known + counts[NOT_READ]
         notes.append(
-            f"{counts[NOT_READ]} glomeruli were not read for it, so it has no percentage: between "
-            f"{present} and {present + counts[NOT_READ]} of {whole} have it."
+            f"{glomeruli(counts[NOT_READ])} had a class that says nothing of it, so it has no "
+            f"percentage: between {present} and {present + counts[NOT_READ]} of {whole} have it."
         )
     sclerotic = sum(states[GLOBAL] == PRESENT for states in biopsy.states)
     spoiled = counts[NOT_ASSESSABLE] - (0 if lesion.is_global else sclerotic)
@@ -274,8 +274,8 @@ def _notes(biopsy: Biopsy, lesion: Lesion, counts: Mapping[str, int]) -> list[st
     if spoiled:
         least = 100 * present / (known + spoiled)
         notes.append(
-            f"{spoiled} glomeruli that are cut, folded, blurred or of a wrong stain show none and "
-            f"are not assessable; where they do show it they count, so the share leans upwards: "
+            f"{glomeruli(spoiled)} cut, folded, blurred or of a wrong stain show none, which does "
+            "not count as absent; where such ones show it they count, so the share leans upwards: "
             f"{least:.0f}% if these have none."
         )
     if lesion.key == SCLEROTIC:
@@ -284,6 +284,11 @@ def _notes(biopsy: Biopsy, lesion: Lesion, counts: Mapping[str, int]) -> list[st
     notes += _stain_notes(biopsy, lesion)
     notes += _kind_notes(biopsy, lesion, present)
     return notes
+
+
+def glomeruli(n: int) -> str:
+    """Such as `1 glomerulus`."""
+    return f"{n} glomerul{'us' if n == 1 else 'i'}"
 
 
 def _system_notes(biopsy: Biopsy, term: Term | None) -> list[str]:

@@ -36,13 +36,14 @@ from ..files import (
     write_csv,
     write_json,
 )
+from .cases import join_sections
 from .counting import NOT_A_SCORE, count_classes
 from .differences import Correction, Difference, compare_objects, corrected_object, read_all
 from .files.annotations import SlideObject, find_repeats, write_geojson
 from .files.matching import match_objects
 from .files.names import OUTLINES, files_below, outlined_slide
 from .numbering import NUMBERS
-from .objects import glomerulus_of
+from .objects import GLOMERULUS, glomerulus_of
 from .result_objects import SlideResults, read_slide_results
 from .split_table import TEST, split_cases
 
@@ -412,7 +413,8 @@ def _rows(
         for one, item in zip(counted, objects, strict=True)
     ]
     ids = [
-        f"{slide.name} {counted[i].id}" if own[i] is None else f"glomerulus {own[i]}" for i in first
+        f"{slide.name} {counted[i].id}" if own[i] is None else f"{GLOMERULUS}{own[i]}"
+        for i in first
     ]
     # Of outlines of one object those that were read count, else the first.
     was_read = {i for i, one in zip(first, read, strict=True) if one}
@@ -444,31 +446,30 @@ def _count(rows: _Rows, names: Sequence[str], reader: str) -> dict[str, Any]:
 
 def _count_cases(reading: _Reading, rows: Mapping[str, _Rows]) -> list[dict[str, Any]]:
     """Counts of the cases with a corrected slide; their other slides as the classifier has them."""
-    case_of = {str(entry["slide"]): entry["case"] for entry in reading.results["slides"]}
+    entries = reading.results["slides"]
     counted = []
     for case in reading.results["cases"]:
-        before = case["counts"]
-        slides = [str(name) for name in case["slides"]]
-        if before is None or before["unit"] != "objects":
-            slides = []
-        slides += [name for name in rows if case_of[name] == case["case"] and name not in slides]
+        of_case = [entry for entry in entries if entry["case"] == case["case"]]
+        slides = [str(e["slide"]) for e in of_case if (e["counts"] or {}).get("unit") == "objects"]
         if not any(name in rows for name in slides):
             continue
-        parts = []
+        every: dict[str, _Rows] = {}
         for name in slides:
             part = rows.get(name)
             if part is None:
                 slide = reading.slide(name)
                 untouched = Difference([Correction(item, item) for item in slide.objects])
                 part = _rows(slide, untouched, reading.classes, False)
-            parts.append(part)
+            every[name] = part
+        slides = join_sections({name: part.ids for name, part in every.items()})
+        parts = [every[name] for name in slides]
         together = _Rows(
             np.concatenate([part.values for part in parts]),
             [name for part in parts for name in part.ids],
             [one for part in parts for one in part.read],
         )
         after = _count(together, reading.classes, reading.reader)
-        counts = {"before": before, "after": after}
+        counts = {"before": case["counts"], "after": after}
         counted.append({"case": case["case"], "slides": slides, "counts": counts})
     return counted
 

@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 
 from ..data.listing import few
 from ..errors import GloVLMError
+from .lesions import ClassSet
 from .prevalence import (
     CONTRADICTION,
     LIMIT,
@@ -36,6 +37,11 @@ SAMPLING = (
 )
 NEIGHBOURS = (
     "Tiles of one slide are neighbours, not independent draws: their intervals are too narrow."
+)
+SECTIONS = (
+    "A glomerulus on several sections counts in each lesion that one of them shows, and as "
+    "globally sclerotic where all of them show it, so counts may add up to more than n; they are "
+    "not corrected, as errors over several sections are not those that were measured."
 )
 UNKNOWN_ERRORS = (
     "Percentages are not corrected: the classifier's errors are not known, as no confusion matrix "
@@ -85,8 +91,10 @@ def count_classes(
         calls: Class numbers `[n]`, or probabilities `[n, K]`, of which the largest is the call.
         class_names: The `K` classes.
         groups: Slide or case of each object; all are of one, named `all`, when not given.
-        ids: Which glomerulus each row shows. Rows of one group with the same id are one object:
-            their probabilities (or votes) are averaged.
+        ids: Which glomerulus each row shows. Rows of one group with the same id are one object: it
+            counts in every lesion that one of them is called, and in global sclerosis only where
+            all of them are (`ClassSet.over_sections`); so counts may add up to more than `n`, and
+            none are corrected.
         unit: What a row is; for tiles the note says that they are not independent.
         confusion: Calls by true class `[K, K]`, rows are labels, counted on labelled objects that
             the classifier did not learn from; adds `corrected` to the objects of each class whose
@@ -116,17 +124,26 @@ def count_classes(
         rows_of[group].append(row)
     result = {}
     for group, rows in rows_of.items():
-        own = votes[rows] if ids is None else _merged(votes[rows], [ids[row] for row in rows])
-        counts = np.bincount(own.argmax(axis=1), minlength=len(names)).astype(np.int64)
-        result[group] = _counted(counts, names, unit, matrix, seed)
+        own = votes[rows].argmax(axis=1)
+        n, shown = len(rows), own
+        if ids is not None:
+            n, shown = _over_sections(own, [ids[row] for row in rows], names)
+        counts = np.bincount(shown, minlength=len(names)).astype(np.int64)
+        joined = n < len(rows)
+        result[group] = _counted(counts, n, names, unit, matrix, joined, seed)
     return result
 
 
 def _counted(
-    counts: Ints, names: Sequence[str], unit: str, confusion: Ints | None, seed: int
+    counts: Ints,
+    n: int,
+    names: Sequence[str],
+    unit: str,
+    confusion: Ints | None,
+    joined: bool,
+    seed: int,
 ) -> dict[str, Any]:
-    """Counts `[K]` of one slide or case, as the results hold them."""
-    n = int(counts.sum())
+    """Counts `[K]` of the `n` objects of one slide or case, as the results hold them."""
     classes: dict[str, dict[str, Any]] = {}
     for name, count in zip(names, counts.tolist(), strict=True):
         classes[name] = {
@@ -137,6 +154,8 @@ def _counted(
     notes = [NOT_A_SCORE, SAMPLING]
     if unit == "tiles":
         notes.append(NEIGHBOURS)
+    elif joined:
+        notes.append(SECTIONS)
     elif n:
         corrected = None if confusion is None else _correct(classes, counts, confusion, seed)
         notes += [UNKNOWN_ERRORS] if corrected is None else corrected
@@ -254,10 +273,11 @@ def _votes(calls: ArrayLike, n_classes: int) -> Floats:
     )
 
 
-def _merged(votes: Floats, ids: Sequence[str]) -> Floats:
-    """Average the rows of each object."""
-    place = {name: i for i, name in enumerate(dict.fromkeys(ids))}
-    total, rows = np.zeros((len(place), votes.shape[1])), [place[name] for name in ids]
-    np.add.at(total, rows, votes)
-    mean: Floats = total / np.bincount(rows, minlength=len(place))[:, None]
-    return mean
+def _over_sections(calls: Ints, ids: Sequence[str], names: Sequence[str]) -> tuple[int, Ints]:
+    """How many objects the ids are of, and the classes in which they count, one entry each."""
+    called: dict[str, list[str]] = {}
+    for name, call in zip(ids, calls.tolist(), strict=True):
+        called.setdefault(name, []).append(names[call])
+    classes = ClassSet(list(names))
+    shown = [one for each in called.values() for one in classes.over_sections(each)]
+    return len(called), np.array([names.index(one) for one in shown], np.int64)

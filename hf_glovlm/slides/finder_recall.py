@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import GloVLMError
-from ..files import check_fields, read_json
+from ..files import check_fields, digest_file, digest_value, read_json
 from .lesions import lesion_of
 
-FILE = "finder.json"
+FILE, WEIGHTS = "finder.json", "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class FinderRecall:
         by_class: Glomeruli of each class that it outlined, and how many there were, by the key of
             the class's lesion.
         groups: On how many patients, slides or regions that was measured, in words.
-        fingerprint: Of the finder.
+        fingerprint: Of the finder's files, which the objects that it outlines bear in short; empty
+            where its weights are not there.
     """
 
     by_class: Mapping[str, tuple[int, int]]
@@ -74,4 +75,6 @@ def read_recall(folder: Path) -> FinderRecall:
         before = counts.get(lesion_of(str(name)).key, (0, 0))
         counts[lesion_of(str(name)).key] = (before[0] + hits, before[1] + of)
     groups = f"{left_out.get('groups', 'some')} {left_out.get('group', 'group')}s"
-    return FinderRecall(counts, groups, str(content.get("fingerprint") or ""))
+    weights = folder / WEIGHTS
+    known = [digest_file(path), digest_file(weights)] if weights.is_file() else []
+    return FinderRecall(counts, groups, digest_value(known) if known else "")

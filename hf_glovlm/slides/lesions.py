@@ -214,6 +214,25 @@ class ClassSet:
             states |= {k: ABSENT for k in (GLOBAL, *KINDS) if k == GLOBAL or k in self.lesions}
         return states
 
+    def over_sections(self, called: Sequence[str]) -> list[str]:
+        """Classes in which a glomerulus counts that several sections show.
+
+        Global sclerosis where every section is called so; else each lesion that some section shows,
+        and without one the class of a section that is not globally sclerotic.
+
+        Args:
+            called: The class on each section.
+        """
+        distinct = [name for name in self.names if name in called]
+        others = [name for name in distinct if not lesion_of(name).is_global]
+        if not others:
+            return distinct
+        for role in ("lesion", "normal", "not"):
+            of_role = [name for name in others if self._roles[name][0] == role]
+            if of_role:
+                return of_role if role == "lesion" else of_role[:1]
+        return others[:1]
+
     def _kinds_of(self, key: str) -> list[str]:
         """Lesions of the set that are kinds of another one."""
         return [

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .files.wsi import Slide
 
 _LARGEST = 1.05  # an object's longer side over the slide's
+GLOMERULUS = "glomerulus\t"  # before an id that sections share, as no slide is called so
 COUNTED, DOUBT = "counted", "doubt"  # names of these measurements in GeoJSON
 
 
@@ -169,7 +170,7 @@ def read_objects(path: Path, slide: str) -> tuple[NDArray[np.float64], list[str]
     probabilities = np.stack([table[name].to_numpy() for name in columns], axis=1)[counted]
     ids, glomeruli = table["id"].to_pylist(), table["glomerulus"].to_pylist()
     names = [
-        f"{slide} {ids[i]}" if glomeruli[i] is None else f"glomerulus {glomeruli[i]}"
+        f"{slide} {ids[i]}" if glomeruli[i] is None else f"{GLOMERULUS}{glomeruli[i]}"
         for i in counted
     ]
     return probabilities, names
