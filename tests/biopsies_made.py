@@ -1,4 +1,4 @@
-"""Results of `glovlm slide`, corrections and tables of cases, written by hand for biopsies' sheets."""
+"""Results of `glovlm slide`, corrections and tables of cases, written by hand for sheets."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -188,7 +188,7 @@ def describe(
     finder: Path | None = None,
     **options: Any,
 ) -> Biopsies:
-    """Describe biopsies from one folder of results; without rows all slides are of the case `B1`."""
+    """Describe biopsies from one folder of results; without rows all are of the case `B1`."""
     results = write_slides(root / "O", slides, classes, **options)
     rows = rows if rows is not None else [{"slide_id": s, "case_id": "B1"} for s in slides]
     return describe_biopsies(write_cases(root / "cases.csv", rows), [results], finder=finder)

@@ -20,11 +20,14 @@ from biopsies_made import (
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.slides.biopsy import describe_biopsies
-from hf_glovlm.slides.lesions import ClassSet, at_one_level, lesion_of, over_levels
+from hf_glovlm.slides.lesions import ClassSet, State, at_one_level, lesion_of, over_levels
 
 N, G, S, CR = "normal", "global_sclerosis", "segmental_sclerosis", "crescent"
 FOUR = (N, G, S, CR)
-P, A, NA, NR = "present", "absent", "not_assessable", "not_read"
+P: State = "present"
+A: State = "absent"
+NA: State = "not_assessable"
+NR: State = "not_read"
 
 
 def counts_of(sheet: Mapping[str, Any], name: str) -> tuple[int, ...]:
@@ -129,7 +132,7 @@ def test_a_focal_lesion_is_of_any_level_and_global_sclerosis_of_every(
     levels: list[dict[str, Any]], expected: tuple[str, str]
 ) -> None:
     keys = ["global sclerosis", "crescent"]
-    ruled = [at_one_level({key: NR for key in keys} | level) for level in levels]  # type: ignore[arg-type]
+    ruled = [at_one_level(dict.fromkeys(keys, NR) | level) for level in levels]
     merged = over_levels(ruled, keys)
     assert tuple(merged[key] for key in keys) == expected
 
@@ -367,12 +370,15 @@ def test_the_chance_to_miss_a_lesion_of_a_tenth(n: int, percent: int, tmp_path: 
     assert f"{percent}%" in chance["sentence"]
 
 
-def test_sections_that_may_show_more_give_no_verdict_that_more_would_change(tmp_path: Path) -> None:
-    slides = {"l1": made(*[N] * 7), "l2": made(*[N] * 5)}
+@pytest.mark.parametrize("other", [made(*[N] * 5), "failed"], ids=["without ids", "failed"])
+def test_sections_that_may_show_more_give_no_verdict_that_more_would_change(
+    other: Any, tmp_path: Path
+) -> None:
+    slides = {"l1": made(*[N] * 7), "l2": other}
     rows = rows_of("l1", "l2", system="oxford", reader="AB")
     adequacy = sheet_of(describe(tmp_path, slides, (N, G), rows))["adequacy"]
     assert adequacy["verdict"] is None
-    assert "could not be joined" in adequacy["why"]
+    assert "not counted may show others" in adequacy["why"]
 
 
 M = "mesangial hypercellularity (Oxford)"
@@ -633,7 +639,7 @@ def test_zero_glomeruli_are_a_sheet_without_percentages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("slides", "rows", "told"),
     [
-        ({"s": made(N)}, rows_of("s") + [{"slide_id": "t", "case_id": "B2"}],
+        ({"s": made(N)}, [*rows_of("s"), {"slide_id": "t", "case_id": "B2"}],
          {"B2": "no results of it are given"}),
         ({"s": made(N), "t": made(N)}, rows_of("s"), {"slide t": "has no row for it"}),
         ({"s": made(N), "t": made(N)}, [*rows_of("s"), {"slide_id": "t", "stain": "PAS"}],

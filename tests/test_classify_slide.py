@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "outlines" / "sick.geojson",
         [
             outline(x + 8, y + 8, 48, "1", glomerulus_id="g1"),
-            outline(PLAIN[0] + 8, PLAIN[1] + 8, 48, "2"),
+            outline(PLAIN[0] + 8, PLAIN[1] + 8, 48, "2", glomerulus_id="g2"),
         ],
     )
     write_outlines(

@@ -1,5 +1,6 @@
 """Counts, intervals and corrections, each against a restatement that shares no code."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from hf_glovlm.slides.counting import (
     NEIGHBOURS,
     NOT_A_SCORE,
     SAMPLING,
+    SECTIONS,
     count_classes,
     wilson_interval,
 )
@@ -84,12 +86,33 @@ def test_probabilities_count_by_their_largest_and_tiles_say_that_they_are_neighb
     assert NEIGHBOURS in result["notes"]
 
 
-def test_a_glomerulus_on_two_sections_is_one() -> None:
-    p = np.array([[0.9, 0.1], [0.0, 1.0], [0.2, 0.8]])
-    result = count_classes(p, NAMES, groups=["case"] * 3, ids=["g1", "g1", "g2"])["case"]
-    # g1: mean (0.45, 0.55), so sclerosed, although its first section says otherwise
-    assert (result["n"], result["classes"]["sclerosed"]["count"]) == (2, 2)
-    apart = count_classes(p[:2], NAMES, groups=["case", "other"], ids=["g1", "g1"])
+@pytest.mark.parametrize(
+    ("names", "called", "expected"),
+    [
+        # a lesion that one level shows is there, however sure the other one is
+        (("normal", "crescent"), [0, 1], [0, 1]),
+        (("non_sclerosed", "sclerosed"), [0, 0, 1], [0, 1]),
+        # global sclerosis where every level shows it
+        (("normal", "global_sclerosis"), [0, 1], [1, 0]),
+        (("normal", "global_sclerosis"), [1, 1], [0, 1]),
+        # two lesions on two levels are both there
+        (("normal", "crescent", "segmental_sclerosis", "GS"), [1, 2, 3, 0], [0, 1, 1, 0]),
+    ],
+    ids=str,
+)
+def test_a_glomerulus_on_several_sections_is_one(
+    names: tuple[str, ...], called: list[int], expected: list[int]
+) -> None:
+    p = np.full((len(called), len(names)), 0.49 / (len(names) - 1))
+    p[range(len(called)), called] = 0.51
+    p[0] = np.eye(len(names))[called[0]]  # the surest, whose mean with others it would be
+    confusion = 90 * np.eye(len(names), dtype=int) + 5
+    result = count_classes(p, names, ids=["g1"] * len(called), confusion=confusion)["all"]
+    assert result["n"] == 1
+    assert [result["classes"][name]["count"] for name in names] == expected
+    assert SECTIONS in result["notes"]
+    assert not any("corrected" in entry for entry in result["classes"].values())
+    apart = count_classes(p[:2], names, groups=["case", "other"], ids=["g1", "g1"])
     assert [entry["n"] for entry in apart.values()] == [1, 1]
 
 
@@ -195,13 +218,20 @@ def slide_entry(slide: str, case: str, calls: list[int] | None = None) -> dict[s
     return {"slide": slide, "case": case, "counts": counts}
 
 
-def write_calls(output: Path, entry: dict[str, Any], calls: list[int], confusion: Any) -> None:
-    """Give a slide objects with these calls, each a glomerulus that no other slide shows."""
+def write_calls(
+    output: Path,
+    entry: dict[str, Any],
+    calls: list[int],
+    confusion: Any,
+    ids: Sequence[str | None] | None = None,
+) -> None:
+    """Give a slide objects with these calls, and the ids of their glomeruli."""
     folder = output / "slides" / entry["slide"]
     folder.mkdir(parents=True)
     p = np.eye(2)[calls]
     columns = {"id": [str(i) for i in range(len(calls))], "counted": [True] * len(calls)}
-    table = pa.table({**columns, "glomerulus": pa.nulls(len(calls), pa.string())})
+    shown = pa.array(ids if ids is not None else [None] * len(calls), pa.string())
+    table = pa.table({**columns, "glomerulus": shown})
     for k, name in enumerate(NAMES):
         table = table.append_column(f"p_{name}", pa.array(p[:, k]))
     pq.write_table(table, folder / "objects.parquet")
@@ -230,13 +260,29 @@ def test_a_case_says_which_of_its_slides_failed(tmp_path: Path) -> None:
 def test_a_case_is_corrected_by_all_its_calls_at_once(tmp_path: Path) -> None:
     confusion = np.array([[80, 20], [10, 90]])
     slides = [slide_entry("s1", "A"), slide_entry("s2", "A"), slide_entry("s3", "A", [1] * 50)]
-    write_calls(tmp_path, slides[0], [0, 0, 1, 0, 0, 1], confusion)
-    write_calls(tmp_path, slides[1], [1, 0, 0, 0], confusion)
+    write_calls(tmp_path, slides[0], [0, 0, 1, 0, 0, 1], confusion, list("abcdef"))
+    write_calls(tmp_path, slides[1], [1, 0, 0, 0], confusion, list("ghij"))
     (case,) = count_cases(slides, tmp_path, NAMES, confusion)
     together = count_classes([1] * 3 + [0] * 7, NAMES, confusion=confusion)["all"]
     assert case["counts"] == together
     assert "corrected" in together["classes"]["sclerosed"]
     assert case["flags"] == ["not counted, as without objects: s3"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "used"),
+    [(["a", "b"], 3, ["s1", "s2"]), (["a", None], 3, ["s2"]), (None, 3, ["s2"])],
+    ids=["all", "some", "none"],
+)
+def test_sections_are_joined_by_ids_and_never_summed_without(
+    ids: list[str | None] | None, n: int, used: list[str], tmp_path: Path
+) -> None:
+    slides = [slide_entry("s1", "A"), slide_entry("s2", "A")]
+    write_calls(tmp_path, slides[0], [0, 1], None, ids)
+    write_calls(tmp_path, slides[1], [0, 0, 1], None, ["a", "b", "c"])
+    (case,) = count_cases(slides, tmp_path, NAMES, None)
+    assert (case["slides"], case["counts"]["n"]) == (used, n)
+    assert any("sections are not summed: s1" in flag for flag in case["flags"]) == (used == ["s2"])
 
 
 # ------------------------------------------------------------------------- slides left out in turn

@@ -8,8 +8,8 @@ import pytest
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaln, gammaln
 from scipy.stats import beta
-
 from thinned import simulate_recall
+
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab.prevalence_bench import simulate_cell
 from hf_glovlm.settings import read_yaml

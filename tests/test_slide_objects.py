@@ -26,7 +26,7 @@ from hf_glovlm.slides import objects
 from hf_glovlm.slides.files.annotations import read_geojson
 from hf_glovlm.slides.files.crops import cut_crops
 from hf_glovlm.slides.files.wsi import open_slide
-from hf_glovlm.slides.objects import classify_objects, read_objects
+from hf_glovlm.slides.objects import GLOMERULUS, classify_objects, read_objects
 
 # Each crop lies within its box, which is of one texture.
 BOXES = [(100, 100, 160, 160), (480, 290, 200, 200)]
@@ -151,7 +151,7 @@ def test_a_repeated_outline_is_counted_once(place: Path, tools: Any, tmp_path: P
     assert "1 of 4 outlines repeat" in result.notes[0]
     result.save(tmp_path / "objects.parquet")
     probabilities, ids = read_objects(tmp_path / "objects.parquet", "s1")
-    assert ids == ["s1 a", "glomerulus g7", "s1 d"]
+    assert ids == ["s1 a", f"{GLOMERULUS}g7", "s1 d"]
     assert np.array_equal(probabilities, result.probabilities[[0, 2, 3]])
 
 

@@ -20,6 +20,7 @@ from hf_glovlm.data.terminology import (
     terms_of,
 )
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.slides.files import case_table
 
 TERMS = terms()
 STAINS = ("H&E", "PAS", "silver", "trichrome")
@@ -240,6 +241,20 @@ def good() -> dict:
         "stains": {"PAS": {"phrase": "PAS stain"}},
         "templates": ["An image of {}"],
         "systems": {"general": "words"},
+        "declared": [
+            {
+                "name": "mest",
+                "title": "A classification",
+                "terms": ["general"],
+                "adequacy": [
+                    {"verdict": "adequate", "glomeruli": 10, "arteries": 2},
+                    {"verdict": "marginal", "glomeruli": 7, "arteries": 1},
+                ],
+                "source": "a book",
+                "verified": True,
+                "parts": {"S": ["tuft glomerulus"]},
+            }
+        ],
         "terms": [
             {
                 "name": "tuft glomerulus",
@@ -257,7 +272,18 @@ def good() -> dict:
 def test_the_sound_file_is_read(tmp_path):
     path = tmp_path / "terminology.yaml"
     path.write_text(yaml.safe_dump(good()))
-    assert terminology.read_terminology(path).terms[0].phrases == ("a tuft glomerulus",)
+    read = terminology.read_terminology(path)
+    assert read.terms[0].phrases == ("a tuft glomerulus",)
+    words = ["at least 10 glomeruli and 2 arteries", "at least 7 glomeruli and 1 artery"]
+    assert [rule.words for rule in read.declared["mest"].adequacy] == words
+
+
+def test_the_declared_systems_are_those_of_a_table_of_cases():
+    for name in case_table.SYSTEMS[1:]:
+        system = terminology.declared_system(name)
+        assert system.verified == (name != "isn_rps"), "the ten of ISN/RPS are recalled"
+    with pytest.raises(GloVLMError, match="Did you mean 'banff'"):
+        terminology.declared_system("banf")
 
 
 @pytest.mark.parametrize(
@@ -267,6 +293,25 @@ def test_the_sound_file_is_read(tmp_path):
         (lambda f: f.update(terms=[]), "'terms': expected a list"),
         (lambda f: f.update(extra=1), "unknown key 'extra'"),
         (lambda f: f["templates"].append("no place"), "'no place' must hold {} once"),
+        (
+            lambda f: f["declared"][0]["adequacy"][0].update(glomeruli="8"),
+            "expected a whole number",
+        ),
+        (
+            lambda f: f["declared"][0]["adequacy"][0].update(verdict="good"),
+            "one of adequate, margi",
+        ),
+        (
+            lambda f: f["declared"][0]["adequacy"].reverse(),
+            "begin with the rule that asks for most",
+        ),
+        (lambda f: f["declared"][0].update(terms=["genral"]), "'genral'. Did you mean 'general'"),
+        (lambda f: f["declared"][0]["parts"].update(E=["tuff"]), "'E': unknown 'tuff'"),
+        (
+            lambda f: f["declared"][0].update(source="recalled, unverified"),
+            "must contain unverifie",
+        ),
+        (lambda f: f.update(declared=["oxford"]), "declared 'oxford'"),
         (lambda f: f["terms"][0].pop("verified"), "'tuft glomerulus': the key 'verified' is miss"),
         (lambda f: f["terms"][0].update(verified="yes"), "'verified': expected true or false"),
         (lambda f: f["terms"][0].update(synonym=["x"]), "'synonym'. Did you mean 'synonyms'"),

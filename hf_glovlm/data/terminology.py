@@ -382,9 +382,10 @@ def _declared(raw: Any, top: _Top, entries: Iterable[Term], file: str) -> Declar
     """One of the declared systems, all that it names checked."""
     where = f"{file}: declared '{raw.get('name') if isinstance(raw, dict) else raw}'"
     rules = raw.get("adequacy") if isinstance(raw, dict) else None
-    listed = rules if isinstance(rules, list) else [rules]
+    listed = rules if isinstance(rules, list) else []
     parsed = tuple(from_mapping(Adequacy, rule, f"{where}: 'adequacy'") for rule in listed)
-    system = from_mapping(DeclaredSystem, {**raw, "adequacy": parsed}, where)
+    given = {**raw, "adequacy": parsed} if isinstance(raw, dict) else raw
+    system = from_mapping(DeclaredSystem, given, where)
     for name in system.terms:
         _check_known(name, top.systems, f"{where}: 'terms'")
     names = [term.name for term in entries]

@@ -110,7 +110,9 @@ def _open_all(slides: Sequence[Path]) -> list[ModelResults]:
         raise GloVLMError("Expected an output folder of `glovlm slide` (--slides), found none.")
     places = [Path(path).expanduser() for path in slides]
     resolved = [place.resolve() for place in places]
-    twice = [place for place, real in zip(places, resolved, strict=True) if resolved.count(real) > 1]
+    twice = [
+        place for place, real in zip(places, resolved, strict=True) if resolved.count(real) > 1
+    ]
     if twice:
         raise GloVLMError(f"'{twice[0]}' is given twice (--slides): give each folder once.")
     return [open_results(place) for place in places]
@@ -162,11 +164,13 @@ def _describe(
     notes += [note for section in sections for note in section.notes]
     notes += [f"{s.slide}: not counted, as {why}." for s, why in left]
     notes += _notes_on_readers(used)
-    notes += [f"{section.slide}: {flag}." for section in sections for flag in name_flags(section.slide)]
+    notes += [
+        f"{section.slide}: {flag}." for section in sections for flag in name_flags(section.slide)
+    ]
     if all(row.case is None and row.biopsy is None for row in rows):
         notes.append(
-            f"{table.path.name} names the patient and no case or biopsy: all its sections are taken "
-            "for one biopsy."
+            f"{table.path.name} names the patient and no case or biopsy: all sections are taken for "
+            "one biopsy."
         )
     stated = biopsy.stated
     sheet = {
@@ -180,7 +184,7 @@ def _describe(
         "sections": [_section(section, dict(left_of(left))) for section in sections],
         "join": join,
         "counts": counts,
-        "adequacy": judge_adequacy(biopsy, confirmed, alone=join["by"] != "one section"),
+        "adequacy": judge_adequacy(biopsy, confirmed, alone=not left),
         "chance_to_miss": chance_to_miss(n),
         "lesions": lesions,
         "not_shown": not_shown,
@@ -349,9 +353,7 @@ def _unite(
 # ---------------------------------------------------------------------------------------- status
 
 
-def _status(
-    used: Sequence[Section], readings: Reading | None, biopsy: Biopsy
-) -> dict[str, Any]:
+def _status(used: Sequence[Section], readings: Reading | None, biopsy: Biopsy) -> dict[str, Any]:
     """Whether the sheet is a draft, and why."""
     reader = None if readings is None else readings.signed_by
     unreviewed = "DRAFT, unreviewed"
@@ -384,13 +386,13 @@ def _notes_on_readers(used: Sequence[Section]) -> list[str]:
         if reading is None:
             continue
         notes += reading.differing
-        others = [results for results in section.results[1:]]
+        others = list(section.results[1:])
         if others and reading.read_by:
             notes.append(
                 f"{section.slide}: {few(list(reading.readers))} corrected "
                 f"'{section.results[0].folder.name}', so calls of "
-                f"{few([results.model for results in others])} do not count for glomeruli that were "
-                "read."
+                f"{few([results.model for results in others])} do not count for glomeruli that "
+                "were read."
             )
         declared = section.row.reader
         if section.row.read and declared and declared not in reading.readers:
@@ -429,9 +431,7 @@ def _list_glomeruli(biopsy: Biopsy) -> list[dict[str, Any]]:
                     "notes": list(one.notes),
                 }
             )
-    rows.sort(
-        key=lambda r: (r["doubt"] is None, -(r["doubt"] or 0.0), r["slide"], r["object"])
-    )
+    rows.sort(key=lambda r: (r["doubt"] is None, -(r["doubt"] or 0.0), r["slide"], r["object"]))
     return [
         {"slide": row.pop("slide"), "object": row.pop("object"),
          "glomerulus": row.pop("glomerulus"), "number": number, **row}

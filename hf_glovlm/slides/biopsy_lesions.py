@@ -227,7 +227,7 @@ def _shares(biopsy: Biopsy, lesion: Lesion, counts: Mapping[str, int]) -> list[d
         if counts[NOT_ASSESSABLE] > sclerotic:
             every = "all assessable glomeruli, and globally sclerotic ones"
         shares.append(_share(every, present, known + sclerotic, complete))
-    if not complete and whole:
+    if not complete and known:
         least = _share("", present, whole, True)
         of = (
             "glomeruli, read for it or not"
@@ -279,7 +279,10 @@ def _notes(biopsy: Biopsy, lesion: Lesion, counts: Mapping[str, int]) -> list[st
             f"{least:.0f}% if these have none."
         )
     if lesion.key == SCLEROTIC:
-        notes.append("Whether the whole tuft is sclerosed is not stated, so it is no global one.")
+        notes.append(
+            "The class does not say whether the whole tuft is sclerosed, so it does not count as "
+            "global sclerosis."
+        )
     notes += _system_notes(biopsy, term)
     notes += _stain_notes(biopsy, lesion)
     notes += _kind_notes(biopsy, lesion, present)
@@ -335,8 +338,8 @@ def _kind_notes(biopsy: Biopsy, lesion: Lesion, present: int) -> list[str]:
     ]
     if kinds and present:
         of = {k.name: sum(s[k.key] == PRESENT for s in biopsy.states) for k in kinds}
-        told = ", ".join(f"{count} {name}" for name, count in of.items() if count)
-        return [f"Kinds, by level or reader: {told}."] if told else []
+        listed = ", ".join(f"{count} {name}" for name, count in of.items() if count)
+        return [f"Kinds: {listed}."] if listed else []
     if lesion.is_crescent and not wider_lesions(lesion) and present:
         return ["The kind (cellular, fibrocellular, fibrous) is not stated."]
     return []
@@ -455,8 +458,10 @@ def _apply(
     result, why = correct_share(counted, names, groups, confusion, recall=thinned)
     if result is None:
         return None, why
-    what = "glomeruli" if lesion.is_global else "glomeruli that are not globally sclerotic"
-    return result | {"holds": holds, "of": f"{what}, by {n} that nothing spoils"}, None
+    what = "all glomeruli" if lesion.is_global else "glomeruli that are not globally sclerotic"
+    if n < len(biopsy.units):
+        what += f", from the {n} that are not cut, folded, blurred or of a wrong stain"
+    return result | {"holds": holds, "of": what}, None
 
 
 def _recall_of(

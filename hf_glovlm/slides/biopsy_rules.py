@@ -19,7 +19,7 @@ def judge_adequacy(biopsy: Biopsy, confirmed: int, *, alone: bool) -> dict[str, 
     Args:
         biopsy: The biopsy.
         confirmed: How many of its glomeruli a reader confirmed.
-        alone: Whether the counted sections are all that show its glomeruli.
+        alone: Whether all of its sections are counted.
 
     Returns:
         `system`, `verdict` (`None` without one), `rule`, `n` (confirmed glomeruli), `arteries`,
@@ -63,10 +63,7 @@ def judge_adequacy(biopsy: Biopsy, confirmed: int, *, alone: bool) -> dict[str, 
         None,
     )
     if not alone and more is not None:
-        return base | {
-            "why": f"{shown} on one section; the other sections could not be joined and may show "
-            "others."
-        }
+        return base | {"why": f"{shown}; the sections that are not counted may show others."}
     verdict = "unsatisfactory" if met is None else met.verdict
     least = rules[-1] if met is None else met
     words = f"fewer than {least.words.removeprefix('at least ')}" if met is None else least.words
