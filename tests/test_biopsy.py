@@ -219,7 +219,7 @@ def test_a_lesion_that_some_were_not_read_for_has_no_percentage_but_a_least(tmp_
     assert [share["percent"] for share in lesion["shares"]] == [None, None, 20.0]
     least = lesion["shares"][-1]
     assert (least["count"], least["denominator"], least["ci95"]) == (1, 5, None)
-    assert least["of"].startswith("at least")
+    assert [share["least"] for share in lesion["shares"]] == [False, False, True]
     assert any("between 1 and 3 of 5" in note for note in lesion["notes"])
     assert lesion["why_not_corrected"] == "some glomeruli were not read for it"
 
@@ -324,20 +324,20 @@ def test_two_models_tell_of_the_same_glomeruli(tmp_path: Path) -> None:
     [
         ("", "", 12, 0, None, "No class system is declared"),
         ("none", 2, 12, 0, None, "No class system is declared"),
-        ("oxford", "", 8, 0, "adequate", "at least 8"),
-        ("oxford", "", 7, 0, "unsatisfactory", "fewer than 8"),
+        ("oxford", "", 8, 0, "adequate", "8 confirmed glomeruli."),
+        ("oxford", "", 7, 0, "unsatisfactory", "not at least 8"),
         ("oxford", "", 7, 1, None, "no reader confirmed"),
         ("oxford", "", 8, 5, "adequate", "8 confirmed"),
-        ("isn_rps", "", 10, 0, "adequate", "at least 10"),
-        ("isn_rps", "", 9, 0, "unsatisfactory", "fewer than 10"),
+        ("isn_rps", "", 10, 0, "adequate", "10 confirmed glomeruli."),
+        ("isn_rps", "", 9, 0, "unsatisfactory", "not at least 10"),
         ("banff", "", 12, 0, None, "arteries is not stated"),
-        ("banff", 2, 10, 0, "adequate", "10 glomeruli and 2 arteries"),
-        ("banff", 1, 12, 0, "marginal", "7 glomeruli and 1 artery"),
-        ("banff", 2, 7, 0, "marginal", "7 glomeruli and 1 artery"),
+        ("banff", 2, 10, 0, "adequate", "10 confirmed glomeruli and 2 arteries"),
+        ("banff", 1, 12, 0, "minimal", "12 confirmed glomeruli and 1 arter"),
+        ("banff", 2, 7, 0, "minimal", "7 confirmed glomeruli and 2 arteries"),
         ("banff", 0, 20, 0, "unsatisfactory", "20 confirmed glomeruli and 0 arteries"),
-        ("banff", 2, 6, 0, "unsatisfactory", "fewer than 7"),
+        ("banff", 2, 6, 0, "unsatisfactory", "not at least 7"),
         ("banff", 2, 7, 3, None, "may be adequate"),
-        ("banff", 1, 7, 3, "marginal", "7 glomeruli and 1 artery"),
+        ("banff", 1, 7, 3, "minimal", "7 confirmed glomeruli and 1 arter"),
         ("oxford", "", 0, 9, None, "0 confirmed"),
     ],
 )
@@ -668,7 +668,7 @@ def test_bad_input_fails_alone_and_says_why(
 def test_a_failed_section_beside_others_is_named(tmp_path: Path) -> None:
     sheet = sheet_of(describe(tmp_path, {"s": made(N, G), "t": "failed", "u": "tiles"}, (N, G)))
     assert [section["used"] for section in sheet["sections"]] == [True, False, False]
-    assert any("t: not counted, as it failed" in note for note in sheet["notes"])
+    assert sheet["sections"][1]["why_not"] == "it failed: no tissue"
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def good() -> dict:
                 "terms": ["general"],
                 "adequacy": [
                     {"verdict": "adequate", "glomeruli": 10, "arteries": 2},
-                    {"verdict": "marginal", "glomeruli": 7, "arteries": 1},
+                    {"verdict": "minimal", "glomeruli": 7, "arteries": 1},
                 ],
                 "source": "a book",
                 "verified": True,
@@ -299,7 +299,7 @@ def test_the_declared_systems_are_those_of_a_table_of_cases():
         ),
         (
             lambda f: f["declared"][0]["adequacy"][0].update(verdict="good"),
-            "one of adequate, margi",
+            "one of adequate, minim",
         ),
         (
             lambda f: f["declared"][0]["adequacy"].reverse(),

@@ -90,12 +90,12 @@ class Adequacy:
     """Adequacy rule: a verdict on a biopsy, and the least numbers that it asks for.
 
     Attributes:
-        verdict: `adequate` or `marginal`; a biopsy that meets no rule is unsatisfactory.
+        verdict: `adequate` or `minimal`; a biopsy that meets no rule is unsatisfactory.
         glomeruli: At least so many.
         arteries: At least so many; 0 where arteries do not matter.
     """
 
-    verdict: Literal["adequate", "marginal"]
+    verdict: Literal["adequate", "minimal"]
     glomeruli: int
     arteries: int
 

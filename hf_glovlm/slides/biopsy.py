@@ -162,15 +162,14 @@ def _describe(
         "not_assessable": sum(all(one.quality for one in unit) for unit in biopsy.units),
     }
     notes += [note for section in sections for note in section.notes]
-    notes += [f"{s.slide}: not counted, as {why}." for s, why in left]
     notes += _notes_on_readers(used)
     notes += [
         f"{section.slide}: {flag}." for section in sections for flag in name_flags(section.slide)
     ]
     if all(row.case is None and row.biopsy is None for row in rows):
         notes.append(
-            f"{table.path.name} names the patient and no case or biopsy: all sections are taken for "
-            "one biopsy."
+            f"{table.path.name} names patients, and no cases or biopsies: all sections are taken "
+            "for one biopsy."
         )
     stated = biopsy.stated
     sheet = {

@@ -227,14 +227,12 @@ def _shares(biopsy: Biopsy, lesion: Lesion, counts: Mapping[str, int]) -> list[d
         if counts[NOT_ASSESSABLE] > sclerotic:
             every = "all assessable glomeruli, and globally sclerotic ones"
         shares.append(_share(every, present, known + sclerotic, complete))
-    if not complete and known:
-        least = _share("", present, whole, True)
-        of = (
-            "glomeruli, read for it or not"
-            if lesion.is_global
-            else ("assessable glomeruli that are not globally sclerotic, read for it or not")
-        )
-        shares.append(least | {"of": f"at least, of {whole} {of}", "ci95": None, "holds": []})
+    if not complete and known and present:
+        least = _share(of, present, whole, True)
+        of = "glomeruli, read for it or not"
+        if not lesion.is_global:
+            of = "assessable glomeruli that are not globally sclerotic, read for it or not"
+        shares.append(least | {"of": of, "ci95": None, "holds": [], "least": True})
     return shares
 
 
@@ -248,6 +246,7 @@ def _share(of: str, count: int, denominator: int, complete: bool) -> dict[str, A
         "percent": 100 * count / denominator if shown else None,
         "ci95": [100 * bound for bound in wilson_interval(count, denominator)] if shown else None,
         "holds": [COUNTING] if shown else [],
+        "least": False,
     }
 
 
@@ -460,7 +459,7 @@ def _apply(
         return None, why
     what = "all glomeruli" if lesion.is_global else "glomeruli that are not globally sclerotic"
     if n < len(biopsy.units):
-        what += f", from the {n} that are not cut, folded, blurred or of a wrong stain"
+        what += f", estimated from the {n} that are not cut, folded, blurred or of a wrong stain"
     return result | {"holds": holds, "of": what}, None
 
 

@@ -39,7 +39,8 @@ def judge_adequacy(biopsy: Biopsy, confirmed: int, *, alone: bool) -> dict[str, 
     if system is None:
         return base | {"why": "No class system is declared (system), so no rule applies."}
     rules = system.adequacy
-    base["rule"] = "; ".join(f"{rule.verdict}: {rule.words}" for rule in rules)
+    graded = [f"{rule.verdict}: {rule.words}" for rule in rules]
+    base["rule"] = "; ".join(graded) if len(rules) > 1 else rules[0].words
     if any(rule.arteries for rule in rules) and arteries is None:
         return base | {
             "why": "The number of arteries is not stated: count them and write it into the table "
@@ -49,10 +50,12 @@ def judge_adequacy(biopsy: Biopsy, confirmed: int, *, alone: bool) -> dict[str, 
     met = next((r for r in rules if confirmed >= r.glomeruli and counted >= r.arteries), None)
     hoped = next((r for r in rules if n >= r.glomeruli and counted >= r.arteries), None)
     shown = f"{confirmed} confirmed glomeruli" + (
-        f" and {counted} arteries" if any(rule.arteries for rule in rules) else ""
+        f" and {counted} arter{'y' if counted == 1 else 'ies'}"
+        if any(rule.arteries for rule in rules)
+        else ""
     )
     if met is not None and met is rules[0]:
-        return base | {"verdict": met.verdict, "why": f"{shown}: {met.words}."}
+        return base | {"verdict": met.verdict, "why": f"{shown}."}
     if hoped is not met:
         return base | {
             "why": f"{shown}, and {n - confirmed} more that no reader confirmed: with them it may "
@@ -66,8 +69,8 @@ def judge_adequacy(biopsy: Biopsy, confirmed: int, *, alone: bool) -> dict[str, 
         return base | {"why": f"{shown}; the sections that are not counted may show others."}
     verdict = "unsatisfactory" if met is None else met.verdict
     least = rules[-1] if met is None else met
-    words = f"fewer than {least.words.removeprefix('at least ')}" if met is None else least.words
-    return base | {"verdict": verdict, "why": f"{shown}: {words}."}
+    why = f"{shown}, and not {least.words}." if met is None else f"{shown}."
+    return base | {"verdict": verdict, "why": why}
 
 
 def chance_to_miss(n: int) -> dict[str, Any]:
@@ -80,13 +83,14 @@ def chance_to_miss(n: int) -> dict[str, Any]:
         sentence = "Without a glomerulus no lesion can be seen."
         return {"percent": PERCENT, "n": 0, "chance": None, "sentence": sentence}
     chance = (1 - PERCENT / 100) ** n
+    shown = "less than 1%" if chance < 0.01 else f"{100 * chance:.0f}%"
     return {
         "percent": PERCENT,
         "n": n,
         "chance": chance,
         "sentence": (
-            f"A lesion that {PERCENT}% of the glomeruli have is missed by {n} of them with a "
-            f"chance of {100 * chance:.0f}% (.9 to the power of {n})."
+            f"A lesion that {PERCENT}% of all glomeruli have is missed by {n} of them with a "
+            f"chance of {shown} (.9 to the power of {n})."
         ),
     }
 

