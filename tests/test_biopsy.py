@@ -114,6 +114,12 @@ def test_what_no_glomerulus_shows_is_no_class_of_one(name: str, why: str, tmp_pa
     assert sheet["counts"]["n"] == 2
 
 
+def test_what_no_glomerulus_shows_is_not_shown_where_it_is_ticked(tmp_path: Path) -> None:
+    sheet = sheet_of(describe(tmp_path, {"s": [Made(N, lesions="ptc; Oxford C1")]}, (N, G)))
+    assert [row["class"] for row in sheet["not_shown"]] == ["Oxford C1", "ptc"]
+    assert [*sheet["glomeruli"][0]["states"]] == [G]
+
+
 @pytest.mark.parametrize(
     ("levels", "expected"),
     [
@@ -612,6 +618,7 @@ def test_a_tick_of_a_reader_counts_and_what_is_declared_read_is_absent_without_o
         ({}, (0, 1, 0, 0)),  # nothing was marked on it
         ({"lesions": CR}, (1, 0, 0, 0)),
         ({"given": CR}, (1, 0, 0, 0)),  # the class that its outline came with
+        ({"score": 0.9}, (0, 0, 0, 1)),  # a finder outlined it, and nobody marked anything
     ],
 )
 def test_a_lesion_that_the_table_declares_read_is_absent_where_it_is_not_marked(
@@ -652,6 +659,7 @@ def test_zero_glomeruli_are_a_sheet_without_percentages(tmp_path: Path) -> None:
         ({"s": [Made(N, "a"), Made(N, "a")]}, rows_of("s"), {"B1": "glomerulus a 2 times"}),
         ({"s": "tiles"}, rows_of("s"), {"B1": "tiles are no glomeruli"}),
         ({"s": "failed"}, rows_of("s"), {"B1": "it failed: no tissue"}),
+        ({"s": [Made(N, lesions="normal")]}, rows_of("s"), {"B1": "'normal' is no lesion"}),
         ({"s": [Made(N, quality="blured")]}, rows_of("s"), {"B1": "Did you mean 'blurred'"}),
     ],
     ids=str,

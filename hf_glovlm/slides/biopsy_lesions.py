@@ -25,6 +25,7 @@ from .lesions import (
     State,
     at_one_level,
     over_levels,
+    why_unsuited,
     wider_lesions,
 )
 from .sections import MODEL, Glomerulus, ModelResults, Section
@@ -74,6 +75,8 @@ class Biopsy:
         """Classes and lesions that are not shown, by name, and why."""
         reasons = {name: why for section in self.sections for name, why in section.unsuited.items()}
         for key in self.keys:
+            if (why := why_unsuited(self.lesion(key))) is not None:  # ticked, or declared read
+                reasons[self.lesion(key).name] = why
             if self.is_mesangial(key) and not any(map(self._suits_mesangium, self.sections)):
                 reasons[self.lesion(key).name] = (
                     "Oxford's M is counted on PAS, on a section of stated thickness (about 3 µm): "

@@ -102,6 +102,26 @@ def wider_lesions(lesion: Lesion) -> list[Lesion]:
     return []
 
 
+def why_unsuited(lesion: Lesion) -> str | None:
+    """Why a glomerulus cannot show what a word names; `None` where it can.
+
+    Args:
+        lesion: By the word.
+    """
+    if lesion.key in _OUTSIDE:
+        return f"it is of the {_OUTSIDE[lesion.key]}, not of a glomerulus"
+    if lesion.term is None or lesion.term.promptable:
+        return None
+    if lesion.term.em_only:
+        return "only electron microscopy shows it"
+    return "it is a label of a whole biopsy, and no class of a glomerulus"
+
+
+def is_lesion(lesion: Lesion) -> bool:
+    """Whether a word names a lesion, and not that there is none, or no glomerulus."""
+    return lesion.key not in (_NORMAL, _NON_SCLEROTIC, _NO_GLOMERULUS)
+
+
 @dataclass(frozen=True)
 class ClassSet:
     """Classes of which each glomerulus is given one, and what each says of lesions.
@@ -117,7 +137,7 @@ class ClassSet:
         object.__setattr__(self, "_roles", {name: self._role(name) for name in self.names})
 
     def _role(self, name: str) -> tuple[str, str]:
-        """What a class is (normal, lesion, not, nothing, outside, biopsy), and of which lesion."""
+        """What a class is (normal, lesion, not, nothing, unsuited), and of which lesion."""
         lesion = lesion_of(name)
         if lesion.key == _NORMAL:
             return "normal", ""
@@ -127,10 +147,8 @@ class ClassSet:
             others = {lesion_of(other).key for other in self.names}
             only = GLOBAL if GLOBAL in others and SCLEROTIC not in others else SCLEROTIC
             return "not", only
-        if lesion.term is not None and not lesion.term.promptable:
-            return "biopsy", lesion.key
-        if match_key(name) in _OUTSIDE:
-            return "outside", lesion.key
+        if why_unsuited(lesion) is not None:
+            return "unsuited", lesion.key
         if (denied := self._denied(name)) is not None:
             return "not", denied
         return "lesion", lesion.key
@@ -179,18 +197,8 @@ class ClassSet:
     @cached_property
     def unsuited(self) -> dict[str, str]:
         """Classes that no glomerulus can have, and why."""
-        reasons = {}
-        for name, (role, key) in self._roles.items():
-            if role == "outside":
-                reasons[name] = f"it is of the {_OUTSIDE[match_key(name)]}, not of a glomerulus"
-            elif role == "biopsy":
-                em_only = find_term(key).em_only
-                reasons[name] = (
-                    "only electron microscopy shows it"
-                    if em_only
-                    else "it is a label of a whole biopsy, and no class of a glomerulus"
-                )
-        return reasons
+        reasons = {name: why_unsuited(lesion_of(name)) for name in self.names}
+        return {name: why for name, why in reasons.items() if why is not None}
 
     def states(self, name: str | None, others: Iterable[str] = ()) -> dict[str, State]:
         """What one of the classes says of lesions, by key; what is not there is not read.

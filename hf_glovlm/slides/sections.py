@@ -24,6 +24,7 @@ from .lesions import (
     ClassSet,
     Lesion,
     State,
+    is_lesion,
     lesion_of,
     wider_lesions,
 )
@@ -238,7 +239,9 @@ class _Builder:
         self.chosen = ClassSet(list(dict.fromkeys(names)))
         self.sets = [ClassSet([*folder.classes.names]) for folder in folders]
         self.ticked: dict[str, Lesion] = {}
-        self.declared = [lesion_of(name) for name in row.read or ()]
+        self.declared = [
+            self._lesion(name, "read, in the table of cases") for name in row.read or ()
+        ]
         self.matches = [self._match(i) for i in range(1, len(parts))]
 
     def _match(self, i: int) -> dict[str, str]:
@@ -397,10 +400,12 @@ class _Builder:
         marked = {lesion.key for lesion in self._ticks(item)}
         given = by_name(item.properties.get("metadata")).get(GIVEN)
         table_reader = self.row.reader
-        declares = self.declared and (
+        by_finder = SCORE in by_name(item.properties.get("measurements"))
+        # Nobody marked what a finder outlined, unless it was read.
+        declares = (reader is not None or not by_finder) and (
             reader is None or table_reader is None or spelling(reader) == spelling(table_reader)
         )
-        said: dict[str, State] = dict.fromkeys(marked, PRESENT)
+        stated: dict[str, State] = dict.fromkeys(marked, PRESENT)
         if declares:
             by_class = self.chosen.states(str(given)) if reader is None and given else {}
             for lesion in self.declared:
@@ -408,18 +413,32 @@ class _Builder:
                 # Without a class from before the model may have repeated what the reader gave.
                 may_be = states.get(lesion.key) == PRESENT and (reader is not None or not given)
                 if shown or not may_be:
-                    said[lesion.key] = PRESENT if shown else ABSENT
-        return said
+                    stated[lesion.key] = PRESENT if shown else ABSENT
+        return stated
 
     def _ticks(self, item: SlideObject) -> list[Lesion]:
         """Lesions that are ticked on an object, the wider ones with them."""
         text = by_name(item.properties.get("metadata")).get(LESIONS, item.properties.get(LESIONS))
         lesions = []
         for part in _parts(text, item, self.row.slide, LESIONS):
-            lesion = lesion_of(part)
+            lesion = self._lesion(part, f"{LESIONS} of the object {item.id}")
             known = self.chosen.lesions.get(lesion.key, lesion)
             lesions += [known, *wider_lesions(lesion)]
         return lesions
+
+    def _lesion(self, name: str, where: str) -> Lesion:
+        """A lesion by a word that a reader wrote.
+
+        Raises:
+            GloVLMError: The word says that there is none.
+        """
+        lesion = lesion_of(name)
+        if not is_lesion(lesion):
+            raise GloVLMError(
+                f"{self.row.slide}: '{name}' is no lesion ({where}): give it as the class of the "
+                "object."
+            )
+        return lesion
 
     def _quality(
         self, item: SlideObject, numbers: Mapping[str, Any], metadata: Mapping[str, Any]
