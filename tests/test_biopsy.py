@@ -387,6 +387,20 @@ def test_sections_that_may_show_more_give_no_verdict_that_more_would_change(
     assert "not counted may show others" in adequacy["why"]
 
 
+def test_a_finder_may_have_missed_what_would_make_a_biopsy_adequate(tmp_path: Path) -> None:
+    results = write_slides(tmp_path / "O", {"s": made(N, N, score=0.9)}, (N, G))
+    cases = write_cases(tmp_path / "cases.csv", rows_of("s", system="oxford"))
+    said = []
+    for all_read in (False, True):
+        output = correct(
+            results, tmp_path / f"C{all_read}", "AB",
+            {"s": {"g0": {"label": G}, "g1": {"label": G}}}, all_read=all_read,
+        )  # fmt: skip
+        sheet = sheet_of(describe_biopsies(cases, [results], corrections=output, signed_by="AB"))
+        said.append((sheet["adequacy"]["verdict"], sheet["adequacy"]["n"]))
+    assert said == [(None, 2), ("unsatisfactory", 2)]
+
+
 M = "mesangial hypercellularity (Oxford)"
 
 
@@ -584,6 +598,7 @@ def test_readers_that_contradict_each_other_take_a_name(tmp_path: Path) -> None:
     sheet = sheet_of(signed)
     assert counts_of(sheet, S) == (2, 6, 2, 0)
     assert any("CD left the object g0 as global_sclerosis" in note for note in sheet["notes"])
+    assert any("left 1 of the objects differently" in limit for limit in sheet["limits"])
 
 
 def test_readers_of_different_objects_go_together(tmp_path: Path) -> None:

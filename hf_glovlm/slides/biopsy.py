@@ -183,7 +183,7 @@ def _describe(
         "sections": [_section(section, dict(left_of(left))) for section in sections],
         "join": join,
         "counts": counts,
-        "adequacy": judge_adequacy(biopsy, confirmed, alone=not left),
+        "adequacy": judge_adequacy(biopsy, confirmed, complete=not left),
         "chance_to_miss": chance_to_miss(n),
         "lesions": lesions,
         "not_shown": not_shown,

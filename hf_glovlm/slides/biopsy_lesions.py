@@ -129,6 +129,11 @@ class Biopsy:
         return list({str(results.folder): results for results in every}.values())
 
     @property
+    def by_finder(self) -> bool:
+        """Whether a finder outlined some of its glomeruli."""
+        return any(one.finder_score is not None for unit in self.units for one in unit)
+
+    @property
     def all_read(self) -> bool:
         """Whether readers read all of its sections."""
         return all(section.all_read for section in self.sections)

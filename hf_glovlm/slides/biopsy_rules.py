@@ -10,16 +10,16 @@ PERCENT = 10  # of the glomeruli, those that have the lesion whose chance to be 
 SPECIFICITY, BIOPSY = 0.98, 20  # of the example why a candidate is no score
 
 
-def judge_adequacy(biopsy: Biopsy, confirmed: int, *, alone: bool) -> dict[str, Any]:
+def judge_adequacy(biopsy: Biopsy, confirmed: int, *, complete: bool) -> dict[str, Any]:
     """Adequacy of a biopsy by the rules of the declared class system.
 
-    Glomeruli that no reader confirmed may be none, and other sections that could not be joined may
-    show more: a verdict is given where neither can change it.
+    Glomeruli that no reader confirmed may be none; sections that are not counted, and what a finder
+    outlined where nobody read all, may lack some. A verdict is given where neither can change it.
 
     Args:
         biopsy: The biopsy.
         confirmed: How many of its glomeruli a reader confirmed.
-        alone: Whether all of its sections are counted.
+        complete: Whether all of its sections are counted.
 
     Returns:
         `system`, `verdict` (`None` without one), `rule`, `n` (confirmed glomeruli), `arteries`,
@@ -65,8 +65,12 @@ def judge_adequacy(biopsy: Biopsy, confirmed: int, *, alone: bool) -> dict[str, 
         (r for r in rules if r is not met and counted >= r.arteries and confirmed < r.glomeruli),
         None,
     )
-    if not alone and more is not None:
+    if more is not None and not complete:
         return base | {"why": f"{shown}; the sections that are not counted may show others."}
+    if more is not None and biopsy.by_finder and not biopsy.all_read:
+        return base | {
+            "why": f"{shown}; the finder may have missed others: read all of it (--all-read)."
+        }
     verdict = "unsatisfactory" if met is None else met.verdict
     least = rules[-1] if met is None else met
     why = f"{shown}, and not {least.words}." if met is None else f"{shown}."
@@ -118,7 +122,7 @@ def limits_of(biopsy: Biopsy, counts: Mapping[str, int], stains: Sequence[str | 
             "confirmed that they are glomeruli."
         )
     ones = [one for unit in biopsy.units for one in unit]
-    if any(one.finder_score is not None for one in ones) and not biopsy.all_read:
+    if biopsy.by_finder and not biopsy.all_read:
         limits.append(
             "A finder outlined these glomeruli: those that it missed are in no count, and what it "
             "outlined wrongly is, until a reader read all of the section."
@@ -129,6 +133,12 @@ def limits_of(biopsy: Biopsy, counts: Mapping[str, int], stains: Sequence[str | 
         limits.append(
             "Intervals of counted percentages hold the error of counting alone; corrected ones say "
             "what else they hold."
+        )
+    differing = [text for s in biopsy.sections if s.reading for text in s.reading.differing]
+    if differing:
+        limits.append(
+            f"Readers left {len(differing)} of the objects differently, which the notes name: the counts are those "
+            "of the reader who signs."
         )
     if biopsy.system is not None and biopsy.system.name == "oxford":
         false = 1 - SPECIFICITY**BIOPSY
