@@ -598,7 +598,7 @@ def test_readers_that_contradict_each_other_take_a_name(tmp_path: Path) -> None:
     sheet = sheet_of(signed)
     assert counts_of(sheet, S) == (2, 6, 2, 0)
     assert any("CD left the object g0 as global_sclerosis" in note for note in sheet["notes"])
-    assert any("left 1 objects differently" in limit for limit in sheet["limits"])
+    assert any("contradict each other (1 in the notes)" in limit for limit in sheet["limits"])
 
 
 def test_readers_of_different_objects_go_together(tmp_path: Path) -> None:

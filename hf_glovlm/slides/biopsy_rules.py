@@ -137,8 +137,8 @@ def limits_of(biopsy: Biopsy, counts: Mapping[str, int], stains: Sequence[str | 
     differing = [text for s in biopsy.sections if s.reading for text in s.reading.differing]
     if differing:
         limits.append(
-            f"Readers left {len(differing)} objects differently, which the notes name: the counts "
-            "are those of the reader who signs."
+            f"Readers contradict each other ({len(differing)} in the notes): the counts are of the "
+            "reader who signs."
         )
     if biopsy.system is not None and biopsy.system.name == "oxford":
         false = 1 - SPECIFICITY**BIOPSY
