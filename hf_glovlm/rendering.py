@@ -2,9 +2,11 @@
 
 A template in `templates/` reads like the document it makes. What it is given is never read as a
 template, and every value stays on its line: a class may be called `a|b`, `{{ x }}` or `RUN`. Nor is
-it read as Markdown or HTML: a name with marks of these is shown as inline code (`literal`).
+it read as Markdown or HTML: in a document a name with marks of these is shown as inline code
+(`literal`), in a page everything is escaped.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,7 +31,9 @@ __all__ = [
     "metric_title",
     "named",
     "number",
+    "percentage",
     "render",
+    "render_page",
 ]
 
 METRIC_HEADER = ("metric", "value", "95% interval", "note")
@@ -48,6 +52,19 @@ def render(template: str, values: Mapping[str, Any]) -> str:
         jinja2.UndefinedError: The template names a value that is not there.
     """
     return _ENVIRONMENT.get_template(template).render(values)
+
+
+def render_page(template: str, values: Mapping[str, Any]) -> str:
+    """Render an HTML page; every value is text, whatever stands in it.
+
+    Args:
+        template: A file of `templates/`, such as `biopsy_sheet.html.j2`.
+        values: What the template names.
+
+    Raises:
+        jinja2.UndefinedError: The template names a value that is not there.
+    """
+    return _PAGES.get_template(template).render(values)
 
 
 # -------------------------------------------------------------------------------- rows of tables
@@ -119,6 +136,15 @@ def metric_title(name: str) -> str:
 def number(value: float | None) -> str:
     """A measured value with three decimals; `undefined` for `None`."""
     return "undefined" if value is None else f"{value:.3f}"
+
+
+def percentage(value: float | None) -> str:
+    """A percentage without decimals, half a percent up; 0 and 100 stand for these alone."""
+    if value is None:
+        return "\N{EN DASH}"
+    if 0 < value < 0.5:
+        return "<1%"
+    return ">99%" if 99.5 <= value < 100 else f"{math.floor(value + 0.5)}%"
 
 
 def interval(bounds: Sequence[float] | None) -> str:
@@ -225,3 +251,23 @@ _ENVIRONMENT.filters |= {
     function.__name__: function
     for function in (code, extent, interval, literal, metric_title, named, number, table, words)
 }
+
+
+def _finalize_page(value: Any) -> Any:
+    """What `{{ value }}` writes into a page: one line of what can be shown, escaped after this."""
+    if hasattr(value, "__html__"):  # a macro's or a block's
+        return value
+    return _UNSHOWN.sub("\N{REPLACEMENT CHARACTER}", _one_line(value))
+
+
+_UNSHOWN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_PAGES = Environment(
+    loader=PackageLoader("hf_glovlm"),
+    undefined=_Missing,
+    autoescape=True,
+    finalize=_finalize_page,
+    keep_trailing_newline=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_PAGES.filters |= {function.__name__: function for function in (percentage,)}
