@@ -36,6 +36,8 @@ KINDS = {  # of folders, by the `kind` that results.json or the manifest states
     "pretraining": "a backbone of `glovlm pretrain`",
     "crops": "crops of `glovlm data crops`",
     "corrections": "corrections of `glovlm correct`",
+    "finder": "a finder of `glovlm find train`",
+    "findings": "outlines of `glovlm find run`",
 }
 _NO_NAME = r"/\\:*?\"<>|\x00-\x1f"
 _FRESH = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")

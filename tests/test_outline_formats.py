@@ -195,7 +195,7 @@ def test_coco_of_other_images_is_refused(
 
 
 def test_an_image_without_an_object_is_no_failure(path: Path) -> None:
-    with pytest.raises(NoObject, match="names the image of the slide and no object in it"):
+    with pytest.raises(NoObject, match="holds no outlined object, and says so"):
         read(path, instances())
 
 

@@ -232,8 +232,8 @@ def read_outlines(
             400 micrometres long are no tissue annotations, whatever is drawn in them.
 
     Raises:
-        NoObject: All outlines are of classes that are not taken, or a COCO file names the image
-            and no object in it.
+        NoObject: All outlines are of classes that are not taken, or the file says that there are
+            none: a COCO file that names the image, or a `FeatureCollection` of no features.
         GloVLMError: As `read_geojson`, or nothing is left for other reasons, among them a class
             asked for that nearly has the name of one in the file: says why, with counts.
     """
@@ -680,7 +680,7 @@ def _read(
         by_id[item.id] = item
         objects.append(item)
     if not objects and not left_out and features.may_be_empty:
-        raise NoObject(f"{path} names the image of the slide and no object in it.", {})
+        raise NoObject(f"{path} holds no outlined object, and says so.", {})
     if not objects:
         raise GloVLMError(
             f"{path} holds no outlined object that can be used; expected polygons ({FORMATS}). "

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -53,14 +53,13 @@ from .crop_image import (
     write_crop,
 )
 from .earlier_crops import EarlierCrops
-from .listing import list_slides
 from .masks import read_mask
-from .names import MASKS, files_below, is_mask_name, match_outlines
+from .names import MASKS, match_outlines
 from .pixel_size import check_given
+from .region_images import is_region_image, list_pictures, refuse_scene
 from .shapes import Bounds, fill
 from .wsi import Slide, describe_slide, is_same_slide, open_slide, slide_name
 
-_PLAIN = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})  # region images; the rest are slides
 _OF_SLIDE = ("patient_id", "case_id", "stain", *OF_CROPS)
 _KNOWN = (*_OF_SLIDE, OUTLINE)  # a column of each that is known
 _COLUMNS = (
@@ -366,7 +365,7 @@ def cut_slides(
             that takes no crops.
     """
     slides, annotations, output_dir = Path(slides), Path(annotations), Path(output_dir)
-    paths = _list_sources(slides, (annotations, output_dir), colours is not None)
+    paths = list_pictures(slides, (annotations, output_dir), masks=colours is not None)
     twice = [name for name, n in Counter(map(slide_name, paths)).items() if n > 1]
     if twice:
         raise GloVLMError(f"Two slides of {slides} are called {twice[0]}: rename one.")
@@ -421,29 +420,6 @@ def cut_slides(
     return outcomes
 
 
-def _list_sources(given: Path, others: Iterable[Path], masks: bool) -> list[Path]:
-    """Slides of a folder, else its region images; no masks, and nothing in these other folders."""
-    if not os.path.isdir(given):
-        return [given]
-    barred = {Path(os.path.realpath(other)) for other in others} - {Path(os.path.realpath(given))}
-    plain = files_below(given, _PLAIN)
-    try:
-        slides = list_slides([given])
-    except GloVLMError:
-        if not plain:
-            raise
-        slides = []
-    slides, plain = (
-        [p for p in paths if barred.isdisjoint(Path(os.path.realpath(p)).parents)]
-        for paths in (slides, plain)
-    )
-    if not masks:
-        return slides or plain
-    of_others = {slide_name(path) for path in plain if path.suffix.lower() not in MASKS}
-    regions = [p for p in plain if p.suffix.lower() not in MASKS or slide_name(p) not in of_others]
-    return [path for path in slides or regions if not is_mask_name(path.name)]
-
-
 # ---------------------------------------------------------------------------------- objects
 
 
@@ -457,10 +433,9 @@ class _Choice:
 
 def _open(path: Path, mpp: float | None, scene: str | None, allow: bool) -> "Slide | _Region":
     """Open a slide or a region image."""
-    if path.suffix.lower() not in _PLAIN:
+    if not is_region_image(path):
         return open_slide(path, mpp=mpp, scene=scene, allow_scale=allow)
-    if scene is not None:
-        raise GloVLMError(f"{path} is one picture and holds no scenes: leave the scene out.")
+    refuse_scene(path, scene)
     return _Region(path, mpp)
 
 

@@ -19,6 +19,7 @@ _SUFFIXES = sorted(
 )
 OUTLINES = (".geojson", ".geojson.gz", ".json", ".json.gz", ".xml", ".xml.gz")
 SHARED = "coco"  # the file of a folder that may hold the outlines of all slides
+OF_A_RUN = ("results.json", "manifest.json")  # of ours, beside the outlines that a finder wrote
 MASKS = (".png", ".tif", ".tiff", ".bmp")
 _OF_A_MASK = ("", "_mask", "-mask")  # behind the slide's name
 
@@ -94,7 +95,12 @@ def match_outlines(
         raise GloVLMError(f"Expected {one} or a folder of {what} at {given}, found none.")
     suffixes = MASKS if masks else OUTLINES
     own = {path.resolve() for path in slides}
-    listed = [path for path in files_below(given, suffixes, skip=skip) if path.resolve() not in own]
+    ours = {name for name in OF_A_RUN if name[:-5] not in {*map(slide_name, slides)}}
+    listed = [
+        path
+        for path in files_below(given, suffixes, skip=skip)
+        if path.resolve() not in own and path.name not in ours
+    ]
     by_key: dict[str, list[Path]] = {}
     for path in listed:
         by_key.setdefault(_without(path.name, suffixes), []).append(path)

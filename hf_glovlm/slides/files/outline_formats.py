@@ -38,7 +38,8 @@ class Features:
         origin: Where the file itself says that it counts from; `None` where it does not.
         from_corner: Whether it counts from the corner of level 0, as all but QuPath do.
         mpp: Micrometres per pixel that the file states.
-        may_be_empty: Whether the file names the image, so that nothing outlined is nothing there.
+        may_be_empty: Whether nothing outlined is nothing there: the file names the image, or is a
+            collection of no features, which QuPath and our finder write of a slide without any.
         notes: Sentences for the results, complete once `listed` was gone through.
     """
 
@@ -70,8 +71,10 @@ def read_features(
             return _read_xml(content, path)
         raw = parse_json(content, path)
         if not is_coco(raw):
-            stated = raw.get("origin") if isinstance(raw, dict) else None
-            return Features(list_features(raw, path), stated, from_corner=False)
+            own = raw if isinstance(raw, dict) else {}
+            listed = list_features(raw, path)
+            empty = own.get("type") == "FeatureCollection" and own.get("features") == []
+            return Features(listed, own.get("origin"), from_corner=False, may_be_empty=empty)
         many = _keep(parse_coco(raw, path))
     features = Features((), may_be_empty=True)
     place = _choose_image(many, slide, features.notes)
