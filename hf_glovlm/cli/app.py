@@ -60,6 +60,7 @@ from .options import (
     read_shots,
 )
 from .publish import card, explain, explain_check, export, push
+from .sheet import sheet
 from .slides import caption, correct, crops, get, mil, slide
 
 app = typer.Typer()
@@ -327,6 +328,7 @@ def study(
 ELSEWHERE: list[Callable[..., None]] = [
     slide,
     correct,
+    sheet,
     mil,
     explain,
     explain_check,

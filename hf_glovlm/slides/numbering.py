@@ -68,10 +68,7 @@ class Numbers:
         Raises:
             GloVLMError: Another path of this run is the same slide.
         """
-        try:
-            key = digest_value([part["digest"] for part in describe_slide(path, dated=False)])
-        except OSError:
-            key = ""
+        key = _digest_slide(path)
         number = self.slides.get(key) or self._next()
         if number in self._paths:
             raise GloVLMError(
@@ -82,6 +79,11 @@ class Numbers:
             self.slides[key] = number
         return f"slide_{number:03d}"
 
+    def find_slide(self, path: Path) -> str | None:
+        """`slide_001` of a slide that has a number; `None` of any other file."""
+        number = self.slides.get(_digest_slide(path))
+        return None if number is None else f"slide_{number:03d}"
+
     def of_case(self, name: str) -> str:
         """`case_001` of a case."""
         salt = self.salt.encode()
@@ -90,3 +92,11 @@ class Numbers:
 
     def _next(self) -> int:
         return max([self.least - 1, *self.slides.values(), *self._paths]) + 1
+
+
+def _digest_slide(path: Path) -> str:
+    """Digest of a slide's bytes, whatever it is called; nothing of one that cannot be read."""
+    try:
+        return digest_value([part["digest"] for part in describe_slide(path, dated=False)])
+    except OSError:
+        return ""
