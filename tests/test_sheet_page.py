@@ -5,6 +5,8 @@ import csv
 import io
 import json
 import re
+import shlex
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import sheet_made
 from PIL import Image
+from qupath_made import CLASSES, outlines, write_results
 
 import hf_glovlm.slides.sheet as sheets
 from hf_glovlm.errors import GloVLMError, WriteError
@@ -171,7 +174,7 @@ def test_lesions_keep_their_order_denominators_and_doubts() -> None:
     assert "candidate for Oxford S, to be confirmed" in table
     assert "\N{EN DASH}" in table
     notes = text[text.index(" Notes ") : text.index("Every glomerulus")]
-    assert notes.count("The 95% interval holds: counting. It holds nothing else.") == 1
+    assert notes.count("The 95% interval holds: counting, and nothing else.") == 1
     assert "Not checked against the source." in notes
     assert notes.count("Arkana 2017") == 2
 
@@ -457,3 +460,52 @@ def test_the_command_prints_a_line_a_case_and_fails_where_one_failed(
     assert RESEARCH in done.out
     assert "The table has a note." in done.err
     assert json.loads(glovlm(*given, "--json").out)["failed"][0]["case"] == "B"
+
+
+# ---------------------------------------------------------------------------------- the commands
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The commands of a page of the documentation, in order."""
+    blocks = path.read_text(encoding="utf-8").split("```")[1::2]
+    lines = [line for block in blocks for line in block.splitlines()]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("glovlm ")]
+
+
+def test_the_page_of_the_documentation_leads_from_results_to_a_signed_sheet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, glovlm: Callable[..., Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = {"S1": outlines(1), "S2": outlines(2, 5)}
+    write_results(tmp_path / "results", drawn, case="B1")
+    results = json.loads((tmp_path / "results/results.json").read_text("utf-8"))
+    for entry in results["slides"]:
+        entry["size"] = [3700, 2700]
+    write_json(tmp_path / "results/results.json", results)
+    for folder in ("new", "corrected"):
+        (tmp_path / folder).mkdir()
+    for name in drawn:
+        Image.new("RGB", (3700, 2700), "pink").save(tmp_path / f"new/{name}.png")
+        shutil.copy(f"results/slides/{name}/objects.geojson", f"corrected/{name}.geojson")
+    table = "slide_id,case_id,kidney,system\nS1,B1,native,oxford\nS2,B1,native,oxford\n"
+    (tmp_path / "cases.csv").write_text(table)
+    by_class = {name: {"found": 9, "of": 10} for name in CLASSES}
+    left_out = {"by_class": by_class, "groups": 4, "group": "patient"}
+    write_json(tmp_path / "finder/finder.json", {"kind": "finder", "left_out": left_out})
+    pages = []
+    for command in commands(DOCS / "sheet.md"):
+        done = glovlm(*command)
+        assert done.code == 0, (command, done.err)
+        if command[0] == "sheet":
+            pages.append((tmp_path / "sheets/B1/sheet.html").read_text("utf-8"))
+            sheet = json.loads((tmp_path / "sheets/B1/sheet.json").read_text("utf-8"))
+            assert len(pictures_of(tmp_path / "sheets/B1/sheet.html")) == (
+                sheet["counts"]["n"] if "--images" in command else 0
+            )
+    draft, signed, found = pages
+    assert "DRAFT, unreviewed" in draft
+    assert "DRAFT, unreviewed" in found
+    assert "DRAFT" not in signed
+    assert "Read by AB" in signed

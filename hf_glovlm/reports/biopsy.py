@@ -21,6 +21,7 @@ _SYSTEMS = {
     "isn_rps": "ISN/RPS (lupus nephritis)",
     "banff": "Banff (transplant)",
 }
+_NOT = "not: "  # before what an interval does not hold
 _GRID = 600  # places along a picture's side at which an outline may turn: finer than it is shown
 
 
@@ -117,10 +118,11 @@ def _lesion(row: Mapping[str, Any], notes: _Notes) -> dict[str, Any]:
         about += " Not checked against the source."
     own = notes.number([about, row["note"], *row["notes"]])
     shares = [share | {"notes": notes.number([_holds(share)])} for share in row["shares"]]
-    corrected = row["corrected"]
+    corrected, why = row["corrected"], row["why_not_corrected"]
     if corrected is not None:
-        corrected = corrected | {"notes": notes.number([_holds(corrected)])}
-    why_not = notes.number([row["why_not_corrected"]])
+        of = f"Corrected: of {corrected['of']}." if corrected.get("of") else None
+        corrected = corrected | {"notes": notes.number([of, _holds(corrected)])}
+    why_not = notes.number([f"Not corrected: {why.rstrip('.')}." if why else None])
     return {
         **row, "notes": own, "shares": shares, "corrected": corrected, "why_not_corrected": why_not
     }  # fmt: skip
@@ -130,4 +132,7 @@ def _holds(share: Mapping[str, Any]) -> str | None:
     """What an interval holds, where there is one."""
     if share["ci95"] is None:
         return None
-    return f"The 95% interval holds: {', '.join(share['holds'])}. It holds nothing else."
+    inside = [part for part in share["holds"] if not part.startswith(_NOT)]
+    outside = [part.removeprefix(_NOT) for part in share["holds"] if part.startswith(_NOT)]
+    but = f", and does not hold: {'; '.join(outside)}" if outside else ", and nothing else"
+    return f"The 95% interval holds: {'; '.join(inside)}{but}."
