@@ -61,8 +61,9 @@ def test_numbers_in_words() -> None:
 
 def test_every_template_is_one_that_a_module_renders() -> None:
     """And each is read by the compiler: an unknown filter or a missing end is an error."""
-    sources = [path.read_text() for path in TEMPLATES.parent.rglob("*.py")]
-    used = set(re.findall(r"[\w.]+\.md\.j2", "".join(re.findall(r'render\("[^"]+"', str(sources)))))
-    assert used == {path.name for path in TEMPLATES.iterdir()}
+    texts = [*TEMPLATES.parent.rglob("*.py"), *TEMPLATES.iterdir()]
+    sources = "".join(path.read_text() for path in texts)
+    used = set(re.findall(r'(?:render|render_page)\("([\w.]+)"|extends "([\w.]+)"', sources))
+    assert {a or b for a, b in used} == {path.name for path in TEMPLATES.iterdir()}
     for path in TEMPLATES.iterdir():
         assert Environment(autoescape=False).parse(path.read_text()).body

@@ -152,12 +152,12 @@ def test_status_counts_and_rules_stand_before_the_lesions() -> None:
         sheet["chance_to_miss"]["sentence"],
     ):
         assert words in head
-    assert "class=\"status\"" in render_sheet(sheet, [None] * 20)
+    assert 'class="status"' in render_sheet(sheet, [None] * 20)
     sheet["status"] = {"draft": False, "signed_by": "AB", "words": "Read by AB, 2026-11-30",
                        "reasons": []}  # fmt: skip
     html = render_sheet(sheet, [None] * 20)
     assert "DRAFT" not in html
-    assert "class=\"status signed\"" in html
+    assert 'class="status signed"' in html
 
 
 def test_lesions_keep_their_order_denominators_and_doubts() -> None:

@@ -23,6 +23,7 @@ from ..errors import GloVLMError
 from ..lab.pretraining_config import PretrainConfig
 from ..runs.config import TrainConfig
 from ..settings import SEEDS, read_yaml
+from .biopsy import sheet
 from .console import (
     INTERRUPTED,
     TERMINATED,
@@ -60,7 +61,6 @@ from .options import (
     read_shots,
 )
 from .publish import card, explain, explain_check, export, push
-from .sheet import sheet
 from .slides import caption, correct, crops, get, mil, slide
 
 app = typer.Typer()

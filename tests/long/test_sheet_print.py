@@ -93,9 +93,7 @@ def printed_pages(content: bytes) -> list[str]:
         ):
             font = name or font
             codes = codes.upper()
-            text += "".join(
-                named[font].get(codes[i : i + 4], "") for i in range(0, len(codes), 4)
-            )
+            text += "".join(named[font].get(codes[i : i + 4], "") for i in range(0, len(codes), 4))
         pages.append(re.sub(r"\s", "", text))
     return pages
 
@@ -116,9 +114,7 @@ def sheet_of(kind: str) -> tuple[dict[str, Any], int]:
     return sheet, int(n > 0)
 
 
-@pytest.mark.parametrize(
-    "kind", ["oxford", "signed", "banff", "lupus", "plain", "none", "many"]
-)
+@pytest.mark.parametrize("kind", ["oxford", "signed", "banff", "lupus", "plain", "none", "many"])
 def test_a_sheet_fits_screens_and_paper_and_asks_nothing_of_others(
     browser: Any, tmp_path: Path, kind: str
 ) -> None:
@@ -129,9 +125,7 @@ def test_a_sheet_fits_screens_and_paper_and_asks_nothing_of_others(
     asked: list[str] = []
     complaints: list[str] = []
     for width, scheme in ((1280, "light"), (390, "light"), (1280, "dark")):
-        context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme
-        )
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         shown = context.new_page()
         shown.on("request", lambda request: asked.append(request.url))
         shown.on("console", lambda message: complaints.append(message.text))
@@ -155,5 +149,5 @@ def test_a_sheet_fits_screens_and_paper_and_asks_nothing_of_others(
     for text in pages:
         assert re.sub(r"\s", "", EVERY_PAGE) in text
         assert re.sub(r"\s", "", f"Biopsy B7: {sheet['status']['words']}") in text
-    contact = "".join(pages[summary:])
+    contact = "".join(pages).partition(heading)[2]
     assert contact.count("S1") == len(sheet["glomeruli"])
