@@ -138,13 +138,13 @@ def number(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def percentage(value: float | None) -> str:
+def percentage(value: float | None, sign: str = "%") -> str:
     """A percentage without decimals, half a percent up; 0 and 100 stand for these alone."""
     if value is None:
         return "\N{EN DASH}"
     if 0 < value < 0.5:
-        return "<1%"
-    return ">99%" if 99.5 <= value < 100 else f"{math.floor(value + 0.5)}%"
+        return f"<1{sign}"
+    return f">99{sign}" if 99.5 <= value < 100 else f"{math.floor(value + 0.5)}{sign}"
 
 
 def interval(bounds: Sequence[float] | None) -> str:

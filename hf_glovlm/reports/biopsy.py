@@ -117,11 +117,13 @@ def _lesion(row: Mapping[str, Any], notes: _Notes) -> dict[str, Any]:
     if about and not row["verified"]:
         about += " Not checked against the source."
     own = notes.number([about, row["note"], *row["notes"]])
-    shares = [share | {"notes": notes.number([_holds(share)])} for share in row["shares"]]
+    shares = [
+        {"least": False, **share, "notes": notes.number([_holds(share)])} for share in row["shares"]
+    ]
     corrected, why = row["corrected"], row["why_not_corrected"]
     if corrected is not None:
-        of = f"Corrected: of {corrected['of']}." if corrected.get("of") else None
-        corrected = corrected | {"notes": notes.number([of, _holds(corrected)])}
+        of = f"The corrected percentage is of {corrected['of']}." if corrected.get("of") else None
+        corrected = {"least": False, **corrected} | {"notes": notes.number([of, _holds(corrected)])}
     why_not = notes.number([f"Not corrected: {why.rstrip('.')}." if why else None])
     return {
         **row, "notes": own, "shares": shares, "corrected": corrected, "why_not_corrected": why_not

@@ -407,13 +407,14 @@ def _line(sheet: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """A case's line in the index."""
     sclerotic = next((row for row in sheet["lesions"] if row["role"] == "global sclerosis"), None)
     shares = sclerotic["shares"] if sclerotic else []
+    whole = bool(shares) and shares[0]["percent"] is not None
     return {
         "case": sheet["case"],
         "folder": folder,
         "status": sheet["status"]["words"],
         "n": sheet["counts"]["n"],
         "confirmed": sheet["counts"]["confirmed"],
-        "sclerotic": {k: shares[0][k] for k in ("count", "denominator")} if shares else None,
+        "sclerotic": {k: shares[0][k] for k in ("count", "denominator")} if whole else None,
         "adequacy": sheet["adequacy"]["verdict"],
         "notes": list(sheet["notes"]),
     }

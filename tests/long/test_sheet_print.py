@@ -137,6 +137,9 @@ def test_a_sheet_fits_screens_and_paper_and_asks_nothing_of_others(
             Path(screens).mkdir(parents=True, exist_ok=True)
             shown.screenshot(path=f"{screens}/{kind}-{width}-{scheme}.png", full_page=True)
         if width == 1280 and scheme == "light":
+            shown.emulate_media(media="print")
+            shown.set_viewport_size({"width": 695, "height": 900})  # else print is made smaller
+            assert shown.evaluate("document.documentElement.scrollWidth") == 695
             content = shown.pdf(prefer_css_page_size=True)
         context.close()
     assert set(asked) == {path.as_uri()}
