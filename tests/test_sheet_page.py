@@ -164,11 +164,16 @@ def test_lesions_keep_their_order_denominators_and_doubts() -> None:
     sheet = sheet_made.sheet(20)
     sheet["lesions"][1]["shares"] = [
         {"of": sheet_made.OTHERS, "count": 0, "denominator": 0, "percent": None, "ci95": None,
-         "holds": []}
+         "holds": []},
+        {"of": "glomeruli, read or not", "count": 3, "denominator": 18, "percent": 100 * 3 / 18,
+         "ci95": None, "holds": [], "least": True},
     ]  # fmt: skip
     text = page(sheet).text
     table = text[text.index("not read") : text.index("Not shown")]
-    assert [*re.findall(r"\d+ of \d+", table)] == ["4 of 20", "0 of 0", "2 of 20", "2 of 16"]
+    assert [*re.findall(r"\d+ of \d+", table)] == [
+        "4 of 20", "0 of 0", "3 of 18", "2 of 20", "2 of 16",
+    ]  # fmt: skip
+    assert "at least 17%" in table
     assert table.index("global sclerosis") < table.index("segmental sclerosis")
     assert "unverified" in table
     assert "candidate for Oxford S, to be confirmed" in table
@@ -314,6 +319,7 @@ def test_tables_hold_what_the_sheet_holds(biopsy: Callable[..., Path]) -> None:
         assert float(line["percent"]) == share["percent"]
         assert [float(line["low"]), float(line["high"])] == share["ci95"]
         assert line["not_assessable"] == str(row["counts"]["not_assessable"])
+        assert line["at_least"] == "no"
         assert line["verified"] == ("yes" if row["verified"] else "no")
     with (folder / "S/B7/glomeruli.csv").open(newline="") as stream:
         glomeruli = list(csv.DictReader(stream))

@@ -355,8 +355,8 @@ def _lesion_rows(sheet: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """Table of lesions: a row for each share, of a crescent two."""
     header = [
         "case", "status", "class", "lesion", "system", "role", "heading", "count", "denominator",
-        "of", "percent", "low", "high", "holds", "corrected", "corrected_low", "corrected_high",
-        "corrected_holds", "present", "absent", "not_assessable", "not_read", "definition",
+        "of", "at_least", "percent", "low", "high", "holds", "corrected", "corrected_low",
+        "corrected_high", "corrected_holds", "present", "absent", "not_assessable", "not_read", "definition",
         "source", "verified",
     ]  # fmt: skip
     rows: list[list[Any]] = []
@@ -366,9 +366,9 @@ def _lesion_rows(sheet: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
             rows.append([
                 sheet["case"], sheet["status"]["words"],
                 *(row[name] for name in ("class", "words", "system", "role", "heading")),
-                share["count"], share["denominator"], share["of"],
+                share["count"], share["denominator"], share["of"], _yes(share.get("least", False)),
                 *_measured(share), *_measured(corrected),
-                *(row["counts"][name] for name in header[18:22]),
+                *(row["counts"][n] for n in ("present", "absent", "not_assessable", "not_read")),
                 row["definition"], row["source"], _yes(row["verified"]),
             ])  # fmt: skip
     return header, rows
