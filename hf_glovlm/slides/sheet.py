@@ -356,8 +356,8 @@ def _lesion_rows(sheet: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     header = [
         "case", "status", "class", "lesion", "system", "role", "heading", "count", "denominator",
         "of", "at_least", "percent", "low", "high", "holds", "corrected", "corrected_low",
-        "corrected_high", "corrected_holds", "present", "absent", "not_assessable", "not_read", "definition",
-        "source", "verified",
+        "corrected_high", "corrected_holds", "present", "absent", "not_assessable", "not_read",
+        "definition", "source", "verified",
     ]  # fmt: skip
     rows: list[list[Any]] = []
     for row in sheet["lesions"]:
