@@ -18,13 +18,12 @@ from safetensors.numpy import load_file, save_file
 from ...errors import GloVLMError
 from ...files import read_json, write_json
 from ..encoding import encoder_fingerprint
-from .agreement import IOU, Agreement, add_up, measure_region
+from .agreement import IOU, Agreement, measure_region
 from .heads import Head, make_head
-from .regions import Detection, Region
+from .regions import Detection, Region, diameters
 from .tokens import TokenEncoder
 
-DEFAULT_HEAD = "plain"
-SIDE = 672.0  # working pixels along the longer side of the support's median picture
+DEFAULT_HEAD = "candidates"
 FOLDS = 8  # groups are left out in at most so many parts
 CONFIG, WEIGHTS = "finder.json", "head.safetensors"
 FORMAT = 1
@@ -42,6 +41,7 @@ class LeftOut:
         regions: How many.
         groups: How many were left out, each once.
         group: What a group is: `patient`, `slide` or `region`.
+        tried: The agreement at each threshold tried.
     """
 
     threshold: float
@@ -49,6 +49,7 @@ class LeftOut:
     regions: int
     groups: int
     group: str = "patient"
+    tried: Mapping[float, Agreement] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Plain values, as a finder's folder holds them."""
@@ -125,8 +126,7 @@ class Finder:
         """
         check_regions(regions)
         encoder = encoder or TokenEncoder(model, processor, store={})
-        scale, mpp = _working_scale(regions)
-        fitted = _fit_head(encoder, regions, head, seed)
+        fitted, scale, mpp = _fit_head(encoder, regions, head, seed)
         threshold, left_out, notes = fitted.threshold, {}, []
         if leave_out and len({region.group for region in regions}) > 1:
             measured = leave_groups_out(
@@ -145,7 +145,7 @@ class Finder:
             threshold=threshold,
             scale=scale,
             mpp=mpp,
-            diameters=_diameters(regions),
+            diameters=_working_diameters(regions, scale, mpp),
             stains=sorted({region.stain for region in regions if region.stain}),
             classes=sorted({label for region in regions for label in region.labels if label}),
             left_out=left_out,
@@ -331,6 +331,7 @@ def leave_groups_out(
     seed: int = 0,
     group: str = "patient",
     encoder: TokenEncoder | None = None,
+    thresholds: Sequence[float] | None = None,
 ) -> LeftOut:
     """Threshold, precision and recall on groups that the head has not seen.
 
@@ -342,6 +343,7 @@ def leave_groups_out(
         seed: Of the fits, and of how groups are parted.
         group: What a region's group is.
         encoder: In place of a new one of this model, with what it keeps.
+        thresholds: To choose from, in place of the head's own.
 
     Raises:
         GloVLMError: All regions are of one group, or all outlines are.
@@ -350,12 +352,11 @@ def leave_groups_out(
     encoder = encoder or TokenEncoder(model, processor, store={})
     folds = part_groups(regions, seed)
     made = make_head(head)
-    tried = list(made.thresholds) or [made.threshold]
+    tried = list(thresholds or made.thresholds) or [made.threshold]
     total = {threshold: Agreement() for threshold in tried}
     for fold in folds:
         rest = [region for region in regions if region.group not in fold]
-        fitted = _fit_head(encoder, rest, head, seed)
-        scale, mpp = _working_scale(rest)
+        fitted, scale, mpp = _fit_head(encoder, rest, head, seed)
         for region in regions:
             if region.group not in fold:
                 continue
@@ -370,6 +371,7 @@ def leave_groups_out(
         regions=len(regions),
         groups=len({region.group for region in regions}),
         group=group,
+        tried=total,
     )
 
 
@@ -434,35 +436,27 @@ def check_regions(regions: Sequence[Region]) -> None:
         )
 
 
-def _fit_head(encoder: TokenEncoder, regions: Sequence[Region], name: str, seed: int) -> Head:
+def _fit_head(
+    encoder: TokenEncoder, regions: Sequence[Region], name: str, seed: int
+) -> tuple[Head, float, float | None]:
+    """Fitted head, pixels per working pixel, and micrometres per working pixel if stated."""
     head = make_head(name)
-    scale, mpp = _working_scale(regions)
+    pixel = head.cell(regions) / encoder.patch
+    mpp = None if regions[0].mpp is None else pixel
+    scale = pixel
+    if mpp is not None:
+        scale = pixel / float(np.median([region.mpp or 0.0 for region in regions]))
     head.fit(encoder, regions, [_scale_of(region, scale, mpp) for region in regions], seed)
-    return head
-
-
-def _working_scale(regions: Sequence[Region]) -> tuple[float, float | None]:
-    """Pixels of a median region per working pixel, and micrometres per working pixel."""
-    sides = [max(region.picture.shape[:2]) for region in regions]
-    if regions[0].mpp is None:
-        return float(np.median(sides)) / SIDE, None
-    lengths = [side * (region.mpp or 0.0) for side, region in zip(sides, regions, strict=True)]
-    mpp = float(np.median(lengths)) / SIDE
-    return mpp / float(np.median([region.mpp or 0.0 for region in regions])), mpp
+    return head, scale, mpp
 
 
 def _scale_of(region: Region, scale: float, mpp: float | None) -> float:
     return scale if mpp is None or region.mpp is None else mpp / region.mpp
 
 
-def _diameters(regions: Sequence[Region]) -> tuple[float, float, float]:
+def _working_diameters(
+    regions: Sequence[Region], scale: float, mpp: float | None
+) -> tuple[float, float, float]:
     """Least, median and largest diameter of outlined glomeruli, in working pixels."""
-    from .agreement import to_shape
-
-    scale, mpp = _working_scale(regions)
-    found = [
-        2 * float(np.sqrt(to_shape(one).area / np.pi)) / _scale_of(region, scale, mpp)
-        for region in regions
-        for one in region.polygons
-    ]
+    found = [d / _scale_of(region, scale, mpp) for region in regions for d in diameters(region)]
     return min(found), float(np.median(found)), max(found)

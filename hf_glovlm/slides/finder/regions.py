@@ -1,12 +1,13 @@
 """Outlined regions, and what a finder outlines itself."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files.shapes import Polygon
+from ..files.shapes import Polygon, filled_area
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,3 +46,11 @@ class Detection:
     ring: NDArray[np.float64]
     score: float
     cut: bool = False
+
+
+def diameters(region: Region) -> list[float]:
+    """Diameter of each outlined glomerulus: of the disc of its area, in pixels."""
+    return [
+        math.sqrt(4 / math.pi * sum(filled_area(outline) for outline, *_ in one))
+        for one in region.polygons
+    ]

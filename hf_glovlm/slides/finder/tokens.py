@@ -40,6 +40,16 @@ class TokenMap:
     size: tuple[int, int]
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.tokens.shape[0], self.tokens.shape[1]
+
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        """Tokens `[rows * columns, dim]`, row by row."""
+        return self.tokens.reshape(-1, self.tokens.shape[-1])
+
+    @property
     def cell(self) -> tuple[float, float]:
         """Width and height of a cell, in pixels of the picture."""
         rows, columns = self.tokens.shape[:2]
@@ -66,8 +76,6 @@ class TokenEncoder:
         self.config: Any = model.config._backbone().vision_config
         size = getattr(self.config, "patch_size", None) or _STRIDE
         self.patch = int(max(size) if isinstance(size, list | tuple) else size)
-        sizes = getattr(self.config, "hidden_sizes", None) or [0]
-        self.width = int(getattr(self.config, "hidden_size", None) or sizes[-1])
         if hasattr(processor.image_processor, "max_num_patches"):
             raise GloVLMError(
                 f"The tower '{self.config.model_type}' takes packed patches, not pictures, so its "
@@ -212,7 +220,7 @@ class TokenEncoder:
             if rows * columns > states.shape[1]:
                 raise GloVLMError(
                     f"The tower '{self.config.model_type}' returns {states.shape[1]} tokens of a "
-                    f"grid of {grid[0]} x {grid[1]} patches, which are no map: use another backbone."
+                    f"grid of {grid[0]} x {grid[1]} patches, which are no map: use another one."
                 )
             state = states[0, states.shape[1] - rows * columns :].reshape(rows, columns, -1)
         array: NDArray[np.float32] = state.float().cpu().numpy()
