@@ -80,22 +80,26 @@ def list_candidates(logits: NDArray[np.float64]) -> list[Candidate]:
             if part.area < LEAST:
                 continue
             top, left = part.bbox[:2]
-            for mask, row, column in _parts(part.image_filled, logits.shape, top, left):
+            filled = part.image_filled
+            hull = convex_hull_image(filled)
+            parts = [(hull, top, left)]
+            if np.count_nonzero(filled) < _SOLID * np.count_nonzero(hull):
+                parts += [
+                    (convex_hull_image(mask), top + row, left + column)
+                    for mask, row, column in _parts(filled, logits.shape, top, left)
+                ]
+            for mask, row, column in parts:
                 key = (row, column, *mask.shape, int(np.count_nonzero(mask)))
                 if key not in seen:
                     seen.add(key)
-                    found.append(Candidate(convex_hull_image(mask), row, column, level))
+                    found.append(Candidate(mask, row, column, level))
     return found
 
 
 def _parts(
     component: NDArray[np.bool_], size: tuple[int, ...], top: int, left: int
 ) -> Iterator[tuple[NDArray[np.bool_], int, int]]:
-    """A component itself, and its parts where it is not solid: mask, first row, first column."""
-    yield component, top, left
-    hull = np.count_nonzero(convex_hull_image(component))
-    if np.count_nonzero(component) >= _SOLID * hull:
-        return
+    """Parts of a component that is not solid: mask, and first row and column within it."""
     # Beyond the map's border a component goes on; elsewhere it ends.
     edges = (
         (top == 0, top + component.shape[0] == size[0]),
@@ -134,7 +138,7 @@ def _parts(
             if np.count_nonzero(mask) < LEAST:
                 continue
             inner = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            yield inner, top + int(rows[0]), left + int(columns[0])
+            yield inner, int(rows[0]), int(columns[0])
 
 
 def measure_candidate(

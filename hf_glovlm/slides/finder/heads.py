@@ -119,37 +119,32 @@ def grid_of(size: tuple[int, int], scale: float, patch: int) -> tuple[int, int]:
 
 
 def fit_tokens(
-    tokens: Sequence[NDArray[np.float32]],
+    rows: Sequence[NDArray[np.float32]],
     inside: Sequence[NDArray[np.float32]],
     penalty: float,
-    axes: "Axes",
     start: Logistic | None = None,
 ) -> Logistic:
     """Logistic regression of tokens, inside against outside of the outlines.
 
-    Each region weighs the same, and so do inside and outside; tokens of which an outline cuts off
-    neither four tenths nor leaves four tenths are left out.
+    Each region weighs the same, and so do inside and outside; tokens of which an outline covers
+    between four and six tenths are left out.
 
     Args:
-        tokens: Of each region `[n, dim]`.
+        rows: Of each region its tokens along principal axes `[n, dim]`.
         inside: Of each token the share that outlines cover `[n]`.
-        penalty: As in `fit_weighted`, along the axes.
-        axes: Of the tokens.
+        penalty: As in `fit_weighted`.
         start: A fit to begin with.
     """
-    rows, known, weights = [], [], []
-    for row, share in zip(tokens, inside, strict=True):
-        clear = np.abs(share - 0.5) > 0.1
-        rows.append(axes.turn(row[clear]))
-        known.append(share[clear] > 0.5)
-        count = int(np.count_nonzero(clear))
-        weights.append(np.full(count, 1.0 / max(count, 1)))
-    targets, weight = np.concatenate(known), np.concatenate(weights)
+    clear = [np.abs(share - 0.5) > 0.1 for share in inside]
+    targets = np.concatenate([part[at] > 0.5 for part, at in zip(inside, clear, strict=True)])
+    counts = [int(np.count_nonzero(at)) for at in clear]
+    weights = np.concatenate([np.full(count, 1.0 / max(count, 1)) for count in counts])
     for side in (True, False):
-        total = weight[targets == side].sum()
+        total = float(weights[targets == side].sum())
         if total > 0:
-            weight[targets == side] /= total
-    return fit_weighted(np.concatenate(rows), targets, weight, penalty, start=start)
+            weights[targets == side] /= total
+    chosen = np.concatenate([row[at] for row, at in zip(rows, clear, strict=True)])
+    return fit_weighted(chosen, targets, weights, penalty, start=start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,27 +156,29 @@ class Axes:
         axes: `[dim, kept]`, orthogonal, divided by the standard deviation of each column.
     """
 
-    mean: NDArray[np.float64]
-    axes: NDArray[np.float64]
+    mean: NDArray[np.float32]
+    axes: NDArray[np.float32]
 
     @classmethod
     def of(cls, tokens: Sequence[NDArray[np.float32]], most: int) -> "Axes":
         """Axes of tokens `[n, dim]` of several regions, at most so many."""
         rows = np.concatenate(list(tokens))
-        mean, deviation = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64) + 1e-6
-        scaled = ((rows - mean) / deviation).astype(np.float32)
-        _, vectors = np.linalg.eigh((scaled.T @ scaled / len(scaled)).astype(np.float64))
-        return cls(mean, vectors[:, -most:] / deviation[:, None])
+        mean = rows.mean(0, dtype=np.float64).astype(np.float32)
+        rows -= mean
+        products = (rows.T @ rows / len(rows)).astype(np.float64)
+        deviation = np.sqrt(products.diagonal()) + 1e-6
+        _, vectors = np.linalg.eigh(products / deviation / deviation[:, None])
+        return cls(mean, (vectors[:, -most:] / deviation[:, None]).astype(np.float32))
 
-    def turn(self, tokens: NDArray[np.float32]) -> NDArray[np.float64]:
+    def turn(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
         """Tokens `[n, dim]` along the axes `[n, kept]`."""
-        turned: NDArray[np.float64] = (tokens - self.mean) @ self.axes
+        turned: NDArray[np.float32] = (tokens - self.mean) @ self.axes
         return turned
 
     def back(self, fitted: Logistic) -> Logistic:
         """What was fitted along the axes, for tokens as they are."""
-        weight = self.axes @ fitted.weight
-        return Logistic(weight, fitted.bias - float(self.mean @ weight))
+        weight = self.axes.astype(np.float64) @ fitted.weight
+        return Logistic(weight, fitted.bias - float(self.mean.astype(np.float64) @ weight))
 
 
 @register
@@ -220,7 +217,7 @@ class PlainHead(Head):
             for region, one in zip(regions, maps, strict=True)
         ]
         axes = Axes.of(rows, rows[0].shape[1])
-        self.tokens = axes.back(fit_tokens(rows, inside, self.penalty, axes))
+        self.tokens = axes.back(fit_tokens(list(map(axes.turn, rows)), inside, self.penalty))
 
     def score(self, encoder: TokenEncoder, picture: NDArray[np.uint8], scale: float) -> Any:
         found = _encode(encoder, picture, scale)
@@ -315,7 +312,8 @@ class CandidateHead(Head):
             )
         )
         axes = Axes.of(rows, self.kept)
-        whole = fit_tokens(rows, inside, self.penalty, axes)
+        rows = list(map(axes.turn, rows))
+        whole = fit_tokens(rows, inside, self.penalty)
         self.tokens = axes.back(whole)
         measured: list[list[float]] = []
         overlaps: list[float] = []
@@ -324,7 +322,7 @@ class CandidateHead(Head):
             fitted = self.tokens
             if rest:
                 chosen = [rows[n] for n in rest], [inside[n] for n in rest]
-                fitted = axes.back(fit_tokens(*chosen, self.penalty, axes, whole))
+                fitted = axes.back(fit_tokens(*chosen, self.penalty, whole))
             for number in sorted(part):
                 logits = self._map(fitted, maps[number])
                 found = list_candidates(logits)

@@ -1,8 +1,8 @@
 """Learning a finder of glomeruli from a few outlined regions, and what it finds in other groups.
 
 The threshold is chosen, and precision and recall are measured, on groups (patients, else slides)
-that the head which scores them has not seen: each group is left out in turn, at most eight at a
-time together. The finder itself then learns from all.
+that the head which scores them has not seen: each group is left out in turn, in at most five
+parts. The finder itself then learns from all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from .regions import Detection, Region, diameters
 from .tokens import TokenEncoder
 
 DEFAULT_HEAD = "candidates"
-FOLDS = 8  # groups are left out in at most so many parts
+FOLDS = 5  # groups are left out in at most so many parts
 CONFIG, WEIGHTS = "finder.json", "head.safetensors"
 FORMAT = 1
 
