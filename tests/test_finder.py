@@ -337,8 +337,23 @@ def test_one_group_leaves_nothing_out(
             [region("p", [ellipse(50, 50, 20, 20)], mpp=m) for m in (1.0, None)],
             "1 of 2 regions state",
         ),
+        ([region("p", [box(9, 9, 50, 9)])], "Outline 1 of region 'p-0' has no area"),
+        ([region("p", [box(0, 0, *SIZE)])], "No token of the regions lies outside"),
+        ([region("p", [box(1, 1, 150, 110)] * 3 + [box(0, 0, *SIZE)])], "lies outside of the outl"),
+        ([Region("r", "p", np.zeros((9, 9), np.uint8), [((box(0, 0, 9, 9),),)])], "RGB picture"),
+        ([region("p", [ellipse(50, 50, 20, 20)], mpp=-1.0)], "above 0, found -1.0"),
     ],
-    ids=["no_region", "no_outline", "outside", "some_scales"],
+    ids=[
+        "no_region",
+        "no_outline",
+        "outside",
+        "some_scales",
+        "line",
+        "all",
+        "overlap",
+        "grey",
+        "mpp",
+    ],
 )
 def test_regions_that_nothing_can_be_learned_from_are_refused(
     regions: list[Region], message: str, tower: tuple[Any, Any]

@@ -147,6 +147,31 @@ def fit_tokens(
     return fit_weighted(chosen, targets, weights, penalty, start=start)
 
 
+def check_sides(inside: Sequence[NDArray[np.float32]]) -> None:
+    """Refuse regions whose tokens all lie on one side of the outlines.
+
+    Raises:
+        GloVLMError: No token lies inside, or none outside.
+    """
+    within, without = _sides(inside)
+    if not within:
+        raise GloVLMError(
+            "No token of the regions lies inside of an outline: the outlined glomeruli are smaller "
+            "than a token at the scale of the largest. Check that the outlines are in pixels of "
+            "the pictures."
+        )
+    if not without:
+        raise GloVLMError(
+            "No token of the regions lies outside of the outlines, so that nothing tells a "
+            "glomerulus from its surroundings: give regions with tissue around the glomeruli."
+        )
+
+
+def _sides(inside: Sequence[NDArray[np.float32]]) -> tuple[bool, bool]:
+    """Whether any token lies clearly inside, and any clearly outside."""
+    return any((one > 0.6).any() for one in inside), any((one < 0.4).any() for one in inside)
+
+
 @dataclass(frozen=True, eq=False)
 class Axes:
     """Principal axes of standardised tokens.
@@ -172,8 +197,7 @@ class Axes:
 
     def turn(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
         """Tokens `[n, dim]` along the axes `[n, kept]`."""
-        turned: NDArray[np.float32] = (tokens - self.mean) @ self.axes
-        return turned
+        return np.asarray((tokens - self.mean) @ self.axes, np.float32)
 
     def back(self, fitted: Logistic) -> Logistic:
         """What was fitted along the axes, for tokens as they are."""
@@ -217,6 +241,7 @@ class PlainHead(Head):
             for region, one in zip(regions, maps, strict=True)
         ]
         axes = Axes.of(rows, rows[0].shape[1])
+        check_sides(inside)
         self.tokens = axes.back(fit_tokens(list(map(axes.turn, rows)), inside, self.penalty))
 
     def score(self, encoder: TokenEncoder, picture: NDArray[np.uint8], scale: float) -> Any:
@@ -312,6 +337,7 @@ class CandidateHead(Head):
             )
         )
         axes = Axes.of(rows, self.kept)
+        check_sides(inside)
         rows = list(map(axes.turn, rows))
         whole = fit_tokens(rows, inside, self.penalty)
         self.tokens = axes.back(whole)
@@ -319,8 +345,8 @@ class CandidateHead(Head):
         overlaps: list[float] = []
         for part in _leave_out(regions, self.parts, seed):
             rest = [number for number in range(len(regions)) if number not in part]
-            fitted = self.tokens
-            if rest:
+            fitted = self.tokens  # where nothing else can be learned from
+            if all(_sides([inside[n] for n in rest])):
                 chosen = [rows[n] for n in rest], [inside[n] for n in rest]
                 fitted = axes.back(fit_tokens(*chosen, self.penalty, whole))
             for number in sorted(part):

@@ -5,6 +5,7 @@ that the head which scores them has not seen: each group is left out in turn, in
 parts. The finder itself then learns from all.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from ...files import read_json, write_json
 from ..encoding import encoder_fingerprint
 from .agreement import IOU, Agreement, measure_region
 from .heads import Head, make_head
-from .regions import Detection, Region, diameters
+from .regions import Detection, Region, check_picture, diameters
 from .tokens import TokenEncoder
 
 DEFAULT_HEAD = "candidates"
@@ -205,7 +206,13 @@ class Finder:
         mpp: float | None = None,
     ) -> Any:
         """Scores of a picture, to be outlined at more than one threshold; see `detect`."""
+        check_picture(picture, "the picture")
         scale = self.downsample(mpp) if downsample is None else downsample
+        if not (math.isfinite(scale) and scale > 0):
+            raise GloVLMError(
+                f"Expected pixels per working pixel above 0, found {scale}: check the "
+                "micrometres per pixel of the picture."
+            )
         return self.head.score(self.encoder, picture, scale)
 
     def outline(self, scores: Any, threshold: float | None = None) -> list[Detection]:
@@ -408,8 +415,8 @@ def check_regions(regions: Sequence[Region]) -> None:
     """Refuse regions that nothing can be learned from.
 
     Raises:
-        GloVLMError: No glomerulus is outlined, an outline lies outside of its picture, or some
-            regions alone state a scale.
+        GloVLMError: No glomerulus is outlined, a picture is none of RGB, an outline lies outside of
+            its picture or has no area, or some regions alone state a scale.
     """
     if not any(len(region.polygons) for region in regions):
         raise GloVLMError(
@@ -417,6 +424,18 @@ def check_regions(regions: Sequence[Region]) -> None:
             "outline every glomerulus of each; regions without any may be among them."
         )
     for region in regions:
+        check_picture(region.picture, f"region '{region.name}'")
+        if region.mpp is not None and not (math.isfinite(region.mpp) and region.mpp > 0):
+            raise GloVLMError(
+                f"Expected micrometres per pixel above 0, found {region.mpp} of region "
+                f"'{region.name}': correct it, or state none."
+            )
+        for number, diameter in enumerate(diameters(region)):
+            if not diameter > 0:
+                raise GloVLMError(
+                    f"Outline {number + 1} of region '{region.name}' has no area: draw it again, "
+                    "or take it out."
+                )
         size = np.array([region.picture.shape[1], region.picture.shape[0]], np.float64)
         for number, one in enumerate(region.polygons):
             points = np.concatenate([polygon[0] for polygon in one])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import GloVLMError
 from ..files.shapes import Polygon, filled_area
 
 
@@ -54,3 +55,16 @@ def diameters(region: Region) -> list[float]:
         math.sqrt(4 / math.pi * sum(filled_area(outline) for outline, *_ in one))
         for one in region.polygons
     ]
+
+
+def check_picture(picture: NDArray[np.uint8], name: str) -> None:
+    """Refuse what is no RGB picture.
+
+    Raises:
+        GloVLMError: It is not `[height, width, 3]` of uint8, or has no pixel.
+    """
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or not picture.size:
+        raise GloVLMError(
+            f"Expected {name} as an RGB picture [height, width, 3] of uint8, found shape "
+            f"{picture.shape} of {picture.dtype}: convert it (Pillow: image.convert('RGB'))."
+        )

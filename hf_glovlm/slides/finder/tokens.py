@@ -23,6 +23,7 @@ from ...model.towers import accepted_arguments, patch_grid
 Store: TypeAlias = MutableMapping[str, NDArray[np.float16]]
 
 LAST = 1.0  # the tower's own last states, behind its final norm
+MOST_CELLS = 160_000  # of a picture: some 0.7 GB of tokens at three depths of a small tower
 _WINDOW = 48  # patches along a window's side, where a tower interpolates its positions
 _STRIDE = 32  # pixels of a tower without patches; convolutional ones end at this stride
 
@@ -114,9 +115,14 @@ class TokenEncoder:
             The map; `dim` is the tower's width times the number of depths.
 
         Raises:
-            GloVLMError: The tower's states are no map.
+            GloVLMError: The tower's states are no map, or the grid has more than `MOST_CELLS`.
         """
         size = (picture.shape[1], picture.shape[0])
+        if grid[0] * grid[1] > MOST_CELLS:
+            raise GloVLMError(
+                f"A picture of {size[0]} x {size[1]} pixels has {grid[0]} x {grid[1]} tokens at "
+                f"the working scale, more than {MOST_CELLS:,}: cut it into windows."
+            )
         if self.store is None:
             return TokenMap(self._encode(picture, grid, depths).astype(np.float32), size)
         content = digest_array(picture)
