@@ -287,8 +287,8 @@ class CandidateHead(Head):
     that it knows how a map looks on patients that were not learned from. Candidates that lie on a
     surer one are dropped.
 
-    The median outlined glomerulus spans 7 to 14 cells: the working scale goes in octaves, so that
-    similar supports share their token maps.
+    The median outlined glomerulus spans 7 to 14 cells, fewer where a region would have more than
+    128: the working scale goes in octaves, so that similar supports share their token maps.
     """
 
     name = "candidates"
@@ -297,6 +297,7 @@ class CandidateHead(Head):
     depths: ClassVar[Sequence[float]] = (0.3, 0.7, LAST)
     span: ClassVar[float] = 10.0  # cells along a median glomerulus
     octave: ClassVar[float] = 2.5  # times a power of two: cells' sides
+    most: ClassVar[int] = 128  # cells along a median region: time and memory go with their square
     smooth: ClassVar[float] = 0.7  # cells: standard deviation of the Gaussian over the map
     kept: ClassVar[int] = 256  # principal axes of the tokens
     penalty: ClassVar[float] = 0.01
@@ -313,7 +314,11 @@ class CandidateHead(Head):
     def cell(cls, regions: Sequence[Region]) -> float:
         sizes = [d * (region.mpp or 1.0) for region in regions for d in diameters(region)]
         steps = math.log2(float(np.median(sizes)) / cls.span / cls.octave)
-        return float(cls.octave * 2.0 ** round(steps))
+        cell = float(cls.octave * 2.0 ** round(steps))
+        sides = [max(region.picture.shape[:2]) * (region.mpp or 1.0) for region in regions]
+        while np.median(sides) / cell > cls.most:
+            cell *= 2
+        return cell
 
     def fit(
         self, encoder: TokenEncoder, regions: Sequence[Region], scales: Sequence[float], seed: int
