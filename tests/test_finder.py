@@ -40,7 +40,7 @@ def encoder(tower: tuple[Any, Any]) -> TokenEncoder:
 
 @pytest.fixture(scope="module")
 def support() -> list[Region]:
-    places = [(45, 40, 110, 80), (50, 85, 120, 35), (35, 60, 105, 60), (60, 50, 130, 95)]
+    places = [(45, 40, 110, 80), (50, 85, 120, 35), (60, 50, 130, 95)]
     return [
         region(f"p{i}", [ellipse(a, b, 25, 22), ellipse(c, d, 24, 27)], seed=i)
         for i, (a, b, c, d) in enumerate(places)
@@ -80,7 +80,7 @@ def iou(one: Ring, other: Ring) -> float:
 # --------------------------------------------------------------------------------------- agreement
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_matches_are_those_of_a_search_over_rasters(seed: int) -> None:
     draw = np.random.default_rng(seed)
     corners = draw.integers(0, 14, (18, 2))
@@ -88,7 +88,7 @@ def test_matches_are_those_of_a_search_over_rasters(seed: int) -> None:
         box(x, y, x + w, y + h)
         for (x, y), (w, h) in zip(corners, draw.integers(3, 9, (18, 2)), strict=True)
     ]
-    found, outlined = boxes[:9], boxes[9:]
+    detected, outlined = boxes[:9], boxes[9:]
     masks = [cover_cells([((ring,),)], (24, 24), (24, 24)) > 0.5 for ring in boxes]
     ratio = np.array([[(a & b).sum() / (a | b).sum() for b in masks[9:]] for a in masks[:9]])
     expected = np.full(9, -1)
@@ -96,7 +96,7 @@ def test_matches_are_those_of_a_search_over_rasters(seed: int) -> None:
         i, k = np.unravel_index(ratio.argmax(), ratio.shape)
         expected[i] = k
         ratio[i], ratio[:, k] = 0, 0
-    detections = [Detection(ring, 0.5) for ring in found]
+    detections = [Detection(ring, 0.5) for ring in detected]
     matched = match_detections(detections, [((ring,),) for ring in outlined], iou=0.3)
     assert matched.tolist() == expected.tolist()
     assert (expected >= 0).any()
@@ -105,8 +105,12 @@ def test_matches_are_those_of_a_search_over_rasters(seed: int) -> None:
 def test_agreement_counts_classes_and_cut_ones_apart() -> None:
     rings = [box(0, 10, 20, 40), box(50, 50, 80, 80), box(100, 20, 130, 50)]
     one = region("p", rings, labels=("sclerosed", "viable", None))
-    found = [Detection(rings[0], 0.9), Detection(rings[1] + 2, 0.8), Detection(rings[1] + 9, 0.7)]
-    total = add_up([measure_region(found, one), measure_region([], one)])
+    detected = [
+        Detection(rings[0], 0.9),
+        Detection(rings[1] + 2, 0.8),
+        Detection(rings[1] + 9, 0.7),
+    ]
+    total = add_up([measure_region(detected, one), measure_region([], one)])
     assert total.describe() == {
         "true_positives": 2,
         "false_positives": 1,
@@ -138,9 +142,9 @@ def test_outlines_that_cross_themselves_match() -> None:
 def test_components_are_outlined_where_they_are(x: float, cut: bool) -> None:
     known = np.clip(ellipse(x, 60, 30, 20), 0, SIZE)
     scores = cover_cells([((known,),)], SIZE, (30, 40))
-    (found,) = outline_components(scores, 0.5, SIZE)
-    assert iou(found.ring, known) > 0.93
-    assert found.cut == cut == is_cut(known, SIZE)
+    (detected,) = outline_components(scores, 0.5, SIZE)
+    assert iou(detected.ring, known) > 0.93
+    assert detected.cut == cut == is_cut(known, SIZE)
     assert outline_components(scores, 0.5, SIZE, least=200) == []
 
 
@@ -149,11 +153,11 @@ def test_touching_discs_are_parted() -> None:
     discs = [np.hypot(rows - 48, columns - x) < 22 for x in (42, 84)]
     logits = ndimage.gaussian_filter(np.where(discs[0] | discs[1], 4.0, -4.0), 3)
     assert ndimage.label(logits > 0)[1] == 1
-    found = list_candidates(logits)
-    assert [best_overlaps(found, [disc]).max() > 0.85 for disc in discs] == [True, True]
-    scores = best_overlaps(found, discs)
-    assert len(suppress(found, scores, 0.5, 0.3)) == 2
-    assert suppress(found, scores, 1.01, 0.3) == []
+    detected = list_candidates(logits)
+    assert [best_overlaps(detected, [disc]).max() > 0.85 for disc in discs] == [True, True]
+    scores = best_overlaps(detected, discs)
+    assert len(suppress(detected, scores, 0.5, 0.3)) == 2
+    assert suppress(detected, scores, 1.01, 0.3) == []
 
 
 # -------------------------------------------------------------------------------------- regression
@@ -185,7 +189,7 @@ def test_plain_is_balanced_regression_of_tokens_and_components(
     tokens = np.concatenate([one.reshape(-1, one.shape[-1]) for one in maps])
     mean, deviation = tokens.mean(0), tokens.std(0)
     clear = abs(shares - 0.5) > 0.1
-    weights = np.concatenate([np.full(n, 1 / n) for n in clear.reshape(4, -1).sum(1)])
+    weights = np.concatenate([np.full(n, 1 / n) for n in clear.reshape(len(support), -1).sum(1)])
     known = shares[clear] > 0.5
     for side in (True, False):
         weights[known == side] /= weights[known == side].sum()
@@ -198,8 +202,8 @@ def test_plain_is_balanced_regression_of_tokens_and_components(
     scores, size = plain.score(picture)
     np.testing.assert_allclose(scores, expected, atol=2e-3)
     assert size == SIZE
-    (found,) = plain.detect(picture)
-    assert iou(found.ring, ellipse(80, 60, 25, 25)) > 0.6
+    (detected,) = plain.detect(picture)
+    assert iou(detected.ring, ellipse(80, 60, 25, 25)) > 0.6
 
 
 # ------------------------------------------------------------------------------------------ finder
@@ -212,13 +216,13 @@ def test_finder_outlines_glomeruli_of_other_patients(finder: Finder) -> None:
         np.clip(ellipse(100, 120, 25, 25), 0, SIZE),
     ]
     other = region("q", rings, seed=50)
-    found = finder.detect(other.picture)
-    agreement = measure_region(found, other)
+    detected = finder.detect(other.picture)
+    agreement = measure_region(detected, other)
     assert (agreement.true_positives, agreement.false_positives) == (3, 0)
-    assert sorted(one.cut for one in found) == [False, False, True]
-    assert [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    assert sorted(one.cut for one in detected) == [False, False, True]
+    assert [one.score for one in detected] == sorted((one.score for one in detected), reverse=True)
     assert finder.left_out["f1"] == 1.0
-    assert (finder.left_out["regions"], finder.left_out["groups"]) == (4, 4)
+    assert (finder.left_out["regions"], finder.left_out["groups"]) == (3, 3)
 
 
 def test_finder_works_at_the_scale_that_is_stated(
@@ -398,11 +402,11 @@ def test_large_pictures_are_encoded_in_windows_of_the_tower(
         "_window",
         lambda pixels, *more: sizes.append(pixels.shape) or window(pixels, *more),
     )
-    found = encoder.encode(flat, (9, 12))
+    encoded = encoder.encode(flat, (9, 12))
     assert set(sizes) == {(32, 32, 3)}
-    assert found.tokens.shape == (9, 12, 32)
-    assert (found.size, found.grid) == ((160, 120), (9, 12))
-    left, right = found.tokens[:, 1], found.tokens[:, 10]
+    assert encoded.tokens.shape == (9, 12, 32)
+    assert (encoded.size, encoded.grid) == ((160, 120), (9, 12))
+    left, right = encoded.tokens[:, 1], encoded.tokens[:, 10]
     assert (
         np.linalg.norm(left - right, axis=1).min()
         > 5 * np.linalg.norm(left - left[0], axis=1).max()

@@ -28,16 +28,16 @@ UNLABELLED = "unlabelled"
 class Share:
     """Share found: of some outlined glomeruli, how many were found."""
 
-    found: int = 0
+    hits: int = 0
     of: int = 0
 
     @property
     def recall(self) -> float | None:
         """Share in 0 ... 1; `None` where there are none."""
-        return self.found / self.of if self.of else None
+        return self.hits / self.of if self.of else None
 
     def __add__(self, other: "Share") -> "Share":
-        return Share(self.found + other.found, self.of + other.of)
+        return Share(self.hits + other.hits, self.of + other.of)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Agreement:
         """Plain values: counts, precision, recall and F1, and recall by class, cut ones apart."""
 
         def plain(share: Share) -> dict[str, int]:
-            return {"found": share.found, "of": share.of}
+            return {"found": share.hits, "of": share.of}
 
         return {
             "true_positives": self.true_positives,
@@ -127,11 +127,11 @@ def match_detections(
     matched = np.full(len(detections), -1, np.int64)
     if not len(detections) or not len(polygons):
         return matched
-    found = np.array([_valid(shapely.Polygon(one.ring)) for one in detections])
+    detected = np.array([_valid(shapely.Polygon(one.ring)) for one in detections])
     outlined = np.array([to_shape(one) for one in polygons])
-    first, second = shapely.STRtree(outlined).query(found)
-    shared = shapely.area(shapely.intersection(found[first], outlined[second]))
-    union = shapely.area(found)[first] + shapely.area(outlined)[second] - shared
+    first, second = shapely.STRtree(outlined).query(detected)
+    shared = shapely.area(shapely.intersection(detected[first], outlined[second]))
+    union = shapely.area(detected)[first] + shapely.area(outlined)[second] - shared
     ratio = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
     taken: set[int] = set()
     # Equal ones in the order of the detections, then of the glomeruli.

@@ -72,7 +72,7 @@ class Candidate:
 
 def list_candidates(logits: NDArray[np.float64]) -> list[Candidate]:
     """Candidates of a map `[rows, columns]` of logits, each once, from the lowest level on."""
-    found: list[Candidate] = []
+    candidates: list[Candidate] = []
     seen: set[tuple[int, ...]] = set()
     for level in LEVELS:
         labels = measure.label(logits >= level, connectivity=1)
@@ -92,8 +92,8 @@ def list_candidates(logits: NDArray[np.float64]) -> list[Candidate]:
                 key = (row, column, *mask.shape, int(np.count_nonzero(mask)))
                 if key not in seen:
                     seen.add(key)
-                    found.append(Candidate(mask, row, column, level))
-    return found
+                    candidates.append(Candidate(mask, row, column, level))
+    return candidates
 
 
 def _parts(

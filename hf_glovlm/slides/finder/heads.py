@@ -245,8 +245,8 @@ class PlainHead(Head):
         self.tokens = axes.back(fit_tokens(list(map(axes.turn, rows)), inside, self.penalty))
 
     def score(self, encoder: TokenEncoder, picture: NDArray[np.uint8], scale: float) -> Any:
-        found = _encode(encoder, picture, scale)
-        return self.tokens.probabilities(found.tokens).astype(np.float32), found.size
+        encoded = _encode(encoder, picture, scale)
+        return self.tokens.probabilities(encoded.tokens).astype(np.float32), encoded.size
 
     def outline(self, scores: Any, threshold: float) -> list[Detection]:
         probability, size = scores
@@ -356,13 +356,13 @@ class CandidateHead(Head):
                 fitted = axes.back(fit_tokens(*chosen, self.penalty, whole))
             for number in sorted(part):
                 logits = self._map(fitted, maps[number])
-                found = list_candidates(logits)
+                candidates = list_candidates(logits)
                 outlined = [
                     cover_cells([one], maps[number].size, logits.shape) > 0.5
                     for one in regions[number].polygons
                 ]
-                measured += [self._measure(logits, one) for one in found]
-                overlaps += best_overlaps(found, outlined).tolist()
+                measured += [self._measure(logits, one) for one in candidates]
+                overlaps += best_overlaps(candidates, outlined).tolist()
         if measured:
             self.second = self._fit_second(np.array(measured), np.array(overlaps))
 
@@ -391,10 +391,10 @@ class CandidateHead(Head):
     def score(self, encoder: TokenEncoder, picture: NDArray[np.uint8], scale: float) -> Any:
         tokens = _encode(encoder, picture, scale, self.depths)
         logits = self._map(self.tokens, tokens)
-        found = list_candidates(logits)
-        measured = np.array([self._measure(logits, one) for one in found])
-        scores = self.second.probabilities(measured.reshape(len(found), MEASURES))
-        return Scored(found, scores, (logits.shape[0], logits.shape[1]), tokens.size)
+        candidates = list_candidates(logits)
+        measured = np.array([self._measure(logits, one) for one in candidates])
+        scores = self.second.probabilities(measured.reshape(len(candidates), MEASURES))
+        return Scored(candidates, scores, (logits.shape[0], logits.shape[1]), tokens.size)
 
     def outline(self, scores: Any, threshold: float) -> list[Detection]:
         cell = scores.size[0] / scores.shape[1], scores.size[1] / scores.shape[0]

@@ -217,8 +217,8 @@ class Finder:
 
     def outline(self, scores: Any, threshold: float | None = None) -> list[Detection]:
         """Glomeruli of a picture that `score` has scored; the surest first."""
-        found = self.head.outline(scores, self.threshold if threshold is None else threshold)
-        return sorted(found, key=lambda one: -one.score)
+        detections = self.head.outline(scores, self.threshold if threshold is None else threshold)
+        return sorted(detections, key=lambda one: -one.score)
 
     def detect_many(
         self, pictures: Sequence[NDArray[np.uint8]], *, threshold: float | None = None
@@ -369,8 +369,8 @@ def leave_groups_out(
                 continue
             scores = fitted.score(encoder, region.picture, _scale_of(region, scale, mpp))
             for threshold in tried:
-                found = fitted.outline(scores, threshold)
-                total[threshold] += measure_region(found, region, iou=IOU)
+                detections = fitted.outline(scores, threshold)
+                total[threshold] += measure_region(detections, region, iou=IOU)
     best = max(tried, key=lambda threshold: (total[threshold].f1 or 0.0, threshold))
     return LeftOut(
         threshold=best,
@@ -477,5 +477,5 @@ def _working_diameters(
     regions: Sequence[Region], scale: float, mpp: float | None
 ) -> tuple[float, float, float]:
     """Least, median and largest diameter of outlined glomeruli, in working pixels."""
-    found = [d / _scale_of(region, scale, mpp) for region in regions for d in diameters(region)]
-    return min(found), float(np.median(found)), max(found)
+    lengths = [d / _scale_of(region, scale, mpp) for region in regions for d in diameters(region)]
+    return min(lengths), float(np.median(lengths)), max(lengths)

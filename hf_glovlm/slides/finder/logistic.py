@@ -23,8 +23,8 @@ class Logistic:
 
     def logits(self, rows: NDArray[np.floating]) -> NDArray[np.float64]:
         """Logits `[...]` of rows `[..., dim]`."""
-        found: NDArray[np.float64] = rows @ self.weight + self.bias
-        return found
+        logits: NDArray[np.float64] = rows @ self.weight + self.bias
+        return logits
 
     def probabilities(self, rows: NDArray[np.floating]) -> NDArray[np.float64]:
         """Probabilities `[...]` of rows `[..., dim]`."""

@@ -196,10 +196,10 @@ class TokenEncoder:
 
             return read
 
-        wanted = [None if d >= LAST else max(round(d * len(blocks)), 1) - 1 for d in depths]
+        places = [None if d >= LAST else max(round(d * len(blocks)), 1) - 1 for d in depths]
         hooks = [
             blocks[number].register_forward_hook(reader(number))
-            for number in {n for n in wanted if n is not None}
+            for number in {n for n in places if n is not None}
         ]
         options = accepted_arguments(self.tower, {"interpolate_pos_encoding": True})
         try:
@@ -208,7 +208,7 @@ class TokenEncoder:
         finally:
             for hook in hooks:
                 hook.remove()
-        states = [last if n is None else seen[n] for n in wanted]
+        states = [last if n is None else seen[n] for n in places]
         return np.concatenate([self._as_map(one, values, grid) for one in states], axis=-1)
 
     def _as_map(
