@@ -262,6 +262,17 @@ def test_errors_of_objects_do_not_show_their_folder(place: Path, tmp_path: Path)
     assert "secret" not in json.dumps(results)
 
 
+def test_an_empty_collection_of_outlines_is_a_slide_without_objects(
+    place: Path, tmp_path: Path
+) -> None:
+    none = write_outlines(tmp_path / "none.geojson", [])
+    (entry,) = classify_slides(configured(place, tmp_path / "out", "well", objects=str(none)))[
+        "slides"
+    ]
+    assert (entry["status"], entry.get("error")) == ("done", None)
+    assert (entry["counts"]["unit"], entry["counts"]["n"]) == ("objects", 0)
+
+
 def test_names_are_hidden_everywhere(place: Path, tmp_path: Path) -> None:
     source = tmp_path / "in" / "S21-12345.tiff"
     source.parent.mkdir()
