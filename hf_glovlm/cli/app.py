@@ -42,6 +42,7 @@ from .console import (
     synthetic_mark,
     until_terminated,
 )
+from .finder import find_app
 from .options import (
     BatchFlag,
     DeviceFlag,
@@ -70,6 +71,7 @@ backbones_app = typer.Typer(help="The known backbones; any CLIP, SigLIP or pair 
 app.add_typer(data_app, name="data")
 app.add_typer(backbones_app, name="backbones")
 app.add_typer(cache_app, name="cache")
+app.add_typer(find_app, name="find")
 
 logger = logging.getLogger("hf_glovlm")
 

@@ -9,6 +9,7 @@ from ..lab.pretraining_config import PretrainConfig
 from ..runs.config import TrainConfig
 from ..settings import Declared, declarations
 from ..slides.config import SlideConfig
+from ..slides.finder.config import FindConfig, FindTrainConfig
 from ..slides.mil.config import MilConfig
 
 _HEADER = ("setting", "type", "default", "bounds", "meaning")
@@ -40,6 +41,8 @@ def render_reference() -> str:
     add("## `adapt`: `AdaptConfig`", AdaptConfig)
     add("## `glovlm study --config`: `StudyConfig`", StudyConfig)
     add("## `glovlm slide`: `SlideConfig`", SlideConfig)
+    add("## `glovlm find train`: `FindTrainConfig`", FindTrainConfig)
+    add("## `glovlm find run`: `FindConfig`", FindConfig)
     add("## `glovlm mil`: `MilConfig`", MilConfig)
     add("## `glovlm pretrain`: `PretrainConfig`", PretrainConfig)
     parts.append("## Methods: `--set KEY=VALUE`, or `method_config:`")

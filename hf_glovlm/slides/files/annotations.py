@@ -316,6 +316,27 @@ def write_geojson(
     Raises:
         GloVLMError: Lists of different lengths, or a number that is not finite.
     """
+    collection = make_collection(
+        objects, labels=labels, measurements=measurements, colours=colours, origin=origin
+    )
+    write_collection(path, collection)
+
+
+def write_collection(path: Path, collection: Mapping[str, Any]) -> None:
+    """Write a `FeatureCollection` of `make_collection`, with what was added to it."""
+    # Escaped, as QuPath reads a file in the machine's own encoding: Windows-1252, for instance.
+    write_text(path, json.dumps(collection))
+
+
+def make_collection(
+    objects: Sequence[SlideObject],
+    *,
+    labels: Sequence[str | None] | None = None,
+    measurements: Sequence[Mapping[str, float]] | None = None,
+    colours: Mapping[str, Colour] | None = None,
+    origin: Origin = LEVEL0,
+) -> dict[str, Any]:
+    """The `FeatureCollection` of `write_geojson`, with the same arguments."""
     new_labels = [None] * len(objects) if labels is None else list(labels)
     numbers = [{}] * len(objects) if measurements is None else list(measurements)
     if not len(objects) == len(new_labels) == len(numbers):
@@ -331,9 +352,7 @@ def write_geojson(
         _feature(item, label, palette.get(label) if label else None, values, origin)
         for item, label, values in zip(objects, new_labels, numbers, strict=True)
     ]
-    content = {"type": "FeatureCollection", "origin": origin.describe(), "features": features}
-    # Escaped, as QuPath reads a file in the machine's own encoding: Windows-1252, for instance.
-    write_text(path, json.dumps(content))
+    return {"type": "FeatureCollection", "origin": origin.describe(), "features": features}
 
 
 def class_colours(objects: Sequence[SlideObject]) -> dict[str, Colour]:
