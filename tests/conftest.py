@@ -72,6 +72,16 @@ def seeds() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _configurations_unwritten() -> Iterator[None]:
+    """transformers writes each configuration that it loads out in full, for a log that is off."""
+    module = sys.modules.get("transformers.configuration_utils")
+    with pytest.MonkeyPatch.context() as patch:
+        if module is not None:
+            patch.setattr(module.PreTrainedConfig, "__repr__", object.__repr__)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _weights_elsewhere() -> Iterator[None]:
     """Loaded weights that many bytes behind where memory would begin; unset, where they are."""
     with loaded_weights_moved(int(os.environ.get("GLOVLM_TEST_SHIFT", "0"))):

@@ -97,7 +97,7 @@ def build(name: str, sizes: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     [
         ("ViT-B-32", SIZES, "clip", "gelu"),
         ("ViT-B-32-quickgelu", SIZES, "clip", "quick_gelu"),
-        ("ViT-B-16", SIZES, "clip", "gelu"),
+        pytest.param("ViT-B-16", SIZES, "clip", "gelu", marks=pytest.mark.long),
         ("coca_ViT-B-32", COCA, "glovlm", "gelu"),
         ("coca_ViT-B-32", SQUARE_POOLER, "glovlm", "gelu"),
     ],
@@ -196,6 +196,11 @@ def vit(**settings: Any) -> Any:
     return scatter(timm.models.VisionTransformer(**{**sizes, "num_classes": 0, **settings}))
 
 
+def large(*case: Any) -> Any:
+    """A published size that takes long; the code is that of the small one."""
+    return pytest.param(*case, marks=pytest.mark.long)
+
+
 SWIGLU = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU, "mlp_ratio": 5.34}
 SMALL = {"num_heads": 4}
 
@@ -219,12 +224,12 @@ SMALL = {"num_heads": 4}
         ),
         (lambda: vit(reg_tokens=4, init_values=0.1, **SWIGLU), SMALL, "dinov2_with_registers"),
         (lambda: named("vit_small_patch16_224"), {}, "vit"),
-        (lambda: named("vit_base_patch16_224"), {}, "vit"),
-        (lambda: named("vit_large_patch16_224"), {}, "vit"),
+        large(lambda: named("vit_base_patch16_224"), {}, "vit"),
+        large(lambda: named("vit_large_patch16_224"), {}, "vit"),
         (lambda: named("vit_small_patch16_224", init_values=0.1), {}, "dinov2"),
-        (lambda: named("vit_base_patch16_224", reg_tokens=4), {}, "dinov2_with_registers"),
-        (lambda: named("vit_large_patch16_224", init_values=0.1), {}, "dinov2"),
-        (
+        large(lambda: named("vit_base_patch16_224", reg_tokens=4), {}, "dinov2_with_registers"),
+        large(lambda: named("vit_large_patch16_224", init_values=0.1), {}, "dinov2"),
+        large(
             lambda: named(
                 "vit_huge_patch14_224",
                 init_values=0.1,

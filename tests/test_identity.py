@@ -259,15 +259,18 @@ def killed_at_move(folder: Path, number: int) -> Iterator[None]:
         yield
 
 
-def test_a_kill_at_any_move_leaves_a_folder_that_every_command_takes(place: Path) -> None:
+@pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.long)])
+def test_a_kill_at_any_move_leaves_a_folder_that_every_command_takes(
+    place: Path, step: int
+) -> None:
     expected = run(make(place))["metrics"]
-    for number in range(1, 40):
+    for number in range(1, 40, step):
         folder = place / f"killed-{number}"
         try:
             with killed_at_move(folder, number):
                 run(make(place, output_dir=str(folder)))
         except Killed:
-            how: dict[str, Any] = {"overwrite": True} if number % 3 == 0 else {"resume": True}
+            how: dict[str, Any] = {"overwrite": True} if number % 4 == 0 else {"resume": True}
             try:
                 results = run(make(place, output_dir=str(folder), **how))
             except GloVLMError as error:

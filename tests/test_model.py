@@ -405,7 +405,8 @@ found["module"] = type(model).__module__.split(".")[0]
 """
 
 
-def test_remote_code_without_the_package(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_remote_code_without_the_package(fresh: bool, tmp_path: Path) -> None:
     expected, folders = {}, []
     for name in [*DUAL, "pair", "outlined"]:
         model, processor = load_backbone(backbone_name("clip" if name == "outlined" else name))
@@ -428,7 +429,7 @@ def test_remote_code_without_the_package(tmp_path: Path) -> None:
             expected[name] = saved(**inputs).logits[0].tolist(), text.tolist()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    result = load_without_the_package(folders, elsewhere, TOWERS, fresh=True)
+    result = load_without_the_package(folders, elsewhere, TOWERS, fresh=fresh)
     for name, (logits, text) in expected.items():
         actual = result[name]
         assert actual["module"] == "transformers_modules"

@@ -91,11 +91,16 @@ TOLERANCE = {
 }
 
 
+LONG = ("zs_lp", "clap", "prolip")  # of 300 steps, several times
+
+
 def on_feature_cases() -> Iterator[Any]:
     """Every method at its sizes, and further settings at one."""
     for name in ON_FEATURES:
         for sizes in SIZES[:2] if name in TRAINED else SIZES:
-            yield pytest.param(name, sizes, {}, id=f"{name}-{sizes}")
+            again = name in LONG and sizes != SIZES[0]
+            marks = pytest.mark.long if again else ()
+            yield pytest.param(name, sizes, {}, id=f"{name}-{sizes}", marks=marks)
         for settings in FURTHER.get(name, []):
             label = ",".join(f"{key}={value}" for key, value in settings.items())
             sizes = SMALL if name in TRAINED else UNBALANCED

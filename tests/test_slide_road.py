@@ -1,109 +1,33 @@
 """From outlines of QuPath to counts and back: every glomerulus once, and nothing else."""
 
-import csv
 import json
 import random
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from clinic_made import DOCS, commands, outline, read_rows, write_clinic
 from qupath_made import CLASSES as QUPATH_CLASSES
 from qupath_made import through_qupath, write_results
 from slide_model import write_outlines
-from slides_made import write_slide
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.slides.corrections import correct_results
 from hf_glovlm.slides.files.wsi import slide_name
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-
-SIZE = (1300, 900)
-SCALE = 0.5
 CLASSES = ("lesion", "plain")
 NOT_GLOMERULI = ("Artery", "Region*", "Ignore*", "Tissue")
-
-
-def outline(box: tuple[int, int, int, int], label: str, number: int) -> dict[str, Any]:
-    """An ellipse of QuPath in a box."""
-    x, y, width, height = box
-    turn = np.linspace(0, 2 * np.pi, 24)
-    points = np.stack([x + width * (1 + np.cos(turn)) / 2, y + height * (1 + np.sin(turn)) / 2], 1)
-    points[-1] = points[0]
-    return {
-        "type": "Feature",
-        "id": f"{number:08d}-0000-4000-8000-000000000000",
-        "geometry": {"type": "Polygon", "coordinates": [points.round(1).tolist()]},
-        "properties": {"objectType": "annotation", "classification": {"name": label}},
-    }
-
-
-def write_biopsy(folder: Path, name: str, seed: int) -> dict[str, str]:
-    """A slide and its outlines, as a pathologist leaves them; the class of each glomerulus by id.
-
-    Glomeruli of one slide are alike in size, those of another up to three times larger.
-    """
-    rng = np.random.default_rng(seed)
-    side = int(rng.choice([70, 110, 200]))
-    places = [(x, y) for y in range(60, SIZE[1] - 260, 240) for x in range(60, SIZE[0] - 260, 240)]
-    places = [places[i] for i in rng.permutation(len(places))[:9]]
-    boxes = [(x, y, side, int(side * rng.uniform(0.8, 1.2))) for x, y in places]
-    lesions, plain, arteries = boxes[:4], boxes[4:8], boxes[8:]
-    write_slide(
-        folder / "slides" / f"{name}.tiff", *SIZE, mpp=SCALE, lesions=lesions, blobs=12, seed=seed
-    )
-    features = [
-        outline((10, 10, 1280, 880), "Tissue", 100),
-        *(outline(box, "lesion", i) for i, box in enumerate(lesions)),
-        *(outline(box, "plain", i) for i, box in enumerate(plain, start=10)),
-        *(outline(box, "Artery", i) for i, box in enumerate(arteries, start=20)),
-        outline((30, 30, 90, 90), "Region*", 101),
-        outline((1150, 700, 90, 90), "Ignore*", 102),
-    ]
-    rng.shuffle(features)
-    place = folder / "outlines" / f"{name}.geojson"
-    place.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
-    classes = {f["id"]: f["properties"]["classification"]["name"] for f in features}
-    return {key: label for key, label in classes.items() if label in CLASSES}
 
 
 @pytest.fixture(scope="module")
 def clinic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
     """Eight slides of four patients, then two of a fifth, with the table of cases."""
     folder = tmp_path_factory.mktemp("clinic")
-    for name in ("slides", "outlines", "new", "new_outlines"):
-        (folder / name).mkdir()
-    names = [f"B{i}.{i % 2}" for i in range(10)]  # a dot in a name is no suffix
-    truth = {name: write_biopsy(folder, name, seed) for seed, name in enumerate(names)}
-    rows = [f"{name},case{i // 2},patient{i // 2},PAS" for i, name in enumerate(names)]
-    table = "\n".join(["slide_id,case_id,patient_id,stain", *rows, ""])
-    (folder / "cases.csv").write_text(table)
-    for name in names[8:]:
-        (folder / "slides" / f"{name}.tiff").rename(folder / "new" / f"{name}.tiff")
-        file = folder / "outlines" / f"{name}.geojson"
-        file.rename(folder / "new_outlines" / file.name)
-    return folder, truth
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The commands of a page of the documentation, in order, with the stand-in for a backbone."""
-    blocks = page.read_text(encoding="utf-8").split("```")[1::2]
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [
-        ["mini" if word == "vinid/plip" else word for word in shlex.split(line)[1:]]
-        for line in lines
-        if line.startswith("glovlm ")
-    ]
+    names = {f"B{i}.{i % 2}": str(i // 2) for i in range(10)}  # a dot in a name is no suffix
+    return folder, write_clinic(folder, names, [*names][8:], CLASSES)
 
 
 def correct_in_qupath(folder: Path, name: str, truth: dict[str, str]) -> dict[str, str]:
