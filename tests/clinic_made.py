@@ -9,14 +9,32 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from slides_made import write_slide
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-SIZE = (1300, 900)
 SCALE = 0.5  # micrometres per pixel
+
+
+class Layout(NamedTuple):
+    """How large the slides of a clinic are, and the glomeruli on them, in pixels.
+
+    Args:
+        size: Width and height of a slide.
+        step: From one glomerulus to the next.
+        sides: Of glomeruli; those of one slide are alike.
+        margin: Around all of them.
+    """
+
+    size: tuple[int, int] = (1300, 900)
+    step: int = 240
+    sides: tuple[int, ...] = (70, 110, 200)
+    margin: int = 60
+
+
+LARGE = Layout()
 
 
 def outline(box: tuple[int, int, int, int], label: str, number: int) -> dict[str, Any]:
@@ -33,27 +51,28 @@ def outline(box: tuple[int, int, int, int], label: str, number: int) -> dict[str
     }
 
 
-def write_biopsy(folder: Path, name: str, seed: int, classes: tuple[str, str]) -> dict[str, str]:
-    """A slide and its outlines, as a pathologist leaves them; the class of each glomerulus by id.
-
-    Glomeruli of one slide are alike in size, those of another up to three times larger.
-    """
+def write_biopsy(
+    folder: Path, name: str, seed: int, classes: tuple[str, str], layout: Layout
+) -> dict[str, str]:
+    """A slide and its outlines as a pathologist leaves them; the class of each glomerulus by id."""
     rng = np.random.default_rng(seed)
-    side = int(rng.choice([70, 110, 200]))
-    places = [(x, y) for y in range(60, SIZE[1] - 260, 240) for x in range(60, SIZE[0] - 260, 240)]
+    (width, height), step, sides, margin = layout
+    side = int(rng.choice(sides))
+    ends = width - step - margin // 3, height - step - margin // 3
+    places = [(x, y) for y in range(margin, ends[1], step) for x in range(margin, ends[0], step)]
     places = [places[i] for i in rng.permutation(len(places))[:9]]
     boxes = [(x, y, side, int(side * rng.uniform(0.8, 1.2))) for x, y in places]
     lesions, plain, arteries = boxes[:4], boxes[4:8], boxes[8:]
-    write_slide(
-        folder / "slides" / f"{name}.tiff", *SIZE, mpp=SCALE, lesions=lesions, blobs=12, seed=seed
-    )
+    path = folder / "slides" / f"{name}.tiff"
+    write_slide(path, width, height, mpp=SCALE, lesions=lesions, blobs=12, seed=seed)
+    corner = margin // 2
     features = [
-        outline((10, 10, 1280, 880), "Tissue", 100),
+        outline((10, 10, width - 20, height - 20), "Tissue", 100),
         *(outline(box, classes[0], i) for i, box in enumerate(lesions)),
         *(outline(box, classes[1], i) for i, box in enumerate(plain, start=10)),
         *(outline(box, "Artery", i) for i, box in enumerate(arteries, start=20)),
-        outline((30, 30, 90, 90), "Region*", 101),
-        outline((1150, 700, 90, 90), "Ignore*", 102),
+        outline((corner, corner, 90, 90), "Region*", 101),
+        outline((width - 150, height - 200, 90, 90), "Ignore*", 102),
     ]
     rng.shuffle(features)
     place = folder / "outlines" / f"{name}.geojson"
@@ -63,7 +82,11 @@ def write_biopsy(folder: Path, name: str, seed: int, classes: tuple[str, str]) -
 
 
 def write_clinic(
-    folder: Path, cases: Mapping[str, str], new: Sequence[str], classes: tuple[str, str]
+    folder: Path,
+    cases: Mapping[str, str],
+    new: Sequence[str],
+    classes: tuple[str, str],
+    layout: Layout = LARGE,
 ) -> dict[str, dict[str, str]]:
     """Write slides, outlines and the table of cases.
 
@@ -72,13 +95,14 @@ def write_clinic(
         cases: Case of each slide; a patient is a case.
         new: Slides of patients to come.
         classes: Of the planted lesions, and of glomeruli without one.
+        layout: Sizes.
 
     Returns:
         The class of each glomerulus by id, of each slide.
     """
     for name in ("slides", "outlines", "new", "new_outlines"):
         (folder / name).mkdir()
-    truth = {name: write_biopsy(folder, name, i, classes) for i, name in enumerate(cases)}
+    truth = {name: write_biopsy(folder, name, i, classes, layout) for i, name in enumerate(cases)}
     rows = [f"{name},case{case},patient{case},PAS" for name, case in cases.items()]
     table = "\n".join(["slide_id,case_id,patient_id,stain", *rows, ""])
     (folder / "cases.csv").write_text(table)
