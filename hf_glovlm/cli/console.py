@@ -208,6 +208,27 @@ def show_progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
         yield show
 
 
+def follow_slides(batch_size: int) -> Callable[[str, Mapping[str, Any]], None]:
+    """Progress over slides: a note a stage and a slide, and about ten within a slide.
+
+    Args:
+        batch_size: Pieces of a slide that are done at a time.
+    """
+
+    def show(kind: str, what: Mapping[str, Any]) -> None:
+        if kind == "slide":
+            error = f" ({what['error']})" if what.get("error") else ""
+            note(f"{what['slide']}: {what['status']}{error}")
+        elif kind == "stage":
+            note(f"{what['name']} ...")
+        else:  # what a slide is cut into: tiles, windows
+            ten = max(what["total"] // 10, 1)
+            if what["done"] == what["total"] or what["done"] % ten < batch_size:
+                note(f"{what['slide']}: {what['done']} of {what['total']} {kind}")
+
+    return show
+
+
 def event_text(kind: str, what: Mapping[str, Any]) -> str:
     """One line for an event of `runs.run`."""
     if kind == "epoch":

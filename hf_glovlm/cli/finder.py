@@ -7,7 +7,7 @@ import typer
 
 from ..environment import quiet_libraries
 from ..slides.finder.config import FindConfig, FindTrainConfig
-from .console import note, print_json, print_table, show_progress
+from .console import follow_slides, note, print_json, print_table, show_progress
 from .options import JsonFlag, options_of
 
 find_app = typer.Typer(help="Find glomeruli on slides, by a few outlined regions.")
@@ -81,18 +81,7 @@ def find_run(checked: FindConfig, as_json: JsonFlag = False) -> None:
 
     quiet_libraries()
 
-    def show(kind: str, what: Mapping[str, Any]) -> None:
-        if kind == "windows":
-            ten = max(what["total"] // 10, 1)
-            if what["done"] == what["total"] or what["done"] % ten < checked.batch_size:
-                note(f"{what['slide']}: {what['done']} of {what['total']} windows")
-        elif kind == "slide":
-            error = f" ({what['error']})" if what.get("error") else ""
-            note(f"{what['slide']}: {what['status']}{error}")
-        else:
-            note(f"{what['name']} ...")
-
-    results = find_on_slides(checked, on_event=show)
+    results = find_on_slides(checked, on_event=follow_slides(checked.batch_size))
     if as_json:
         print_json(results)
     else:

@@ -13,6 +13,7 @@ from ..environment import quiet_libraries
 from ..slides.config import SlideConfig
 from ..slides.mil.config import MilConfig
 from .console import (
+    follow_slides,
     is_main,
     note,
     print_json,
@@ -45,18 +46,7 @@ def slide(checked: SlideConfig, as_json: JsonFlag = False) -> None:
 
     quiet_libraries()
 
-    def show(kind: str, what: Mapping[str, Any]) -> None:
-        if kind == "tiles":
-            ten = max(what["total"] // 10, 1)
-            if what["done"] == what["total"] or what["done"] % ten < checked.batch_size:
-                note(f"{what['slide']}: {what['done']} of {what['total']} tiles")
-        elif kind == "slide":
-            error = f" ({what['error']})" if what.get("error") else ""
-            note(f"{what['slide']}: {what['status']}{error}")
-        else:
-            note(f"{what['name']} ...")
-
-    results = classify_slides(checked, on_event=show)
+    results = classify_slides(checked, on_event=follow_slides(checked.batch_size))
     if as_json:
         print_json(results)
     else:

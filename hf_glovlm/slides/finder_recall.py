@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import GloVLMError
-from ..files import check_fields, digest_file, digest_value, read_json
+from ..files import check_fields, read_json
+from .finder.folder import CONFIG, KIND, WEIGHTS, fingerprint_finder
 from .lesions import lesion_of
-
-FILE, WEIGHTS = "finder.json", "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,17 @@ def read_recall(folder: Path) -> FinderRecall:
     Raises:
         GloVLMError: It holds no finder, or one whose recall was not measured.
     """
-    path = folder / FILE
+    path = folder / CONFIG
     if not path.is_file():
         raise GloVLMError(
-            f"Expected a finder, found no {FILE} in '{folder}': give the --output-dir of `glovlm "
+            f"Expected a finder, found no {CONFIG} in '{folder}': give the --output-dir of `glovlm "
             "find train`."
         )
     content = read_json(path)
     check_fields(path, content, {"kind": (str,), "left_out": (dict,)})
     left_out = content["left_out"]
     by_class = left_out.get("by_class")
-    if content["kind"] != "finder" or not isinstance(by_class, dict):
+    if content["kind"] != KIND or not isinstance(by_class, dict):
         raise GloVLMError(
             f"'{path}' states no recall by class: it takes outlines with classes, of several "
             "patients, slides or regions, to measure one."
@@ -75,6 +74,5 @@ def read_recall(folder: Path) -> FinderRecall:
         before = counts.get(lesion_of(str(name)).key, (0, 0))
         counts[lesion_of(str(name)).key] = (before[0] + hits, before[1] + of)
     groups = f"{left_out.get('groups', 'some')} {left_out.get('group', 'group')}s"
-    weights = folder / WEIGHTS
-    known = [digest_file(path), digest_file(weights)] if weights.is_file() else []
-    return FinderRecall(counts, groups, digest_value(known) if known else "")
+    whole = (folder / WEIGHTS).is_file()
+    return FinderRecall(counts, groups, fingerprint_finder(folder) if whole else "")

@@ -20,13 +20,13 @@ from ...errors import GloVLMError
 from ...files import read_json, write_json
 from ..encoding import encoder_fingerprint
 from .agreement import IOU, Agreement, measure_region
+from .folder import CONFIG, KIND, WEIGHTS
 from .heads import Head, make_head
 from .regions import Detection, Region, check_picture, diameters
 from .tokens import TokenEncoder
 
 DEFAULT_HEAD = "candidates"
 FOLDS = 5  # groups are left out in at most so many parts
-CONFIG, WEIGHTS = "finder.json", "head.safetensors"
 FORMAT = 1
 
 
@@ -235,7 +235,7 @@ class Finder:
         write_json(
             folder / CONFIG,
             {
-                "kind": "finder",
+                "kind": KIND,
                 "format": FORMAT,
                 "head": self.head.name,
                 "threshold": self.threshold,
@@ -321,7 +321,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         "head", "threshold", "scale", "mpp", "diameters", "stains", "classes", "left_out",
         "backbone", "revision", "fingerprint", "seed", "synthetic", "notes",
     }  # fmt: skip
-    if config.get("kind") != "finder" or config.get("format") != FORMAT or needed - {*config}:
+    if config.get("kind") != KIND or config.get("format") != FORMAT or needed - {*config}:
         raise GloVLMError(
             f"'{path}' is no finder that this version reads (format {FORMAT}): it is damaged, or "
             "was written by another version; learn it again."
