@@ -15,11 +15,23 @@ from tiny import tiny_clip, tiny_pair
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.slides.finder import heads
-from hf_glovlm.slides.finder.agreement import add_up, is_cut, match_detections, measure_region
+from hf_glovlm.slides.finder.agreement import (
+    Agreement,
+    add_up,
+    is_cut,
+    match_detections,
+    measure_region,
+)
 from hf_glovlm.slides.finder.candidates import best_overlaps, list_candidates, suppress
 from hf_glovlm.slides.finder.heads import Head, PlainHead
 from hf_glovlm.slides.finder.instances import cover_cells, outline_components
-from hf_glovlm.slides.finder.learning import Finder, leave_groups_out, part_groups, read_config
+from hf_glovlm.slides.finder.learning import (
+    Finder,
+    choose_threshold,
+    leave_groups_out,
+    part_groups,
+    read_config,
+)
 from hf_glovlm.slides.finder.logistic import fit_weighted
 from hf_glovlm.slides.finder.regions import Detection, Region
 from hf_glovlm.slides.finder.tokens import TokenEncoder
@@ -316,6 +328,24 @@ def test_a_group_is_never_scored_by_a_head_that_saw_it(
     )
     assert left.tried[0.8].misses == 14
     assert set().union(*part_groups(regions, 3)) == {f"p{i}" for i in range(8)}
+
+
+@pytest.mark.parametrize(
+    ("hits", "chosen"),
+    [
+        ([5], 0.1),  # the head's own
+        ([5, 9], 0.2),
+        ([0, 9, 0], 0.2),  # one neighbour on each side, so the middle alone
+        ([9, 1, 5, 5, 5, 5, 5, 1, 1], 0.5),  # not the lucky first
+        ([5, 5, 5, 5, 5, 5, 5], 0.3),  # of equals the lowest
+        ([0, 0, 0, 0, 0, 0, 0], 0.3),
+    ],
+)
+def test_a_threshold_is_chosen_with_its_neighbours(hits: list[int], chosen: float) -> None:
+    # precision is 1, so that F1 grows with the hits of 10
+    tried = {round(0.1 * (i + 1), 1): Agreement(n, 0, 10 - n) for i, n in enumerate(hits)}
+    backwards = dict(reversed(tried.items()))
+    assert choose_threshold(tried) == choose_threshold(backwards) == chosen
 
 
 def test_one_group_leaves_nothing_out(
