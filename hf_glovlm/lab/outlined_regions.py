@@ -20,7 +20,6 @@ from .outlined_crops import SUFFIXES
 _COLOURED = 100  # levels between the channels of a mask's pixel: more is an object's colour
 SPECK = 100  # pixels; what is smaller in a mask is left over from its compression
 SOLID = 0.92  # area over that of the convex hull, below which a blob holds two glomeruli that touch
-BORDER = 2  # pixels; an outline as near to the picture's first or last row is cut by it
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,12 +28,10 @@ class StudyRegion:
 
     Attributes:
         region: The picture and its outlines.
-        cut: Whether the picture's border cuts each.
         merged: Whether each outline goes around two glomeruli that touch.
     """
 
     region: Region
-    cut: tuple[bool, ...]
     merged: tuple[bool, ...]
 
 
@@ -75,9 +72,7 @@ def read_regions(about: Mapping[str, Any], root: Path) -> list[StudyRegion]:
             tuple(label for label, *_ in outlines),
             stain=_part(about["stain"], path.stem),
         )
-        size = picture.shape[1], picture.shape[0]
-        cut = tuple(is_cut(polygons, size) for polygons in region.polygons)
-        regions.append(StudyRegion(region, cut, tuple(merged for *_, merged in outlines)))
+        regions.append(StudyRegion(region, tuple(merged for *_, merged in outlines)))
     if not regions:
         raise GloVLMError(f"Expected pictures with outlines in {folder}, found none.")
     return regions
@@ -114,13 +109,6 @@ def read_mask(
             polygon = (ring[:, ::-1] + (left - 0.5, top - 0.5),)
             shape = Shape(polygon[0])
             yield classes[name], (polygon,), shape.area < SOLID * shape.convex_hull.area
-
-
-def is_cut(polygons: tuple[Polygon, ...], size: tuple[int, int]) -> bool:
-    """Whether the border of a picture (width, height) cuts an outline."""
-    points = np.concatenate([outline for outline, *_ in polygons])
-    last = np.array(size) - 1 - BORDER
-    return bool((points.min(0) <= BORDER).any() or (points.max(0) >= last).any())
 
 
 def _objects(path: Path) -> list[Any]:
