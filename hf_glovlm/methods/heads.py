@@ -113,17 +113,19 @@ def fit_logistic(
     rows = 1 if binary else num_classes
     # In numpy like the solver: torch's threads and those of its BLAS would wait for each other.
     known = np.eye(num_classes)[labels.numpy()]
-    images, options = features.numpy(), {"gtol": 1e-7, "ftol": 0.0}
+    images = features.numpy()
     centre = images.mean(0)
-    spread, axes = _principal_axes(images - centre)
-    curvature = max(num_classes - 1, 1) / num_classes**2  # of a logit, where all classes are equal
-    penalty = np.append(np.full(len(axes), 1 / (C * n)), 0.0)
-    scale = (np.append(curvature / n * np.square(spread).sum(0), curvature) + penalty) ** -0.5
     between = (known - known.mean(0)).T @ (images - centre) / n  # what a fitted bias leaves
     if binary and np.abs(between).max() > 1e-3:
         centre, spread, axes, scale = 0 * centre, images, np.eye(images.shape[1]), np.ones(1)
         penalty = np.append(np.full(len(axes), 1 / (C * n)), 0.0)
         options = {"gtol": 1e-4, "ftol": 64 * 2.0**-52}
+    else:
+        spread, axes = _principal_axes(images - centre)
+        curvature = max(num_classes - 1, 1) / num_classes**2  # of a logit, where all are equal
+        penalty = np.append(np.full(len(axes), 1 / (C * n)), 0.0)
+        scale = (np.append(curvature / n * np.square(spread).sum(0), curvature) + penalty) ** -0.5
+        options = {"gtol": 1e-7, "ftol": 0.0}
     images, penalty = np.column_stack([spread, np.ones(n)]) * scale, penalty * scale**2
 
     def all_classes(values: Any) -> Any:
