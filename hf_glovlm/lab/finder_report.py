@@ -152,8 +152,10 @@ def _facts(report: Row) -> Markdown:
         + ", ".join(f"{name} {n}" for name, n in report["classes"].items())
         + f"; {report['cut']} are cut by the border."
         + (f" {report['merged']} outlines go around two." if report["merged"] else ""),
-        f"- Draws: {len(numbers)}, numbers {min(numbers)} to {max(numbers)}; "
-        f"{report['draws']['passed_over']} were passed over.",
+        "- Draws: "
+        + ", ".join(f"{count} with {n} regions" for n, count in report["draws"]["count"].items())
+        + f"; numbers {min(numbers)} to {max(numbers)}, {report['draws']['passed_over']} of them "
+        "passed over.",
         f"- Seeds: {seeds}; {report['resamples']} resamples.",
         "- "
         + ", ".join(f"{k} {v}" for k, v in report["environment"].items() if v is not None)

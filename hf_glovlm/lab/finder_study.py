@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, TypeAlias
@@ -171,13 +172,16 @@ class FinderStudy:
     Args:
         plan: Content of the plan's file.
         root: Folder that its paths are relative to.
-        output: Where detections, token maps and report go.
+        output: Where detections and report go.
+        tokens: Where token maps are kept; by default in `output`. It belongs to one backbone.
 
     Raises:
         GloVLMError: The plan lacks something, names an unknown arm, or what `read_regions` raises.
     """
 
-    def __init__(self, plan: Mapping[str, Any], root: Path, output: Path) -> None:
+    def __init__(
+        self, plan: Mapping[str, Any], root: Path, output: Path, tokens: Path | None = None
+    ) -> None:
         absent = [name for name in _NEEDED if name not in plan]
         if absent:
             raise GloVLMError(f"The plan lacks {', '.join(absent)}; see experiments/finder.yaml.")
@@ -187,20 +191,24 @@ class FinderStudy:
                     f"The plan has no arm '{name}'.{nearest(name, list(plan['arms']))}"
                 )
         self.plan, self.root, self.output = plan, root, output
+        self.tokens = tokens or output / "tokens"
         self.regions = read_regions(plan["data"], root)
         self.classes = sorted({str(label) for r in self.regions for label in r.region.labels})
-        self.numbers: list[int] = list(plan["draws"]["regions"])
         self.unit = str(plan["data"]["unit"])
         about = plan["draws"]
+        # Keys of a YAML file are text.
+        self.counts = {int(number): int(count) for number, count in about["count"].items()}
+        most = max(self.counts)
         self.draws, self.passed_over = draw_regions(
             self.regions,
             seed=about["seed"],
-            draws=about["count"],
-            most=max(self.numbers),
+            draws=max(self.counts.values()),
+            most=most,
             least=about["least_groups"],
         )
-        kept = ("backbone", "data", "draws", "thresholds", "seed")
-        self.digest = digest_value({name: plan[name] for name in kept})
+        kept = {name: plan[name] for name in ("backbone", "data", "thresholds", "seed")}
+        kept |= {"draws": {k: v for k, v in about.items() if k != "count"} | {"most": most}}
+        self.digest = digest_value(kept)
         self._tallies: dict[tuple[str, int], list[list[Tally]]] = {}
 
     @cached_property
@@ -212,7 +220,7 @@ class FinderStudy:
     @cached_property
     def encoder(self) -> TokenEncoder:
         """Encoder of pictures, which keeps its maps on disk."""
-        return TokenEncoder(*self.backbone, store=TokenFolder(self.output / "tokens"))
+        return TokenEncoder(*self.backbone, store=TokenFolder(self.tokens))
 
     # -------------------------------------------------------------------------------- detections
 
@@ -264,10 +272,14 @@ class FinderStudy:
         sys.stderr.write(f"{path.relative_to(self.output)}: {seconds} s\n")
         return content
 
+    def of(self, number: int) -> list[Draw]:
+        """Draws in which so many regions are learned from."""
+        return self.draws[: self.counts[number]]
+
     def arm_cells(self, arm: str, number: int) -> list[dict[str, Any]]:
         """Of each draw what an arm found, see `cell`."""
         about = self.plan["arms"][arm]
-        cells = (self.cell(about["head"], number, draw) for draw in self.draws)
+        cells = (self.cell(about["head"], number, draw) for draw in self.of(number))
         return [cell["rules"][str(about["threshold"])] for cell in cells]
 
     def tallies(self, arm: str, number: int) -> list[list[Tally]]:
@@ -281,7 +293,7 @@ class FinderStudy:
                     )
                     for k in draw.test
                 ]
-                for draw, cell in zip(self.draws, self.arm_cells(arm, number), strict=True)
+                for draw, cell in zip(self.of(number), self.arm_cells(arm, number), strict=True)
             ]
         return self._tallies[arm, number]
 
@@ -293,7 +305,7 @@ class FinderStudy:
         """Counts of a ratio on the pictures that are kept, by draw."""
         top, bottom = RATIOS.get(ratio) or ((f"found {ratio}",), (f"of {ratio}",))
         runs = []
-        for draw, counted in zip(self.draws, self.tallies(arm, number), strict=True):
+        for draw, counted in zip(self.of(number), self.tallies(arm, number), strict=True):
             kept = [
                 (self.regions[k].region.group, row)
                 for k, row in zip(draw.test, counted, strict=True)
@@ -482,13 +494,16 @@ def _left_counts(left: Mapping[str, Any], ratio: str) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------ run
 
 
-def run_study(plan: Mapping[str, Any], root: Path, output: Path) -> dict[str, Any]:
+def run_study(
+    plan: Mapping[str, Any], root: Path, output: Path, tokens: Path | None = None
+) -> dict[str, Any]:
     """Run a plan and write `report.json` and `report.md`.
 
     Args:
         plan: Content of experiments/finder.yaml or finder-confirmation.yaml.
         root: Folder that its paths are relative to.
-        output: Where detections, token maps and report go; what there is of the same plan is kept.
+        output: Where detections and report go; what there is of the same plan is kept.
+        tokens: Where token maps are kept; by default in `output`.
 
     Returns:
         The report.
@@ -496,9 +511,14 @@ def run_study(plan: Mapping[str, Any], root: Path, output: Path) -> dict[str, An
     Raises:
         GloVLMError: Data or plan are not as expected.
     """
-    study = FinderStudy(plan, root, output)
+    study = FinderStudy(plan, root, output, tokens)
+    numbers = sorted(study.counts, reverse=True)
+    heads = dict.fromkeys(arm["head"] for arm in plan["arms"].values())
+    for number, draw in ((n, draw) for n in numbers for draw in study.of(n)):
+        for head in heads:  # both of a draw, then the next
+            study.cell(head, number, draw)
     results, left_out, thresholds = [], [], {}
-    for number in reversed(study.numbers):
+    for number in numbers:
         for arm in plan["arms"]:
             for part, keep in study.parts():
                 results.append(study.summarise(arm, number, part, keep))
@@ -516,8 +536,9 @@ def run_study(plan: Mapping[str, Any], root: Path, output: Path) -> dict[str, An
         "groups": len({item.region.group for item in study.regions}),
         "classes": {name: counts[f"of {name}"] for name in study.classes},
         "cut": counts["of cut"],
-        "merged": sum(sum(item.merged) for item in study.regions),
-        "draws": {"numbers": [d.number for d in study.draws], "passed_over": study.passed_over},
+        "merged": sum(map(bool, chain.from_iterable(item.merged for item in study.regions))),
+        "draws": {"numbers": [d.number for d in study.draws], "passed_over": study.passed_over}
+        | {"count": {str(number): count for number, count in study.counts.items()}},
         "seeds": {"draws": plan["draws"]["seed"], "fits": plan["seed"]}
         | {"bootstrap": plan["bootstrap_seed"]},
         "resamples": plan["resamples"],
@@ -570,8 +591,9 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--root", type=Path, required=True, help="Folder with data and models.")
     parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--tokens", type=Path, help="Where token maps are kept, of one backbone.")
     given = parser.parse_args()
-    run_study(read_yaml(given.file), given.root, given.output_dir)
+    run_study(read_yaml(given.file), given.root, given.output_dir, given.tokens)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def read_mask(
             # a pixel's middle lies half a pixel from its corner, and one row was put around
             polygon = (ring[:, ::-1] + (left - 0.5, top - 0.5),)
             shape = Shape(polygon[0])
-            yield classes[name], (polygon,), shape.area < SOLID * shape.convex_hull.area
+            yield classes[name], (polygon,), bool(shape.area < SOLID * shape.convex_hull.area)
 
 
 def _objects(path: Path) -> list[Any]:
