@@ -299,7 +299,11 @@ def test_goals_are_met_where_value_and_interval_say_so() -> None:
             "gains": {"old": {"f1": gain}}
         }
 
-    report = {"best": "new", "references": ["old"], "results": [row(4, 0.7, 0.0), row(8, 0.69, 0.1)]}
+    report = {
+        "best": "new",
+        "references": ["old"],
+        "results": [row(4, 0.7, 0.0), row(8, 0.69, 0.1)],
+    }
     judged = judge(report, {"f1": {"4": 0.7, "8": 0.7}, "gain_at": [4, 8]})
     assert [goal["met"] for goal in judged] == [True, False, False, True]
 

@@ -447,9 +447,7 @@ class FinderStudy:
     ) -> Iterator[tuple[str, Iterator[NDArray[np.uint8]]]]:
         for name, folder in about["folders"].items():
             paths = sorted(
-                path
-                for path in (self.root / folder).rglob("*")
-                if path.suffix.lower() in SUFFIXES
+                path for path in (self.root / folder).rglob("*") if path.suffix.lower() in SUFFIXES
             )
             if not paths:
                 raise GloVLMError(f"Expected pictures in {self.root / folder}, found none.")
