@@ -19,6 +19,7 @@ from hf_glovlm.lab.finder_study import FinderStudy, draw_regions, judge, run_stu
 from hf_glovlm.lab.outlined_regions import StudyRegion, read_mask, read_regions
 from hf_glovlm.lab.token_store import TokenFolder
 from hf_glovlm.metrics import PairedRun, paired_differences
+from hf_glovlm.slides.finder.heads import PlainHead
 from hf_glovlm.slides.finder.regions import Detection, Region
 
 GROUPS = 8
@@ -42,8 +43,7 @@ def region(group: str, rings: list[Any], *, merged: tuple[int, ...] = ()) -> Stu
     """Region of 100 by 80 pixels; classes a and b in turn."""
     picture = np.zeros((80, 100, 3), np.uint8)
     labels = ["ab"[k % 2] for k in range(len(rings))]
-    outlined = Region(f"{group}_1", group, picture, [((ring),) and ((ring,),) for ring in rings])
-    outlined = Region(outlined.name, group, picture, outlined.polygons, labels)
+    outlined = Region(f"{group}_1", group, picture, [((ring,),) for ring in rings], labels)
     return StudyRegion(outlined, tuple(k in merged for k in range(len(rings))))
 
 
@@ -73,7 +73,7 @@ def test_draws_learn_from_one_half_of_the_groups_and_test_the_other() -> None:
     rings = [box(10, 10, 20, 20), box(40, 10, 20, 20)]
     regions = [region(f"P{k}", rings[: 1 + k % 2]) for k in range(8) for _ in range(2)]
     regions += [region("P0", rings, merged=(1,)), region("P1", [])]
-    draws, passed_over = draw_regions(regions, seed=3, draws=9, most=6, least=2)
+    draws, passed_over = draw_regions(regions, seed=4, draws=9, most=6, least=2)
     assert passed_over == draws[-1].number + 1 - 9
     assert passed_over > 0
     for draw in draws:
@@ -240,6 +240,8 @@ def _plan() -> dict[str, Any]:
 def test_a_plan_runs_once_and_reports_all_of_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(PlainHead, "cells", 12)  # quicker
+    monkeypatch.setattr(PlainHead, "least", 2.0)
     report = run_study(_plan(), root, tmp_path)
     parts = ["all", "HE", "PAS", "without P1"]
     assert [(r["arm"], r["regions"], r["part"]) for r in report["results"]] == [
@@ -285,7 +287,7 @@ def test_a_plan_runs_once_and_reports_all_of_it(
 def test_a_plan_that_lacks_something_is_refused(root: Path) -> None:
     with pytest.raises(GloVLMError, match="lacks arms;"):
         FinderStudy({k: v for k, v in _plan().items() if k != "arms"}, root, root)
-    with pytest.raises(GloVLMError, match="no arm 'plane'.*'plain'"):
+    with pytest.raises(GloVLMError, match=r"no arm 'plane'.*'plain'"):
         FinderStudy(_plan() | {"best": "plane"}, root, root)
     with pytest.raises(GloVLMError, match="found none"):
         read_regions(ABOUT | {"pictures": "elsewhere"}, root)

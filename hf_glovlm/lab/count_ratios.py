@@ -117,7 +117,7 @@ def _sum_groups(runs: Sequence[CountedRun]) -> tuple[NDArray[np.str_], Floats]:
 
 
 def _ratios(sums: Floats, weights: Floats) -> Floats:
-    """Ratio of each draw under weights `[G, R]` of the groups: `[draws, R]`, NaN where undefined."""
+    """Ratio of each draw under weights `[G, R]` of groups: `[draws, R]`, NaN where undefined."""
     top, bottom = np.moveaxis(np.einsum("dgk,gr->dkr", sums, weights), 1, 0)
     return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
 

@@ -64,10 +64,12 @@ def _rows(report: Row, part: str) -> list[Row]:
 
 def _main(report: Row) -> Markdown:
     rows = [
-        [r["regions"], r["arm"], *(with_interval(r["ratios"][n]) for n in _SCORES)]
-        + [number(r["ratios"]["f1"]["sd"])]
+        [
+            r["regions"], r["arm"], *(with_interval(r["ratios"][n]) for n in _SCORES),
+            number(r["ratios"]["f1"]["sd"]),
+        ]
         for r in _rows(report, "all")
-    ]
+    ]  # fmt: skip
     return table(rows, ["regions", "arm", "F1", "precision", "recall", "F1's SD over draws"])
 
 

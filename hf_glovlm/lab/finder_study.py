@@ -389,7 +389,7 @@ class FinderStudy:
                     "tested": fmean(b for _, b in pairs) if pairs else None,
                     "difference": fmean(differences) if pairs else None,
                     "sd": stdev(differences) if len(pairs) > 1 else None,
-                    "held": sum(held) if ratio != "f1" else None,
+                    "held": int(sum(held)) if ratio != "f1" else None,
                 }
             )
         return rows
