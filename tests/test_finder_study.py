@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw
 from scipy import stats
 
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.lab import finder_study
 from hf_glovlm.lab.count_ratios import CountedRun, draw_copies, mean_ratio, paired_ratio
 from hf_glovlm.lab.finder_study import FinderStudy, draw_regions, judge, run_study, tally
 from hf_glovlm.lab.outlined_regions import StudyRegion, read_mask, read_regions
 from hf_glovlm.lab.token_store import TokenFolder
 from hf_glovlm.metrics import PairedRun, paired_differences
 from hf_glovlm.slides.finder.heads import PlainHead
+from hf_glovlm.slides.finder.learning import Finder
 from hf_glovlm.slides.finder.regions import Detection, Region
 
 GROUPS = 8
@@ -264,7 +264,7 @@ def test_a_plan_runs_once_and_reports_all_of_it(
     study = FinderStudy(_plan(), root, tmp_path)
     draw = study.draws[0]
     support = [study.regions[k].region for k in draw.support]
-    finder = finder_study.Finder.fit(*study.backbone, support, head="plain", seed=5)
+    finder = Finder.fit(*study.backbone, support, head="plain", seed=5)
     found = [
         tally(finder.detect(study.regions[k].region.picture, threshold=0.7), study.regions[k])
         for k in draw.test

@@ -139,7 +139,7 @@ def tally(detections: Sequence[Detection], item: StudyRegion) -> dict[str, int]:
     """
     region = item.region
     matched = match_detections(detections, region.polygons)
-    merged = [to_shape(region.polygons[k]) for k in np.flatnonzero(item.merged)]
+    merged = [to_shape(p) for p, of_two in zip(region.polygons, item.merged, strict=True) if of_two]
     counts = {"hits": 0, "false": 0, "missed": 0}
     for one, number in zip(detections, matched.tolist(), strict=True):
         if number < 0 and not _lies_in(one, merged):
@@ -264,8 +264,8 @@ class FinderStudy:
             region = self.regions[k].region
             scores = finder.score(region.picture)
             for rule in rules.values():
-                found = finder.outline(scores, rule["threshold"])
-                rule["pictures"][region.name] = [_pack(one) for one in found]
+                detections = finder.outline(scores, rule["threshold"])
+                rule["pictures"][region.name] = [_pack(one) for one in detections]
         seconds = round(time.perf_counter() - start, 1)
         content = {"plan": self.digest, "seconds": seconds, "rules": rules}
         write_json(path, content, indent=None)
@@ -370,13 +370,13 @@ class FinderStudy:
             pairs, held = [], []
             runs = self.runs(arm, number, ratio, lambda item: True)
             for cell, run in zip(cells, runs, strict=True):
-                found, of = _left_counts(cell["left_out"], ratio)
+                part, of = _left_counts(cell["left_out"], ratio)
                 top, bottom = run.counts.sum(0)
                 if not of or not bottom:
                     continue
-                pairs.append((found / of, float(top / bottom)))
+                pairs.append((part / of, float(top / bottom)))
                 if ratio != "f1":
-                    low, high = fraction_interval(found / of, [found / of], of)
+                    low, high = fraction_interval(part / of, [part / of], of)
                     held.append(low <= top / bottom <= high)
             differences = [a - b for a, b in pairs]
             rows.append(
@@ -434,9 +434,9 @@ class FinderStudy:
                 for arm, of in self.plan["arms"].items():
                     finder, rules = finders[of["head"]]
                     threshold = rules[str(of["threshold"])]["threshold"]
-                    found = len(finder.outline(scores[of["head"]], threshold))
-                    row["finds"][arm] += found
-                    row["pictures_with"][arm] += found > 0
+                    finds = len(finder.outline(scores[of["head"]], threshold))
+                    row["finds"][arm] += finds
+                    row["pictures_with"][arm] += finds > 0
             rows.append(row)
             sys.stderr.write(f"without kidney: {name}\n")
         write_json(path, {"plan": digest, "rows": rows})
