@@ -10,7 +10,7 @@ import argparse
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -32,7 +32,7 @@ from ..intervals import fraction_interval
 from ..settings import read_yaml
 from ..slides.files.wsi import open_slide
 from ..slides.finder.agreement import is_cut, match_detections, to_shape
-from ..slides.finder.learning import Finder, leave_groups_out
+from ..slides.finder.learning import Finder, LeftOut, leave_groups_out
 from ..slides.finder.regions import Detection
 from ..slides.finder.tokens import TokenEncoder
 from .count_ratios import CountedRun, mean_ratio, paired_ratio
@@ -224,13 +224,10 @@ class FinderStudy:
 
     # -------------------------------------------------------------------------------- detections
 
-    def fit(self, head: str, number: int, draw: Draw) -> tuple[Finder, dict[str, Any]]:
-        """Finder of a head on so many regions of a draw; and of each of the plan's threshold rules
-        for this head the threshold and what was found in groups left out.
-        """
+    def fit(self, head: str, number: int, draw: Draw) -> tuple[Finder, LeftOut]:
+        """Finder of a head on so many regions of a draw, and what it finds in groups left out."""
         support = [self.regions[k].region for k in draw.support[:number]]
         seed, group = self.plan["seed"], self.plan["data"]["level"]
-        rules = {a["threshold"] for a in self.plan["arms"].values() if a["head"] == head}
         finder = Finder.fit(
             *self.backbone, support, head=head, seed=seed, encoder=self.encoder, leave_out=False
         )
@@ -238,18 +235,14 @@ class FinderStudy:
             *self.backbone, support, head=head, seed=seed, group=group, encoder=self.encoder,
             thresholds=self.plan["thresholds"].get(head),
         )  # fmt: skip
-        return finder, {
-            str(rule): {"threshold": left.threshold, "left_out": left.agreement.describe()}
-            if rule == LEFT_OUT
-            else {"threshold": rule, "left_out": left.tried[rule].describe()}
-            for rule in rules
-        }
+        return finder, left
 
     def cell(self, head: str, number: int, draw: Draw) -> dict[str, Any]:
-        """What a head finds on the test side of a draw, read or computed.
+        """What a head finds on the test side of a draw at each threshold, read or computed.
 
         Returns:
-            By rule of threshold: `threshold`, `left_out`, `pictures` (of each its detections).
+            `tried` (thresholds), `left_out` (at each of them, in groups left out), `threshold`
+            (chosen there), `pictures` (of each its detections: score, ring, numbers of thresholds).
         """
         path = self.output / "cells" / head / f"{number}" / f"draw-{draw.number}.json"
         if path.is_file():
@@ -257,19 +250,24 @@ class FinderStudy:
             if kept["plan"] == self.digest:
                 return kept
         start = time.perf_counter()
-        finder, rules = self.fit(head, number, draw)
-        for rule in rules.values():
-            rule["pictures"] = {}
+        finder, left = self.fit(head, number, draw)
+        tried = sorted(left.tried)
+        content: dict[str, Any] = {
+            "plan": self.digest,
+            "tried": tried,
+            "left_out": [left.tried[threshold].describe() for threshold in tried],
+            "threshold": left.threshold,
+            "pictures": {},
+        }
         for k in draw.test:
             region = self.regions[k].region
             scores = finder.score(region.picture)
-            for rule in rules.values():
-                detections = finder.outline(scores, rule["threshold"])
-                rule["pictures"][region.name] = [_pack(one) for one in detections]
-        seconds = round(time.perf_counter() - start, 1)
-        content = {"plan": self.digest, "seconds": seconds, "rules": rules}
+            content["pictures"][region.name] = _pack(
+                finder.outline(scores, threshold) for threshold in tried
+            )
+        content["seconds"] = round(time.perf_counter() - start, 1)
         write_json(path, content, indent=None)
-        sys.stderr.write(f"{path.relative_to(self.output)}: {seconds} s\n")
+        sys.stderr.write(f"{path.relative_to(self.output)}: {content['seconds']} s\n")
         return content
 
     def of(self, number: int) -> list[Draw]:
@@ -277,20 +275,31 @@ class FinderStudy:
         return self.draws[: self.counts[number]]
 
     def arm_cells(self, arm: str, number: int) -> list[dict[str, Any]]:
-        """Of each draw what an arm found, see `cell`."""
+        """Of each draw `threshold`, `left_out` and `pictures` at an arm's threshold."""
         about = self.plan["arms"][arm]
-        cells = (self.cell(about["head"], number, draw) for draw in self.of(number))
-        return [cell["rules"][str(about["threshold"])] for cell in cells]
+        cells = []
+        for draw in self.of(number):
+            cell = self.cell(about["head"], number, draw)
+            rule = about["threshold"]
+            threshold = cell["threshold"] if rule == LEFT_OUT else float(rule)
+            if threshold not in cell["tried"]:
+                raise GloVLMError(
+                    f"The threshold {threshold:g} of arm '{arm}' is none of those that are tried: "
+                    f"{', '.join(map(str, cell['tried']))}."
+                )
+            at = cell["tried"].index(threshold)
+            pictures = {name: _unpack(kept, at) for name, kept in cell["pictures"].items()}
+            cells.append(
+                {"threshold": threshold, "left_out": cell["left_out"][at], "pictures": pictures}
+            )
+        return cells
 
     def tallies(self, arm: str, number: int) -> list[list[Tally]]:
         """Counts of each picture on the test side, by draw."""
         if (arm, number) not in self._tallies:
             self._tallies[arm, number] = [
                 [
-                    tally(
-                        [_unpack(one) for one in cell["pictures"][self.regions[k].region.name]],
-                        self.regions[k],
-                    )
+                    tally(cell["pictures"][self.regions[k].region.name], self.regions[k])
                     for k in draw.test
                 ]
                 for draw, cell in zip(self.of(number), self.arm_cells(arm, number), strict=True)
@@ -432,8 +441,9 @@ class FinderStudy:
                 row["megapixels"] += picture.shape[0] * picture.shape[1] / 1e6
                 scores = {head: finder.score(picture) for head, (finder, _) in finders.items()}
                 for arm, of in self.plan["arms"].items():
-                    finder, rules = finders[of["head"]]
-                    threshold = rules[str(of["threshold"])]["threshold"]
+                    finder, left = finders[of["head"]]
+                    fixed = of["threshold"] != LEFT_OUT
+                    threshold = float(of["threshold"]) if fixed else left.threshold
                     finds = len(finder.outline(scores[of["head"]], threshold))
                     row["finds"][arm] += finds
                     row["pictures_with"][arm] += finds > 0
@@ -467,12 +477,23 @@ def _windows(path: Path, size: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
                 yield np.asarray(slide.read(x, y, width, height))
 
 
-def _pack(one: Detection) -> list[Any]:
-    return [round(one.score, 4), np.round(one.ring, 1).tolist()]
+def _pack(by_threshold: Iterable[Sequence[Detection]]) -> list[list[Any]]:
+    """Detections of a picture at several thresholds, each once, with the numbers of these."""
+    kept: dict[str, list[Any]] = {}
+    for number, detections in enumerate(by_threshold):
+        for one in detections:
+            plain = [round(one.score, 4), np.round(one.ring, 1).tolist()]
+            kept.setdefault(repr(plain), [*plain, []])[2].append(number)
+    return list(kept.values())
 
 
-def _unpack(kept: Sequence[Any]) -> Detection:
-    return Detection(np.array(kept[1], np.float64), kept[0])
+def _unpack(kept: Iterable[Sequence[Any]], number: int) -> list[Detection]:
+    """Detections of a picture at one of the thresholds."""
+    return [
+        Detection(np.array(ring, np.float64), score)
+        for score, ring, numbers in kept
+        if number in numbers
+    ]
 
 
 def _left_counts(left: Mapping[str, Any], ratio: str) -> tuple[float, float]:
