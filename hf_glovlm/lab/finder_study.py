@@ -31,8 +31,8 @@ from ..inference import resolve_device
 from ..intervals import fraction_interval
 from ..settings import read_yaml
 from ..slides.files.wsi import open_slide
-from ..slides.finder.agreement import is_cut, match_detections, to_shape
-from ..slides.finder.learning import Finder, LeftOut, leave_groups_out
+from ..slides.finder.agreement import Agreement, is_cut, match_detections, to_shape
+from ..slides.finder.learning import Finder, LeftOut, choose_threshold, leave_groups_out
 from ..slides.finder.regions import Detection
 from ..slides.finder.tokens import TokenEncoder
 from .count_ratios import CountedRun, mean_ratio, paired_ratio
@@ -241,8 +241,8 @@ class FinderStudy:
         """What a head finds on the test side of a draw at each threshold, read or computed.
 
         Returns:
-            `tried` (thresholds), `left_out` (at each of them, in groups left out), `threshold`
-            (chosen there), `pictures` (of each its detections: score, ring, numbers of thresholds).
+            `tried` (thresholds), `left_out` (at each of them, in groups left out), `pictures` (of
+            each its detections: score, ring, numbers of thresholds).
         """
         path = self.output / "cells" / head / f"{number}" / f"draw-{draw.number}.json"
         if path.is_file():
@@ -256,7 +256,6 @@ class FinderStudy:
             "plan": self.digest,
             "tried": tried,
             "left_out": [left.tried[threshold].describe() for threshold in tried],
-            "threshold": left.threshold,
             "pictures": {},
         }
         for k in draw.test:
@@ -281,7 +280,7 @@ class FinderStudy:
         for draw in self.of(number):
             cell = self.cell(about["head"], number, draw)
             rule = about["threshold"]
-            threshold = cell["threshold"] if rule == LEFT_OUT else float(rule)
+            threshold = _choose(cell) if rule == LEFT_OUT else float(rule)
             if threshold not in cell["tried"]:
                 raise GloVLMError(
                     f"The threshold {threshold:g} of arm '{arm}' is none of those that are tried: "
@@ -475,6 +474,17 @@ def _windows(path: Path, size: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
         for y in range(0, down - height + 1, height):
             for x in range(0, across - width + 1, width):
                 yield np.asarray(slide.read(x, y, width, height))
+
+
+def _choose(cell: Mapping[str, Any]) -> float:
+    """Threshold that `choose_threshold` takes from what was detected in groups left out."""
+    names = ("true_positives", "false_positives", "misses")
+    return choose_threshold(
+        {
+            threshold: Agreement(*(left[name] for name in names))
+            for threshold, left in zip(cell["tried"], cell["left_out"], strict=True)
+        }
+    )
 
 
 def _pack(by_threshold: Iterable[Sequence[Detection]]) -> list[list[Any]]:
