@@ -17,7 +17,7 @@ from test_prevalence import of_true_counts
 from hf_glovlm.calibration import correct_prior
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab import counting as lab_counting
-from hf_glovlm.lab.counting import bench_counting, bench_rows, leave_slides_out
+from hf_glovlm.lab.counting import bench_counting, bench_rows, draw_support, leave_slides_out
 from hf_glovlm.slides.cases import count_cases
 from hf_glovlm.slides.counting import (
     NEIGHBOURS,
@@ -317,7 +317,9 @@ def test_left_out_slides_match_a_plain_loop(study: dict[str, Any]) -> None:
     for i in range(6):
         test = ids == f"s{i}"
         for draw in range(3):
-            support = lab_counting._draw_support(labels, ids, f"s{i}", NAMES, 6, 0, draw)
+            support = draw_support(
+                labels, ids, test, NAMES, shots=6, seed=0, draw=draw
+            )
             assert not test[support].any()
             assert np.bincount(labels[support]).tolist() == [6, 6]
             # spread: slides take turns, so no slide gives two before each has given one
@@ -366,7 +368,7 @@ def test_estimates_against_restatements() -> None:
     from sklearn.linear_model import LogisticRegression
 
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    support = lab_counting._draw_support(labels, ids, "s0", ["0", "1"], 4, 0, 0)
+    support = draw_support(labels, ids, ids == "s0", ["0", "1"], shots=4, seed=0, draw=0)
 
     def classify(rows: Any, test: Any) -> NDArray[np.float64]:
         model = LogisticRegression(C=100, max_iter=1000).fit(unit[rows], labels[rows])

@@ -219,7 +219,7 @@ def test_scores_of_the_support_are_by_fits_without_their_group(
         fitted.append({groups[row] for row in rows})
         return lambda x: np.tile([0.25, 0.75], (len(x), 1))
 
-    monkeypatch.setattr(outline_cells, "_fit", fit)
+    monkeypatch.setattr(outline_cells, "fit", fit)
     rows = np.array([0, 2, 3, 4])  # A alone has class 0: it cannot be left out
     scores, truth = left_out_scores("gda", np.eye(6), labels, groups, rows, 1, 0)
     assert fitted == [{"A", "C"}, {"A", "B"}]

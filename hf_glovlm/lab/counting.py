@@ -119,8 +119,15 @@ def leave_slides_out(
         if on_slide is not None:
             on_slide(slide, i, len(tested))
         supports = [
-            _draw_support(
-                objects.labels, objects.slides, slide, names, shots, seed, draw, shots_from
+            draw_support(
+                objects.labels,
+                objects.slides,
+                objects.slides == slide,
+                names,
+                shots=shots,
+                seed=seed,
+                draw=draw,
+                shots_from=shots_from,
             )
             for draw in range(draws)
         ]
@@ -193,28 +200,40 @@ def _large_enough(slides: NDArray[np.object_], min_objects: int, draws: int) -> 
     return tested
 
 
-def _draw_support(
+def draw_support(
     labels: Ints,
-    ids: NDArray[np.object_],
-    slide: str,
+    groups: Sequence[str] | NDArray[np.object_],
+    tested: NDArray[np.bool_],
     names: Sequence[str],
+    *,
     shots: int,
     seed: int,
     draw: int,
     shots_from: ShotsFrom = "spread",
 ) -> Ints:
-    """Support rows, drawn from the other slides as for any episode."""
+    """Support rows, drawn from those that are not tested as for any episode.
+
+    Args:
+        labels: Class numbers `[n]`.
+        groups: Slide or patient of each row; none is tested in part.
+        tested: Which rows are tested, `[n]`.
+        names: The classes.
+        shots: Labelled objects of each class.
+        seed: Of the draws.
+        draw: Number of the draw.
+        shots_from: See `data.draw_episode`.
+    """
     text = Value("string")
     columns = {
         "file_name": [str(row) for row in range(len(labels))],
         "label": labels.tolist(),
-        "split": ["test" if other == slide else "train" for other in ids],
+        "split": np.where(tested, "test", "train").tolist(),
     }
     features = Features({"file_name": text, "label": ClassLabel(names=list(names)), "split": text})
     rows = Dataset.from_dict(columns, features=features)
-    groups = Groups("slide_id", [str(other) for other in ids], "")
+    given = Groups("slide_id", [str(group) for group in groups], "")
     episode = draw_episode(
-        rows, shots=shots, seed=seed, draw=draw, shots_from=shots_from, groups=groups
+        rows, shots=shots, seed=seed, draw=draw, shots_from=shots_from, groups=given
     )
     return np.array(episode.support, np.int64)
 

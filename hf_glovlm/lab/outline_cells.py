@@ -166,13 +166,13 @@ def fit_cells(
     for method in methods:
         for number in shots:
             cells.probabilities[method, number] = [
-                _fit(method, support, labels, draw.first(number), seed)(query[draw.test])
+                fit(method, support, labels, draw.first(number), seed)(query[draw.test])
                 for draw in draws
             ]
     return cells
 
 
-def _fit(method: str, features: NDArray[Any], labels: Ints, rows: Ints, seed: int) -> Any:
+def fit(method: str, features: NDArray[Any], labels: Ints, rows: Ints, seed: int) -> Any:
     """Function from features `[m, dim]` to probabilities `[m, K]`."""
     adapted = adapt_features(method, features[rows], labels[rows], seed=seed)
     return lambda x: softmax(adapted.predict_logits(x).astype(np.float64))
@@ -187,24 +187,43 @@ def left_out_scores(
     target: int,
     seed: int,
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Probabilities of a class on support rows, each of whose groups is left out of a fit in turn.
-
-    A group that holds the only rows of a class cannot be left out, and has no score.
+    """Left-out probabilities of one class, see `left_out_probabilities`.
 
     Returns:
         Scores `[m]` of the rows that have one, and whether they are of the class.
     """
+    kept, p = left_out_probabilities(method, features, labels, groups, rows, seed)
+    return p[:, target], labels[kept] == target
+
+
+def left_out_probabilities(
+    method: str,
+    features: NDArray[Any],
+    labels: Ints,
+    groups: Sequence[str],
+    rows: Ints,
+    seed: int,
+) -> tuple[Ints, Floats]:
+    """Probabilities of support rows, each of whose groups is left out of a fit in turn.
+
+    A group that holds the only rows of a class cannot be left out: its rows have none.
+
+    Returns:
+        Rows that have probabilities `[m]`, group by group; the probabilities `[m, K]`.
+    """
     ids = np.asarray(groups)
-    scores: list[float] = []
-    truth: list[bool] = []
+    kept: list[Ints] = []
+    probabilities: list[Floats] = []
     for group in np.unique(ids[rows]):
         own = ids[rows] == group
         if len(np.unique(labels[rows[~own]])) < len(np.unique(labels[rows])):
             continue
-        p = _fit(method, features, labels, rows[~own], seed)(features[rows[own]])
-        scores += p[:, target].tolist()
-        truth += (labels[rows[own]] == target).tolist()
-    return np.array(scores), np.array(truth, bool)
+        p = fit(method, features, labels, rows[~own], seed)(features[rows[own]])
+        kept.append(rows[own])
+        probabilities.append(p)
+    if not kept:
+        return np.empty(0, np.int64), np.empty((0, int(labels.max()) + 1))
+    return np.concatenate(kept), np.concatenate(probabilities)
 
 
 def choose_threshold(scores: Floats, truth: NDArray[np.bool_], rule: str) -> float | None:

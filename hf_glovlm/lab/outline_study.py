@@ -78,6 +78,21 @@ class Arm:
         return f"{self.name} {self.margin:g}".replace(" ", "_").replace("%", "")
 
 
+def embed_outlined(
+    backbone: tuple[Any, Any], images: "Dataset", outline: str
+) -> NDArray[np.float32]:
+    """Features `[n, dim]` of outlined images, through the cache.
+
+    Args:
+        backbone: Model and processor; both are set to the outline.
+        images: Rows of `render_crops`, with a column of labels.
+        outline: One of `model.outlines.OUTLINES`.
+    """
+    model, processor = backbone
+    set_outline(model, processor, AdaptConfig(outline=outline), images)  # type: ignore[arg-type]
+    return embed_images(model, processor, images, cache=FeatureCache())
+
+
 # ---------------------------------------------------------------------------------------- study
 
 
@@ -116,7 +131,7 @@ class Study:
     @cached_property
     def backbone(self) -> tuple[Any, Any]:
         """Model and processor."""
-        return load_backbone(_backbone_name(self.plan["backbone"], self.root))
+        return load_backbone(backbone_name(self.plan["backbone"], self.root))
 
     def arm(self, name: str, about: Mapping[str, Any], margin: float, chosen: str = "") -> Arm:
         """An arm as the plan describes it; `chosen` stands for the recipe's outline."""
@@ -136,10 +151,9 @@ class Study:
             if outline == "size":
                 self._features[key] = place_sizes(self.glomeruli).astype(np.float32)
                 return self._features[key]
-            model, processor = self.backbone
-            images = self.images(margin, shape)
-            set_outline(model, processor, AdaptConfig(outline=outline), images)  # type: ignore[arg-type]
-            self._features[key] = embed_images(model, processor, images, cache=FeatureCache())
+            self._features[key] = embed_outlined(
+                self.backbone, self.images(margin, shape), outline
+            )
         return self._features[key]
 
     def features(self, arm: Arm) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -536,7 +550,7 @@ def tune(study: Study, about: Mapping[str, Any], margin: float) -> Iterator[tupl
     """
     draws = study.populations["all"][0][: about["draws"]]
     images = study.images(margin)
-    name = _backbone_name(study.plan["backbone"], study.root)
+    name = backbone_name(study.plan["backbone"], study.root)
     for draw in draws:
         for method in about["methods"]:
             for outline in about["outlines"]:
@@ -558,7 +572,7 @@ def tune(study: Study, about: Mapping[str, Any], margin: float) -> Iterator[tupl
                 yield method, outline, draw.number
 
 
-def _backbone_name(given: str, root: Path) -> str:
+def backbone_name(given: str, root: Path) -> str:
     """A backbone's name; parts that are folders below the root are given by their path."""
     folders = [(root / part, part) for part in given.split("+")]
     return "+".join(str(folder) if folder.is_dir() else part for folder, part in folders)
