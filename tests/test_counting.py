@@ -16,7 +16,6 @@ from test_prevalence import of_true_counts
 
 from hf_glovlm.calibration import correct_prior
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.lab import counting as lab_counting
 from hf_glovlm.lab.counting import bench_counting, bench_rows, draw_support, leave_slides_out
 from hf_glovlm.slides.cases import count_cases
 from hf_glovlm.slides.counting import (
@@ -317,9 +316,7 @@ def test_left_out_slides_match_a_plain_loop(study: dict[str, Any]) -> None:
     for i in range(6):
         test = ids == f"s{i}"
         for draw in range(3):
-            support = draw_support(
-                labels, ids, test, NAMES, shots=6, seed=0, draw=draw
-            )
+            support = draw_support(labels, ids, test, NAMES, shots=6, seed=0, draw=draw)
             assert not test[support].any()
             assert np.bincount(labels[support]).tolist() == [6, 6]
             # spread: slides take turns, so no slide gives two before each has given one

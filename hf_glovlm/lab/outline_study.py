@@ -151,9 +151,7 @@ class Study:
             if outline == "size":
                 self._features[key] = place_sizes(self.glomeruli).astype(np.float32)
                 return self._features[key]
-            self._features[key] = embed_outlined(
-                self.backbone, self.images(margin, shape), outline
-            )
+            self._features[key] = embed_outlined(self.backbone, self.images(margin, shape), outline)
         return self._features[key]
 
     def features(self, arm: Arm) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

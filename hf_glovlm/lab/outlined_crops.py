@@ -129,7 +129,7 @@ def _by_object(
         item = objects(picture)[name]
         x0, y0, x1, y1 = (round(value) for value in item.bounds)
         inside = draw(item.polygons, x0, y0, 1.0, (max(x1 - x0, 1), max(y1 - y0, 1)))
-        yield _picture(folder, picture), (x0, y0), inside
+        yield picture_file(folder, picture), (x0, y0), inside
 
 
 def _by_box(about: Mapping[str, str], rows: Sequence[Mapping[str, str]], folder: Path) -> _Outlined:
@@ -158,7 +158,7 @@ def _by_box(about: Mapping[str, str], rows: Sequence[Mapping[str, str]], folder:
         if shares[best] < _PARTED:  # two that touch in the mask: the box's own part of them
             rows_at, columns_at = (np.arange(place.start, place.stop) for place in (down, across))
             inside &= _in_middle(rows_at, y0, y1)[:, None] & _in_middle(columns_at, x0, x1)
-        yield _picture(folder, picture), *_trim(inside, across.start, down.start)
+        yield picture_file(folder, picture), *_trim(inside, across.start, down.start)
 
 
 def _in_middle(at: NDArray[np.int64], start: int, stop: int) -> Mask:
@@ -191,7 +191,12 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
     return width * height / (areas - width * height)
 
 
-def _picture(folder: Path, name: str) -> Path:
+def picture_file(folder: Path, name: str) -> Path:
+    """File of a picture by its name without suffix.
+
+    Raises:
+        GloVLMError: There is none.
+    """
     for suffix in SUFFIXES:
         if (folder / f"{name}{suffix}").is_file():
             return folder / f"{name}{suffix}"

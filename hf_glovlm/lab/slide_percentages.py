@@ -65,7 +65,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Percentages:
-    """Estimates and intervals of one class, over slides and draws; `nan` where nothing was found.
+    """Estimates and intervals of one class, over slides and draws; `nan` without any object.
 
     Attributes:
         percent: By estimate, `[slides, draws]`.
@@ -159,8 +159,8 @@ def gather(
     tables = np.stack([reading.confusion for reading in given])
     if recall is not None:
         k = counts.shape[1]
-        found, of = (np.asarray(part, np.int64).reshape(-1, k)[there] for part in recall)
-        posterior = estimate_fractions(counts, tables, recall=(found, of), seed=seed)
+        hits, of = (np.asarray(part, np.int64).reshape(-1, k)[there] for part in recall)
+        posterior = estimate_fractions(counts, tables, recall=(hits, of), seed=seed)
     else:
         posterior = estimate_fractions(counts, tables, seed=seed)
     enough = np.array(
@@ -221,12 +221,12 @@ def crossed_mean(
 
 
 def summarise(
-    found: Percentages, truth: Floats, n_resamples: int, seed: int
+    estimated: Percentages, truth: Floats, n_resamples: int, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
     """Errors of estimates and coverage of intervals, in points, slides and draws weighing the same.
 
     Args:
-        found: Estimates of every slide and draw.
+        estimated: Estimates of every slide and draw.
         truth: Per cent of each slide `[slides]`.
         n_resamples: Of the bootstrap.
         seed: Of the bootstrap.
@@ -239,7 +239,7 @@ def summarise(
         `corrected` (share of the evaluations in which the calls say enough).
     """
     true = truth[:, None]
-    error = {name: np.abs(values - true) for name, values in found.percent.items()}
+    error = {name: np.abs(values - true) for name, values in estimated.percent.items()}
     mean = {name: crossed_mean(values, n_resamples, seed) for name, values in error.items()}
     sides = {"absent": truth == 0, "present": truth > 0}
     estimates = [
@@ -253,17 +253,17 @@ def summarise(
                 for side, rows in sides.items()
             },
         }
-        for name, values in found.percent.items()
+        for name, values in estimated.percent.items()
     ]
     intervals = []
-    for name, (low, high) in found.bounds.items():
+    for name, (low, high) in estimated.bounds.items():
         held = np.where(np.isnan(low), np.nan, (low - 1e-9 <= true) & (true <= high + 1e-9))
         intervals.append(
             {
                 "interval": name,
                 "coverage": crossed_mean(held, n_resamples, seed, of_fractions=True),
                 "width": float(np.nanmean(high - low)),
-                "corrected": float(found.corrected[~np.isnan(low)].mean()),
+                "corrected": float(estimated.corrected[~np.isnan(low)].mean()),
             }
         )
     return {"estimates": estimates, "intervals": intervals}
