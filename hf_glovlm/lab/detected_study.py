@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backbones import load_backbone
 from ..metrics import PairedRun, compute_metrics, paired_differences
 from ..slides.finder.tokens import TokenEncoder
 from .detected_glomeruli import DetectedDraw, as_glomerulus, detect_in_folds, link_outlines
 from .outline_cells import Draw, draw_supports, fit_cells
-from .outline_study import backbone_name
 from .outlined_crops import list_rows, picture_file
 from .outlined_regions import StudyRegion, read_regions
 from .sclerosis_arms import Arm, Labelled, read_arm
@@ -66,8 +64,7 @@ class DetectedStudy:
     def __init__(self, study: Labelled, output: Path) -> None:
         self.study, self.about = study, study.plan["finder"]
         self.regions = read_regions(self.about["data"], study.root)
-        backbone = load_backbone(backbone_name(study.plan["backbone"], study.root))
-        encoder = TokenEncoder(*backbone, store=TokenFolder(output / "tokens"))
+        encoder = TokenEncoder(*study.backbone, store=TokenFolder(output / "tokens"))
         self.draws = [
             detect_in_folds(self.regions, self.about, number, encoder, output / "detected")
             for number in range(self.about["draws"])

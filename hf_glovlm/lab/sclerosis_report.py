@@ -38,7 +38,9 @@ def _goals(goals: Sequence[Row]) -> Markdown:
                 goal["goal"], goal["goal"]
             ),
             _share(goal) if goal["goal"] == "coverage" else points(goal),
-            f"at least {goal['limit']:g}" if goal["goal"] == "coverage" else f"at most {goal['limit']:g}",
+            f"at least {goal['limit']:g}"
+            if goal["goal"] == "coverage"
+            else f"at most {goal['limit']:g}",
             Markdown("met" if goal["met"] else "**missed**"),
         ]
         for goal in goals
