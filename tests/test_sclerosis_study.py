@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_outline_study
 from scipy import stats
 from test_outline_study import TABLE
-from test_outline_study import root as pictures  # noqa: F401
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab import detected_glomeruli
@@ -21,12 +21,16 @@ from hf_glovlm.lab.slide_percentages import (
     ESTIMATES,
     Learned,
     Percentages,
+    Reading,
     crossed_mean,
     gather,
     read,
     summarise,
 )
 from hf_glovlm.slides.prevalence import estimate_fractions
+
+
+pictures = test_outline_study.root  # the fixture
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +68,10 @@ def test_what_says_too_little_is_not_corrected() -> None:
     """Slides by draws: a good classifier, one near chance, and a slide where nothing was found."""
     features = np.array([[0.9]] * 3 + [[0.1]] * 17)
     good, poor = _classifier([[8, 0], [1, 7]]), _classifier([[4, 4], [4, 4]])
-    readings = [[read(good, features, 1), read(poor, features, 1)], [None, None]]
+    readings: list[list[Reading | None]] = [
+        [read(good, features, 1), read(poor, features, 1)],
+        [None, None],
+    ]
     recall = np.array([[[40, 10]] * 2] * 2), np.array([[[50, 40]] * 2] * 2)
     values = gather(readings, 1, recall=recall)
     assert set(values.percent) == set(ESTIMATES)
