@@ -29,7 +29,6 @@ from hf_glovlm.lab.slide_percentages import (
 )
 from hf_glovlm.slides.prevalence import estimate_fractions
 
-
 pictures = test_outline_study.root  # the fixture
 
 
