@@ -376,7 +376,7 @@ def run_detected(study: Labelled, recipe: Mapping[str, Any], output: Path) -> di
         "outlines": {
             "all": len(own.label),
             "of the class": int(own.label.sum()),
-            "cut": int(sum(sum(item.cut) for item in detected.regions)),
+            "cut": detected.draws[0].agreement.cut.of,
             "two that touch": int(sum(sum(item.merged) for item in detected.regions)),
             "in the table": int((own.row >= 0).sum()),
         },
