@@ -215,17 +215,19 @@ def test_a_perfect_finder_reads_what_human_outlines_read(
     """The polygons are the outlines; of one picture one is missing, in another is one too many."""
     monkeypatch.setenv("GLOVLM_CACHE", str(tmp_path / "features"))
 
-    def detect(regions: Any, *_: Any) -> dict[str, Any]:
+    def detect(regions: Any, *_: Any) -> list[dict[str, Any]]:
         rings = {i.region.name: [p[0][0].tolist() for p in i.region.polygons] for i in regions}
         rings["P0"].pop()
         rings["P1"].append([[0, 60], [30, 60], [30, 89], [0, 89], [0, 60]])
         kept = {
-            name: [{"ring": ring, "score": 0.9, "cut": False} for ring in own]
+            name: [[], [{"ring": ring, "score": 0.9, "cut": False} for ring in own]]
             for name, own in rings.items()
         }
-        shares = {"plain": [6, 6], "striped": [3, 6]}
-        recall = {i.region.group: shares for i in regions}
-        return {"detected": kept, "recall": recall, "learned_from": [], "thresholds": [0.5]}
+        shares = {"plain": {"found": 6, "of": 6}, "striped": {"found": 3, "of": 6}}
+        left_out = [{"f1": 0.2, "by_class": {}}, {"f1": 0.8, "by_class": shares}]
+        slides = [item.region.group for item in regions]
+        fold = {"slides": slides, "learned_from": [], "tried": [0.8, 0.5], "detected": kept}
+        return [fold | {"left_out": left_out}]
 
     monkeypatch.setattr(detected_glomeruli, "_find", detect)
     report = run_study(_plan(), root, tmp_path / "out")
@@ -233,6 +235,7 @@ def test_a_perfect_finder_reads_what_human_outlines_read(
     assert [row["truth"] for row in report["human"][1]["slides"]] == [50] * 8
     about = report["detected"]
     (draw,) = about["draws"]
+    assert draw["thresholds"] == [0.5]
     assert (draw["true_positives"], draw["false_positives"], draw["misses"]) == (15, 1, 1)
     assert about["outlines"]["in the table"] == about["outlines"]["all"] == 16
     assert about["finder_alone"]["error"]["value"] == pytest.approx(50 / 8)

@@ -23,7 +23,7 @@ from ..slides.finder.agreement import (
     measure_region,
     to_shape,
 )
-from ..slides.finder.learning import Finder
+from ..slides.finder.learning import Finder, leave_groups_out
 from ..slides.finder.regions import Detection
 from ..slides.finder.tokens import TokenEncoder
 from .outlined_crops import Glomerulus
@@ -125,64 +125,81 @@ def detect_in_folds(
     digest = digest_value([dict(about), number, [item.region.name for item in regions]])
     path = folder / f"draw-{number}.json"
     if not path.is_file() or read_json(path)["plan"] != digest:
-        write_json(path, {"plan": digest, **_find(regions, about, number, encoder)})
-    kept = read_json(path)
+        write_json(path, {"plan": digest, "folds": _find(regions, about, number, encoder)})
+    folds = read_json(path)["folds"]
+    detected: dict[str, list[Detection]] = {}
+    recall: dict[str, dict[str, tuple[int, int]]] = {}
+    thresholds = []
+    for fold in folds:
+        at = choose_tried(fold["tried"], fold["left_out"])
+        thresholds.append(fold["tried"][at])
+        shares = fold["left_out"][at]["by_class"]
+        own = {name: (share["found"], share["of"]) for name, share in shares.items()}
+        recall |= dict.fromkeys(fold["slides"], own)
+        for name, by_threshold in fold["detected"].items():
+            detected[name] = [
+                Detection(np.array(one["ring"], np.float64), one["score"], one["cut"])
+                for one in by_threshold[at]
+            ]
     objects: list[DetectedObject] = []
     agreements = []
     for place, item in enumerate(regions):
-        detections = [
-            Detection(np.array(one["ring"], np.float64), one["score"], one["cut"])
-            for one in kept["detected"][item.region.name]
-        ]
+        detections = detected[item.region.name]
         agreements.append(measure_region(detections, item.region))
         matched = match_detections(detections, item.region.polygons).tolist()
         objects += [
             DetectedObject(place, one, own, _iou(one, item, own))
             for one, own in zip(detections, matched, strict=True)
         ]
-    return DetectedDraw(
-        objects,
-        add_up(agreements),
-        {
-            slide: {name: (hits, of) for name, (hits, of) in shares.items()}
-            for slide, shares in kept["recall"].items()
-        },
-        kept["learned_from"],
-        kept["thresholds"],
-    )
+    learned_from = [fold["learned_from"] for fold in folds]
+    return DetectedDraw(objects, add_up(agreements), recall, learned_from, thresholds)
+
+
+def choose_tried(tried: Sequence[float], left_out: Sequence[Mapping[str, Any]]) -> int:
+    """Number of the threshold with the largest F1 in slides left out, the highest of equal ones.
+
+    Args:
+        tried: Thresholds.
+        left_out: What `Agreement.describe` gives at each.
+    """
+    return max(range(len(tried)), key=lambda at: (left_out[at]["f1"] or 0.0, tried[at]))
 
 
 def _find(
     regions: Sequence[StudyRegion], about: Mapping[str, Any], number: int, encoder: TokenEncoder
-) -> dict[str, Any]:
-    """Fit the finder of each fold and run it: plain values."""
+) -> list[dict[str, Any]]:
+    """Fit the finder of each fold and run it, at every threshold that its head tries."""
     groups = [item.region.group for item in regions]
-    kept: dict[str, Any] = {"detected": {}, "recall": {}, "learned_from": [], "thresholds": []}
-    for fold, left_out in enumerate(deal_groups(groups, about["folds"], about["seed"])):
-        rows = draw_regions(groups, left_out, about["regions"], [about["seed"], number, fold])
+    tower = encoder.model, encoder.processor
+    seed = about["seed"] + number
+    folds = []
+    for fold, slides in enumerate(deal_groups(groups, about["folds"], about["seed"])):
+        rows = draw_regions(groups, slides, about["regions"], [about["seed"], number, fold])
         learned = [regions[row].region for row in rows]
-        finder = Finder.fit(
-            encoder.model,
-            encoder.processor,
-            learned,
-            head=about["head"],
-            seed=about["seed"] + number,
-            group="slide",
-            encoder=encoder,
-        )
-        shares = {
-            name: [share["found"], share["of"]]
-            for name, share in finder.left_out["by_class"].items()
-        }
-        kept["recall"] |= dict.fromkeys(left_out, shares)
-        kept["learned_from"].append([region.name for region in learned])
-        kept["thresholds"].append(finder.threshold)
-        for region in (item.region for item in regions if item.region.group in left_out):
-            kept["detected"][region.name] = [
-                {"ring": one.ring.round(2).tolist(), "score": one.score, "cut": one.cut}
-                for one in finder.detect(region.picture)
+        given: dict[str, Any] = {"head": about["head"], "seed": seed, "group": "slide"}
+        left = leave_groups_out(*tower, learned, encoder=encoder, **given)
+        finder = Finder.fit(*tower, learned, encoder=encoder, leave_out=False, **given)
+        tried = sorted(left.tried)
+        detected = {}
+        for region in (item.region for item in regions if item.region.group in slides):
+            scores = finder.score(region.picture)
+            detected[region.name] = [
+                [
+                    {"ring": one.ring.round(2).tolist(), "score": one.score, "cut": one.cut}
+                    for one in finder.outline(scores, threshold)
+                ]
+                for threshold in tried
             ]
-    return kept
+        folds.append(
+            {
+                "slides": slides,
+                "learned_from": [region.name for region in learned],
+                "tried": tried,
+                "left_out": [left.tried[threshold].describe() for threshold in tried],
+                "detected": detected,
+            }
+        )
+    return folds
 
 
 def _iou(detection: Detection, item: StudyRegion, outline: int) -> float:

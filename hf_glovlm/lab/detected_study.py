@@ -358,15 +358,14 @@ def _means(tested: Sequence[tuple[Ints, list[str]]], values: Sequence[Floats]) -
     return {name: fmean(row[name]["value"] for row in each) for name in names}
 
 
-def run_detected(study: Labelled, recipe: Mapping[str, Any], output: Path) -> dict[str, Any]:
+def measure_detected(detected: DetectedStudy, recipe: Mapping[str, Any]) -> dict[str, Any]:
     """All measurements on what finders found.
 
     Args:
-        study: Of a plan with `finder` and `gain`.
+        detected: Of a plan with `finder` and `gain`.
         recipe: `method`, `estimate`.
-        output: Where what was found is kept.
     """
-    detected = DetectedStudy(study, output)
+    study = detected.study
     own = detected.outlines
     return {
         "head": detected.about["head"],

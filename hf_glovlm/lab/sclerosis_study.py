@@ -18,7 +18,7 @@ from ..environment import describe_environment
 from ..files import digest_value, write_json, write_text
 from ..inference import resolve_device
 from ..settings import read_yaml
-from .detected_study import run_detected
+from .detected_study import DetectedStudy, measure_detected
 from .sclerosis_arms import Arm, Labelled, read_arm
 from .sclerosis_report import render_report
 from .slide_percentages import ESTIMATES, gather, summarise
@@ -118,6 +118,7 @@ def run_study(plan: Mapping[str, Any], root: Path, output: Path) -> dict[str, An
         GloVLMError: Data or plan are not as expected.
     """
     study = Labelled(plan, root)
+    detected = DetectedStudy(study, output) if "finder" in plan else None
     arms = [Arm(outline, method) for outline in plan["outlines"] for method in plan["methods"]]
     human = [measure_human(study, arm) for arm in arms]
     recipe = dict(plan["recipe"]) if "recipe" in plan else choose_recipe(plan, human)
@@ -139,7 +140,7 @@ def run_study(plan: Mapping[str, Any], root: Path, output: Path) -> dict[str, An
         "recipe": recipe,
         "human": human,
         "goals": judge(human, recipe, plan["goals"]),
-        "detected": run_detected(study, recipe, output) if "finder" in plan else None,
+        "detected": None if detected is None else measure_detected(detected, recipe),
         "environment": describe_environment(resolve_device("cpu")),
     }
     write_json(output / "report.json", report)
