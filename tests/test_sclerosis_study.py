@@ -224,7 +224,10 @@ def test_a_perfect_finder_reads_what_human_outlines_read(
             for name, own in rings.items()
         }
         shares = {"plain": {"found": 6, "of": 6}, "striped": {"found": 3, "of": 6}}
-        left_out = [{"f1": 0.2, "by_class": {}}, {"f1": 0.8, "by_class": shares}]
+        left_out = [
+            dict(zip(detected_glomeruli.COUNTS, counts, strict=True)) | {"by_class": by_class}
+            for counts, by_class in (((2, 9, 10), {}), ((9, 2, 3), shares))
+        ]
         slides = [item.region.group for item in regions]
         fold = {"slides": slides, "learned_from": [], "tried": [0.8, 0.5], "detected": kept}
         return [fold | {"left_out": left_out}]

@@ -23,13 +23,15 @@ from ..slides.finder.agreement import (
     measure_region,
     to_shape,
 )
-from ..slides.finder.learning import Finder, leave_groups_out
+from ..slides.finder.learning import Finder, choose_threshold, leave_groups_out
 from ..slides.finder.regions import Detection
 from ..slides.finder.tokens import TokenEncoder
 from .outlined_crops import Glomerulus
 from .outlined_regions import StudyRegion
 
 Ints = NDArray[np.int64]
+
+COUNTS = ("true_positives", "false_positives", "misses")  # of an `Agreement`
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +133,12 @@ def detect_in_folds(
     recall: dict[str, dict[str, tuple[int, int]]] = {}
     thresholds = []
     for fold in folds:
-        at = choose_tried(fold["tried"], fold["left_out"])
-        thresholds.append(fold["tried"][at])
+        tried = {
+            threshold: Agreement(*(row[name] for name in COUNTS))
+            for threshold, row in zip(fold["tried"], fold["left_out"], strict=True)
+        }
+        thresholds.append(choose_threshold(tried))
+        at = fold["tried"].index(thresholds[-1])
         shares = fold["left_out"][at]["by_class"]
         own = {name: (share["found"], share["of"]) for name, share in shares.items()}
         recall |= dict.fromkeys(fold["slides"], own)
@@ -153,16 +159,6 @@ def detect_in_folds(
         ]
     learned_from = [fold["learned_from"] for fold in folds]
     return DetectedDraw(objects, add_up(agreements), recall, learned_from, thresholds)
-
-
-def choose_tried(tried: Sequence[float], left_out: Sequence[Mapping[str, Any]]) -> int:
-    """Number of the threshold with the largest F1 in slides left out, the highest of equal ones.
-
-    Args:
-        tried: Thresholds.
-        left_out: What `Agreement.describe` gives at each.
-    """
-    return max(range(len(tried)), key=lambda at: (left_out[at]["f1"] or 0.0, tried[at]))
 
 
 def _find(
