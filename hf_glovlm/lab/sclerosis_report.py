@@ -115,7 +115,7 @@ def _detected(about: Row, recipe: Row) -> list[str]:
         _read_intervals(about["percentages"]),
         _costs(about),
         "#### Each slide",
-        _found_slides(about["percentages"], recipe),
+        _detected_slides(about["percentages"], recipe),
         "### Gain of the outline on glomeruli that were found",
         _gains(about["gain"]),
     ]
@@ -181,7 +181,7 @@ def _costs(about: Row) -> Markdown:
     return Markdown("\n".join(lines))
 
 
-def _found_slides(percentages: Sequence[Row], recipe: Row) -> Markdown:
+def _detected_slides(percentages: Sequence[Row], recipe: Row) -> Markdown:
     arm = next(row for row in percentages if row["outline"] == recipe["outline"])
     rows = [
         [
