@@ -477,7 +477,7 @@ def test_a_full_disk_leaves_neither_crops_nor_a_run(tmp_path: Path) -> None:
 
 STOPPED = """
 import os, signal, sys, threading, time
-import hf_glovlm.cli.slides as commands
+import hf_glovlm.cli.console as commands
 from hf_glovlm.cli import main
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
