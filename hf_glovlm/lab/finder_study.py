@@ -209,6 +209,7 @@ class FinderStudy:
         kept = {name: plan[name] for name in ("backbone", "data", "thresholds", "seed")}
         kept |= {"draws": {k: v for k, v in about.items() if k != "count"} | {"most": most}}
         self.digest = digest_value(kept)
+        self._cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
         self._tallies: dict[tuple[str, int], list[list[Tally]]] = {}
 
     @cached_property
@@ -275,6 +276,8 @@ class FinderStudy:
 
     def arm_cells(self, arm: str, number: int) -> list[dict[str, Any]]:
         """Of each draw `threshold`, `left_out` and `pictures` at an arm's threshold."""
+        if (arm, number) in self._cells:
+            return self._cells[arm, number]
         about = self.plan["arms"][arm]
         cells = []
         for draw in self.of(number):
@@ -291,6 +294,7 @@ class FinderStudy:
             cells.append(
                 {"threshold": threshold, "left_out": cell["left_out"][at], "pictures": pictures}
             )
+        self._cells[arm, number] = cells
         return cells
 
     def tallies(self, arm: str, number: int) -> list[list[Tally]]:
