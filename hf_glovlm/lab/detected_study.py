@@ -264,7 +264,8 @@ def measure_gain(detected: DetectedStudy, about: Mapping[str, Any]) -> dict[str,
             `reference` and `outline` (renderings).
 
     Returns:
-        `glomeruli` of each finder draw; `results`: rows of `road` (see ROADS), `outline`, `shots`,
+        `glomeruli` of each finder draw; `least`: slides that hold the rarer class, where they are
+        too few for any draw; `results`: rows of `road` (see ROADS), `outline`, `shots`,
         `method`, `macro_auc`, `balanced_accuracy`, and `gain` over the reference on the same road;
         `against_human`: the gain of each road over human outlines with the same rendering.
     """
@@ -279,6 +280,9 @@ def measure_gain(detected: DetectedStudy, about: Mapping[str, Any]) -> dict[str,
         glomeruli.append(len(rows))
         groups = [study.groups[row] for row in rows]
         labels = study.labels[rows]
+        held = min(len({g for g, y in zip(groups, labels, strict=True) if y == k}) for k in (0, 1))
+        if held < 2 * about["least_groups"]:
+            return {"glomeruli": glomeruli, "least": held, "results": []}
         draws, _ = draw_supports(
             list_rows([study.glomeruli[row] for row in rows], study.plan["data"]["group"]),
             groups,

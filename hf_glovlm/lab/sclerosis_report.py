@@ -194,6 +194,12 @@ def _detected_slides(percentages: Sequence[Row], recipe: Row) -> Markdown:
 
 
 def _gains(about: Row) -> Markdown:
+    if not about["results"]:
+        return Markdown(
+            f"Not to be measured: of the rarer class glomeruli were found on {about['least']} "
+            "slides alone."
+        )
+
     def gain(row: Row | None) -> str:
         if row is None:
             return ""
