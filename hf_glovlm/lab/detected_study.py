@@ -211,14 +211,17 @@ def measure_percentages(detected: DetectedStudy, arm: Arm, estimate: str) -> dic
                 "truth": float(detected.truth[i]),
                 "outlines": int((own.slide == slide).sum()),
                 "objects": fmean(int((of == slide).sum()) for of in slides),
-                **{
-                    name: float(np.nanmean(values.percent[estimate][i]))
-                    for name, values in sets.items()
-                },
+                **{name: _mean_of(values.percent[estimate][i]) for name, values in sets.items()},
             }
             for i, slide in enumerate(study.tested)
         ],
     }
+
+
+def _mean_of(values: Floats) -> float | None:
+    """Mean of what is there, `None` without any."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else None
 
 
 def finder_alone(detected: DetectedStudy) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def _detected_slides(percentages: Sequence[Row], recipe: Row) -> Markdown:
     rows = [
         [
             row["slide"], row["outlines"], f"{row['objects']:.1f}", f"{row['truth']:.1f}",
-            *(f"{row[name]:.1f}" for name in arm["read"]),
+            *("" if row[name] is None else f"{row[name]:.1f}" for name in arm["read"]),
         ]
         for row in arm["slides"]
     ]  # fmt: skip
