@@ -512,6 +512,7 @@ def test_a_corrected_interval_holds_the_classifier_and_the_finder(tmp_path: Path
         ([[90, 10], [0, 0]], None, {}, "on no object of global_sclerosis"),
         ([[60, 40], [55, 45]], None, {}, "say too little"),
         (CONFUSION, {N: (9, 10)}, {"score": 0.9}, "recall of global_sclerosis was not measured"),
+        (CONFUSION, {N: (9, 10), G: (4, 9)}, {"score": 0.9}, "detected 4 of 9 global_sclerosis"),
         (CONFUSION, None, {"quality": "folded"}, "every glomerulus is cut"),
     ],
     ids=str,
