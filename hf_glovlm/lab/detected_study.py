@@ -6,7 +6,7 @@ without it, on those glomeruli that were found.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..metrics import PairedRun, compute_metrics, paired_differences
 from ..slides.finder.tokens import TokenEncoder
 from .detected_glomeruli import DetectedDraw, as_glomerulus, detect_in_folds, link_outlines
-from .outline_cells import Draw, draw_supports, fit_cells
+from .outline_cells import draw_supports, fit_cells
 from .outlined_crops import list_rows, picture_file
 from .outlined_regions import StudyRegion, read_regions
 from .sclerosis_arms import Arm, Labelled, read_arm
@@ -287,14 +287,16 @@ def measure_gain(detected: DetectedStudy, about: Mapping[str, Any]) -> dict[str,
         if held < 2 * about["least_groups"]:
             return {"glomeruli": glomeruli, "least": held, "results": []}
         draws, _ = draw_supports(
-            list_rows([study.glomeruli[row] for row in rows], study.plan["data"]["group"]),
+            list_rows(
+                [replace(study.glomeruli[row], label=str(study.labels[row])) for row in rows],
+                study.plan["data"]["group"],
+            ),
             groups,
             shots=max(methods),
             seed=about["seed"] + number,
             draws=about["count"] // len(detected.draws),
             least=about["least_groups"],
         )
-        draws = [_by_class(draw, labels) for draw in draws]
         tested += [(labels[draw.test], [groups[i] for i in draw.test]) for draw in draws]
         for outline in outlines:
             seen = {
@@ -349,12 +351,6 @@ def _labelled_objects(detected: DetectedStudy, number: int) -> tuple[Ints, Ints]
     return row[objects][order], objects[order]
 
 
-def _by_class(draw: Draw, labels: Ints) -> Draw:
-    """The draw with its support in the order of these class numbers."""
-    rows = np.concatenate(draw.support)
-    return Draw(draw.number, tuple(rows[labels[rows] == k] for k in np.unique(labels)), draw.test)
-
-
 def _means(tested: Sequence[tuple[Ints, list[str]]], values: Sequence[Floats]) -> dict[str, float]:
     """Mean of each metric over draws."""
     each = [
@@ -373,6 +369,7 @@ def measure_detected(detected: DetectedStudy, recipe: Mapping[str, Any]) -> dict
         recipe: `method`, `estimate`.
     """
     study = detected.study
+    whole = not study.plan.get("pools")  # a pool has no regions and no finder of its own
     own = detected.outlines
     return {
         "head": detected.about["head"],
@@ -387,10 +384,10 @@ def measure_detected(detected: DetectedStudy, recipe: Mapping[str, Any]) -> dict
             "in the table": int((own.row >= 0).sum()),
         },
         "draws": [describe_draw(draw) for draw in detected.draws],
-        "finder_alone": finder_alone(detected),
+        "finder_alone": finder_alone(detected) if whole else None,
         "percentages": [
             measure_percentages(detected, Arm(outline, recipe["method"]), recipe["estimate"])
-            for outline in study.plan["outlines"]
+            for outline in (study.plan["outlines"] if whole else [])
         ],
         "gain": measure_gain(detected, study.plan["gain"]),
     }

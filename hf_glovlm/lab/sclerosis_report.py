@@ -104,21 +104,23 @@ def _slides(results: Sequence[Row], recipe: Row) -> Markdown:
 def _detected(about: Row, recipe: Row) -> list[str]:
     """Parts of what finders found."""
     n = len(about["draws"])
-    return [
+    parts = [
         "### Found outlines",
-        f"Head `{about['head']}`, {about['learned_from']} regions of other slides, "
-        f"{about['folds']} folds of slides, {n} {'draw' if n == 1 else 'draws'} of regions.",
+        f"Head `{about['head']}`, {about['learned_from']} regions of others, "
+        f"{about['folds']} folds, {n} {'draw' if n == 1 else 'draws'} of regions.",
         _finders(about["draws"]),
-        "#### Percentages",
-        _read(about["percentages"]),
-        "#### Intervals",
-        _read_intervals(about["percentages"]),
-        _costs(about),
-        "#### Each slide",
-        _detected_slides(about["percentages"], recipe),
-        "### Gain of the outline on glomeruli that were found",
-        _gains(about["gain"]),
     ]
+    if about["percentages"]:
+        parts += [
+            "#### Percentages",
+            _read(about["percentages"]),
+            "#### Intervals",
+            _read_intervals(about["percentages"]),
+            _costs(about),
+            "#### Each slide",
+            _detected_slides(about["percentages"], recipe),
+        ]
+    return [*parts, "### Gain of the outline on glomeruli that were found", _gains(about["gain"])]
 
 
 def _finders(draws: Sequence[Row]) -> Markdown:
