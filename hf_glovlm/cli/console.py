@@ -229,6 +229,19 @@ def follow_slides(batch_size: int) -> Callable[[str, Mapping[str, Any]], None]:
     return show
 
 
+def note_once(sentences: Iterable[tuple[str, str]]) -> None:
+    """Print notes on slides, what several of them share once.
+
+    Args:
+        sentences: Of each its slide and the sentence.
+    """
+    places: dict[str, list[str]] = {}
+    for slide, sentence in sentences:
+        places.setdefault(sentence, []).append(slide)
+    for sentence, slides in places.items():
+        note(f"{slides[0] if len(slides) == 1 else f'{len(slides)} slides'}: {sentence}")
+
+
 def event_text(kind: str, what: Mapping[str, Any]) -> str:
     """One line for an event of `runs.run`."""
     if kind == "epoch":

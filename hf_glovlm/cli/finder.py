@@ -7,7 +7,7 @@ import typer
 
 from ..environment import quiet_libraries
 from ..slides.finder.config import FindConfig, FindTrainConfig
-from .console import follow_slides, note, print_json, print_table, show_progress
+from .console import follow_slides, note, note_once, print_json, print_table, show_progress
 from .options import JsonFlag, options_of
 
 find_app = typer.Typer(help="Find glomeruli on slides, by a few outlined regions.")
@@ -98,9 +98,7 @@ def find_run(checked: FindConfig, as_json: JsonFlag = False) -> None:
         mark = " (the finder learned from synthetic images)" if results["synthetic"] else ""
         header = ["slide", "status", "glomeruli", "cut by the border", "why it failed"]
         print_table(f"Outlines, provisional{mark}. Research use only", header, rows)
-    for entry in results["slides"]:
-        for sentence in entry["notes"]:
-            note(f"{entry['slide']}: {sentence}")
+    note_once((entry["slide"], text) for entry in results["slides"] for text in entry["notes"])
     note(
         f"outlines are in {checked.output_dir}: look at them in QuPath, or give that folder to "
         "glovlm slide --objects"

@@ -16,6 +16,7 @@ from .console import (
     follow_slides,
     is_main,
     note,
+    note_once,
     print_json,
     print_metrics,
     print_table,
@@ -329,7 +330,7 @@ def _show_crops(outcome: Any) -> None:
 def _summarise_crops(done: Sequence["CropSummary"]) -> None:
     """Notes on what was cut and what was not, over all slides."""
     totals: Counter[str] = Counter()
-    sentences: dict[str, list[str]] = {}
+    sentences: list[tuple[str, str]] = []
     for summary in done:
         totals["outlined twice, cut once"] += len(summary.duplicates)
         totals["flagged and left out"] += len(summary.skipped)
@@ -340,14 +341,11 @@ def _summarise_crops(done: Sequence["CropSummary"]) -> None:
             lines.append(f"micrometres per pixel: {summary.mpp:g}")
         if summary.origin["source"] != "slide":
             lines.append("outlines count from {x:g},{y:g} ({source})".format(**summary.origin))
-        for sentence in lines:
-            sentences.setdefault(sentence, []).append(summary.slide)
+        sentences += [(summary.slide, line) for line in lines]
     for what, n in totals.items():
         if n:
             note(f"{n} {what}")
-    for sentence, slides in sentences.items():
-        place = slides[0] if len(slides) == 1 else f"{len(slides)} slides"
-        note(f"{place}: {sentence}")
+    note_once(sentences)
 
 
 def get(name: Annotated[str, Argument(help="A name of `glovlm datasets`.")]) -> None:

@@ -7,6 +7,14 @@ from ..errors import GloVLMError
 from ..settings import Settings, setting
 from .files.coordinates import parse_origin
 
+# Help of settings that other commands have as well.
+MPP = "Micrometres per pixel of level 0, where the file's own is missing or wrong."
+SCENE = "Which picture of a file that holds several: its number, from 1, or its name."
+ORIGIN = (
+    "Where the outlines count from: auto (as QuPath: the scanned part's corner where the slide "
+    "states one), slide (level 0's corner), bounds, or X,Y in pixels of level 0."
+)
+
 
 @dataclass(frozen=True)
 class SlideConfig(Settings):
@@ -31,14 +39,14 @@ class SlideConfig(Settings):
     )
     mpp: float | None = setting(
         None,
-        help="Micrometres per pixel of level 0, where the file's own is missing or wrong.",
+        help=MPP,
         group="Tiles",
         above=0,
         unset="the file's own",
     )
     scene: str | None = setting(
         None,
-        help="Which picture of a file that holds several: its number, from 1, or its name.",
+        help=SCENE,
         group="Data",
         unset="the largest",
     )
@@ -83,8 +91,7 @@ class SlideConfig(Settings):
     )
     origin: str = setting(
         "auto",
-        help="Where the outlines count from: auto (as QuPath: the scanned part's corner where the "
-        "slide states one), slide (level 0's corner), bounds, or X,Y in pixels of level 0.",
+        help=ORIGIN,
         group="Objects",
     )
     classes: list[str] = setting(

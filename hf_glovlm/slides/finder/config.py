@@ -4,18 +4,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from ...settings import SEEDS, Settings, setting
+from ..config import MPP, ORIGIN, SCENE
 from ..files.coordinates import parse_origin
 
-_SCENE = "Which picture of a file that holds several: its number, from 1, or its name."
-_MPP = "Micrometres per pixel of level 0, where the file's own is missing or wrong."
 _STAIN = "Stain of all pictures, where --cases does not state it; see docs/stains.md."
 _CASES = (
     "CSV with slide_id and any of patient_id, case_id, stain, mpp, scene and what else is known of "
     "each picture (docs/outlines.md)."
-)
-_ORIGIN = (
-    "Where the outlines count from: auto (as QuPath: the scanned part's corner where the slide "
-    "states one), slide (level 0's corner), bounds, or X,Y in pixels of level 0."
 )
 _SCALE = "Accept an --mpp far from what the file states."
 _DEVICE = "auto, cpu, cuda, cuda:N or mps."
@@ -52,8 +47,8 @@ class FindTrainConfig(Settings):
     cases: str | None = setting(
         None, help=_CASES, group="Data", unset="each picture a group of its own"
     )
-    mpp: float | None = setting(None, help=_MPP, group="Data", above=0, unset="the file's own")
-    scene: str | None = setting(None, help=_SCENE, group="Data", unset="the largest")
+    mpp: float | None = setting(None, help=MPP, group="Data", above=0, unset="the file's own")
+    scene: str | None = setting(None, help=SCENE, group="Data", unset="the largest")
     stain: str | None = setting(None, help=_STAIN, group="Data", unset="not stated")
     label_property: str | None = setting(
         None, help="Property of an outline that holds its class.", group="Objects", unset="QuPath's"
@@ -69,7 +64,7 @@ class FindTrainConfig(Settings):
         help="Classes of outlines that are no glomeruli; repeat the option.",
         group="Objects",
     )
-    origin: str = setting("auto", help=_ORIGIN, group="Objects")
+    origin: str = setting("auto", help=ORIGIN, group="Objects")
     colours: str | None = setting(
         None,
         help="Of masks: green=viable,red=sclerosed, or by value 1=viable.",
@@ -123,12 +118,12 @@ class FindConfig(Settings):
         most=1,
         unset="the finder's own",
     )
-    mpp: float | None = setting(None, help=_MPP, group="Tiles", above=0, unset="the file's own")
-    scene: str | None = setting(None, help=_SCENE, group="Data", unset="the largest")
+    mpp: float | None = setting(None, help=MPP, group="Tiles", above=0, unset="the file's own")
+    scene: str | None = setting(None, help=SCENE, group="Data", unset="the largest")
     stain: str | None = setting(None, help=_STAIN, group="Data", unset="not stated")
     cases: str | None = setting(None, help=_CASES, group="Data", unset="nothing further is known")
     drop_pen: bool = setting(True, help="Leave strokes of a pen out of the tissue.", group="Tiles")
-    origin: str = setting("auto", help=_ORIGIN, group="Objects")
+    origin: str = setting("auto", help=ORIGIN, group="Objects")
     backbone: str | None = setting(
         None,
         help="Where the finder's backbone lies, if no longer where it was.",
