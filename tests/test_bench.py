@@ -14,17 +14,13 @@ from tokenizers import Tokenizer
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import prediction
-from hf_glovlm.lab.bench import (
-    Shape,
-    _grow_tokenizer,
-    _shortest_in_turn,
-    bench_cache,
-    bench_encode,
-    bench_methods,
-    bench_metrics,
-    plain_metrics,
-    run_benches,
-)
+from hf_glovlm.lab.benches import run_benches
+from hf_glovlm.lab.benches.cache import bench_cache
+from hf_glovlm.lab.benches.encode import _grow_tokenizer, bench_encode
+from hf_glovlm.lab.benches.methods import bench_methods
+from hf_glovlm.lab.benches.metrics import bench_metrics, plain_metrics
+from hf_glovlm.lab.benches.timing import shortest_in_turn
+from hf_glovlm.lab.benches.towers import Shape
 from hf_glovlm.methods import METHODS
 from hf_glovlm.metrics import compute_metrics
 from hf_glovlm.model import GloVLMModel
@@ -105,7 +101,7 @@ def test_a_pair_has_no_bare_module() -> None:
 def test_each_work_takes_its_turn() -> None:
     calls: list[str] = []
     works = [partial(calls.append, name) for name in "ab"]
-    assert len(_shortest_in_turn(works, 3)) == 2
+    assert len(shortest_in_turn(works, 3)) == 2
     assert "".join(calls) == "ababab"
 
 

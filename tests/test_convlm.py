@@ -38,7 +38,8 @@ from hf_glovlm.backbones import load_backbone
 from hf_glovlm.data import all_rows, load_dataset
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import predict
-from hf_glovlm.lab.bench import Shape, _block_operations, bench_context
+from hf_glovlm.lab.benches.context import _block_operations, bench_context
+from hf_glovlm.lab.benches.towers import Shape
 from hf_glovlm.methods import METHODS, Recipe, TowerMethod, give_joint_space
 from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.training import Adapted, adapt, adaptation

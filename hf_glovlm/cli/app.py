@@ -607,7 +607,7 @@ def bench(
 
         rows = bench_slide(backbone=backbone or "mini")
     else:
-        from ..lab.bench import run_benches
+        from ..lab.benches import run_benches
 
         rows = run_benches(chosen, backbone=backbone)
     print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)

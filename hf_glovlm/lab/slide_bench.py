@@ -24,7 +24,7 @@ from ..inference import embed_prompts
 from ..model import GloVLMForImageClassification
 from ..model.heads import ClassWeights
 from ..slides.encoding import encode_slide, load_encoder
-from .bench import Row, as_row
+from .benches.timing import Row, as_row
 
 Box = tuple[int, int, int, int]  # x, y, width, height at level 0
 

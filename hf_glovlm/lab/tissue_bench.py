@@ -17,7 +17,7 @@ from ..errors import GloVLMError
 from ..slides.files.annotations import read_geojson
 from ..slides.files.tissue import find_tissue
 from ..slides.files.wsi import Slide
-from .bench import Row, as_row
+from .benches.timing import Row, as_row
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
