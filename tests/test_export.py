@@ -177,10 +177,10 @@ def test_int8_is_measured(tmp_path: Path) -> None:
     assert read_export(tmp_path / "out")["format"] == "int8"
 
 
-def _graph_of(folder: Path) -> Callable[[Any, Any, Path], int]:
+def _graph_of(folder: Path) -> Callable[..., int]:
     """Writes the graph that an earlier export left in this folder."""
 
-    def write(model: Any, example: Any, path: Path) -> int:
+    def write(module: Any, example: Any, path: Path, outputs: Any) -> int:
         shutil.copy(folder / "model.onnx", path)
         return 20
 
@@ -190,7 +190,7 @@ def _graph_of(folder: Path) -> Callable[[Any, Any, Path], int]:
 def test_what_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor, folder, _ = _exported("pair")
     before = model.head.weight.data.clone()
-    monkeypatch.setattr(onnx_graph, "_write_graph", _graph_of(folder))
+    monkeypatch.setattr(onnx_graph, "write_graph", _graph_of(folder))
     export_classifier(model, processor, tmp_path / "same")
     for change in (1e-2, float("nan")):
         model.head.weight.data = before * (1 + change)
@@ -278,7 +278,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(onnx_graph, "_write_graph", stop)
+    monkeypatch.setattr(onnx_graph, "write_graph", stop)
     with pytest.raises(KeyboardInterrupt):
         export_classifier(model, processor, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -326,7 +326,7 @@ def test_without_data_the_graph_is_checked_and_nothing_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor, folder, _ = _exported("pair")
-    monkeypatch.setattr(onnx_graph, "_write_graph", _graph_of(folder))
+    monkeypatch.setattr(onnx_graph, "write_graph", _graph_of(folder))
     report = export_classifier(model, processor, tmp_path / "out")
     assert report.largest_difference <= 1e-4
     assert report.measured is None

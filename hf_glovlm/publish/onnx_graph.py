@@ -5,11 +5,8 @@ preprocessing. Research use only, not for diagnosis.
 """
 
 import json
-import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -25,6 +22,14 @@ from ..data.folder import column
 from ..errors import GloVLMError, nearest
 from ..files import replacing
 from ..inference import evaluation_mode, load_classifier
+from ..inference.graphs import (
+    INPUT,
+    Session,
+    check_packages,
+    graph_parts,
+    quantise_graph,
+    write_graph,
+)
 from ..inference.prediction import ImageRows
 from ..model.outlines import CENTRE, FILL, blanks, draw_centre, pools
 from .identifiers import Identifiers, Text, identifiers_of, refuse_named, texts_of
@@ -43,8 +48,7 @@ Floats = NDArray[np.float64]
 
 TOLERANCE = 1e-4  # of logits in fp32
 DISCLAIMER = "Research use only, not for diagnosis."
-_PROTOBUF_LIMIT = 1_900_000_000  # bytes of one file; larger weights lie beside it
-_INPUT, _OUTPUT = "pixel_values", "logits"
+_OUTPUT = "logits"
 
 
 @dataclass(frozen=True)
@@ -196,7 +200,7 @@ def export_classifier(
         blank = draw_centre(Image.new("RGB", (64, 64)))
         images = [blank] * 2 if sample is None else sample.images
         example = _prepare(processor, images[:2])
-        opset = _write_graph(model, example, plain)
+        opset = write_graph(_Logits(model).eval(), example, plain, [_OUTPUT])
         _annotate(plain, model)
         notify("checking")
         difference = _largest_difference(model, plain, processor, example, images[:16])
@@ -210,7 +214,7 @@ def export_classifier(
         if format == "int8":
             notify("quantising")
             file, compared = work / "model_int8.onnx", _of_graph(plain)
-            _quantise(plain, file)
+            quantise_graph(plain, file)
         measured = None
         if sample is not None:
             notify("measuring")
@@ -229,7 +233,7 @@ def export_classifier(
             measured=measured,
         )
         if file != plain:
-            for part in _parts(plain):
+            for part in graph_parts(plain):
                 part.unlink()
         _write_json(work / "preprocessing.json", describe_input(model, processor, example, report))
         _write_json(work / "export.json", report.describe() | {"note": DISCLAIMER})
@@ -261,7 +265,7 @@ def describe_input(
         "format": report.format,
         "opset": report.opset,
         "input": {
-            "name": _INPUT,
+            "name": INPUT,
             "dtype": "float32",
             "shape": ["batch", *example.shape[1:]],
             "layout": "NCHW",
@@ -337,14 +341,7 @@ def _check_request(model: Any, format: str, reason: str | None) -> None:
             "SigLIP 2 takes each image in a shape of its own, and a graph has one input shape: use "
             "the model itself, or a backbone of one image size."
         )
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise GloVLMError(
-            f"Exporting needs the package {error.name}: pip install 'hf-glovlm[export]'."
-        ) from None
+    check_packages("onnx", "onnxruntime", "onnxscript", need="Exporting")
 
 
 def _check_folder(target: Path) -> Path:
@@ -397,70 +394,6 @@ class _Logits(nn.Module):
         return logits
 
 
-def _write_graph(model: Any, example: Tensor, path: Path) -> int:
-    """Export the model for batches of any size; returns the version of the operators."""
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                _trace(_Logits(model).eval(), example),
-                input_names=[_INPUT],
-                output_names=[_OUTPUT],
-                verbose=False,
-            )
-            assert program is not None  # it is returned where no file is named
-            weights = sum(w.numel() * w.element_size() for w in model.parameters())
-            program.save(path, external_data=weights > _PROTOBUF_LIMIT)
-    except (RuntimeError, ValueError, TypeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-        raise GloVLMError(
-            f"This model cannot be written as one graph ({first.strip()}): use the model itself."
-        ) from error
-    return int(program.model.opset_imports[""])
-
-
-def _trace(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
-    shapes = {_INPUT: {0: torch.export.Dim("batch", min=1)}}
-    try:
-        return torch.export.export(module, (example,), dynamic_shapes=shapes)
-    except RuntimeError:  # `len(tensor)` is a number to it; the slower way reads the code itself
-        return torch.export.export(module, (example,), dynamic_shapes=shapes, strict=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log messages and warnings of the exporter and the quantiser."""
-    names = ("onnxscript", "torch.onnx", "onnx_ir", "torch.export")
-    loggers = [logging.getLogger(name) for name in (*names, None)]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for kind in (DeprecationWarning, FutureWarning, UserWarning):
-                warnings.filterwarnings("ignore", category=kind, module=r"(torch|onnx|copyreg)")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _quantise(source: Path, target: Path) -> None:
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    graph = onnx.load(source)
-    # Shapes that the exporter noted are those from before it optimised; they are inferred anew.
-    del graph.graph.value_info[:]
-    with _quiet():
-        quantize_dynamic(
-            graph,
-            target,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            weight_type=QuantType.QInt8,
-            use_external_data_format=source.with_name(f"{source.name}.data").is_file(),
-        )
-
-
 def _annotate(path: Path, model: Any) -> None:
     """Write classes and disclaimer into the graph's metadata, and remove all other metadata.
 
@@ -483,13 +416,8 @@ def _annotate(path: Path, model: Any) -> None:
     onnx.save(proto, path)
 
 
-def _parts(graph: Path) -> list[Path]:
-    """The graph's file, and that of its weights where they lie beside it."""
-    return list(graph.parent.glob(f"{graph.name}*"))
-
-
 def _size(graph: Path) -> int:
-    return sum(part.stat().st_size for part in _parts(graph))
+    return sum(part.stat().st_size for part in graph_parts(graph))
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -512,22 +440,16 @@ def _of_model(model: Any) -> Classifier:
 
 
 def _of_graph(path: Path) -> Classifier:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()  # as many as the model has
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = Session(path, [_OUTPUT])
 
     def classify(pixels: Tensor) -> Floats:
-        logits: Floats = session.run([_OUTPUT], {_INPUT: pixels.numpy()})[0].astype(np.float64)
-        return logits
+        return session.run(pixels)[0].astype(np.float64)
 
     return classify
 
 
 def _prepare(processor: Any, images: Sequence[Image.Image]) -> Tensor:
-    pixels: Tensor = processor(images=list(images), return_tensors="pt")[_INPUT].float()
+    pixels: Tensor = processor(images=list(images), return_tensors="pt")[INPUT].float()
     return pixels
 
 
