@@ -5,6 +5,7 @@ packages are imported where they are needed.
 """
 
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -213,13 +214,38 @@ def _open_onnx(path: Path, threads: int) -> tuple[Any, list[str]]:
 
 
 def _open_openvino(path: Path, precision: str, threads: int) -> tuple[Any, list[str]]:
-    check_packages("openvino", need="The runtime openvino", extra="openvino")
-    import openvino
-
+    openvino = import_openvino()
+    hint = _OPENVINO_TYPES[precision]
     settings = {
-        "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[precision],
+        "INFERENCE_PRECISION_HINT": hint,
         "INFERENCE_NUM_THREADS": threads,
         "PERFORMANCE_HINT": "LATENCY",  # one batch at a time
     }
     graph = openvino.Core().compile_model(str(path), "CPU", settings)
+    actual = graph.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if actual != hint:
+        raise GloVLMError(
+            f"OpenVINO computes in {actual} on this processor, which has no {precision}: use "
+            "precision fp32, or another runtime."
+        )
     return graph, [output.get_any_name() for output in graph.outputs]
+
+
+def import_openvino() -> Any:
+    """The package openvino, without its telemetry: plainly imported, it reports its use.
+
+    Raises:
+        GloVLMError: It is missing.
+    """
+    name, absent = "openvino_telemetry", object()
+    before = sys.modules.get(name, absent)
+    sys.modules[name] = None  # type: ignore[assignment]  # its import fails; a stub stands in
+    try:
+        check_packages("openvino", need="The runtime openvino", extra="openvino")
+        import openvino  # type: ignore[import-untyped]
+
+        return openvino
+    finally:
+        del sys.modules[name]
+        if before is not absent:
+            sys.modules[name] = before  # type: ignore[assignment]
