@@ -38,6 +38,7 @@ KINDS = {  # of folders, by the `kind` that results.json or the manifest states
     "corrections": "corrections of `glovlm correct`",
     "finder": "a finder of `glovlm find train`",
     "findings": "outlines of `glovlm find run`",
+    "export": "a graph of `glovlm export`",
 }
 _NO_NAME = r"/\\:*?\"<>|\x00-\x1f"
 _FRESH = re.compile(r"^\..+\.[0-9a-f]{12}\.tmp$")
@@ -803,6 +804,7 @@ def results_kind(results: Mapping[str, Any]) -> str | None:
         "adaptation": "method",
         "pretraining": "test_patients",
         "evaluation": "metrics",
+        "export": "opset",
     }
     return next((name for name, mark in marks.items() if mark in results), None)
 
@@ -864,7 +866,7 @@ def refuse_damage(folder: Path, manifest: Manifest, names: Iterable[str] | None 
 
 
 def _results_file(folder: Path) -> Path | None:
-    known = (folder / f"{name}.json" for name in ("results", "report", "pretraining"))
+    known = (folder / f"{name}.json" for name in ("results", "report", "pretraining", "export"))
     return next((file for file in known if file.is_file()), None)
 
 

@@ -244,7 +244,7 @@ def predict(
     quiet_libraries()
     options: dict[str, Any] = {"batch_size": batch_size, "device": resolve_device(device)}
     options |= {"cache": FeatureCache(), "progress": sys.stderr.isatty()}
-    loaded = load_model(model)[:2]
+    loaded = load_model(model, exported=True)[:2]
     rows_of_images, stated = state_stains(image_rows(places, mpp), stain)
     readable = places
     scale, adapted = check_scale(*loaded, rows_of_images, allow=allow_scale), loaded[0].config.mpp

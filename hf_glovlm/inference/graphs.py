@@ -88,7 +88,12 @@ def _trace(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
 
 
 def quantise_graph(
-    source: Path, target: Path, *, per_channel: bool = False, reduce_range: bool = False
+    source: Path,
+    target: Path,
+    *,
+    keep: Sequence[str] = (),
+    per_channel: bool = False,
+    reduce_range: bool = False,
 ) -> None:
     """Quantise weights of matrix products to int8, and activations as they come.
 
@@ -97,6 +102,7 @@ def quantise_graph(
     Args:
         source: A graph in fp32.
         target: The graph to write.
+        keep: Outputs for which alone nothing is quantised: what others need, too, is.
         per_channel: Whether each column of a weight has a scale of its own.
         reduce_range: Whether weights have 7 bits, so that sums do not overflow the 16 bits of
             processors without VNNI.
@@ -107,16 +113,35 @@ def quantise_graph(
     graph = onnx.load(source)
     # Shapes that the exporter noted are those from before it optimised; they are inferred anew.
     del graph.graph.value_info[:]
+    left_out = _nodes_of_alone(graph.graph, keep)
     with quiet_export():
         quantize_dynamic(
             graph,
             target,
             op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=left_out,
             weight_type=QuantType.QInt8,
             per_channel=per_channel,
             reduce_range=reduce_range,
             use_external_data_format=source.with_name(f"{source.name}.data").is_file(),
         )
+
+
+def _nodes_of_alone(graph: Any, outputs: Sequence[str]) -> list[str]:
+    """Names of the nodes that some outputs need and no other does."""
+    makers = {name: node for node in graph.node for name in node.output}
+
+    def behind(names: list[str]) -> set[str]:
+        needed: set[str] = set()
+        while names:
+            node = makers.get(names.pop())
+            if node is not None and node.name not in needed:
+                needed.add(node.name)
+                names += node.input
+        return needed
+
+    others = [output.name for output in graph.output if output.name not in outputs]
+    return sorted(behind([*outputs]) - behind(others))
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from ..errors import GloVLMError, nearest
 from ..files import model_folder, read_json, results_kind, write_table
 from ..model.outlines import draw_centre
 from .cache import FeatureCache, encoder_key
+from .exported import Answers, ExportedClassifier, is_export, load_export
 from .stains import compare_stains, find_centres
 from .views import draw_view, view_key
 
@@ -546,13 +547,15 @@ _METADATA = b"hf_glovlm"
 
 
 def load_classifier(
-    name: str | Path, *, revision: str | None = None
+    name: str | Path, *, revision: str | None = None, exported: bool = False
 ) -> tuple[Any, Any, dict[str, Any] | None]:
     """Load a classifier that `glovlm train` wrote.
 
     Args:
         name: A run's folder, its `model/`, or a Hub id, as `owner/name` or `owner/name@revision`.
         revision: Commit, tag or branch of a Hub id.
+        exported: Whether a folder that `glovlm export` wrote serves, too: an `ExportedClassifier`
+            predicts and encodes, and no more.
 
     Returns:
         The classifier in fp32 and evaluation mode, its processor, and the results of its run where
@@ -568,6 +571,8 @@ def load_classifier(
     name, revision = split_revision(str(name), revision)
     folder, run = Path(name).expanduser(), None
     if folder.is_dir():
+        if exported and is_export(folder):
+            return load_export(folder)
         folder = model_folder(name, "adaptation")
         if not (folder / "config.json").is_file():
             raise GloVLMError(
@@ -644,19 +649,12 @@ def predict(
     with exact_inference(model):
         features = _project(model.glovlm, pooled)
         tensor = torch.from_numpy(features).to(model_device(model), model.dtype)
-        head: Any = model.head
-        centres: Any = model.centres
-        ids = None if centres is None else find_centres(centres, stains).to(tensor.device)
-        logits = to_array(model.classify_features(tensor, ids))
-        similarities = None
-        if getattr(head, "cosine", False):
-            unit = torch.nn.functional.normalize(tensor, dim=-1)
-            similarities = to_array(unit @ head.weight.T)
-        distances = None
-        if model.guard is not None:
-            distances = to_array(model.guard(torch.from_numpy(compared).to(model_device(model))))
-            if np.isnan(distances).any():  # described by the config, but its numbers are not there
-                distances = None
+        answers = _answer(model, tensor, compared, stains)
+        logits = to_array(answers.logits)
+        similarities = None if answers.similarities is None else to_array(answers.similarities)
+        distances = None if answers.distances is None else to_array(answers.distances)
+        if distances is not None and np.isnan(distances).any():
+            distances = None  # described by the config, but its numbers are not there
     if not np.isfinite(logits).all():
         raise GloVLMError(
             "The head returned logits that are not finite: the model's training diverged; train it "
@@ -674,6 +672,23 @@ def predict(
         support_distances=None if distances is None else distances.astype(np.float64),
         notes=[*contradictions(images), *compare_stains(model, stains)],
     )
+
+
+def _answer(
+    model: Any, features: torch.Tensor, compared: NDArray[np.float32], stains: Sequence[str | None]
+) -> Answers:
+    """Logits, cosines and distances to the support of image features."""
+    if isinstance(model, ExportedClassifier):
+        return model.answer(features)
+    centres = model.centres
+    ids = None if centres is None else find_centres(centres, stains).to(features.device)
+    logits = model.classify_features(features, ids)
+    similarities = distances = None
+    if getattr(model.head, "cosine", False):
+        similarities = torch.nn.functional.normalize(features, dim=-1) @ model.head.weight.T
+    if model.guard is not None:
+        distances = model.guard(torch.from_numpy(compared).to(features.device))
+    return Answers(logits, similarities, distances)
 
 
 def _labels(images: "Dataset", names: list[str]) -> NDArray[np.int64] | None:

@@ -66,11 +66,12 @@ def load_published(
         raise GloVLMError(f"{name} cannot be loaded: {reason}") from error
 
 
-def load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
+def load_model(name: str, *, exported: bool = False) -> tuple[Any, Any, dict[str, Any] | None]:
     """Load a model of a run's folder or of the Hub, whole or an adapter or head alone.
 
     Args:
         name: A folder or a Hub id, as `owner/name` or `owner/name@revision`.
+        exported: See `inference.load_classifier`.
 
     Returns:
         What `inference.load_classifier` returns; results are known of folders alone.
@@ -83,7 +84,7 @@ def load_model(name: str) -> tuple[Any, Any, dict[str, Any] | None]:
     folder = Path(name).expanduser()
     parts = (folder / PARTS).is_file()
     if not parts and (folder.exists() or not _HUB_ID.fullmatch(split_revision(name)[0])):
-        return load_classifier(name)
+        return load_classifier(name, exported=exported)
     return *load_published(name), None
 
 

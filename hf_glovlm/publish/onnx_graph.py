@@ -1,12 +1,13 @@
 """ONNX export: a trained classifier as one graph, images in and calibrated logits out.
 
-The graph is checked against the model before it is kept. A file beside it holds its
-preprocessing. Research use only, not for diagnosis.
+The graph is checked against the model before it is kept. Files beside it hold its preprocessing and
+what `glovlm predict`, `evaluate` and `slide` need to take the folder in the place of the model (see
+`inference.exported`). Research use only, not for diagnosis.
 """
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from ..calibration.inputs import softmax
 from ..data.folder import column
 from ..errors import GloVLMError, nearest
-from ..files import replacing
+from ..files import replacing, write_manifest
 from ..inference import evaluation_mode, load_classifier
+from ..inference.exported import CONFIG, EXPORT, OUTPUTS, PREPROCESSING, RUN
 from ..inference.graphs import (
     INPUT,
     Session,
@@ -46,9 +48,10 @@ __all__ = ["ExportReport", "Format", "Measured", "export_classifier", "export_mo
 Format = Literal["onnx", "int8"]
 Floats = NDArray[np.float64]
 
-TOLERANCE = 1e-4  # of logits in fp32
+TOLERANCE = 1e-4  # of logits in fp32; of the other outputs over the largest of each
 DISCLAIMER = "Research use only, not for diagnosis."
-_OUTPUT = "logits"
+_OUTPUT, _DISTANCE = "logits", "support_distance"
+_LEARNED = ("group_column", "support_groups_sha256", "learned_from")  # of a run's `data`
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def export_model(
 
     The other arguments, what is written and what is raised are those of `export_classifier`.
     """
-    model, processor, _ = load_classifier(str(source))
+    model, processor, results = load_classifier(str(source))
     return export_classifier(
         model,
         processor,
@@ -141,6 +144,7 @@ def export_model(
         reason=reason,
         on_stage=on_stage,
         forbidden=identifiers_of(source),
+        results=results,
     )
 
 
@@ -157,19 +161,24 @@ def export_classifier(
     reason: str | None = None,
     on_stage: Callable[[str], None] | None = None,
     forbidden: Identifiers | None = None,
+    results: Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write a classifier as an ONNX graph with its preprocessing, or leave nothing.
 
     The graph maps `pixel_values` `[batch, 3, height, width]`, of any batch, to `logits`
     `[batch, classes]`, with temperature and prior correction; where the inside of an outline is
-    pooled there is a fourth channel, the part of each pixel inside. `int8` quantises the weights of
-    its matrix products, and activations as they come (onnxruntime's dynamic quantisation).
+    pooled there is a fourth channel, the part of each pixel inside. Further outputs are `features`
+    `[batch, dim]`, and where the model has such `similarities` `[batch, classes]` (cosines) and
+    `support_distance` `[batch, 1]`, as multiples of the guard's limit. `int8` quantises the weights
+    of its matrix products, and activations as they come (onnxruntime's dynamic quantisation), but
+    for the guard's own.
 
     Args:
         model: The classifier, in fp32 on a CPU; it is not changed.
         processor: Its processor.
         output_dir: A folder that is new or empty. It takes `model.onnx` or `model_int8.onnx`,
-            `preprocessing.json` and `export.json`.
+            `preprocessing.json` and `export.json`; for the commands `preprocessor_config.json`,
+            `manifest.json` and, of a run, `run.json`.
         format: `onnx` (fp32) or `int8`.
         data: Rows with `image`, and `label` (a ClassLabel) where known, to measure on; without them
             the graph is only checked, on noise.
@@ -180,6 +189,8 @@ def export_classifier(
             that is easily passed on.
         on_stage: Called with the name of each stage.
         forbidden: What names a patient, a file or a place of the run, and may not leave.
+        results: Of the run: hashes of the groups and images that it learned from go to `run.json`,
+            so that the graph is measured on none of these either.
 
     Raises:
         GloVLMError: A package is missing, the licence of the base forbids it, the model cannot be
@@ -200,10 +211,10 @@ def export_classifier(
         blank = draw_centre(Image.new("RGB", (64, 64)))
         images = [blank] * 2 if sample is None else sample.images
         example = _prepare(processor, images[:2])
-        opset = write_graph(_Logits(model).eval(), example, plain, [_OUTPUT])
+        module, names, opset = _write(model, example, plain)
         _annotate(plain, model)
         notify("checking")
-        difference = _largest_difference(model, plain, processor, example, images[:16])
+        difference = _largest_difference(module, names, plain, processor, example, images[:16])
         if not difference <= tolerance:
             raise GloVLMError(
                 f"The exported graph differs from the model by {difference:.2g} in a logit, at "
@@ -214,7 +225,7 @@ def export_classifier(
         if format == "int8":
             notify("quantising")
             file, compared = work / "model_int8.onnx", _of_graph(plain)
-            quantise_graph(plain, file)
+            quantise_graph(plain, file, keep=[_DISTANCE] if _DISTANCE in names else [])
         measured = None
         if sample is not None:
             notify("measuring")
@@ -235,10 +246,49 @@ def export_classifier(
         if file != plain:
             for part in graph_parts(plain):
                 part.unlink()
-        _write_json(work / "preprocessing.json", describe_input(model, processor, example, report))
-        _write_json(work / "export.json", report.describe() | {"note": DISCLAIMER})
+        _write_json(work / PREPROCESSING, describe_input(model, processor, example, report))
+        processor.image_processor.save_pretrained(work)
+        _write_json(work / EXPORT, _describe(model, module, names, example, report))
         search_folder(work, forbidden)
+        if results is not None:
+            _write_json(work / RUN, _describe_run(results))
+        write_manifest(work, "export", {"format": format, "opset": opset})
     return report
+
+
+def _describe(
+    model: Any, module: "_Outputs", names: Sequence[str], example: Tensor, report: ExportReport
+) -> dict[str, Any]:
+    """What `export.json` holds: the report, and what the commands read of the model."""
+    fields = {name: getattr(model.config, name) for name in CONFIG}
+    fields["guard"] = fields["guard"] if _DISTANCE in names else None
+    with torch.no_grad():
+        widths = [int(output.shape[1]) for output in module(example)]
+    return {
+        "kind": "export",
+        **report.describe(),
+        "outputs": dict(zip(names, widths, strict=True)),
+        "model": fields,
+        "note": DISCLAIMER,
+    }
+
+
+def _describe_run(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What `run.json` holds: of the run's results, what the commands read.
+
+    That is hashes alone, but under the names of columns, so that it is not searched.
+    """
+    data = results["data"]
+    return {
+        "note": (
+            "Hashes of the groups and images that the model learned from, so that it is not "
+            "measured on them, and its confusion matrix. A short id can be guessed from its hash: "
+            "leave this file out where the folder is passed on."
+        ),
+        "kind": "adaptation",
+        "data": {name: data[name] for name in _LEARNED if name in data},
+        "confusion_matrix": results.get("confusion_matrix"),
+    }
 
 
 def describe_input(
@@ -280,7 +330,7 @@ def describe_input(
             "std": list(map(float, transform.image_std)) if normalised else None,
         },
         "mpp": config.mpp,
-        "output": {
+        "output": {  # `features` and others beside it are described in export.json
             "name": _OUTPUT,
             "classes": _names(model),
             "probabilities": "softmax",
@@ -382,16 +432,51 @@ def _images(model: Any, processor: Any, data: "Dataset", name: str, synthetic: b
 # -------------------------------------------------------------------------------------- the graph
 
 
-class _Logits(nn.Module):
-    """The forward pass with one input and one output."""
+class _Outputs(nn.Module):
+    """The forward pass with one input and the outputs of a graph.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: The classifier.
+        guarded: Whether the distance to the support is among them.
+
+    Attributes:
+        names: Of the outputs.
+    """
+
+    def __init__(self, model: Any, *, guarded: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
+        self.guarded = guarded
+        self.compares = bool(getattr(model.head, "cosine", False))
+        has = (True, True, self.compares, guarded)
+        self.names = [name for name, there in zip(OUTPUTS, has, strict=True) if there]
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        logits: Tensor = self.model(pixel_values=pixel_values).logits
-        return logits
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        model = self.model
+        distances: tuple[Tensor, ...] = ()
+        if self.guarded:
+            pooled, middle = model.glovlm.pool_images_and_middle(pixel_values)
+            features = model.glovlm.project_images(pooled)
+            distances = (model.guard(middle if middle.shape[1] else pooled).unsqueeze(1),)
+        else:
+            features = model.glovlm.get_image_features(pixel_values, return_dict=True).pooler_output
+        outputs = [features, model.classify_features(features)]
+        if self.compares:
+            outputs.append(nn.functional.normalize(features, dim=-1) @ model.head.weight.T)
+        return (*outputs, *distances)
+
+
+def _write(model: Any, example: Tensor, path: Path) -> tuple[_Outputs, list[str], int]:
+    """Write the graph; without the guard where the tower's middle cannot be traced."""
+    fitted = model.guard is not None and bool(model.guard.means.isfinite().all())
+    module = _Outputs(model, guarded=fitted).eval()
+    try:
+        return module, module.names, write_graph(module, example, path, module.names)
+    except GloVLMError:
+        if not fitted:
+            raise
+    module = _Outputs(model, guarded=False).eval()
+    return module, module.names, write_graph(module, example, path, module.names)
 
 
 def _annotate(path: Path, model: Any) -> None:
@@ -454,15 +539,29 @@ def _prepare(processor: Any, images: Sequence[Image.Image]) -> Tensor:
 
 
 def _largest_difference(
-    model: Any, path: Path, processor: Any, example: Tensor, images: Sequence[Image.Image]
+    module: _Outputs,
+    names: Sequence[str],
+    path: Path,
+    processor: Any,
+    example: Tensor,
+    images: Sequence[Image.Image],
 ) -> float:
-    """Over noise and images, in batches of several sizes; not a number counts as infinite."""
+    """Over noise and images, in batches of several sizes; not a number counts as infinite.
+
+    Logits are compared as they are, other outputs over the largest of each where that is above 1.
+    """
     noise = torch.randn(5, *example.shape[1:], generator=torch.Generator().manual_seed(0))
     noise[:, 3:] = (noise[:, 3:] > 0).float()  # pixels inside of an outline
-    batches = [noise[:1], noise, _prepare(processor, images)]
-    graph, plain = _of_graph(path), _of_model(model)
-    difference = max(float(np.abs(graph(batch) - plain(batch)).max()) for batch in batches)
-    return difference if np.isfinite(difference) else float("inf")
+    session, difference = Session(path, names), 0.0
+    for batch in (noise[:1], noise, _prepare(processor, images)):
+        with torch.no_grad():
+            expected = [output.numpy() for output in module(batch)]
+            expected[names.index(_OUTPUT)] = module.model(pixel_values=batch).logits.numpy()
+        for name, actual, plain in zip(names, session.run(batch), expected, strict=True):
+            scale = 1.0 if name == _OUTPUT else max(1.0, float(np.abs(plain).max()))
+            apart = float(np.abs(actual - plain).max()) / scale
+            difference = max(difference, apart if np.isfinite(apart) else float("inf"))
+    return difference
 
 
 def _measure(

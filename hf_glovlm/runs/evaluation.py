@@ -104,7 +104,7 @@ def evaluate(
     place = resolve_device(device)
     source = str(model.folder if isinstance(model, RunResult) else model)
     rows, stated = state_stains(choose_split(load_dataset(data, columns=columns), split), stain)
-    classifier, processor, run = load_model(source)
+    classifier, processor, run = load_model(source, exported=True)
     known = _check_labels(classifier, rows)
     report = check_dataset({"all": rows})
     report.raise_problems()
