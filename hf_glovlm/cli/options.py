@@ -14,6 +14,7 @@ from typer import Argument, Option
 
 from ..data.columns import Columns
 from ..errors import GloVLMError
+from ..runtimes import PRECISION_HELP, RUNTIME_HELP
 from ..settings import GROUPS, Declared, Settings, declarations, read_yaml, read_yaml_value, shown
 
 Text = str | None
@@ -24,6 +25,8 @@ Real = float | None
 JsonFlag = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 DeviceFlag = Annotated[str, Option(help="auto, cpu, cuda, cuda:N or mps.")]
 BatchFlag = Annotated[int, Option(min=1, max=65_536, help="Images encoded at a time.")]
+PrecisionFlag = Annotated[str, Option(help=PRECISION_HELP)]
+RuntimeFlag = Annotated[str, Option(help=RUNTIME_HELP)]
 ScaleFlag = Annotated[bool, Option(help="Accept images at a very different scale.")]
 StainFlag = Annotated[Text, Option(help="Stain of images whose stain no column states.")]
 ModelArgument = Annotated[str, Argument(help="A run's folder, its model/, or a Hub id.")]

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..model import GloVLMForImageClassification, GloVLMModel, GloVLMProcessor
+    from .engines import Engine
 
 SHARD_ROWS = 2048  # new features are stored at least this often, so an interruption loses little
 
@@ -101,6 +102,7 @@ def embed_images(
     project: bool = True,
     views: int = 0,
     seed: int = 0,
+    engine: "Engine | None" = None,
 ) -> NDArray[np.float32]:
     """Image features: each distinct content is encoded once, cached ones are not even decoded.
 
@@ -118,6 +120,7 @@ def embed_images(
         project: Whether the projection is applied; it is cheap and never cached.
         views: How many augmented views of each image to encode in its place; cached too.
         seed: Of the views.
+        engine: What computes the tower, see `open_engine`; by default PyTorch in fp32.
 
     Returns:
         `[n, dim]` equal to `model.get_image_features(...).pooler_output`, not normalised; without
@@ -131,7 +134,7 @@ def embed_images(
     pooled, _ = embed_twice(
         model, processor, images,
         batch_size=batch_size, device=device, cache=cache, progress=progress, views=views,
-        seed=seed,
+        seed=seed, engine=engine,
     )  # fmt: skip
     if not project:
         return pooled
@@ -150,6 +153,7 @@ def embed_twice(
     progress: bool = False,
     views: int = 0,
     seed: int = 0,
+    engine: "Engine | None" = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Pooled vectors, and what a guard compares: see `GloVLMModel.pool_images_and_middle`.
 
@@ -163,6 +167,7 @@ def embed_twice(
         progress: Whether to show a progress bar on the terminal.
         views: How many augmented views of each image to encode in its place.
         seed: Of the views.
+        engine: What computes the tower.
 
     Returns:
         Pooled vectors `[n, width]`; mean patches of the middle `[n, hidden]`, or the pooled vectors
@@ -179,13 +184,14 @@ def embed_twice(
     for row, digest in enumerate(digests):
         first.setdefault(digest, row)
     key = f"{encoder_key(model, processor)}m" if cache is not None else ""  # m: with the middle
+    key += "" if engine is None else engine.key
     vectors = cache.get(key, list(first)) if cache is not None else {}
     missing = [(digest, row) for digest, row in first.items() if digest not in vectors]
     with exact_inference(model), _bar("Encoding images", len(missing), progress) as advance:
         for start in range(0, len(missing), SHARD_ROWS):
             part = missing[start : start + SHARD_ROWS]
             selected = [row for _, row in part]
-            pooled = _encode(model, processor, rows, selected, batch_size, advance)
+            pooled = _encode(model, processor, rows, selected, batch_size, advance, engine)
             vectors.update(zip((digest for digest, _ in part), pooled, strict=True))
             if cache is not None:
                 config: Any = model.config
@@ -295,6 +301,7 @@ def _encode(
     selected: Sequence[int],
     batch_size: int,
     advance: Callable[[int], None],
+    engine: "Engine | None",
 ) -> NDArray[np.float32]:
     """Decode, preprocess and pool the selected rows, pooled vectors and middle tokens joined."""
     device = model_device(model)
@@ -313,7 +320,10 @@ def _encode(
         n = len(inputs["pixel_values"])
         if n <= fits:
             try:
-                both = model.pool_images_and_middle(**move_inputs(inputs, model))
+                if engine is not None:
+                    both = engine.pool(inputs)
+                else:
+                    both = model.pool_images_and_middle(**move_inputs(inputs, model))
                 return to_array(torch.cat(both, dim=1))
             except RuntimeError as error:
                 if "out of memory" not in str(error):
@@ -623,6 +633,7 @@ def predict(
     cache: FeatureCache | None = None,
     progress: bool = False,
     groups: Sequence[str] | None = None,
+    engine: "Engine | None" = None,
 ) -> Predictions:
     """Classify images: the model's forward pass, with each distinct image encoded once.
 
@@ -636,6 +647,7 @@ def predict(
         cache: Where pooled vectors are looked up and stored.
         progress: Whether to show a progress bar.
         groups: Patient, case or slide of each row.
+        engine: What computes the tower, see `open_engine`; by default PyTorch in fp32.
 
     Raises:
         GloVLMError: A label is no class of the model; and what `embed_images` raises.
@@ -644,8 +656,9 @@ def predict(
     names = class_names(model.config)
     labels, stains = _labels(images, names), read_stains(images)
     pooled, compared = embed_twice(
-        model.glovlm, processor, images, batch_size=batch_size, cache=cache, progress=progress
-    )
+        model.glovlm, processor, images,
+        batch_size=batch_size, cache=cache, progress=progress, engine=engine,
+    )  # fmt: skip
     with exact_inference(model):
         features = _project(model.glovlm, pooled)
         tensor = torch.from_numpy(features).to(model_device(model), model.dtype)
