@@ -169,7 +169,8 @@ class FeatureCache:
         """
         folders = [folder for _, folder in self._encoders()]
         if encoder is not None:
-            folders = [f for f in folders if f.name.startswith(encoder)]
+            exact = [f for f in folders if f.name == encoder]
+            folders = exact or [f for f in folders if f.name.startswith(encoder)]
             if len(folders) != 1:
                 raise GloVLMError(
                     f"Expected the key of one encoder in {self.folder}, found {len(folders)} that "
@@ -254,7 +255,7 @@ def _checksum(keys: NDArray[np.uint8], features: NDArray[np.float32]) -> str:
 
 def _size(folder: Path) -> int:
     total = 0
-    for path in folder.glob("*"):
+    for path in folder.rglob("*"):
         with suppress(OSError):  # removed meanwhile
             total += path.stat().st_size
     return total

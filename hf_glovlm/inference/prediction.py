@@ -128,9 +128,14 @@ def embed_images(
         many rows, those of an image together.
 
     Raises:
-        GloVLMError: An image cannot be decoded, its features are not finite, or one image alone
-            does not fit into memory.
+        GloVLMError: An image cannot be decoded, its features are not finite, one image alone does
+            not fit into memory, or `auto` chose the engine.
     """
+    if engine is not None and engine.measured is not None:
+        raise GloVLMError(
+            "Features are computed by an engine that was asked for by name, found one that auto "
+            "chose: a number that is reported must not depend on how fast a machine was."
+        )
     pooled, _ = embed_twice(
         model, processor, images,
         batch_size=batch_size, device=device, cache=cache, progress=progress, views=views,
@@ -177,6 +182,8 @@ def embed_twice(
         GloVLMError: See `embed_images`.
     """
     _move(model, device)
+    if engine is not None and engine.model is not model:
+        raise GloVLMError("The engine is one of another model: open one of this (open_engine).")
     outline = processor.outline
     rows = _Views(images, outline, views, seed) if views else ImageRows(images, outline)
     digests = rows.digests()
@@ -354,8 +361,8 @@ def _encode(
         value = rows.values([selected[broken[0]]])[0]
         raise GloVLMError(
             f"The vision tower returned numbers that are not finite for {len(broken)} images "
-            f"(first: {value['path'] or f'row {selected[broken[0]]}'}): check the weights, or load "
-            "them in float32."
+            f"(first: {value['path'] or f'row {selected[broken[0]]}'}): check the weights, or "
+            f"{'load them in float32' if engine is None else 'compute in fp32'}."
         )
     return result
 
@@ -453,6 +460,7 @@ class Predictions:
         support_distances: `[n]` distances to the support as multiples of their limit; `None` where
             the model has no guard.
         notes: What the images' stains are beside the model's, in sentences; not saved.
+        engine: What computed the tower (`Engine.describe`); `None` for the default.
     """
 
     probabilities: NDArray[np.float64]
@@ -464,6 +472,7 @@ class Predictions:
     labels: NDArray[np.int64] | None = None
     support_distances: NDArray[np.float64] | None = None
     notes: list[str] = field(default_factory=list)
+    engine: dict[str, Any] | None = None
 
     @property
     def unlike_support(self) -> NDArray[np.bool_] | None:
@@ -498,7 +507,9 @@ class Predictions:
         if self.support_distances is not None:
             columns["unlike_support"] = pa.array(self.unlike_support)
             columns["support_distance"] = pa.array(self.support_distances)
-        metadata = {_METADATA: json.dumps({"class_names": self.class_names})}
+        about: dict[str, Any] = {"class_names": self.class_names}
+        about |= {} if self.engine is None else {"engine": self.engine}
+        metadata = {_METADATA: json.dumps(about)}
         write_table(Path(path), columns, metadata)
 
     @classmethod
@@ -542,6 +553,7 @@ class Predictions:
                 if "support_distance" in table.column_names
                 else None
             ),
+            engine=about.get("engine"),
         )
 
     def _matrices(self) -> list[tuple[str, NDArray[Any]]]:
@@ -684,6 +696,7 @@ def predict(
         labels=labels,
         support_distances=None if distances is None else distances.astype(np.float64),
         notes=[*contradictions(images), *compare_stains(model, stains)],
+        engine=None if engine is None or engine.is_default else engine.describe(),
     )
 
 
