@@ -11,12 +11,14 @@ from .data import load_episode as load_episode
 from .data import open_image as open_image
 from .data.outlines import open_outlined as open_outlined
 from .errors import GloVLMError as GloVLMError
+from .inference import Engine as Engine
 from .inference import FeatureCache as FeatureCache
 from .inference import MemoryCache as MemoryCache
 from .inference import Predictions as Predictions
 from .inference import embed_images as embed_images
 from .inference import embed_prompts as embed_prompts
 from .inference import load_classifier as load_classifier
+from .inference import open_engine as open_engine
 from .inference import predict as predict
 from .inference.outlines import outline_notes as outline_notes
 from .inference.sentences import build_zero_shot as build_zero_shot
@@ -62,6 +64,7 @@ __all__ = [
     "BACKBONES",
     "METHODS",
     "AdaptConfig",
+    "Engine",
     "FeatureCache",
     "GloVLMConfig",
     "GloVLMError",
@@ -104,6 +107,7 @@ __all__ = [
     "load_dataset",
     "load_episode",
     "load_published",
+    "open_engine",
     "open_image",
     "open_outlined",
     "outline_notes",

@@ -52,7 +52,9 @@ from .options import (
     JsonFlag,
     LabelColumn,
     ModelArgument,
+    PrecisionFlag,
     Real,
+    RuntimeFlag,
     ScaleFlag,
     StainFlag,
     Text,
@@ -170,6 +172,8 @@ def evaluate(
     allow_scale: ScaleFlag = False,
     batch_size: BatchFlag = 32,
     device: DeviceFlag = "auto",
+    precision: PrecisionFlag = "fp32",
+    runtime: RuntimeFlag = "torch",
     n_resamples: Annotated[int, Option(min=1, help="Bootstrap resamples.")] = 2000,
     as_json: JsonFlag = False,
 ) -> None:
@@ -198,6 +202,8 @@ def evaluate(
         allow_scale=allow_scale,
         batch_size=batch_size,
         device=device,
+        precision=precision,
+        runtime=runtime,
         n_resamples=n_resamples,
         progress=sys.stderr.isatty(),
     )
@@ -220,6 +226,8 @@ def predict(
     allow_scale: ScaleFlag = False,
     batch_size: BatchFlag = 32,
     device: DeviceFlag = "auto",
+    precision: PrecisionFlag = "fp32",
+    runtime: RuntimeFlag = "torch",
     as_json: JsonFlag = False,
 ) -> None:
     """Classify images. Unreadable ones are named and left out; the exit code is then 1."""
@@ -229,8 +237,9 @@ def predict(
 
     from ..data.stains import state_stains
     from ..files import write_csv
-    from ..inference import FeatureCache, resolve_device
+    from ..inference import FeatureCache, open_engine
     from ..inference import predict as classify
+    from ..inference.engines import engine_device, example_images
     from ..inference.guard import NO_GUARD
     from ..inference.outlines import hidden_notes, outline_notes
     from ..inference.scale import check_scale, describe_scale
@@ -242,8 +251,9 @@ def predict(
     for sentence in notes:
         note(sentence)
     quiet_libraries()
-    options: dict[str, Any] = {"batch_size": batch_size, "device": resolve_device(device)}
-    options |= {"cache": FeatureCache(), "progress": sys.stderr.isatty()}
+    place = engine_device(device, runtime, precision)
+    options: dict[str, Any] = {"batch_size": batch_size, "cache": FeatureCache()}
+    options |= {"progress": sys.stderr.isatty()}
     loaded = load_model(model, exported=True)[:2]
     rows_of_images, stated = state_stains(image_rows(places, mpp), stain)
     readable = places
@@ -254,6 +264,11 @@ def predict(
         note(f"micrometres per input pixel: {shown}; the model was adapted at {adapted_at}")
     for sentence in [*scale.notes, *stated]:
         note(sentence)
+    seen = example_images(rows_of_images, loaded[1]) if "auto" in (precision, runtime) else []
+    options["engine"] = open_engine(
+        *loaded, precision=precision, runtime=runtime, device=place, images=seen,
+        workload=len(rows_of_images), on_note=note,
+    )  # fmt: skip
     try:
         predictions = classify(*loaded, rows_of_images, **options)
     except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone
@@ -267,8 +282,8 @@ def predict(
         rows_of_images, _ = state_stains(image_rows(readable, mpp), stain)
         predictions = classify(*loaded, rows_of_images, **options)
     about = loaded[0].config
-    seen = [*hidden_notes(about), *outline_notes(about, rows_of_images)]
-    for sentence in [*seen, *predictions.notes]:
+    hidden = [*hidden_notes(about), *outline_notes(about, rows_of_images)]
+    for sentence in [*hidden, *predictions.notes]:
         note(sentence)
     if predictions.support_distances is None:
         note(NO_GUARD)

@@ -1,6 +1,7 @@
 """Inference: features, class probabilities, and descriptions of predictions in words."""
 
 from .cache import CacheEntry, FeatureCache, MemoryCache, encoder_key
+from .engines import Engine, open_engine
 from .prediction import (
     Predictions,
     embed_images,
@@ -14,6 +15,7 @@ from .texts import embed_prompts
 
 __all__ = [
     "CacheEntry",
+    "Engine",
     "FeatureCache",
     "MemoryCache",
     "Predictions",
@@ -23,6 +25,7 @@ __all__ = [
     "evaluation_mode",
     "exact_inference",
     "load_classifier",
+    "open_engine",
     "predict",
     "resolve_device",
 ]

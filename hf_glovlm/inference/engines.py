@@ -8,9 +8,10 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,24 @@ from ..model.outlines import draw_centre
 from ..runtimes import PRECISIONS, RUNTIMES
 from .cache import FeatureCache, encoder_key
 from .graphs import INPUT, Session, check_packages, quantise_graph, write_graph
-from .prediction import evaluation_mode, exact_inference, model_device, move_inputs, resolve_device
+from .prediction import (
+    ImageRows,
+    evaluation_mode,
+    exact_inference,
+    model_device,
+    move_inputs,
+    resolve_device,
+)
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..model import GloVLMModel, GloVLMProcessor
 
 AGREEMENT = 0.998  # least cosine with fp32 of what `auto` takes
 MARGIN = 1.1  # least gain in speed for which `auto` leaves the default
 GRAPH_WORTH = 60.0  # seconds of work below which `auto` makes no graph
+_EXAMPLES = 8  # images on which engines are compared
 _BROKEN = 0.9  # a cosine below which a tower is computed wrongly rather than roughly
 _FP32_TOLERANCE = 1e-3  # of a graph in fp32, as a part of the largest number
 _GRAPHS = 1  # of the kept graphs: raise it when they are made in another way
@@ -80,19 +91,24 @@ class Engine:
         """Whether it is PyTorch in fp32."""
         return (self.precision, self.runtime) == _DEFAULT
 
+    def versions(self) -> dict[str, str]:
+        """Of the package that computes, where it is another than PyTorch."""
+        package = {"onnx": "onnxruntime", "openvino": "openvino"}.get(self.runtime)
+        return {} if package is None else {package: version(package)}
+
     def describe(self) -> dict[str, Any]:
         """For results and a bag's attributes: plain values; `open_engine` takes them as `kept`."""
         about: dict[str, Any] = {"precision": self.precision, "runtime": self.runtime}
         return about if self.measured is None else about | {"measured": self.measured}
 
-    def note(self) -> str | None:
-        """A sentence for a person; `None` for the default."""
-        if self.is_default:
-            return None
-        return (
-            f"The vision tower was computed in {self.precision} by {self.runtime}: numbers differ "
-            "a little from those of the default, torch in fp32."
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for a person; none for the default."""
+        about = (
+            f"The vision tower is computed by {self.runtime} in {self.precision}: numbers differ a "
+            "little from those of torch in fp32, the default."
         )
+        return [] if self.is_default else [about]
 
 
 def open_engine(
@@ -101,6 +117,7 @@ def open_engine(
     *,
     precision: str = "fp32",
     runtime: str = "torch",
+    device: "str | torch.device | None" = None,
     kept: Mapping[str, Any] | None = None,
     seconds: float = 2.0,
     images: Sequence[Image.Image] = (),
@@ -110,10 +127,11 @@ def open_engine(
     """Open the engine of a model's vision tower.
 
     Args:
-        model: The backbone or the classifier, in fp32 and on the device where it is to compute.
+        model: The backbone or the classifier, in fp32.
         processor: Its processor.
         precision: One of `PRECISIONS`; `int8` with the runtime `onnx`, `tf32` on CUDA alone.
         runtime: One of `RUNTIMES`; `onnx` and `openvino` on the CPU alone.
+        device: Where to compute (the model is moved there); by default where it is.
         kept: `describe()` of an earlier, unfinished run: what `auto` took then is taken again.
         seconds: How long `auto` measures.
         images: Some of those to come, on which agreement with fp32 is checked; drawn ones if none.
@@ -133,6 +151,8 @@ def open_engine(
         engine: Engine = model.open_engine(precision, runtime)
         return engine
     tower: GloVLMModel = getattr(model, "glovlm", model)
+    if device is not None:
+        model.to(resolve_device(device))
     if tower.dtype != torch.float32:
         raise GloVLMError(
             f"Expected a model in float32, found {str(tower.dtype).removeprefix('torch.')}: call "
@@ -168,17 +188,33 @@ def refuse_auto(precision: str, runtime: str, what: str) -> None:
         )
 
 
-def engine_device(device: str, runtime: str) -> torch.device:
+def engine_device(device: str, runtime: str, precision: str = "fp32") -> torch.device:
     """Device of a model whose tower a runtime computes: the CPU where the runtime has no other.
 
     Args:
         device: As `resolve_device` takes it.
         runtime: One of `RUNTIMES`.
+        precision: One of `PRECISIONS`; checked along, before a model is loaded.
 
     Raises:
-        GloVLMError: There is no such device.
+        GloVLMError: One of the three is unknown, or there is no such device.
     """
+    _check_names(precision, runtime)
     return resolve_device("cpu" if device == "auto" and runtime in _ON_CPU else device)
+
+
+def example_images(images: "Dataset", processor: "GloVLMProcessor") -> list[Image.Image]:
+    """Some images of a data set that can be decoded, for `open_engine`.
+
+    Args:
+        images: Rows with `image`.
+        processor: The model's.
+    """
+    rows, pictures = ImageRows(images, processor.outline), list[Image.Image]()
+    for row in range(min(len(images), 2 * _EXAMPLES)):
+        with suppress(GloVLMError):
+            pictures += rows.pictures([row])
+    return pictures[:_EXAMPLES]
 
 
 def _check_names(precision: str, runtime: str) -> None:
@@ -232,7 +268,7 @@ class _Example:
     ) -> None:
         self.model = model
         self.processor = processor
-        self._images = list(images[:8]) or [_draw(seed) for seed in range(8)]
+        self._images = list(images[:_EXAMPLES]) or [_draw(seed) for seed in range(_EXAMPLES)]
         self.plain = partial(_pool_torch, model, "fp32")
 
     @cached_property

@@ -226,7 +226,7 @@ class ExportedClassifier(nn.Module):
             )
         session = self._open(runtime, actual)
         return Engine(
-            model=self,  # type: ignore[arg-type]
+            model=self,
             precision=actual,
             runtime=runtime,
             measured=None,

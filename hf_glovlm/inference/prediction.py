@@ -459,7 +459,8 @@ class Predictions:
         labels: True class numbers `[n]`, -1 for an image without; `None` when none is known.
         support_distances: `[n]` distances to the support as multiples of their limit; `None` where
             the model has no guard.
-        notes: What the images' stains are beside the model's, in sentences; not saved.
+        notes: What the images' stains are beside the model's, and what computed the tower if not
+            the default, in sentences; not saved.
         engine: What computed the tower (`Engine.describe`); `None` for the default.
     """
 
@@ -695,7 +696,11 @@ def predict(
         groups=None if groups is None else list(groups),
         labels=labels,
         support_distances=None if distances is None else distances.astype(np.float64),
-        notes=[*contradictions(images), *compare_stains(model, stains)],
+        notes=[
+            *contradictions(images),
+            *compare_stains(model, stains),
+            *([] if engine is None else engine.notes),
+        ],
         engine=None if engine is None or engine.is_default else engine.describe(),
     )
 

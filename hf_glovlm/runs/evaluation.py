@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..environment import describe_environment
 from ..errors import GloVLMError, nearest
-from ..inference import FeatureCache, Predictions, predict, resolve_device
+from ..inference import FeatureCache, Predictions, open_engine, predict
+from ..inference.engines import engine_device, refuse_auto
 from ..inference.guard import count_unlike
 from ..inference.outlines import hidden_notes, outline_notes
 from ..inference.prediction import class_names
@@ -63,6 +64,8 @@ def evaluate(
     allow_scale: bool = False,
     batch_size: int = 32,
     device: str = "auto",
+    precision: str = "fp32",
+    runtime: str = "torch",
     n_resamples: int = 2000,
     cache: bool = True,
     progress: bool = False,
@@ -79,6 +82,8 @@ def evaluate(
         allow_scale: Accept images at a very different scale.
         batch_size: Images encoded at a time, 1 or more.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        precision: What the vision tower computes in, see `open_engine`; not `auto`.
+        runtime: What computes it; not `auto`.
         n_resamples: Bootstrap resamples, 1 or more.
         cache: Whether features are looked up and stored.
         progress: Whether to show a progress bar on the terminal.
@@ -90,7 +95,8 @@ def evaluate(
 
     Raises:
         GloVLMError: The data have problems or labels that are no class of the model, the model
-            learned from some of their groups or images, or their scale is another.
+            learned from some of their groups or images, their scale is another, or the tower
+            cannot be computed as asked.
     """
     from ..data import Columns, check_dataset, describe_reading, group_rows, load_dataset
     from ..data.folder import is_synthetic
@@ -101,7 +107,8 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("n_resamples", n_resamples)):
         if value is None or table[name].read(value) < 1:
             raise GloVLMError(f"{name} must be a whole number of 1 or more; found {value!r}.")
-    place = resolve_device(device)
+    refuse_auto(precision, runtime, "An evaluation")
+    place = engine_device(device, runtime)
     source = str(model.folder if isinstance(model, RunResult) else model)
     rows, stated = state_stains(choose_split(load_dataset(data, columns=columns), split), stain)
     classifier, processor, run = load_model(source, exported=True)
@@ -114,9 +121,10 @@ def evaluate(
     if learned and not allow_seen:
         raise _flattering(len(learned), len(set(groups.ids)), seen.notes)
     scale = check_scale(classifier, processor, rows, allow=allow_scale)
+    engine = open_engine(classifier, processor, device=place, precision=precision, runtime=runtime)
     predictions = predict(
         classifier, processor, rows,
-        batch_size=batch_size, device=place, groups=groups.ids, progress=progress,
+        batch_size=batch_size, engine=engine, groups=groups.ids, progress=progress,
         cache=FeatureCache() if cache else None,
     )  # fmt: skip
     named = str(data) if isinstance(data, str | Path) else None
@@ -134,6 +142,7 @@ def evaluate(
             **asdict(columns or Columns()),
             "allow_seen": allow_seen,
             "allow_scale": allow_scale,
+            **({} if engine.is_default else engine.describe()),
         },
         "data": {
             "name": name,
@@ -160,7 +169,7 @@ def evaluate(
             *pretrained,
         ],
         "synthetic": synthetic,
-        "environment": describe_environment(place),
+        "environment": describe_environment(place) | engine.versions(),
     }
     return Evaluation(results, Path(source), predictions)
 
