@@ -1,8 +1,8 @@
 """Slide encoding: every tile with tissue to features, and to logits where the model has a head.
 
-Tiles stream: a thread reads and preprocesses the next batch while the model works on this one, and
-each batch is on the disk before the next. So memory does not grow with the slide, and a killed run
-goes on where it stopped.
+Tiles stream: threads read and preprocess the next batch while the model works on this one, and each
+batch is on the disk before the next. So memory does not grow with the slide, and a killed run goes
+on where it stopped.
 """
 
 import math
@@ -10,9 +10,9 @@ import multiprocessing
 import signal
 import sys
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
@@ -36,6 +36,7 @@ from .files.bags import BagWriter
 from .files.tiles import TileGrid, lay_tiles
 from .files.tissue import TissueMask, find_tissue
 from .files.wsi import Slide, open_slide, slide_name
+from .prefetching import read_batches
 
 Progress = Callable[[int, int], object]  # tiles done, tiles in all
 
@@ -102,6 +103,7 @@ def encode_slide(
     device: str | torch.device | None = None,
     classify: bool = True,
     name: str | None = None,
+    reading_threads: int | None = None,
     on_progress: Progress | None = None,
 ) -> Encoded:
     """Encode the tiles of one slide into a bag.
@@ -132,6 +134,8 @@ def encode_slide(
         device: Where to compute; by default where the model is.
         classify: Whether a classifier's logits are stored.
         name: What the slide is called in the bag, which then holds neither its own name nor times.
+        reading_threads: Threads that read tiles, see `prefetching.read_batches`; by default half of
+            this process's share of the cores, 8 at most.
         on_progress: Called with the tiles done and the tiles in all, also before the first batch.
 
     Returns:
@@ -176,8 +180,8 @@ def encode_slide(
             resumed_at = _rows_to_keep(writer, grid, batch_size)
             notify = on_progress or (lambda done, total: None)
             notify(resumed_at, len(grid))
-            batches = _batches(slide, grid, processor, resumed_at, batch_size)
-            # Closed before the slide is: its thread may still be reading.
+            batches = _batches(slide, grid, processor, resumed_at, batch_size, reading_threads)
+            # Closed before the slide is: its threads may still be reading.
             with closing(batches), exact_inference(model):
                 for rows, inputs in batches:
                     features, scores = _encode(model, backbone, inputs, bool(classes), stain)
@@ -415,29 +419,20 @@ def _rows_to_keep(writer: BagWriter, grid: TileGrid, batch_size: int) -> int:
 
 
 def _batches(
-    slide: Slide, grid: TileGrid, processor: Any, start: int, batch_size: int
+    slide: Slide, grid: TileGrid, processor: Any, start: int, size: int, threads: int | None
 ) -> Generator[tuple[slice, dict[str, Any]]]:
-    """Batches of preprocessed tiles, prefetched by one."""
+    """Batches of preprocessed tiles, read ahead."""
 
-    def prepare(rows: slice) -> dict[str, Any]:
-        scale = grid.downsample
-        tiles = [
-            slide.read(int(x), int(y), grid.extent, grid.extent, downsample=scale)
-            for x, y in grid.coords[rows]
-        ]
+    def read(corner: Any) -> Any:
+        x, y = map(int, corner)
+        return slide.read(x, y, grid.extent, grid.extent, downsample=grid.downsample)
+
+    def preprocess(tiles: list[Any]) -> dict[str, Any]:
         return dict(processor(images=tiles, return_tensors="pt"))
 
-    waiting: deque[tuple[slice, Future[dict[str, Any]]]] = deque()
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        for i in range(start, len(grid), batch_size):
-            rows = slice(i, min(i + batch_size, len(grid)))
-            waiting.append((rows, thread.submit(prepare, rows)))
-            if len(waiting) > 1:
-                done, inputs = waiting.popleft()
-                yield done, inputs.result()
-        while waiting:
-            done, inputs = waiting.popleft()
-            yield done, inputs.result()
+    return read_batches(
+        grid.coords, read, preprocess, batch_size=size, start=start, threads=threads
+    )
 
 
 def _encode(

@@ -1,6 +1,8 @@
 """OpenSlide reader: the formats of scanners, with the corner of the part that was scanned."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,8 @@ class OpenSlideReader:
             GloVLMError: Its own metadata say that it is fluorescence.
             openslide.OpenSlideError: It cannot be opened.
         """
-        self._lock = threading.Lock()
+        self._reading = 0
+        self._quiet = threading.Condition()
         self._slide = openslide.OpenSlide(path)
         about = self._slide.properties
         if "FLUORESCENCE" in about.get("mirax.GENERAL.SLIDE_TYPE", "").upper():
@@ -61,7 +64,7 @@ class OpenSlideReader:
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         """Part of a level, wholly inside of it, as RGB."""
         at = round(x * self.downsamples[level]), round(y * self.downsamples[level])
-        with self._lock:
+        with self._in_use():
             part = self._slide.read_region(at, level, (width, height))
         image = Image.new("RGB", part.size, "white")
         image.paste(part, mask=part.getchannel("A"))  # what was not scanned is transparent
@@ -70,10 +73,23 @@ class OpenSlideReader:
     def close(self) -> None:
         """Close the file, when no thread reads: OpenSlide aborts the process otherwise.
 
-        A batch is read ahead in a thread of its own, and Ctrl-C closes the slide wherever that is.
+        A batch is read ahead in other threads, and Ctrl-C closes the slide wherever they are.
         """
-        with self._lock:
+        with self._quiet:
+            self._quiet.wait_for(lambda: self._reading == 0)
             self._slide.close()
+
+    @contextmanager
+    def _in_use(self) -> Iterator[None]:
+        """Keep the file open; OpenSlide itself lets several threads read at a time."""
+        with self._quiet:
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._quiet:
+                self._reading -= 1
+                self._quiet.notify_all()
 
     def _read_pixel_size(self, about: Any) -> PixelSize:
         x, y = (about.get(f"openslide.mpp-{axis}") for axis in "xy")

@@ -31,6 +31,8 @@ _TRIED = (1, 5, _JPEG, 8, 32946)  # compressions: none, LZW, JPEG, deflate
 class Reader(Protocol):
     """Image pyramid of a file, the finest level first, and the scale that the file states.
 
+    Several threads may read at a time, and get the same pixels as one.
+
     Attributes:
         name: Library and format.
         levels: Width and height of every level.

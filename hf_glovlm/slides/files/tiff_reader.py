@@ -1,5 +1,6 @@
 """TIFF reader: only the tiles or strips under the requested part are decoded."""
 
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -41,6 +42,7 @@ class TiffReader:
         self.notes = list(size.notes)
         self._cache: OrderedDict[tuple[int, int, int], NDArray[np.uint8] | None] = OrderedDict()
         self._cached = 0
+        self._lock = threading.Lock()
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         """Part of a level, wholly inside of it, as RGB."""
@@ -107,16 +109,19 @@ class TiffReader:
     def _segment(self, level: int, plane: int, index: int) -> NDArray[np.uint8] | None:
         """One decoded tile or strip `[h, w, samples]`, from the cache if it was used lately."""
         place = level, plane, index
-        if place in self._cache:
-            self._cache.move_to_end(place)
-            return self._cache[place]
         page, key = self._levels[level][plane], self._keys[level]
-        offset, count = page.dataoffsets[index], page.databytecounts[index]
+        with self._lock:  # of the place in the file and of the cache; pieces are decoded beside it
+            if place in self._cache:
+                self._cache.move_to_end(place)
+                return self._cache[place]
+            count = page.databytecounts[index]
+            content = b""
+            if count:
+                file = self._tiff.file.filehandle
+                file.seek(page.dataoffsets[index])
+                content = file.read(count)
         segment = None
         if count:
-            file = self._tiff.file.filehandle
-            file.seek(offset)
-            content = file.read(count)
             tables = (
                 {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
                 if key.compression in _JPEG_TABLES
@@ -124,11 +129,14 @@ class TiffReader:
             )
             decoded = key.decode(content, index, **tables)[0]
             segment = None if decoded is None else decoded[0]
-        self._cache[place] = segment
-        self._cached += 0 if segment is None else segment.nbytes
-        while self._cached > CACHE_BYTES and len(self._cache) > 1:
-            _, old = self._cache.popitem(last=False)
-            self._cached -= 0 if old is None else old.nbytes
+        with self._lock:
+            if place in self._cache:  # by another thread meanwhile
+                return self._cache[place]
+            self._cache[place] = segment
+            self._cached += 0 if segment is None else segment.nbytes
+            while self._cached > CACHE_BYTES and len(self._cache) > 1:
+                _, old = self._cache.popitem(last=False)
+                self._cached -= 0 if old is None else old.nbytes
         return segment
 
 

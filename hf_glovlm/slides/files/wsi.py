@@ -30,7 +30,7 @@ REFUSED = 2.0  # and from which one of the two must be wrong
 
 
 class Slide:
-    """Whole-slide image, open; open a fresh one in every process.
+    """Whole-slide image, open; threads may share it, every process opens a fresh one.
 
     Attributes:
         path: The file.

@@ -12,7 +12,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from ..files.region_images import is_region_image, list_pictures, open_picture
 from ..files.shapes import Ring, draw, ring_area
 from ..files.tissue import TissueMask, find_tissue
 from ..files.wsi import Slide, describe_slide, slide_name
+from ..prefetching import read_batches
 from ..report import clean_text
 from .config import FindConfig
 from .folder import KIND as FINDER
@@ -363,15 +364,17 @@ def _read_windows(
         lines = [begun, *([part.describe() for part in parts] for parts in seen)]
         # Written anew: a line that a kill cut short is no longer there.
         kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        with kept.open("a", encoding="utf-8") as file:
-            step = run.config.batch_size
-            for start in range(len(seen), total, step):
-                boxes = grid.boxes[start : start + step]
-                pictures = [
-                    np.asarray(slide.read(*box, downsample=grid.downsample)) for box in boxes
-                ]
+        batches = read_batches(
+            grid.boxes,
+            lambda box: np.asarray(slide.read(*box, downsample=grid.downsample)),
+            list,
+            batch_size=run.config.batch_size,
+            start=len(seen),
+        )
+        with kept.open("a", encoding="utf-8") as file, closing(batches):
+            for rows, pictures in batches:
                 for box, picture, detections in zip(
-                    boxes,
+                    grid.boxes[rows],
                     pictures,
                     run.finder.detect_many(pictures, threshold=run.threshold),
                     strict=True,
