@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openslide
 import pytest
 import tifffile
 import torch
@@ -24,7 +27,11 @@ from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.model.heads import ClassWeights
 from hf_glovlm.slides import encode_slide, encode_slides, load_encoder
 from hf_glovlm.slides.files.bags import read_bag
+from hf_glovlm.slides.files import tiff_reader
+from hf_glovlm.slides.files.openslide_reader import OpenSlideReader
+from hf_glovlm.slides.files.region_images import open_picture
 from hf_glovlm.slides.files.wsi import open_slide
+from hf_glovlm.slides.prefetching import AHEAD, read_batches
 
 SIDE = 32  # of the tiny model's input
 
@@ -103,10 +110,14 @@ def test_an_interrupted_run_resumes_to_the_same_table(
         if done >= stop:
             raise Stop
 
-    whole = encode_slide(*classifier, slide, tmp_path / "whole.h5", batch_size=7)
+    whole = encode_slide(
+        *classifier, slide, tmp_path / "whole.h5", batch_size=7, reading_threads=0
+    )
     broken = tmp_path / "broken.h5"
     with pytest.raises(Stop):
-        encode_slide(*classifier, slide, broken, batch_size=7, on_progress=halt)
+        encode_slide(
+            *classifier, slide, broken, batch_size=7, reading_threads=3, on_progress=halt
+        )
     assert not broken.exists()
     if stop:  # a row and a half of the next batch reached the disk too
         part = broken.with_name("broken.h5.part")
@@ -278,9 +289,73 @@ def test_never_more_than_two_batches_of_pixels_are_held(
         slide,
         tmp_path / "a.h5",
         batch_size=5,
+        reading_threads=3,
         on_progress=lambda done, _: gaps.append(ahead[0] - done),
     )
     assert max(gaps) <= 2 * 5
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "deflate", "mapped", "planes", "openslide", "region"])
+def test_threads_read_what_one_thread_reads(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / ("a.png" if kind == "region" else "a.tif")
+    coding = kind if kind in ("jpeg", "deflate") else "none"
+    write_slide(tmp_path / "a.tif", 260, 200, compression=coding, tile=64)
+    if kind not in ("jpeg", "deflate", "openslide"):
+        pixels = tifffile.imread(tmp_path / "a.tif")
+        if kind == "region":
+            Image.fromarray(pixels).save(path)
+        elif kind == "planes":
+            planes = pixels.transpose(2, 0, 1)
+            tifffile.imwrite(path, planes, photometric="rgb", planarconfig=2, tile=(64, 64))
+        else:
+            monkeypatch.setattr(tiff_reader, "BLOCK", 64)
+            tifffile.imwrite(path, pixels, photometric="rgb")
+    rng = np.random.default_rng(0)
+    corners = rng.integers(-20, (240, 180), size=(60, 2)).tolist()
+    with open_picture(path) as slide, ThreadPoolExecutor(8) as threads:
+        if kind == "openslide":
+            slide.close()
+            slide._file = OpenSlideReader(openslide, path, "generic-tiff")
+        assert slide._file.name.startswith(
+            {"openslide": "openslide", "region": "image"}.get(kind, "tifffile")
+        )
+
+        def read(corner: list[int]) -> bytes:
+            return slide.read(*corner, 70, 70, downsample=1.3).tobytes()
+
+        expected = list(map(read, corners))
+        if isinstance(slide._file, tiff_reader.TiffReader):  # so that they decode at the same time
+            slide._file._cache.clear()
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            assert list(threads.map(read, corners)) == expected
+        finally:
+            sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_batches_keep_their_order_and_an_error_ends_them(threads: int) -> None:
+    started: list[int] = []
+
+    def read(place: int) -> int:
+        started.append(place)
+        if place == 21:
+            raise GloVLMError("pixels cannot be read")
+        return place * place
+
+    batches = read_batches(range(40), read, list, batch_size=5, start=3, threads=threads)
+    seen: list[int] = []
+    with pytest.raises(GloVLMError, match="cannot be read"):
+        for rows, squares in batches:
+            assert squares == [place * place for place in range(40)[rows]]
+            seen += range(40)[rows]
+            assert len(started) - len(seen) <= 5 * (AHEAD if threads else 0)
+    assert seen == list(range(3, 18))
+    assert max(started) < 28  # of the batch behind at most
+    assert set(next(read_batches(range(3), str, list, batch_size=9, threads=5))[1]) == set("012")
 
 
 # ------------------------------------------------------------------------------ processes
