@@ -42,6 +42,7 @@ from ..files import (
     write_manifest,
 )
 from ..inference import load_classifier, resolve_device
+from ..inference.engines import Engine
 from ..inference.outlines import hidden_notes
 from ..inference.prediction import class_names
 from .cases import count_cases
@@ -53,7 +54,9 @@ from .encoding import (
     encode_slide,
     encode_slides,
     encoder_fingerprint,
+    engine_attributes,
     load_encoder,
+    open_bag_engine,
 )
 from .files.annotations import NoObject, read_outlines
 from .files.bags import find_damage, read_bag
@@ -77,6 +80,7 @@ from .report import (
 )
 from .stains import stain_flags
 
+FEATURES = "features"  # in the output folder: the bags
 VERSION = 4  # of what is written for a slide; raise it when an old one may not stand in for a new
 
 logger = logging.getLogger("hf_glovlm")
@@ -117,6 +121,7 @@ class _Run:
     output: Path
     model: Any
     processor: Any
+    engine: Engine
     class_names: list[str]  # of tiles and objects; none where the model is a backbone
     confusion: NDArray[np.int64] | None  # that was measured with the classifier
     aggregator: SlideClassifier | None
@@ -205,6 +210,7 @@ def _classify_all(config: SlideConfig, output: Path, notify: Event) -> dict[str,
             "mpp": run.model.config.mpp,
             "fingerprint": run.made_from["model"],
             "confusion": None if run.confusion is None else run.confusion.tolist(),
+            **engine_attributes(run.engine),
         },
         "class_names": run.class_names,
         "slide_class_names": run.slide_class_names,
@@ -231,7 +237,7 @@ def _check_output(config: SlideConfig, output: Path) -> None:
                 f"'{output / name}' is an input, and this run would replace it: give another "
                 "--output-dir."
             )
-    own = {"features", "slides", NUMBERS, LOCK}  # of a run that was killed before it had results
+    own = {FEATURES, "slides", NUMBERS, LOCK}  # of a run that was killed before it had results
     if own.issuperset(path.name for path in output.iterdir()):
         return
     results = read_json(output / "results.json") if (output / "results.json").is_file() else {}
@@ -279,7 +285,7 @@ def _plan(config: SlideConfig, output: Path, numbers: Numbers | None) -> list[_T
                 f"'{folder}' holds files that are no results of a slide, and this run would "
                 "replace it: give another --output-dir."
             )
-        bag = output / "features" / f"{name}.h5"
+        bag = output / FEATURES / f"{name}.h5"
         outlines = objects.get(path)
         tasks.append(_Task(path, name, case, mpp, scene, stain, outlines, bag, stated, of_case))
     return tasks
@@ -312,6 +318,14 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
             "Objects are classified by what `glovlm train` wrote, and a backbone was given: leave "
             "--objects out, or give a classifier."
         )
+    engine = open_bag_engine(
+        model,
+        processor,
+        output / FEATURES,
+        config.precision,
+        config.runtime,
+        on_note=logger.warning,
+    )
     names = class_names(model.config)
     confusion = np.array((results or {}).get("confusion_matrix") or (), np.int64)
     return _Run(
@@ -319,6 +333,7 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
         output=output,
         model=model,
         processor=processor,
+        engine=engine,
         class_names=names if classified else [],
         confusion=confusion if confusion.shape == (len(names), len(names)) else None,
         aggregator=aggregator,
@@ -331,6 +346,7 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
             "confusion": digest_value(confusion.tolist()),
             "aggregator": aggregator and aggregator.digest(),
             **config.result_settings(),
+            **{k: v for k, v in engine_attributes(engine).items() if k != "measured"},
         },
         notify=notify,
     )
@@ -405,7 +421,7 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
         by_path = {task.path: task for task in tasks}
         encode_slides(
             list(by_path),
-            run.output / "features",
+            run.output / FEATURES,
             config.model,
             workers=config.workers,
             names=[task.name for task in tasks] if config.anonymise else None,
@@ -414,6 +430,9 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
             stain={slide_name(task.path): task.stain for task in tasks},
             on_done=lambda outcome: finish(by_path[outcome.slide], outcome),
             device=config.device,
+            precision=config.precision,
+            runtime=config.runtime,
+            kept=run.engine.describe(),  # measured here, for all of them
             **settings,
         )
         return
@@ -432,6 +451,7 @@ def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome]
                 scene=task.scene,
                 stain=task.stain,
                 name=task.name if config.anonymise else None,
+                engine=run.engine,
                 on_progress=advance,
                 **settings,
             )
@@ -644,6 +664,7 @@ def _count(
             stain=task.stain,
             batch_size=config.batch_size,
             allow_scale=config.allow_scale,
+            engine=run.engine,
         )
         notes, why = [*outlines.notes, *classified.notes], outlines.left_out
     classified.save(work / "objects.parquet")

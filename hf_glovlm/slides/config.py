@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from ..errors import GloVLMError
+from ..runtimes import PRECISION_HELP, RUNTIME_HELP, Precision, Runtime
 from ..settings import Settings, setting
 from .files.coordinates import parse_origin
 
@@ -164,6 +165,8 @@ class SlideConfig(Settings):
     )
     batch_size: int = setting(32, help="Tiles at a time.", group="Machine", least=1, most=65_536)
     device: str = setting("auto", help="auto, cpu, cuda, cuda:N or mps.", group="Machine")
+    precision: Precision = setting("fp32", help=PRECISION_HELP, group="Machine")
+    runtime: Runtime = setting("torch", help=RUNTIME_HELP, group="Machine")
     allow_scale: bool = setting(
         False, help="Accept tiles and objects at a scale far from the model's.", group="Tiles"
     )
@@ -181,7 +184,8 @@ class SlideConfig(Settings):
         parse_origin(self.origin, (0, 0))
 
     def result_settings(self) -> dict[str, Any]:
-        """Settings that determine the results of a slide."""
+        """Settings that determine the results of a slide, but what `auto` may stand for."""
         elsewhere = ("model", "slides", "output_dir", "objects", "aggregator", "cases", "case")
-        incidental = ("workers", "batch_size", "device", "anonymise")
+        engine = ("precision", "runtime")
+        incidental = ("workers", "batch_size", "device", "anonymise", *engine)
         return {k: v for k, v in asdict(self).items() if k not in (*elsewhere, *incidental)}

@@ -29,10 +29,12 @@ from ..backbones import load_backbone
 from ..environment import end_with_parent
 from ..errors import GloVLMError, describe_error
 from ..inference import encoder_key, exact_inference, load_classifier, resolve_device
-from ..inference.prediction import class_names, move_inputs, to_array
+from ..inference.engines import Engine, open_engine
+from ..inference.prediction import class_names, to_array
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 from ..inference.stains import find_centres
-from .files.bags import BagWriter
+from .files.bags import BagWriter, read_attributes
+from .files.tile_attributes import DEFAULT_ENGINE
 from .files.tiles import TileGrid, lay_tiles
 from .files.tissue import TissueMask, find_tissue
 from .files.wsi import Slide, open_slide, slide_name
@@ -103,6 +105,7 @@ def encode_slide(
     device: str | torch.device | None = None,
     classify: bool = True,
     name: str | None = None,
+    engine: Engine | None = None,
     reading_threads: int | None = None,
     on_progress: Progress | None = None,
 ) -> Encoded:
@@ -134,6 +137,8 @@ def encode_slide(
         device: Where to compute; by default where the model is.
         classify: Whether a classifier's logits are stored.
         name: What the slide is called in the bag, which then holds neither its own name nor times.
+        engine: What computes the tower, of this model on its device, see `open_engine`; by default
+            PyTorch in fp32. A bag that was begun with another is refused.
         reading_threads: Threads that read tiles, see `prefetching.read_batches`; by default half of
             this process's share of the cores, 8 at most.
         on_progress: Called with the tiles done and the tiles in all, also before the first batch.
@@ -149,7 +154,7 @@ def encode_slide(
         raise GloVLMError(f"Expected a batch size of at least 1, found {batch_size}.")
     if device is not None:
         model.to(resolve_device(device))
-    backbone = getattr(model, "glovlm", model)
+    engine = engine or open_engine(model, processor)
     classes = class_names(model.config) if classify and hasattr(model, "classify_features") else []
     with open_slide(Path(slide_path), mpp=slide_mpp, scene=scene, allow_scale=allow_scale) as slide:
         side = tile_size or input_side(processor.image_processor)
@@ -170,6 +175,7 @@ def encode_slide(
             n_scores=len(classes),
             attributes={"min_tissue": min_tissue, "drop_pen": drop_pen}
             | _describe(model, processor, slide, grid, classes, seen)
+            | engine_attributes(engine)
             | ({"stain": stain} if getattr(model, "centres", None) is not None else {})
             | ({"name": name, "slide_file": name + slide.path.suffix} if name else {}),
             slide=slide.path,
@@ -184,7 +190,7 @@ def encode_slide(
             # Closed before the slide is: its threads may still be reading.
             with closing(batches), exact_inference(model):
                 for rows, inputs in batches:
-                    features, scores = _encode(model, backbone, inputs, bool(classes), stain)
+                    features, scores = _encode(model, engine, inputs, bool(classes), stain)
                     writer.append(features, grid.coords[rows], scores)
                     notify(writer.rows, len(grid))
             writer.complete()
@@ -214,12 +220,17 @@ def encode_slides(
     slide_mpp: Mapping[str, float | None] | float | None = None,
     scene: Mapping[str, str | None] | str | None = None,
     stain: Mapping[str, str | None] | str | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+    runtime: str = "torch",
+    kept: Mapping[str, Any] | None = None,
     on_done: Callable[[Outcome], object] | None = None,
     **settings: Any,
 ) -> list[Outcome]:
     """Encode several slides over several processes, each with a model of its own.
 
     A slide that fails, or whose process is killed, does not keep the others from being encoded.
+    What `auto` chooses holds for all slides.
 
     Args:
         slides: The files; their names without suffix must differ.
@@ -230,9 +241,14 @@ def encode_slides(
         slide_mpp: Micrometres per pixel of level 0 of every slide, or by the slide's name.
         scene: Which picture of every slide, or by the slide's name.
         stain: Of every slide, or by the slide's name.
+        device: Where to compute; by default on the CPU.
+        precision: As `open_engine` takes it.
+        runtime: As `open_engine` takes it.
+        kept: What `auto` stands for, see `open_engine`; by default what the bags in `output_dir`
+            were computed by, else it is measured once, in this process.
         on_done: Called with each outcome as it comes.
-        **settings: Of `encode_slide`; with several workers they are pickled, so `on_progress` must
-            be a function of a module, and is called in the worker.
+        **settings: Of `encode_slide`, but for its engine; with several workers they are pickled, so
+            `on_progress` must be a function of a module, and is called in the worker.
 
     Returns:
         One outcome a slide, in the order given.
@@ -265,11 +281,14 @@ def encode_slides(
         outcomes[outcome.slide] = replace(outcome, encoded=encoded)
 
     workers = min(workers, len(paths))
+    choice = _Choice(model, device, precision, runtime, kept)
+    if workers > 1 and kept is None and "auto" in (precision, runtime):
+        choice = replace(choice, kept=choice.load(folder)[-1].describe())
     if workers > 1:
-        for outcome in _in_processes(model, jobs, workers):
+        for outcome in _in_processes(choice, jobs, workers):
             record(outcome)
     else:
-        encoder = load_encoder(model)  # what is wrong with it is wrong for every slide
+        encoder = choice.load(folder)  # what is wrong with it is wrong for every slide
         for job in jobs:
             record(_attempt(encoder, *job))
     return [outcomes[path] for path in paths]
@@ -293,6 +312,54 @@ def load_encoder(name: str) -> tuple[Any, Any]:
             model, processor, _ = load_classifier(name)
             return model, processor
     return load_backbone(name)
+
+
+def open_bag_engine(
+    model: Any,
+    processor: Any,
+    bags: Path,
+    precision: str,
+    runtime: str,
+    *,
+    kept: Mapping[str, Any] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Engine:
+    """Open the engine that fills bags: `auto` is what those that are there were computed by.
+
+    Args:
+        model: The model, on the device where it is to compute.
+        processor: Its processor.
+        bags: Folder of bags, finished or not; it need not be there.
+        precision: As `open_engine` takes it.
+        runtime: As `open_engine` takes it.
+        kept: What `auto` stands for, whatever the bags state.
+        on_note: Called with sentences for a person.
+
+    Raises:
+        GloVLMError: See `open_engine`.
+    """
+    if kept is None and "auto" in (precision, runtime) and bags.is_dir():
+        fingerprint = encoder_fingerprint(model, processor)
+        for attributes in map(read_attributes, sorted(bags.iterdir())):
+            if attributes.get("fingerprint") == fingerprint:
+                kept = DEFAULT_ENGINE | {k: attributes[k] for k in _ENGINE if k in attributes}
+                break
+    return open_engine(
+        model, processor, precision=precision, runtime=runtime, kept=kept, on_note=on_note
+    )
+
+
+_ENGINE = (*DEFAULT_ENGINE, "measured")  # attributes that say what computed a bag
+
+
+def engine_attributes(engine: Engine) -> dict[str, Any]:
+    """Attributes by which a bag states its engine: none for the default, PyTorch in fp32.
+
+    So bags from before there was a choice stand beside new ones.
+    """
+    about = engine.describe()
+    is_default = {name: about[name] for name in DEFAULT_ENGINE} == DEFAULT_ENGINE
+    return {k: v for k, v in about.items() if not (is_default and k in DEFAULT_ENGINE)}
 
 
 def input_side(image_processor: Any) -> int:
@@ -436,11 +503,12 @@ def _batches(
 
 
 def _encode(
-    model: Any, backbone: Any, inputs: dict[str, Any], classify: bool, stain: str | None
+    model: Any, engine: Engine, inputs: dict[str, Any], classify: bool, stain: str | None
 ) -> tuple[Any, Any]:
     """Features `[n, dim]` and logits `[n, classes]` (or `None`) of one batch, as arrays."""
     try:
-        features = backbone.get_image_features(**move_inputs(inputs, model)).pooler_output
+        pooled, _ = engine.pool(inputs)
+        features = getattr(model, "glovlm", model).project_images(pooled)
         centres = model.centres if classify else None
         ids = None
         if centres is not None:
@@ -458,6 +526,30 @@ def _encode(
 
 
 # ----------------------------------------------------------------------------------- processes
+
+_Encoder = tuple[Any, Any, Engine]  # model, processor and what computes its tower
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What encodes slides, before it is loaded: handed to every worker."""
+
+    model: str
+    device: str | torch.device | None
+    precision: str
+    runtime: str
+    kept: Mapping[str, Any] | None
+
+    def load(self, bags: Path) -> _Encoder:
+        """The encoder; `bags` is the folder that it fills."""
+        model, processor = load_encoder(self.model)
+        if self.device is not None:
+            model.to(resolve_device(self.device))
+        engine = open_bag_engine(
+            model, processor, bags, self.precision, self.runtime, kept=self.kept
+        )
+        return model, processor, engine
+
 
 GRACE = 10.0  # seconds in which a worker closes its slide
 _Job = tuple[Path, Path, dict[str, Any]]  # slide, bag, settings of encode_slide
@@ -483,34 +575,36 @@ def _given(given: Any, path: Path) -> Any:
     return given.get(slide_name(path)) if isinstance(given, dict) else given
 
 
-def _attempt(encoder: tuple[Any, Any], slide: Path, bag: Path, settings: dict[str, Any]) -> Outcome:
+def _attempt(encoder: _Encoder, slide: Path, bag: Path, settings: dict[str, Any]) -> Outcome:
     """Encode one slide; an error becomes its outcome."""
+    model, processor, engine = encoder
     try:
-        return Outcome(slide, encode_slide(*encoder, slide, bag, **settings))
+        encoded = encode_slide(model, processor, slide, bag, engine=engine, **settings)
+        return Outcome(slide, encoded)
     except Exception as error:  # whatever is wrong with one slide stays with it
         return Outcome(slide, error=describe_error(error))
 
 
-def _work(connection: Connection, model: str, threads: int) -> None:
+def _work(connection: Connection, choice: _Choice, threads: int) -> None:
     """Worker process: encode the slides that it is given; the model is loaded with the first."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too; its parent ends it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by closing what is open
-    encoder: tuple[Any, Any] | None = None
+    encoder: _Encoder | None = None
     with suppress(EOFError, OSError):  # the parent has no further slide
         while True:
             job: _Job = connection.recv()
             try:
                 if encoder is None:
                     torch.set_num_threads(threads)
-                    encoder = load_encoder(model)
+                    encoder = choice.load(job[1].parent)
                 outcome = _attempt(encoder, *job)
             except GloVLMError as error:
                 outcome = Outcome(job[0], error=str(error))
             connection.send(outcome)
 
 
-def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Outcome]:
+def _in_processes(choice: _Choice, jobs: Sequence[_Job], workers: int) -> Iterator[Outcome]:
     """Outcomes in the order in which slides are done.
 
     Each thread owns one process, so that a process which is killed takes along the one slide that
@@ -524,7 +618,7 @@ def _in_processes(model: str, jobs: Sequence[_Job], workers: int) -> Iterator[Ou
 
     def start() -> Connection:
         ours, theirs = spawn.Pipe()
-        process = spawn.Process(target=_work, args=(theirs, model, threads), daemon=True)
+        process = spawn.Process(target=_work, args=(theirs, choice, threads), daemon=True)
         if hasattr(
             signal, "pthread_sigmask"
         ):  # a process has the mask of the thread that starts it

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..inference import Predictions
+    from ..inference.engines import Engine
     from ..model import GloVLMForImageClassification, GloVLMProcessor
     from .files.wsi import Slide
 
@@ -188,6 +189,7 @@ def classify_objects(
     stain: str | None = None,
     batch_size: int = 32,
     allow_scale: bool = False,
+    engine: "Engine | None" = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ClassifiedObjects:
     """Cut outlined objects out of a slide and classify them; overlapping ones are one object.
@@ -209,6 +211,7 @@ def classify_objects(
         stain: Of the slide, for a classifier that centres by it.
         batch_size: Crops at a time.
         allow_scale: Accept crops at a scale that is known to differ from the model's.
+        engine: What computes the tower, see `open_engine`; by default PyTorch in fp32.
         on_progress: Called with the number of crops done and of all.
 
     Raises:
@@ -241,7 +244,8 @@ def classify_objects(
         ]
         both = zip(chosen[start:].tolist(), crops, strict=False)
         specks += [objects[i].id for i, crop in both if is_speck(crop)]
-        predictions = predict(model, processor, _image_rows(crops, stain), batch_size=batch_size)
+        rows = _image_rows(crops, stain)
+        predictions = predict(model, processor, rows, batch_size=batch_size, engine=engine)
         parts.append(predictions.probabilities)
         for name, values in _limits_of(predictions, calibration).items():
             limits.setdefault(name, []).extend(values)

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...errors import GloVLMError
 from ...files import digest_value, explaining_disk, replacing
+from .tile_attributes import DEFAULT_ENGINE
 from .tiles import MAX_TILES
 from .wsi import describe_slide, is_elsewhere, is_same_slide
 
@@ -368,6 +369,24 @@ def read_bag(path: str | Path, *, scores: bool = False) -> Bag:
     return Bag(features, coords, name, attributes, logits)
 
 
+def read_attributes(path: Path) -> dict[str, Any]:
+    """Attributes of a bag of ours, finished (`NAME.h5`) or not (`NAME.h5.part`), unchecked.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its attributes; empty where the file cannot be read, or is of another kind.
+    """
+    if path.suffix == ".part":
+        held = _parsed(_beginning(path)).get("attributes") if path.is_file() else None
+        return held if isinstance(held, dict) else {}
+    if path.suffix in SUFFIXES:
+        with suppress(GloVLMError), _open(path) as file:
+            return _parsed(file.attrs.get("settings"))
+    return {}
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a bag of ours, in some words; `None` where all checksums are right.
 
@@ -619,10 +638,11 @@ def _parsed(text: Any) -> dict[str, Any]:
 def _same_settings(path: Path, actual: dict[str, Any], expected: dict[str, Any]) -> None:
     """Refuse to mix rows of two settings in one file."""
     old, new = (
-        {name: part[name] for name in ("dim", "n_scores")} | part["attributes"]
+        {name: part[name] for name in ("dim", "n_scores")} | DEFAULT_ENGINE | part["attributes"]
         for part in (actual, expected)
     )
-    first = next((k for k in {**new, **old} if old.get(k) != new.get(k)), None)
+    names = [name for name in {**new, **old} if name != "measured"]  # how a choice came about
+    first = next((name for name in names if old.get(name) != new.get(name)), None)
     if first is not None:
         raise GloVLMError(
             f"{path} was written with other settings ({first}: {old.get(first)}, now "

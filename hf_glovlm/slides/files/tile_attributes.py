@@ -25,7 +25,9 @@ NOMINAL_TOLERANCE = 0.25
 OVERLAP_TOLERANCE = 0.02  # in fractions of a tile's side
 MPP_RANGE = (0.01, 100.0)  # micrometres per pixel that a tile can have; else it is not stated
 MPP_OF_1X = 10.0  # micrometres per pixel, by the convention that 20x is .5
+DEFAULT_ENGINE = {"precision": "fp32", "runtime": "torch"}  # of a bag that states none
 
+_SEVERAL = "several"  # precisions of training slides whose mixture was accepted
 _TILE_MPP = ("tile_mpp", "patch_mpp", "target_mpp")
 _LEVEL0_MPP = ("slide_mpp", "level0_mpp", "mpp")
 _MAGNIFICATION = ("target_magnification", "target_mag", "magnification")
@@ -54,6 +56,7 @@ class TileAttributes:
         overlap: The part of its side that a tile shares with the next.
         fingerprint: Of the encoder, in bags of ours.
         encoder: Its name.
+        engine: What computed it, `runtime precision`, in bags of ours.
         in_micrometres: Whether coordinates are micrometres rather than pixels of level 0.
     """
 
@@ -65,6 +68,7 @@ class TileAttributes:
     overlap: float | None = None
     fingerprint: str | None = None
     encoder: str | None = None
+    engine: str | None = None
     in_micrometres: bool = False
 
     @classmethod
@@ -106,6 +110,7 @@ class TileAttributes:
             side_um=side_um,
             overlap=_overlap(given),
             fingerprint=_text(given.get("fingerprint")),
+            engine=_engine(given),
             encoder=next(filter(None, (_text(given.get(name)) for name in _ENCODER)), None),
             in_micrometres=in_um or any(name in given for name in _SIDE_UM),
         )
@@ -115,6 +120,7 @@ class TileAttributes:
         values = {
             "fingerprint": self.fingerprint,
             "encoder": self.encoder,
+            **_stated_engine(self),
             "tile_mpp": self.mpp,
             "target_magnification": self.magnification,
             "downsample": self.downsample,
@@ -196,6 +202,8 @@ QUANTITIES = (
 def find_differences(names: Sequence[str], tiles: Sequence[TileAttributes]) -> list[str]:
     """In what the tiles of several bags differ, with two bags and their values: empty is nothing.
 
+    Also in what computed their features, as numbers of bf16 or int8 are a little off those of fp32.
+
     Args:
         names: Of the bags.
         tiles: Their attributes.
@@ -207,6 +215,10 @@ def find_differences(names: Sequence[str], tiles: Sequence[TileAttributes]) -> l
         if pair is not None and not follows:
             one, other = (f"{names[i]} has {quantity.describe(value)}" for i, value in pair)
             differences.append(f"{quantity.name}: {one}, {other}")
+    engines = {one.engine: i for i, one in reversed(list(enumerate(tiles))) if one.engine}
+    if len(engines) > 1:
+        one, other = (f"{names[i]} has {tiles[i].engine}" for i in sorted(engines.values())[:2])
+        differences.append(f"runtime and precision: {one}, {other}")
     return differences
 
 
@@ -241,6 +253,8 @@ def shared_attributes(tiles: Sequence[TileAttributes]) -> TileAttributes:
                 break
     if values.get("mpp") and values.get("side"):
         values["side_um"] = values["mpp"] * values["side"]
+    engines = {one.engine for one in tiles if one.engine}
+    values["engine"] = engines.pop() if len(engines) == 1 else None
     for name in ("fingerprint", "encoder"):
         values[name] = next(filter(None, (getattr(one, name) for one in tiles)), None)
     return TileAttributes(**values)
@@ -280,6 +294,23 @@ def _differing(
 
 
 # ------------------------------------------------------------------------------ odd values
+
+
+def _engine(given: Mapping[str, Any]) -> str | None:
+    """Runtime and precision of a bag of ours, which states only what is not the default."""
+    if _text(given.get("fingerprint")) is None or given.get("precision") == _SEVERAL:
+        return None
+    about = {name: _text(given.get(name)) or usual for name, usual in DEFAULT_ENGINE.items()}
+    return f"{about['runtime']} {about['precision']}"
+
+
+def _stated_engine(tiles: TileAttributes) -> dict[str, str]:
+    """Runtime and precision by the names of our bags, where they are not the default."""
+    if tiles.engine is None:
+        return {} if tiles.fingerprint is None else {"precision": _SEVERAL}
+    runtime, precision = tiles.engine.split(" ", 1)
+    about = {"precision": precision, "runtime": runtime}
+    return {} if about == DEFAULT_ENGINE else about
 
 
 def _number(value: Any, least: float = 0.0) -> tuple[float, str] | None:
