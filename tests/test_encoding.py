@@ -21,11 +21,14 @@ from tolerance import assert_same_numbers
 
 from hf_glovlm.backbones import load_backbone
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference.engines import open_engine
 from hf_glovlm.lab import slide_bench
+from hf_glovlm.lab.benches.towers import Shape
 from hf_glovlm.lab.slide_bench import bench_slide
 from hf_glovlm.model import GloVLMForImageClassification
 from hf_glovlm.model.heads import ClassWeights
-from hf_glovlm.slides import encode_slide, encode_slides, load_encoder
+from hf_glovlm.slides import encode_slide, encode_slides, encoding, load_encoder
+from hf_glovlm.slides.encoding import open_bag_engine
 from hf_glovlm.slides.files import tiff_reader
 from hf_glovlm.slides.files.bags import read_bag
 from hf_glovlm.slides.files.openslide_reader import OpenSlideReader
@@ -358,6 +361,52 @@ def test_batches_keep_their_order_and_an_error_ends_them(threads: int) -> None:
     assert set(next(read_batches(range(3), str, list, batch_size=9, threads=5))[1]) == set("012")
 
 
+# ------------------------------------------------------------------------- other precisions
+
+
+def test_a_bag_is_never_completed_in_another_precision(
+    tmp_path: Path, slide: Path, classifier: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = classifier
+    exact, rough = (tmp_path / name / "S1.h5" for name in ("fp32", "bf16"))
+    done = encode_slide(*classifier, slide, exact)
+    bf16 = open_engine(model, processor, precision="bf16")
+    with pytest.raises(Stop):
+        encode_slide(
+            *classifier, slide, rough, engine=bf16, on_progress=stop_behind_the_first_batch
+        )
+    for engine, path, words in (
+        (None, rough, "precision: bf16, now fp32"),
+        (bf16, exact, "precision: fp32, now bf16"),
+    ):
+        with pytest.raises(GloVLMError, match=words):
+            encode_slide(*classifier, slide, path, engine=engine)
+    # What auto stands for is known from what lies there, so nothing is measured.
+    opened: list[Any] = []
+
+    def open_as_kept(*args: Any, kept: Any, **kwargs: Any) -> Any:
+        opened.append(kept)
+        return open_engine(*args, precision=kept["precision"], runtime=kept["runtime"])
+
+    monkeypatch.setattr(encoding, "open_engine", open_as_kept)
+    kept = open_bag_engine(model, processor, rough.parent, "auto", "torch")
+    assert opened == [{"precision": "bf16", "runtime": "torch"}]
+    open_bag_engine(model, processor, exact.parent, "auto", "auto")
+    assert opened[1:] == [{"precision": "fp32", "runtime": "torch"}]
+    again = encode_slide(*classifier, slide, rough, engine=kept)
+    assert again.resumed_at == 32
+    (_, features, _), (_, others, _) = table(done.path), table(rough)
+    assert not np.array_equal(features, others)
+    cosines = (features * others).sum(1) / np.linalg.norm(features, axis=1)
+    assert (cosines / np.linalg.norm(others, axis=1)).min() > 0.99
+    names = ("precision", "runtime")
+    attributes = [read_bag(path).attributes for path in (exact, rough)]
+    assert [[a.get(name) for name in names] for a in attributes] == [
+        [None, None],
+        ["bf16", "torch"],
+    ]
+
+
 # ------------------------------------------------------------------------------ processes
 
 
@@ -429,20 +478,27 @@ def test_an_impossible_batch_of_slides_is_refused(
 
 @pytest.mark.long
 def test_a_large_slide_takes_little_memory() -> None:
-    rows = {row["name"]: row for row in bench_slide(side=6000, tile_size=448)}
-    assert set(rows) == {f"slide.{n}{q}" for n in ("memory", "rate") for q in ("", "_quarter")}
+    shape = Shape(vision=(64, 1), text=(64, 1))
+    measured = bench_slide(side=6000, tile_size=448, large_side=1500, shape=shape)
+    rows = {row["name"]: row for row in measured}
+    shares = [f"tower_share{n}" for n in ("", "_small", "_without", "_small_without", "_command")]
+    names = [f"{n}{q}" for n in ("memory", "rate") for q in ("", "_quarter")]
+    assert set(rows) == {f"slide.{name}" for name in (*names, *shares, "memory_above_import")}
     assert rows["slide.memory"]["value"] < 2048
+    assert rows["slide.memory_above_import"]["value"] <= 400
     assert rows["slide.memory"]["ratio"] < 1.5  # four times the pixels are 81 MB more
     assert rows["slide.rate"]["value"] > 0
+    assert all(0 < rows[f"slide.{name}"]["value"] < 1 for name in shares)
 
 
 def test_a_bench_that_needs_too_much_memory_or_fails_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = {"peak": 2**31 + 1, "tiles": 9, "seconds": 1.0}
-    monkeypatch.setattr(slide_bench, "_CHILD", f"print('{json.dumps([fake, fake])}')")
+    answer = json.dumps({"imported": 2**30, "slides": [fake, fake]})
+    monkeypatch.setattr(slide_bench, "_PROGRAM", f"print('{answer}')")
     with pytest.raises(GloVLMError, match="at most 2 are allowed"):
-        bench_slide(side=600)
-    monkeypatch.setattr(slide_bench, "_CHILD", "raise SystemExit('no such thing')")
+        list(bench_slide(side=600, large_side=300))
+    monkeypatch.setattr(slide_bench, "_PROGRAM", "raise SystemExit('no such thing')")
     with pytest.raises(GloVLMError, match="failed: no such thing"):
-        bench_slide(side=600)
+        list(bench_slide(side=600, large_side=300))

@@ -620,7 +620,7 @@ def bench(
     elif chosen == ["slide"]:
         from ..lab.slide_bench import bench_slide
 
-        rows = bench_slide(backbone=backbone or "mini")
+        rows = list(bench_slide(backbone=backbone or "mini"))
     else:
         from ..lab.benches import run_benches
 

@@ -4,15 +4,17 @@ The slide is written tile by tile, level by level, so rendering it needs as litt
 it. It shows that the software works; nothing on it is tissue.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +26,11 @@ from ..inference import embed_prompts
 from ..model import GloVLMForImageClassification
 from ..model.heads import ClassWeights
 from ..slides.encoding import encode_slide, load_encoder
+from ..slides.files.bags import read_bag
 from .benches.timing import Row, as_row
+
+if TYPE_CHECKING:
+    from .benches.towers import Shape
 
 Box = tuple[int, int, int, int]  # x, y, width, height at level 0
 
@@ -124,94 +130,225 @@ def bench_slide(
     tile_size: int = 224,
     batch_size: int = 32,
     backbone: str = "mini",
+    large_side: int = 3_600,
+    shape: "Shape | None" = None,
     folder: str | Path | None = None,
-) -> list[Row]:
-    """Benchmark of tiling, encoding and classifying two synthetic slides in a process of its own.
+) -> Iterator[Row]:
+    """Benchmark of tiling, encoding and classifying synthetic slides, in processes of their own.
 
-    The first slide has a quarter of the area of the second: what the second adds to the peak is
-    what memory grows by with the slide.
+    Of two slides the first has a quarter of the area of the second: what the second adds to the
+    peak is what memory grows by with the slide. A third, small one is encoded by a tower of random
+    weights of the size of ViT-B/16. The tower's share is the time inside its forward passes over
+    that of the loop from the first tile to the last.
 
     Args:
         side: Width and height of the second slide in pixels.
         tile_size: Side of a tile in pixels of level 0.
-        batch_size: Tiles at a time.
+        batch_size: Tiles at a time; half of it for the large tower.
         backbone: As `--backbone` takes it; classifies by two class texts.
+        large_side: Width and height of the slide of the large tower.
+        shape: Of the large tower.
         folder: Where the slides are written and removed again; a temporary one by default.
 
-    Returns:
+    Yields:
         Rows `slide.memory` (peak resident memory; its ratio is that to the peak after the quarter
-        slide), `slide.memory_quarter`, `slide.rate` (tiles a second, reading and finding the tissue
-        included) and `slide.rate_quarter`.
+        slide), `slide.memory_above_import`, `slide.rate` (tiles a second, reading and finding the
+        tissue included), `slide.memory_quarter`, `slide.rate_quarter`, `slide.tower_share`,
+        `slide.tower_share_command` and `slide.tower_share_small`, and both shares without reading
+        ahead, whose ratio is how many times faster the loop is with it.
 
     Raises:
-        GloVLMError: The process failed, or needed more than 2 GiB.
+        GloVLMError: A process failed, or needed more than 2 GiB, or reading ahead changes features.
     """
-    sides = (side // 2, side)
     with tempfile.TemporaryDirectory(dir=folder) as place:
-        paths = [str(Path(place) / f"{edge}.tif") for edge in sides]
-        for path, edge in zip(paths, sides, strict=True):
-            write_slide(path, edge, edge, lesions=4, lesion_side=max(1, min(224, edge // 50)))
+        quarter, whole, small = (
+            _write_for_bench(Path(place), edge) for edge in (side // 2, side, large_side)
+        )
+        one = _Child(backbone, tile_size, batch_size)
+        first = one.encode(quarter, whole)
+        yield from _memory_rows(first, one, (side // 2, side))
+        large = _Child(None, tile_size, max(1, batch_size // 2), shape)
+        second = large.encode(small)
+        tower = f"tower of random weights ({large.describe()})"
+        for name, run, at, who in (
+            ("tower_share", second, 0, tower),
+            ("tower_share_small", first, 1, backbone),
+        ):
+            what = f"{who}, {run.slides[at]['tiles']} tiles: time in the tower over the loop's"
+            yield as_row(f"slide.{name}", run.share(at), "of 1", None, what)
+        command = second.slides[0]["tower"] / second.seconds
+        what = f"{tower}: time in the tower over that of the process, imports included"
+        yield as_row("slide.tower_share_command", command, "of 1", None, what)
+        for name, child, slide, before, who in (
+            ("tower_share", large, small, second, tower),
+            ("tower_share_small", one, quarter, first, backbone),
+        ):
+            plain = child.encode(slide, reading_threads=0)
+            gain = plain.slides[0]["loop"] / before.slides[0]["loop"]
+            what = (
+                f"{who}, tiles not read ahead; ratio: times faster the loop is with reading ahead"
+            )
+            yield as_row(f"slide.{name}_without", plain.share(0), "of 1", gain, what)
+            if plain.slides[0]["digest"] != before.slides[0]["digest"]:
+                raise GloVLMError(
+                    "Reading ahead changes the features of tiles: report this as a bug."
+                )
+
+
+def _write_for_bench(folder: Path, edge: int) -> Path:
+    path = folder / f"{edge}.tif"
+    write_slide(path, edge, edge, lesions=4, lesion_side=max(1, min(224, edge // 50)))
+    return path
+
+
+def _memory_rows(run: "_Measured", child: "_Child", sides: tuple[int, int]) -> Iterator[Row]:
+    """Rows of memory and rate of a quarter and a whole slide."""
+    quarter, whole = run.slides
+    if whole["peak"] is None or run.imported is None:
+        raise GloVLMError("`bench slide` measures memory, which this system does not state.")
+    if whole["peak"] > MAX_MEMORY:
+        raise GloVLMError(
+            f"Encoding a slide of {sides[1]:,} pixels took {whole['peak'] / 2**30:.2f} GiB of "
+            "memory, at most 2 are allowed: report this as a bug."
+        )
+    for name, edge, one in (("", sides[1], whole), ("_quarter", sides[0], quarter)):
+        what = f"synthetic slide of {edge:,} px, {one['tiles']} tiles of {child.tile_size} px, "
+        what += str(child.backbone)
+        ratio = None if name else whole["peak"] / quarter["peak"]
+        note = "" if name else "; ratio: to the peak after a slide of a quarter of the area"
+        yield as_row(f"slide.memory{name}", one["peak"] / 2**20, "MiB", ratio, what + note)
+        if not name:
+            above = (one["peak"] - run.imported) / 2**20
+            note = "; the model included, not what importing the package takes"
+            yield as_row("slide.memory_above_import", above, "MiB", None, what + note)
+        rate = one["tiles"] / one["seconds"]
+        yield as_row(f"slide.rate{name}", rate, "tiles/s", None, f"{what}: read and encoded")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a process of its own measured: its seconds, memory after imports, and its slides."""
+
+    seconds: float
+    imported: int | None
+    slides: list[dict[str, Any]]
+
+    def share(self, i: int) -> float:
+        """The tower's share of the loop over the tiles of a slide."""
+        return float(self.slides[i]["tower"] / self.slides[i]["loop"])
+
+
+@dataclass(frozen=True)
+class _Child:
+    """Encodes slides in a process of its own; without a backbone by a tower of random weights."""
+
+    backbone: str | None
+    tile_size: int
+    batch_size: int
+    shape: "Shape | None" = None
+
+    def describe(self) -> str:
+        """The tower's size."""
+        if self.shape is None:
+            return "ViT-B/16"
+        return "{} wide, {} blocks".format(*self.shape.vision)
+
+    def encode(self, *slides: Path, **settings: Any) -> _Measured:
+        """Encode slides from the first tile to the last."""
+        about = {
+            "slides": list(map(str, slides)),
+            "backbone": self.backbone,
+            "shape": self.shape and asdict(self.shape),
+            "settings": {"tile_size": self.tile_size, "batch_size": self.batch_size, **settings},
+        }
+        start = time.perf_counter()
         process = subprocess.run(
-            [sys.executable, "-c", _CHILD, backbone, str(tile_size), str(batch_size), *paths],
+            [sys.executable, "-c", _PROGRAM, json.dumps(about)],
             capture_output=True,
             text=True,
             check=False,
         )
-    if process.returncode:
-        reason = (process.stderr.strip() or "no message").splitlines()[-1]
-        raise GloVLMError(f"Encoding the synthetic slide of {side:,} pixels failed: {reason}")
-    quarter, whole = json.loads(process.stdout.splitlines()[-1])
-    if whole["peak"] is None:
-        raise GloVLMError("`bench slide` measures memory, which this system does not state.")
-    if whole["peak"] > MAX_MEMORY:
-        raise GloVLMError(
-            f"Encoding a slide of {side:,} pixels took {whole['peak'] / 2**30:.2f} GiB of memory, "
-            "at most 2 are allowed: report this as a bug."
-        )
-    rows = []
-    for name, edge, one in (("", side, whole), ("_quarter", side // 2, quarter)):
-        what = f"synthetic slide of {edge:,} px, {one['tiles']} tiles of {tile_size} px, {backbone}"
-        ratio = None if name else whole["peak"] / quarter["peak"]
-        note = "" if name else "; ratio: to the peak after a slide of a quarter of the area"
-        rows.append(as_row(f"slide.memory{name}", one["peak"] / 2**20, "MiB", ratio, what + note))
-        rate = one["tiles"] / one["seconds"]
-        rows.append(as_row(f"slide.rate{name}", rate, "tiles/s", None, f"{what}: read and encoded"))
-    return rows
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            reason = (process.stderr.strip() or "no message").splitlines()[-1]
+            raise GloVLMError(f"Encoding the synthetic slide {slides[-1].name} failed: {reason}")
+        return _Measured(seconds, **json.loads(process.stdout.splitlines()[-1]))
 
 
-_CHILD = """
+_PROGRAM = """
 import json, sys
 from hf_glovlm.lab.slide_bench import measure
-backbone, tile_size, batch_size, *slides = sys.argv[1:]
-print(json.dumps(measure(slides, backbone, int(tile_size), int(batch_size))))
+print(json.dumps(measure(**json.loads(sys.argv[1]))))
 """
 
 
 def measure(
-    slides: Sequence[str], backbone: str, tile_size: int, batch_size: int
-) -> list[dict[str, Any]]:
-    """Encode and classify slides in this process.
+    slides: Sequence[str],
+    backbone: str | None,
+    shape: dict[str, Any] | None,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Encode and classify slides in this process, which has imported the package and no more.
 
     Returns:
-        Of each, `tiles`, `seconds` and `peak`: bytes of memory at most, from the start until then.
+        `imported` (bytes of memory at most, until now) and `slides`: of each, `tiles`, `seconds`,
+        `loop` and `tower` (seconds from the first tile to the last, and in the tower), `peak`
+        (bytes at most, until its end) and `digest` of its features.
     """
-    towers, processor = load_encoder(backbone)
+    imported = peak_memory()
+    model, processor = _two_class_model(backbone, shape)
+    inside = _time_in(model.glovlm.backbone.vision_model)
+    rows: list[dict[str, Any]] = []
+    for slide in map(Path, slides):
+        start, bag, times = time.perf_counter(), slide.with_suffix(".h5"), list[float]()
+        inside.clear()
+        bag.unlink(missing_ok=True)
+        done = encode_slide(
+            model,
+            processor,
+            slide,
+            bag,
+            on_progress=lambda *_, times=times: times.append(time.perf_counter()),
+            **settings,
+        )
+        seconds = time.perf_counter() - start
+        rows.append({
+            "tiles": done.tiles,
+            "seconds": seconds,
+            "loop": times[-1] - times[0],
+            "tower": sum(inside),
+            "peak": peak_memory(),
+        })  # fmt: skip
+    for row, path in zip(rows, slides, strict=True):  # when memory is measured no more
+        features = read_bag(Path(path).with_suffix(".h5")).features
+        row["digest"] = hashlib.sha256(features.tobytes()).hexdigest()
+    return {"imported": imported, "slides": rows}
+
+
+def _two_class_model(backbone: str | None, shape: dict[str, Any] | None) -> tuple[Any, Any]:
+    """A zero-shot classifier of two class texts, on a backbone or on random weights."""
+    if backbone is None:
+        from .benches.towers import Shape, random_clip
+
+        towers, processor = random_clip(Shape(text=(64, 1)) if shape is None else Shape(**shape))
+    else:
+        towers, processor = load_encoder(backbone)
     texts = embed_prompts(towers, processor, [["normal tissue"], ["a dark lesion"]])
     head = ClassWeights(texts.shape[1], len(texts), cosine=True)
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(texts))
         head.scale.copy_(towers.logit_scale.exp())
     towers.config.id2label = {0: "normal", 1: "lesion"}
-    model = GloVLMForImageClassification(towers.config, towers, head).eval()
-    rows = []
-    for slide in map(Path, slides):
-        start, bag = time.perf_counter(), slide.with_suffix(".h5")
-        done = encode_slide(
-            model, processor, slide, bag, tile_size=tile_size, batch_size=batch_size
-        )
-        seconds = time.perf_counter() - start
-        rows.append({"tiles": done.tiles, "seconds": seconds, "peak": peak_memory()})
-    return rows
+    return GloVLMForImageClassification(towers.config, towers, head).eval(), processor
+
+
+def _time_in(module: torch.nn.Module) -> list[float]:
+    """A list that takes the seconds of each forward pass of a module."""
+    started: list[float] = []
+    seconds: list[float] = []
+    module.register_forward_pre_hook(lambda *_: started.append(time.perf_counter()))
+    module.register_forward_hook(lambda *_: seconds.append(time.perf_counter() - started.pop()))
+    return seconds
 
 
 def _draw_blobs(rng: np.random.Generator, width: int, height: int, n: int) -> NDArray[Any]:
