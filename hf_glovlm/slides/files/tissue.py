@@ -117,15 +117,21 @@ def find_tissue(slide: Slide, *, drop_pen: bool = True, max_side: int = 2048) ->
     overview = np.asarray(slide.thumbnail(side))
     rows, columns = overview.shape[:2]
     downsample = (slide.size[0] / columns, slide.size[1] / rows)
-    smooth = ndimage.gaussian_filter(overview, (0.7, 0.7, 0), output=np.float32)
+    # What takes much memory is made one after the other: here a slide's encoding has its peak.
     texture = _local_deviation(overview)
     padding = _touching_edge(overview.max(-1) <= _PADDING)
+    smooth = ndimage.gaussian_filter(overview, (0.7, 0.7, 0), output=np.float32)
+    del overview
     glass, colour = _find_glass(smooth, texture, ~padding)
     light = np.maximum(smooth, 1, out=smooth)
     light /= colour
-    darkest, lightest = -np.log10(light.min(-1)), -np.log10(light.max(-1))
-    density = 2 * darkest - lightest
-    del smooth, light, lightest
+    darkest, lightest = light.min(-1), light.max(-1)
+    del smooth, light
+    for part in (darkest, lightest):
+        np.negative(np.log10(part, out=part), out=part)
+    density = 2 * darkest
+    density -= lightest
+    del lightest, part
     noise = 1.4826 * float(np.median(np.abs(density[glass]))) if glass.any() else 0.0
     threshold = float(np.clip(NOISE * noise, MARGIN, MAX_THRESHOLD))
     tissue = _without_small((density > threshold) & ~padding, MIN_SPECK)
@@ -149,7 +155,9 @@ def _find_glass(
     twice that of the calmest tenth of these.
     """
     least, most = smooth.min(-1), smooth.max(-1)
-    neutral = scanned & (most - least <= NEUTRAL * most)
+    spread = most - least
+    neutral = scanned & (spread <= np.multiply(most, NEUTRAL, out=most))
+    del spread, most
     white = np.full(3, 255, np.float32)
     if neutral.mean() < 0.01:  # tissue from edge to edge
         return np.zeros_like(neutral), white
@@ -157,7 +165,7 @@ def _find_glass(
     calm = bright & (texture <= 0.5 + 2 * np.percentile(texture[bright], 10))
     if calm.mean() < 0.001:
         return np.zeros_like(neutral), white
-    colour: NDArray[np.float32] = np.median(smooth[calm], axis=0)
+    colour = np.array([np.median(smooth[..., k][calm]) for k in range(3)], np.float32)
     return calm, colour
 
 
