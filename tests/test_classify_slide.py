@@ -14,10 +14,13 @@ from slide_model import outline, train, write_outlines
 from slides_made import write_slide
 
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.inference.engines import open_engine
 from hf_glovlm.lab.slide_bench import TISSUE
+from hf_glovlm.slides import encoding
 from hf_glovlm.slides.classify import classify_slides
 from hf_glovlm.slides.config import SlideConfig
 from hf_glovlm.slides.counting import NOT_A_SCORE
+from hf_glovlm.slides.files.bags import read_bag
 
 SIDE = 64
 PLAIN = (640, 448, 64, 64)  # a tile of the colour of tissue on every slide
@@ -416,3 +419,45 @@ def test_one_file_of_objects_is_for_one_slide(place: Path, tmp_path: Path) -> No
     coco.write_text(json.dumps({"images": images, "annotations": annotations}))
     results = classify_slides(configured(place, tmp_path / "out", "sick", objects=str(coco)))
     assert results["slides"][0]["counts"]["n"] == 2
+
+
+def test_auto_is_measured_once_and_kept_on_resume(
+    place: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tiles of the first slide that can be read; another precision is never mixed in."""
+    seen: list[Any] = []
+
+    def choose(model: Any, processor: Any, **asked: Any) -> Any:
+        seen.append(asked)
+        kept = asked["kept"] or {"precision": "bf16", "runtime": "torch"}
+        chosen = open_engine(model, processor, precision=kept["precision"])
+        return replace(chosen, measured={"candidates": ["bf16"]})
+
+    def classify(precision: str, *slides: str) -> dict[str, Any]:
+        config = configured(place, tmp_path, *slides, precision=precision)
+        return classify_slides(config)
+
+    (place / "broken.tiff").write_bytes(b"II*\0")
+    monkeypatch.setattr(encoding, "open_engine", choose)
+    results = classify("auto", "broken", "well")
+    assert [len(asked["images"]) for asked in seen] == [8]
+    assert {picture.size for picture in seen[0]["images"]} == {(SIDE, SIDE)}
+    _, entry = results["slides"]
+    assert seen[0]["workload"] == 2 * entry["n_tiles"]
+    stated = {"precision": "bf16", "runtime": "torch", "measured": {"candidates": ["bf16"]}}
+    assert results["model"] | stated == results["model"]
+    exact = json.loads((output / "results.json").read_text())
+    assert not stated.keys() & exact["model"].keys()
+    same, other = (r["slides"][1]["probabilities"]["lesion"] for r in (results, exact))
+    assert same != other
+    assert same == pytest.approx(other, abs=0.02)
+    attributes = read_bag(tmp_path / "features" / "well.h5").attributes
+    assert attributes | stated == attributes
+
+    again = classify("auto", "broken", "well")
+    assert again == results
+    assert seen[1]["kept"] == stated
+    assert not seen[1]["images"]
+    monkeypatch.undo()
+    _, entry = classify("fp32", "broken", "well")["slides"]
+    assert "precision: bf16, now fp32" in entry["error"]

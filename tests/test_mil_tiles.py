@@ -15,6 +15,7 @@ from slide_model import train
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.slides.encoding import encoder_fingerprint, load_encoder
 from hf_glovlm.slides.files.bags import read_bag
+from hf_glovlm.slides.files.tile_attributes import TileAttributes, find_differences
 from hf_glovlm.slides.mil import MilConfig
 from hf_glovlm.slides.mil.cohort import Cohort, read_cohort, split_cohort
 
@@ -177,6 +178,7 @@ DIFFERENCES = [
     (OURS, {"tile_mpp": 1.0}, "scale: s0 has 0.5 micrometres per pixel, s5 has 1 "),
     (OURS, {"tile_size": "448"}, "tile size: s0 has 224 pixels, s5 has 448 pixels"),
     (OURS, {"overlap_fraction": 0.5}, "overlap: s0 has 0%, s5 has 50%"),
+    (OURS, {"precision": "bf16"}, "runtime and precision: s0 has torch fp32, s5 has torch bf16"),
 ]
 
 
@@ -192,6 +194,10 @@ def test_slides_cut_in_different_ways_are_refused_unless_allowed(
         read_cohort(config)
     allowed = cohort_of(tmp_path, attributes, allow_scale=True)
     assert any("tiles differ in" in note for note in allowed.notes)
+    mixed = TileAttributes.of(allowed.encoder)  # of a classifier that learned from both
+    for given in (base, attributes[5]):
+        own = TileAttributes.of({k: v for part in given.values() for k, v in part.items()})
+        assert not find_differences(["the training", "it"], [mixed, own])
 
 
 def test_slides_of_two_tools_are_compared_as_far_as_both_state_it(tmp_path: Path) -> None:
@@ -271,7 +277,8 @@ def test_odd_attributes_never_end_in_a_traceback() -> None:
     from hf_glovlm.slides.files import tile_attributes as tiles
 
     rng, more = random.Random(7), [*ODD, [[["0.5"]]], 10**400, None, {}]
-    names = sorted({n for base in TOOLS.values() for given in base.values() for n in given})
+    names = {n for base in TOOLS.values() for given in base.values() for n in given}
+    names = sorted(names | {"precision", "runtime"})
     for _ in range(400):
         bags = []
         for _ in range(4):

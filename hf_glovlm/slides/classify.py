@@ -41,8 +41,8 @@ from ..files import (
     write_json,
     write_manifest,
 )
-from ..inference import load_classifier, resolve_device
-from ..inference.engines import Engine
+from ..inference import load_classifier
+from ..inference.engines import Engine, engine_device
 from ..inference.outlines import hidden_notes
 from ..inference.prediction import class_names
 from .cases import count_cases
@@ -170,7 +170,7 @@ def _classify_all(config: SlideConfig, output: Path, notify: Event) -> dict[str,
     numbers = Numbers.read(output) if config.anonymise else None
     tasks = _plan(config, output, numbers)
     notify("stage", {"name": "loading the model"})
-    run = _prepare(config, output, notify)
+    run = _prepare(config, output, tasks, notify)
     target, known = config.heatmap_class, run.slide_class_names
     if target is not None and target not in known:
         raise GloVLMError(f"There is no class '{target}' of slides.{nearest(target, known)}")
@@ -302,16 +302,16 @@ def _objects_of(config: SlideConfig, slides: Sequence[Path]) -> Mapping[Path, Pa
     return outlined.files
 
 
-def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
+def _prepare(config: SlideConfig, output: Path, tasks: Sequence[_Task], notify: Event) -> _Run:
     results: Mapping[str, Any] | None = None
     aggregator = load_aggregator(config.aggregator) if config.aggregator else None
     try:
-        model, processor, results = load_classifier(config.model)
+        model, processor, results = load_classifier(config.model, exported=True)
     except GloVLMError:
         if aggregator is None:
             raise
         model, processor = load_encoder(config.model)
-    model.to(resolve_device(config.device))
+    model.to(engine_device(config.device, config.runtime, config.precision))
     classified = hasattr(model, "classify_features")
     if config.objects and not classified:
         raise GloVLMError(
@@ -324,6 +324,8 @@ def _prepare(config: SlideConfig, output: Path, notify: Event) -> _Run:
         output / FEATURES,
         config.precision,
         config.runtime,
+        slides=[task.path for task in tasks],
+        tiling=_tiling(config) | {"slide_mpp": tasks[0].mpp, "scene": tasks[0].scene},
         on_note=logger.warning,
     )
     names = class_names(model.config)
@@ -405,18 +407,22 @@ def _changes(folder: Path, task: _Task, now: Mapping[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------- a slide
 
 
-def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome], None]) -> None:
-    """Encode slides here or in several processes; each is finished as soon as it is encoded."""
-    config = run.config
-    settings: dict[str, Any] = {
+def _tiling(config: SlideConfig) -> dict[str, Any]:
+    """Settings of `encode_slide` that decide a slide's tiles."""
+    return {
         "tile_size": config.tile_size,
         "mpp": config.tile_mpp,
         "overlap": config.overlap,
         "min_tissue": config.min_tissue,
         "drop_pen": config.drop_pen,
-        "batch_size": config.batch_size,
-        "allow_scale": config.allow_scale,
     }
+
+
+def _encode(tasks: Sequence[_Task], run: _Run, finish: Callable[[_Task, Outcome], None]) -> None:
+    """Encode slides here or in several processes; each is finished as soon as it is encoded."""
+    config = run.config
+    settings = _tiling(config)
+    settings |= {"batch_size": config.batch_size, "allow_scale": config.allow_scale}
     if config.workers > 1 and len(tasks) > 1:
         by_path = {task.path: task for task in tasks}
         encode_slides(

@@ -29,7 +29,8 @@ from ..backbones import load_backbone
 from ..environment import end_with_parent
 from ..errors import GloVLMError, describe_error
 from ..inference import encoder_key, exact_inference, load_classifier, resolve_device
-from ..inference.engines import Engine, open_engine
+from ..inference.engines import Engine, engine_device, open_engine
+from ..inference.exported import is_export
 from ..inference.prediction import class_names, to_array
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 from ..inference.stains import find_centres
@@ -40,6 +41,7 @@ from .files.tissue import TissueMask, find_tissue
 from .files.wsi import Slide, open_slide, slide_name
 from .prefetching import read_batches
 
+MIN_TISSUE = 0.25  # of a tile, by default
 Progress = Callable[[int, int], object]  # tiles done, tiles in all
 
 
@@ -95,7 +97,7 @@ def encode_slide(
     tile_size: int | None = None,
     mpp: float | None = None,
     overlap: float = 0.0,
-    min_tissue: float = 0.25,
+    min_tissue: float = MIN_TISSUE,
     drop_pen: bool = True,
     batch_size: int = 32,
     slide_mpp: float | None = None,
@@ -157,14 +159,14 @@ def encode_slide(
     engine = engine or open_engine(model, processor)
     classes = class_names(model.config) if classify and hasattr(model, "classify_features") else []
     with open_slide(Path(slide_path), mpp=slide_mpp, scene=scene, allow_scale=allow_scale) as slide:
-        side = tile_size or input_side(processor.image_processor)
-        tile_mpp = _choose_tile_mpp(model, processor, slide, side, mpp)
         tissue = find_tissue(slide, drop_pen=drop_pen)
-        grid = lay_tiles(
+        grid = _lay_tiles(
+            model,
+            processor,
             slide,
             tissue,
-            tile_size=side,
-            mpp=tile_mpp,
+            tile_size=tile_size,
+            mpp=mpp,
             overlap=overlap,
             min_tissue=min_tissue,
         )
@@ -283,22 +285,23 @@ def encode_slides(
     workers = min(workers, len(paths))
     choice = _Choice(model, device, precision, runtime, kept)
     if workers > 1 and kept is None and "auto" in (precision, runtime):
-        choice = replace(choice, kept=choice.load(folder)[-1].describe())
+        choice = replace(choice, kept=choice.load(jobs)[-1].describe())
     if workers > 1:
         for outcome in _in_processes(choice, jobs, workers):
             record(outcome)
     else:
-        encoder = choice.load(folder)  # what is wrong with it is wrong for every slide
+        encoder = choice.load(jobs)  # what is wrong with it is wrong for every slide
         for job in jobs:
             record(_attempt(encoder, *job))
     return [outcomes[path] for path in paths]
 
 
-def load_encoder(name: str) -> tuple[Any, Any]:
+def load_encoder(name: str, *, exported: bool = False) -> tuple[Any, Any]:
     """Load a classifier of ours or a backbone.
 
     Args:
         name: A run's folder or its `model/`, or whatever `load_backbone` takes.
+        exported: Whether a folder that `glovlm export` wrote serves, too, see `load_classifier`.
 
     Returns:
         The model in evaluation mode and its processor.
@@ -307,6 +310,9 @@ def load_encoder(name: str) -> tuple[Any, Any]:
         GloVLMError: There is none of that name.
     """
     folder = Path(name).expanduser()
+    if is_export(folder):
+        model, processor, _ = load_classifier(name, exported=exported)
+        return model, processor
     for config in (folder / "config.json", folder / "model" / "config.json"):
         if config.is_file() and "GloVLMForImageClassification" in config.read_text("utf-8"):
             model, processor, _ = load_classifier(name)
@@ -322,9 +328,13 @@ def open_bag_engine(
     runtime: str,
     *,
     kept: Mapping[str, Any] | None = None,
+    slides: Sequence[Path] = (),
+    tiling: Mapping[str, Any] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Engine:
     """Open the engine that fills bags: `auto` is what those that are there were computed by.
+
+    Where there are none it is measured, on tiles of the first slide that can be read.
 
     Args:
         model: The model, on the device where it is to compute.
@@ -333,6 +343,8 @@ def open_bag_engine(
         precision: As `open_engine` takes it.
         runtime: As `open_engine` takes it.
         kept: What `auto` stands for, whatever the bags state.
+        slides: Those to come.
+        tiling: Settings of `encode_slide` that decide their tiles.
         on_note: Called with sentences for a person.
 
     Raises:
@@ -344,11 +356,46 @@ def open_bag_engine(
             if attributes.get("fingerprint") == fingerprint:
                 kept = DEFAULT_ENGINE | {k: attributes[k] for k in _ENGINE if k in attributes}
                 break
+    tiles, count = list[Any](), None
+    if kept is None and "auto" in (precision, runtime):
+        for slide in slides:
+            with suppress(Exception):  # what is wrong with it is said when it is encoded
+                tiles, count = _some_tiles(model, processor, slide, dict(tiling or {}))
+                break
     return open_engine(
-        model, processor, precision=precision, runtime=runtime, kept=kept, on_note=on_note
+        model,
+        processor,
+        precision=precision,
+        runtime=runtime,
+        kept=kept,
+        images=tiles,
+        workload=count and count * len(slides),
+        on_note=on_note,
     )
 
 
+def _some_tiles(
+    model: Any, processor: Any, path: Path, tiling: dict[str, Any]
+) -> tuple[list[Any], int]:
+    """Some tiles of a slide, spread over its tissue, and how many it has."""
+    mpp, scene = tiling.get("slide_mpp"), tiling.get("scene")
+    with open_slide(path, mpp=mpp, scene=scene, allow_scale=True) as slide:
+        grid = _lay_tiles(
+            model,
+            processor,
+            slide,
+            find_tissue(slide, drop_pen=tiling.get("drop_pen", True)),
+            tile_size=tiling.get("tile_size"),
+            mpp=tiling.get("mpp"),
+            overlap=tiling.get("overlap", 0.0),
+            min_tissue=tiling.get("min_tissue", MIN_TISSUE),
+        )
+        size, scale = grid.extent, grid.downsample
+        places = grid.coords[np.linspace(0, len(grid) - 1, SEEN).astype(int)].tolist()
+        return [slide.read(x, y, size, size, downsample=scale) for x, y in places], len(grid)
+
+
+SEEN = 8  # tiles on which `auto` checks that features agree with those in fp32
 _ENGINE = (*DEFAULT_ENGINE, "measured")  # attributes that say what computed a bag
 
 
@@ -359,7 +406,7 @@ def engine_attributes(engine: Engine) -> dict[str, Any]:
     """
     about = engine.describe()
     is_default = {name: about[name] for name in DEFAULT_ENGINE} == DEFAULT_ENGINE
-    return {k: v for k, v in about.items() if not (is_default and k in DEFAULT_ENGINE)}
+    return {k: v for k, v in about.items() if v and not (is_default and k in DEFAULT_ENGINE)}
 
 
 def input_side(image_processor: Any) -> int:
@@ -376,14 +423,23 @@ def input_side(image_processor: Any) -> int:
 # --------------------------------------------------------------------------------------- scale
 
 
-def _choose_tile_mpp(
-    model: Any, processor: Any, slide: Slide, side: int, given: float | None
-) -> float | None:
-    """Micrometres per pixel of tiles: as given, or such that the model gets its own scale."""
+def _lay_tiles(
+    model: Any,
+    processor: Any,
+    slide: Slide,
+    tissue: TissueMask,
+    *,
+    tile_size: int | None,
+    mpp: float | None,
+    overlap: float,
+    min_tissue: float,
+) -> TileGrid:
+    """Tiles of the size and scale given, else of the model's own input size and scale."""
+    side = tile_size or input_side(processor.image_processor)
     adapted = model.config.mpp
-    if given is not None or adapted is None or slide.mpp is None:
-        return given
-    return float(adapted) / input_mpp(processor.image_processor, 1.0, side, side)
+    if mpp is None and adapted is not None and slide.mpp is not None:
+        mpp = float(adapted) / input_mpp(processor.image_processor, 1.0, side, side)
+    return lay_tiles(slide, tissue, tile_size=side, mpp=mpp, overlap=overlap, min_tissue=min_tissue)
 
 
 def _check_scale(
@@ -522,6 +578,7 @@ def _encode(
             f"{len(inputs['pixel_values'])} tiles at a time do not fit into the memory of device "
             f"'{device}': lower --batch-size; the run goes on where it stopped."
         ) from None
+    features = features[:, : model.config.image_feature_dim]  # an exported graph has more
     return to_array(features), None if logits is None else to_array(logits)
 
 
@@ -540,13 +597,15 @@ class _Choice:
     runtime: str
     kept: Mapping[str, Any] | None
 
-    def load(self, bags: Path) -> _Encoder:
-        """The encoder; `bags` is the folder that it fills."""
-        model, processor = load_encoder(self.model)
+    def load(self, jobs: Sequence["_Job"]) -> _Encoder:
+        """The encoder of some slides."""
+        model, processor = load_encoder(self.model, exported=True)
         if self.device is not None:
-            model.to(resolve_device(self.device))
+            model.to(engine_device(str(self.device), self.runtime, self.precision))
+        slides, bags, tiling = [job[0] for job in jobs], jobs[0][1].parent, jobs[0][2]
+        about = (self.precision, self.runtime)
         engine = open_bag_engine(
-            model, processor, bags, self.precision, self.runtime, kept=self.kept
+            model, processor, bags, *about, kept=self.kept, slides=slides, tiling=tiling
         )
         return model, processor, engine
 
@@ -597,7 +656,7 @@ def _work(connection: Connection, choice: _Choice, threads: int) -> None:
             try:
                 if encoder is None:
                     torch.set_num_threads(threads)
-                    encoder = choice.load(job[1].parent)
+                    encoder = choice.load([job])
                 outcome = _attempt(encoder, *job)
             except GloVLMError as error:
                 outcome = Outcome(job[0], error=str(error))

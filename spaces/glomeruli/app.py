@@ -8,6 +8,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import time
 from datetime import datetime
@@ -32,7 +33,7 @@ from starlette.middleware import Middleware
 from uploads import MAX_BATCH, MAX_FILE, sweep
 from work import MAX_CLASSES, OUTLINES
 
-from hf_glovlm import explain, frozen_methods
+from hf_glovlm import GloVLMError, explain, frozen_methods
 
 FOLDER = Path(os.environ["GRADIO_TEMP_DIR"])
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
@@ -125,6 +126,8 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                 table = gr.DownloadButton("Download CSV", interactive=False, elem_id="batch-csv")
             with gr.Tab("About", id="about"):
                 gr.Markdown(pages.ABOUT)
+        # Opened at the start, so that nobody waits while `auto` measures.
+        gr.HTML(pages.show_engine(desk.shelf.engine), elem_id="engine")
 
         # First of all, so that the names are theirs.
         for name in ("describe", "classify", "own_words", "compare", "batch", "heat_map"):
@@ -284,4 +287,8 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
 if __name__ == "__main__":
     # Containers are stopped by SIGTERM: like Ctrl-C it must leave nothing of an upload behind.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    launch(build())
+    try:
+        page = build()
+    except GloVLMError as error:  # such as a precision that this machine does not have
+        sys.exit(str(error))
+    launch(page)

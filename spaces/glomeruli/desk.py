@@ -356,6 +356,7 @@ class Desk:
         answers = [vars(answer) for answer in result.answers]
         return {
             "model": loaded.name,
+            "engine": {name: self.shelf.engine[name] for name in ("precision", "runtime")},
             "answers": answers,
             "refused": refused,
             "scale": result.scale,

@@ -1,7 +1,7 @@
 """HTML of the page from plain values; all text is escaped."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -100,6 +100,16 @@ def show_tray(images: Sequence[Upload], refused: Sequence[str] = ()) -> str:
         f'<p class="quiet" role="status">{count}</p>',
         f'<ul class="tray">{items}</ul>' if images else "",
     )
+
+
+def show_engine(engine: Mapping[str, Any]) -> str:
+    """Foot of the page: what encodes images, and whether it was measured."""
+    sentence = f"Images are encoded in {engine['precision']} by {engine['runtime']}"
+    if engine.get("measured"):
+        sentence += ", the fastest here that gives the same features, as was measured at the start"
+    if (engine["precision"], engine["runtime"]) != ("fp32", "torch"):
+        sentence += "; heat maps, and models that are adapted here, in fp32 by torch"
+    return _wrap(f'<p class="quiet">{escape(sentence)}.</p>')
 
 
 def show_model(loaded: Loaded) -> str:

@@ -1,9 +1,9 @@
-"""Model cache: which models may be used, and the two that were used last."""
+"""Model cache: which models may be used, what computes them, and the two that were used last."""
 
 import os
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -17,6 +17,7 @@ from hf_glovlm import (
     load_backbone,
     load_classes,
     load_classifier,
+    open_engine,
 )
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9][\w.-]*")
@@ -33,6 +34,7 @@ class Loaded:
         classifier: With the head that adaptation left; of a bare backbone the zero-shot one for
             `CLASSES`; `None` where there can be none.
         why_not: Then, why.
+        engine: What computes the towers, as `open_engine` gives it; `None` is PyTorch in fp32.
         lock: Held while texts are encoded: a tokenizer serves one at a time.
     """
 
@@ -41,6 +43,7 @@ class Loaded:
     processor: Any
     classifier: Any | None
     why_not: str = ""
+    engine: Any = None
     lock: Any = field(default_factory=Lock)
 
     def ask(self) -> Any:
@@ -63,11 +66,15 @@ class Settings:
         listed: `GLOVLM_MODELS`, separated by commas: if given, only these can be chosen.
         folders: `GLOVLM_ALLOW_FOLDERS=1`: folders of this machine may be named. Only for a page
             that nobody else can reach.
+        precision: `GLOVLM_PRECISION`, in which images are encoded, as `glovlm predict` takes it.
+        runtime: `GLOVLM_RUNTIME`, which encodes them, as `glovlm predict` takes it.
     """
 
     model: str = "mini"
     listed: tuple[str, ...] = ()
     folders: bool = False
+    precision: str = "fp32"
+    runtime: str = "torch"
 
     @classmethod
     def from_environment(cls) -> "Settings":
@@ -76,6 +83,8 @@ class Settings:
             model=os.environ.get("GLOVLM_MODEL", "").strip() or "mini",
             listed=tuple(name.strip() for name in listed if name.strip()),
             folders=os.environ.get("GLOVLM_ALLOW_FOLDERS") == "1",
+            precision=os.environ.get("GLOVLM_PRECISION", "").strip() or "fp32",
+            runtime=os.environ.get("GLOVLM_RUNTIME", "").strip() or "torch",
         )
 
     @property
@@ -120,6 +129,18 @@ class Shelf:
         self.size = size
         self._models: OrderedDict[str, Loaded] = OrderedDict()
         self._lock = Lock()
+        self._engine: dict[str, Any] | None = None
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Precision and runtime of every model: what `auto` stands for is measured with the first.
+
+        Raises:
+            GloVLMError: The page's own model cannot be computed so.
+        """
+        if self._engine is None:
+            self.get(None)
+        return dict(self._engine or {})
 
     def get(self, name: str | None) -> Loaded:
         """A model by name; the page's own for none.
@@ -133,9 +154,21 @@ class Shelf:
             if key not in self._models:
                 while len(self._models) >= self.size:
                     self._models.popitem(last=False)
-                self._models[key] = _load(key)
+                self._models[key] = self._open(_load(key))
             self._models.move_to_end(key)
             return self._models[key]
+
+    def _open(self, loaded: Loaded) -> Loaded:
+        """A model with what computes it."""
+        engine = open_engine(
+            loaded.towers,
+            loaded.processor,
+            precision=self.settings.precision,
+            runtime=self.settings.runtime,
+            kept=self._engine,
+        )
+        self._engine = self._engine or engine.describe()
+        return replace(loaded, engine=engine)
 
 
 def _load(name: str) -> Loaded:

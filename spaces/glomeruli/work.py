@@ -96,10 +96,12 @@ def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None)
     model, processor, rows = loaded.ask(), loaded.processor, make_rows(images, mpp)
     scale = describe_image_scale(model, processor, rows)
     cache = MemoryCache()
-    predictions = predict(model, processor, rows, batch_size=BATCH, cache=cache)
+    predictions = predict(
+        model, processor, rows, batch_size=BATCH, cache=cache, engine=loaded.engine
+    )
     neighbours: list[list[tuple[int, str, float]]] = []
     if (model.config.head or {}).get("kind") == "cache":
-        features = embed_images(model.glovlm, processor, rows, cache=cache)
+        features = embed_images(model.glovlm, processor, rows, cache=cache, engine=loaded.engine)
         near = explain.nearest_support(model, features)
         for row, labels, cosines in zip(
             near.indices.tolist(), near.labels, near.cosines.tolist(), strict=True
@@ -117,7 +119,13 @@ def ask_in_words(loaded: Loaded, prompts: Mapping[str, Sequence[str]]) -> Loaded
     """Zero-shot classifier of a model's towers for someone's own classes and prompts."""
     with loaded.lock:
         classifier = build_zero_shot(loaded.towers, loaded.processor, prompts)
-    return Loaded(f"{loaded.name}, own words", classifier.glovlm, loaded.processor, classifier)
+    return Loaded(
+        f"{loaded.name}, own words",
+        classifier.glovlm,
+        loaded.processor,
+        classifier,
+        engine=loaded.engine,  # of the same vision tower
+    )
 
 
 def read_words(text: str) -> dict[str, list[str]]:

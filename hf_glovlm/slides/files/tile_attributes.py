@@ -298,9 +298,9 @@ def _differing(
 
 def _engine(given: Mapping[str, Any]) -> str | None:
     """Runtime and precision of a bag of ours, which states only what is not the default."""
-    if _text(given.get("fingerprint")) is None or given.get("precision") == _SEVERAL:
-        return None
     about = {name: _text(given.get(name)) or usual for name, usual in DEFAULT_ENGINE.items()}
+    if _text(given.get("fingerprint")) is None or about["precision"] == _SEVERAL:
+        return None
     return f"{about['runtime']} {about['precision']}"
 
 
