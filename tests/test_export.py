@@ -287,10 +287,10 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_graph_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = classifier("pair")
 
-    def forward(pixel_values: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("\nno such operator\nmore")
 
-    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(model.glovlm, "get_image_features", forward)
     with pytest.raises(GloVLMError, match=r"as one graph \(.+\): use the model itself"):
         export_classifier(model, processor, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

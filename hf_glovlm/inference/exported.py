@@ -7,7 +7,7 @@ saved beside the graph, so that both get the same tensors.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -113,6 +113,7 @@ class ExportedClassifier(nn.Module):
         widths: Columns of each output.
         precision: Of the graph's numbers: `fp32` or `int8`.
         digest: Of the graph's bytes.
+        notes: What a person should know beside its predictions, in sentences.
     """
 
     centres = None  # a graph has no input for the stain
@@ -125,10 +126,12 @@ class ExportedClassifier(nn.Module):
         widths: Mapping[str, int],
         precision: str,
         digest: str,
+        notes: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.config = config
         self.precision = precision
+        self.notes = list(notes)
         self._graph, self._widths, self._digest = graph, dict(widths), digest
         self._session: Session | None = None
         # None of its own, but what computes with it asks for a device and type.
@@ -297,9 +300,27 @@ def load_export(
         widths,
         _PRECISION[about["format"]],
         digest_value([digest_file(part) for part in graph_parts(graph)]),
+        _notes(about, config),
     )
     run = read_json(folder / RUN) if RUN in manifest.files and (folder / RUN).is_file() else None
     return model.eval(), _read_processor(folder, config), run
+
+
+def _notes(about: Mapping[str, Any], config: ExportedConfig) -> list[str]:
+    if config.guard is None or about["format"] != "int8":
+        return []
+    measured = about.get("measured")
+    agreement = measured.get("unlike_agreement") if isinstance(measured, dict) else None
+    how = (
+        f"for {agreement:.0%} of the {measured['images']} images measured at the export both agree "
+        "on that"
+        if measured and isinstance(agreement, float)
+        else "how far both agree was not measured"
+    )
+    return [
+        "Which images are unlike those that the model learned from is computed in int8, and the "
+        f"limit comes from the model in fp32: {how}."
+    ]
 
 
 def _read_config(file: Path, fields: dict[str, Any], widths: Mapping[str, int]) -> ExportedConfig:

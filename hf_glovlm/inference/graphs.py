@@ -223,7 +223,7 @@ class Session:
         fed = {INPUT: np.ascontiguousarray(pixels.detach().cpu().float().numpy())}
         if self._runtime == "onnx":
             return [values.astype(np.float32) for values in self._graph.run(self.outputs, fed)]
-        values = self._graph(fed)
+        values = self._graph.create_infer_request().infer(fed)  # one of its own for each thread
         return [np.array(values[place], np.float32) for place in self._places]
 
 

@@ -700,6 +700,7 @@ def predict(
             *contradictions(images),
             *compare_stains(model, stains),
             *([] if engine is None else engine.notes),
+            *(model.notes if isinstance(model, ExportedClassifier) else []),
         ],
         engine=None if engine is None or engine.is_default else engine.describe(),
     )

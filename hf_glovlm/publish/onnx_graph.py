@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["ExportReport", "Format", "Measured", "export_classifier", "export_model"]
 
 Format = Literal["onnx", "int8"]
-Floats = NDArray[np.float64]
 
 TOLERANCE = 1e-4  # of logits in fp32; of the other outputs over the largest of each
 DISCLAIMER = "Research use only, not for diagnosis."
@@ -65,6 +64,8 @@ class Measured:
         compared_with: What was exported (`model`) or quantised (`onnx`).
         agreement: Share of the images that get the same class.
         largest_probability_difference: Over images and classes.
+        unlike_agreement: Share of the images that both call unlike the support, or both do not;
+            `None` without a guard.
         accuracy: Of the graph; `None` where no label is known.
         accuracy_before: Of what it was made from.
         speed_ratio: Time of what it was made from over that of the graph: above 1 is faster. Each
@@ -79,6 +80,7 @@ class Measured:
     compared_with: Literal["model", "onnx"]
     agreement: float
     largest_probability_difference: float
+    unlike_agreement: float | None
     accuracy: float | None
     accuracy_before: float | None
     speed_ratio: float
@@ -221,16 +223,19 @@ def export_classifier(
                 f"most {tolerance:g} is allowed: nothing was kept. Please report `glovlm env` and "
                 "the method."
             )
-        file, compared = plain, _of_model(model)
+        shown = [name for name in names if name in (_OUTPUT, _DISTANCE)]
+        file, compared = plain, _of_module(module, shown)
         if format == "int8":
             notify("quantising")
-            file, compared = work / "model_int8.onnx", _of_graph(plain)
-            quantise_graph(plain, file, keep=[_DISTANCE] if _DISTANCE in names else [])
+            file, compared = work / "model_int8.onnx", Session(plain, shown).run
+            # 7 bits, as sums of 8-bit products overflow on processors without VNNI.
+            keep = [_DISTANCE] if _DISTANCE in names else []
+            quantise_graph(plain, file, keep=keep, per_channel=True, reduce_range=True)
         measured = None
         if sample is not None:
             notify("measuring")
             measured = _measure(
-                *(_of_graph(file), compared, processor, sample),
+                *(Session(file, shown).run, compared, processor, sample),
                 compared_with="onnx" if format == "int8" else "model",
             )
         report = ExportReport(
@@ -512,23 +517,17 @@ def _write_json(path: Path, content: Any) -> None:
 # --------------------------------------------------------------------------- checked and measured
 
 
-Classifier = Callable[[Tensor], Floats]
+# Logits, and where there is a guard distances to the support, of a batch.
+Classifier = Callable[[Tensor], list[NDArray[np.float32]]]
 
 
-def _of_model(model: Any) -> Classifier:
-    def classify(pixels: Tensor) -> Floats:
+def _of_module(module: _Outputs, names: Sequence[str]) -> Classifier:
+    places = [module.names.index(name) for name in names]
+
+    def classify(pixels: Tensor) -> list[NDArray[np.float32]]:
         with torch.no_grad():
-            logits: Floats = model(pixel_values=pixels).logits.double().numpy()
-        return logits
-
-    return classify
-
-
-def _of_graph(path: Path) -> Classifier:
-    session = Session(path, [_OUTPUT])
-
-    def classify(pixels: Tensor) -> Floats:
-        return session.run(pixels)[0].astype(np.float64)
+            outputs = module(pixels)
+        return [outputs[place].numpy() for place in places]
 
     return classify
 
@@ -576,12 +575,14 @@ def _measure(
 ) -> Measured:
     """Compare both on the same images; timed by turns, so that both meet the same machine."""
     images, labels, source, synthetic = sample
-    batches: list[list[Floats]] = [[], []]
+    batches: list[list[list[NDArray[np.float32]]]] = [[], []]
     for start in range(0, len(images), batch):
         pixels = _prepare(processor, images[start : start + batch])
-        for logits, classify in zip(batches, (graph, before), strict=True):
-            logits.append(classify(pixels))
-    new, old = (softmax(np.concatenate(logits)) for logits in batches)
+        for outputs, classify in zip(batches, (graph, before), strict=True):
+            outputs.append(classify(pixels))
+    joined = [[np.concatenate(parts) for parts in zip(*of, strict=True)] for of in batches]
+    new, old = (softmax(logits.astype(np.float64)) for logits, *_ in joined)
+    unlike = [distances > 1 for _, *rest in joined for distances in rest]
     pixels = _prepare(processor, images[:batch])
     seconds: list[list[float]] = [[], []]
     for _ in range(repeats):
@@ -601,6 +602,7 @@ def _measure(
         compared_with=compared_with,
         agreement=float((new.argmax(1) == old.argmax(1)).mean()),
         largest_probability_difference=float(np.abs(new - old).max()),
+        unlike_agreement=float((unlike[0] == unlike[1]).mean()) if unlike else None,
         accuracy=right[0],
         accuracy_before=right[1],
         speed_ratio=min(seconds[1]) / taken,
