@@ -700,7 +700,7 @@ def predict(
             *contradictions(images),
             *compare_stains(model, stains),
             *([] if engine is None else engine.notes),
-            *(model.notes if isinstance(model, ExportedClassifier) else []),
+            *getattr(model, "notes", []),  # of an exported graph
         ],
         engine=None if engine is None or engine.is_default else engine.describe(),
     )
