@@ -23,6 +23,7 @@ from ..errors import GloVLMError
 from ..lab.pretraining_config import PretrainConfig
 from ..runs.config import TrainConfig
 from ..settings import SEEDS, read_yaml
+from .benches import LISTED, bench
 from .biopsy import sheet
 from .console import (
     INTERRUPTED,
@@ -572,60 +573,7 @@ def cache_clear(
     note(f"{cache.clear(key) / 1e6:.1f} MB were freed in {cache.folder}")
 
 
-@app.command()
-def bench(
-    names: Annotated[
-        Texts, Argument(help="metrics, cache, encode, methods, context (all: the default).")
-    ] = None,
-    backbone: Annotated[
-        Text, Option(help="What encodes; else mini, or random weights of a ViT-B/16.")
-    ] = None,
-    data: Annotated[
-        Text, Option(help="For counting: labelled glomeruli; for tissue: pictures with outlines.")
-    ] = None,
-    cohorts: Annotated[int, Option(help="For intervals: cohorts per truth.", min=2)] = 2000,
-    as_json: JsonFlag = False,
-) -> None:
-    """Time the package. `slide`: memory; `counting`, `intervals`, `tissue`: how right they are."""
-    quiet_libraries()
-    chosen = names or []
-    alone = {"counting", "intervals", "slide", "tissue"} & set(chosen)
-    if len(chosen) > 1 and alone:
-        raise GloVLMError(f"`bench {min(alone)}` runs alone: name just one.")
-    if chosen == ["intervals"]:
-        from ..lab.interval_bench import bench_intervals, summarise_coverage
-
-        measured = bench_intervals(
-            cohorts=cohorts,
-            on_row=lambda row: note("{metric}, {groups} groups: {coverage:.3f}".format(**row)),
-        )
-        if as_json:
-            print_json(measured)
-        else:
-            table = summarise_coverage(measured)
-            print_rows("Coverage of 95% intervals", table, tuple(table[0]), as_json)
-        return
-    if chosen == ["counting"]:
-        from ..lab.counting import bench_counting
-
-        if data is None or backbone is None:
-            raise GloVLMError("`bench counting` needs --data and --backbone.")
-        rows = bench_counting(data, backbone, progress=sys.stderr.isatty())
-    elif chosen == ["tissue"]:
-        from ..lab.tissue_bench import bench_tissue
-
-        if data is None:
-            raise GloVLMError("`bench tissue` needs --data: a folder of pictures with outlines.")
-        rows = bench_tissue([data])
-    elif chosen == ["slide"]:
-        from ..lab.slide_bench import bench_slide
-
-        rows = list(bench_slide(backbone=backbone or "mini"))
-    else:
-        from ..lab.benches import run_benches
-
-        rows = run_benches(chosen, backbone=backbone)
-    print_rows("Benches", rows, ("name", "value", "unit", "ratio", "what"), as_json)
+app.command(epilog=LISTED)(bench)
 
 
 @app.command()
@@ -637,6 +585,7 @@ def env(as_json: JsonFlag = False) -> None:
 
     from ..environment import describe_environment
     from ..inference import FeatureCache, resolve_device
+    from ..lab.benches.document import find_commit
 
     facts = describe_environment(resolve_device("auto"))
     installed = {package.name: package.version for package in distributions()}
@@ -644,7 +593,7 @@ def env(as_json: JsonFlag = False) -> None:
     facts |= {name: installed.get(name) for name in ("evaluate", "gradio", "open_clip_torch")}
     facts |= {
         "hf_glovlm": __version__,
-        "commit": _commit(),
+        "commit": find_commit(),
         "devices": ["cpu", *map(torch.cuda.get_device_name, range(torch.cuda.device_count()))],
         "cpus": os.cpu_count(),
         "cache": str(cache.folder),
@@ -655,20 +604,6 @@ def env(as_json: JsonFlag = False) -> None:
         print_json(facts)
     else:
         print_table("Environment", ["", ""], [[name, cell(v)] for name, v in facts.items()])
-
-
-def _commit() -> str | None:
-    """The commit of a clone; an installed package has none."""
-    import subprocess
-
-    clone = Path(__file__).resolve().parents[2]
-    if not (clone / ".git").exists():
-        return None
-    command = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
-        return None
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def check_output(path: Path | None, kind: str, inputs: Iterable[str | Path] = ()
 
     Args:
         path: The file, if one is to be written.
-        kind: `results`, `predictions` (parquet) or `table` (CSV of predictions).
+        kind: `results`, `predictions` (parquet), `table` (CSV of predictions) or `bench`.
         inputs: What the command reads, and its other outputs.
     """
     from ..files import check_target
@@ -74,11 +74,18 @@ def _is_table(path: Path) -> bool:
     return first_line(path).startswith("file_name,predicted,p_")
 
 
+def _is_bench(path: Path) -> bool:
+    from ..files import read_json
+
+    return bool(read_json(path).get("kind") == "bench")
+
+
 _OF_A_RUN = ("results.json", "predictions.parquet", "episodes.json", "log.jsonl", "config.yaml")
 _OUTPUTS = {
     "results": ("results of `glovlm evaluate`", _is_evaluation),
     "predictions": ("predictions of `glovlm evaluate`", _is_predictions),
     "table": ("a table of `glovlm predict`", _is_table),
+    "bench": ("the JSON of `glovlm bench`", _is_bench),
 }
 
 

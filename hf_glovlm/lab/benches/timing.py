@@ -13,10 +13,18 @@ from ...errors import GloVLMError
 Row = dict[str, Any]  # name, value, unit, ratio, what
 
 
-def as_row(name: str, value: float, unit: str, ratio: float | None, what: str) -> Row:
-    """A row, with as many digits as a timing is worth."""
-    value, ratio = float(f"{value:.3g}"), ratio and float(f"{ratio:.3g}")
+class UnavailableError(GloVLMError):
+    """A bench, or one row of it, that this machine cannot run; the sentence says why."""
+
+
+def as_row(name: str, value: float | None, unit: str, ratio: float | None, what: str) -> Row:
+    """A row, with as many digits as a timing is worth; without a value, `what` says why."""
+    value, ratio = _rounded(value), _rounded(ratio)
     return {"name": name, "value": value, "unit": unit, "ratio": ratio, "what": what}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
 
 
 def shortest(work: Callable[[], object], repeats: int) -> float:
