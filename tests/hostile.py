@@ -89,10 +89,11 @@ OPTIONS = {
     "data caption": "--model --question --output --batch-size --max-new-tokens --device",
     "card": "--output", "push": "--branch --reason", "export": "--output-dir --format --data",
     "backbones convert": "--output-dir --kind --revision", "backbones modules": "--towers --last",
-    "cache clear": "", "cache list": "--json", "bench": "--backbone --data", "nothing": "--x",
+    "cache clear": "", "cache list": "--json", "bench": "--backbone --data --output --compare",
+    "nothing": "--x",
 }  # fmt: skip
 READ = {"--data", "--masks", "--objects", "--cases", "--features", "--labels", "--model"}
-READ |= {"--aggregator", "--episodes", "--backbone", "--prompts"}
+READ |= {"--aggregator", "--episodes", "--backbone", "--prompts", "--compare"}
 ARGUMENTS = {"slide": 2, "evaluate": 1, "predict": 2, "explain": 2, "explain-check": 1}
 ARGUMENTS |= {"data check": 1, "data get": 1, "data crops": 2, "data caption": 1, "card": 1}
 ARGUMENTS |= {"push": 2, "export": 1, "backbones convert": 1, "backbones modules": 1}

@@ -252,8 +252,6 @@ def test_explain_check_of_one_group_prints_no_interval(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["bench", "slide", "encode"], "alone"),
-        (["bench", "counting"], "--data"),
         (["slide", "nowhere", "x.svs", "--output-dir", "o"], "nowhere"),
         (["mil", "--features", "f"], "--labels"),
     ],

@@ -318,7 +318,7 @@ def test_the_bench_takes_a_folder_of_pictures_with_outlines(tmp_path: Path, glov
     (tmp_path / "b.geojson").write_text(json.dumps(feature | {"properties": {}}))
     done = glovlm("bench", "tissue", "--data", tmp_path, "--json")
     assert done.code == 0, done.err
-    rows = {row["name"]: row for row in json.loads(done.out)}
+    rows = {row["name"]: row for row in json.loads(done.out)["rows"]}
     assert rows["tissue.alone"]["ratio"] > 0.95
     assert rows["tissue.pasted"]["ratio"] > 0.95
     assert "2 pictures" in rows["tissue.alone"]["what"]

@@ -59,7 +59,6 @@ from .options import (
     ScaleFlag,
     StainFlag,
     Text,
-    Texts,
     Whole,
     options_of,
     read_shots,

@@ -43,7 +43,7 @@ def bench(
     """Time the package, as ratios measured inside one run; some benches state how right it is."""
     quiet_libraries()
     given = {"backbone": backbone, "data": data, "cohorts": cohorts}
-    options = {name: value for name, value in given.items() if value is not None}
+    options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = choose_benches(names or [], options)
     check_output(output, "bench", [compare] if compare else [])
     from ..lab.benches.document import add_finished, compare_documents, new_document, read_document

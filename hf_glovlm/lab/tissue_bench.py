@@ -63,11 +63,12 @@ class Canvas:
     pen: Mask
 
 
-def bench_tissue(folders: Sequence[str | Path], *, seed: int = 0) -> list[Row]:
+def bench_tissue(data: str | Path | Sequence[str | Path], *, seed: int = 0) -> list[Row]:
     """Benchmark of `find_tissue` on pictures with outlines, alone and pasted on canvases.
 
     Args:
-        folders: Of pictures, each with `NAME.geojson` or a colour mask `NAME_mask.png`.
+        data: Folder of pictures, each with `NAME.geojson` or a colour mask `NAME_mask.png`; or
+            several folders.
         seed: Draws which pictures share a canvas, the glass and the strokes.
 
     Returns:
@@ -77,6 +78,7 @@ def bench_tissue(folders: Sequence[str | Path], *, seed: int = 0) -> list[Row]:
     Raises:
         GloVLMError: A folder holds no picture with outlines.
     """
+    folders = [data] if isinstance(data, str | Path) else data
     pictures = [picture for folder in folders for picture in read_pictures(Path(folder))]
     shares = measure_tissue(pictures, find_tissue, seed=seed)
     n = len(pictures)

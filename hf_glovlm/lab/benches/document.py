@@ -1,4 +1,4 @@
-"""Document of benches: rows with the machine, versions and commit they are of; comparison of two."""
+"""Document of benches: rows, and the machine, versions and commit they are of; comparison."""
 
 import os
 import platform
@@ -18,8 +18,11 @@ Row = dict[str, Any]
 
 KIND = "bench"
 # Instructions of a processor that decide which precision and runtime are fast on it.
-FLAGS = ("avx2", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni")
-FLAGS += ("amx_bf16", "amx_fp16", "amx_int8", "asimddp", "bf16", "i8mm", "sve")
+FLAGS: tuple[str, ...] = (
+    *("avx2", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "avx_vnni"),
+    *("amx_bf16", "amx_fp16", "amx_int8", "asimddp", "bf16", "i8mm", "sve"),
+)
+_CPUINFO = Path("/proc/cpuinfo")
 MACHINE = {  # what describes a machine, in words
     "cpu": "processor",
     "flags": "instructions",
@@ -194,7 +197,7 @@ def _installed(package: str) -> str | None:
 def _read_cpuinfo() -> dict[str, str]:
     """Fields of the first processor, where Linux states them."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return {}
     lines = text.split("\n\n")[0].splitlines()

@@ -47,3 +47,11 @@ def check_same(one: float, other: float, tolerance: float, what: str) -> None:
     """Check that a shortcut computes the same as the plain way."""
     if abs(one - other) > tolerance:
         raise GloVLMError(f"{what} gives {other}, the plain way {one}: report this as a bug.")
+
+
+def synchronise(device: Any) -> None:
+    """Wait for what a GPU still has to do: a call to it returns before the work is done."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,6 +1,8 @@
 """Synthetic material of benches: random towers, images, class words and features."""
 
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,8 @@ class Shape:
 
 def random_clip(shape: Shape) -> tuple[Any, Any]:
     """A CLIP of random weights with the tokenizer of `mini`, and its processor."""
-    mini, processor = load_backbone("mini")
-    known = mini.config.backbone_config.text_config
+    known, processor = _load_mini()
+    processor = deepcopy(processor)  # its sizes are set below
     torch.manual_seed(0)
 
     def tower(width: int, blocks: int) -> dict[str, int]:
@@ -63,6 +65,13 @@ def random_clip(shape: Shape) -> tuple[Any, Any]:
     processor.max_length = shape.context
     config = GloVLMConfig(backbone_config=clip.config, backbone_name="random weights")
     return GloVLMModel(config, backbone=clip).eval(), processor
+
+
+@cache
+def _load_mini() -> tuple[Any, Any]:
+    """Text configuration and processor of `mini`."""
+    model, processor = load_backbone("mini")
+    return model.config.backbone_config.text_config, processor
 
 
 def synthetic_images(folder: Path, n_patients: int, per_patient: int) -> Any:
