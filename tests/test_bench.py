@@ -438,6 +438,17 @@ def test_the_page_holds_every_row_and_judges_the_goals(
     assert "| processor | one |" in lines
 
 
+def test_the_committed_page_is_made_of_the_committed_documents() -> None:
+    docs = Path(benches.__file__).parents[3] / "docs"
+    if not (docs / "performance.md").is_file():
+        pytest.skip("it has not been measured")
+    after, before = (
+        document.read_document(docs / "performance" / f"{name}.json")
+        for name in ("after", "before")
+    )
+    assert (docs / "performance.md").read_text() == page.render_performance(after, before)
+
+
 def test_a_goal_is_of_a_row_that_its_bench_gives() -> None:
     assert {goal.row.partition(".")[0] for goal in page.GOALS} <= set(BENCHES)
 

@@ -1,8 +1,6 @@
 """Page of the docs on performance, from the JSON of one or two runs of `glovlm bench`.
 
-```
-python -m hf_glovlm.lab.benches.page AFTER.json --before BEFORE.json > docs/performance.md
-```
+`python -m hf_glovlm.lab.benches.page AFTER.json --before BEFORE.json > docs/performance.md`
 """
 
 import argparse
@@ -56,23 +54,32 @@ class Goal:
 
 GOALS: tuple[Goal, ...] = (
     Goal("encode.tensors", "ratio", 0.95, "encoding through our model, part of the bare rate"),
+    Goal("slide.tower_share", "value", 0.9, "a ViT-B/16's share of the time on a slide"),
+    Goal(
+        *("slide.memory_above_import", "value", 400),
+        "peak memory above the import, a slide of 40,000 px with `mini`, MiB",
+        most=True,
+    ),
     Goal("train.lora", "ratio", 2.5, "an epoch of `lora`, times faster than a plain loop"),
     Goal("train.vanilla", "ratio", 1.7, "an epoch of `vanilla`, times faster than a plain loop"),
 )
 
 _TOP = """# Performance
 
-Made by `glovlm bench` and
+Made by these two commands:
 
 ```
-glovlm bench --output after.json
-python -m hf_glovlm.lab.benches.page after.json{before} > docs/performance.md
+glovlm bench --output docs/performance/after.json
+python -m hf_glovlm.lab.benches.page docs/performance/after.json{before} > docs/performance.md
 ```
 
 Images are synthetic and weights random: nothing here says how right a model is. **Seconds and rates
 are of one machine. A ratio is of two ways that took turns inside one run**, so that what else the
 machine did slowed both, and the two ways gave the same result before they were timed; what a ratio
 is to stands behind each row."""
+_BEFORE = """ \\
+    --before docs/performance/before.json"""
+_TWO = "`before` is an earlier commit on the same benches; `after/before` divides the two values."
 
 
 def render_performance(after: Document, before: Document | None = None) -> str:
@@ -86,7 +93,7 @@ def render_performance(after: Document, before: Document | None = None) -> str:
         Markdown: goals, machine and versions, and a table a bench.
     """
     notes = compare_documents(after, before) if before is not None else []
-    parts = [_TOP.format(before=" --before before.json" if before is not None else "")]
+    parts = [_TOP.format(before="")] if before is None else [_TOP.format(before=_BEFORE), _TWO]
     goals = table(list(_goal_rows(after, before)), _GOALS_HEADER[before is None])
     parts += ["## Goals", goals, "## Machine and versions", _about(after, before)]
     parts += ["\n".join(f"* {note}" for note in notes)] if notes else []

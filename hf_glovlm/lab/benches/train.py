@@ -32,7 +32,7 @@ def bench_train(
     *,
     shape: Shape | None = None,
     methods: Sequence[str] = tuple(METHODS),
-    patients: int = 2,
+    patients: int = 1,
     epochs: int = 4,
 ) -> Iterator[Row]:
     """Benchmark of epochs of methods inside the towers, against plain PyTorch loops.
