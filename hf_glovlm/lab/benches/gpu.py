@@ -6,6 +6,7 @@ Every function takes the device, so that all but the timings can be tested on a 
 import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,9 @@ import torch
 from torch import Tensor
 
 from ...errors import GloVLMError
-from ...training import AdaptConfig, adapt
 from .timing import Row, UnavailableError, as_row, shortest_in_turn, synchronise
 from .towers import Shape, random_clip, synthetic_images
-from .train import FIXED, METHODS, time_training, training_rows
+from .train import METHODS, plain_losses, time_training, training_rows
 
 Pool = Callable[[Tensor], Tensor]
 
@@ -232,7 +232,8 @@ def _bench_training(
     settings, reason = TRAINED[name], ""
     _reset_peak(device)
     try:
-        timed = time_training(name, images, shape, settings, epochs=epochs, device=device)
+        with _fresh_accelerate():
+            timed = time_training(name, images, shape, settings, epochs=epochs, device=device)
     except torch.OutOfMemoryError as error:
         reason = f"not measured: {len(images)} images do not fit ({_short(error)})"
     if reason:
@@ -244,13 +245,27 @@ def _bench_training(
         note = f"{timed.what}: most memory that was allocated, with the plain loop's model"
         yield as_row(f"gpu.{name}_memory", peak / 2**20, "MiB", None, note)
     _free_memory()
-    model, processor = random_clip(shape)
-    config = AdaptConfig(method_config=settings, recipe={**FIXED, "epochs": 2})
-    log = adapt(model, name, images, processor=processor, config=config).log
-    gap = max(abs(row["loss"] - ours) for row, (ours, _) in zip(log, timed.losses, strict=False))
+    reference = plain_losses(name, images, shape, settings, epochs=2)
+    gap = max(abs(ours - cpu) for (ours, _), cpu in zip(timed.losses, reference, strict=False))
     note = f"{timed.what}: largest distance of the loss of the first 2 epochs from the CPU's; "
     note += f"ratio: part of the tolerance, {LOSS_TOLERANCE}"
     yield as_row(f"gpu.{name}_distance", gap, "loss", gap / LOSS_TOLERANCE, note)
+
+
+@contextmanager
+def _fresh_accelerate() -> Iterator[None]:
+    """Forget the device of earlier trainings: Accelerate keeps the first of a process for all."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()
 
 
 # ----------------------------------------------------------------------------------------- memory

@@ -139,6 +139,14 @@ def time_training(
     return timed
 
 
+def plain_losses(
+    name: str, images: Any, shape: Shape, settings: Mapping[str, Any], *, epochs: int
+) -> list[float]:
+    """Mean loss of each epoch of the plain loop on the CPU; see `time_training`."""
+    plain = _PlainLoop(name, images, shape, settings, {**FIXED, "epochs": epochs}, "cpu")
+    return [plain.run_epoch(number) for number in range(epochs)]
+
+
 def training_rows(name: str, timed: TimedTraining, plain: str) -> list[Row]:
     """Rows of a training that was timed.
 
