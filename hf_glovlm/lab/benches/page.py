@@ -53,15 +53,12 @@ class Goal:
 
 
 GOALS: tuple[Goal, ...] = (
-    Goal("encode.tensors", "ratio", 0.95, "encoding through our model, part of the bare rate"),
     Goal("slide.tower_share", "value", 0.9, "a ViT-B/16's share of the time on a slide"),
     Goal(
         *("slide.memory_above_import", "value", 400),
         "peak memory above the import, a slide of 40,000 px with `mini`, MiB",
         most=True,
     ),
-    Goal("train.lora", "ratio", 2.5, "an epoch of `lora`, times faster than a plain loop"),
-    Goal("train.vanilla", "ratio", 1.7, "an epoch of `vanilla`, times faster than a plain loop"),
 )
 
 _TOP = """# Performance
