@@ -547,25 +547,44 @@ def test_a_thousand_features_load_fast(cache: FeatureCache) -> None:
     np.testing.assert_array_equal(np.stack([actual[key] for key in keys]), values)
 
 
-def test_an_interrupted_run_keeps_what_it_has(
-    clip: tuple[Any, Any], rows: Dataset, cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("seconds", "kept"), [(3.0, 0), (6.0, 4), (11.0, 6)])
+def test_features_are_stored_every_ten_seconds_and_when_interrupted(
+    clip: tuple[Any, Any],
+    rows: Dataset,
+    cache: FeatureCache,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    kept: int,
 ) -> None:
-    monkeypatch.setattr(prediction, "SHARD_ROWS", 4)
-    pool, calls = GloVLMModel.pool_images, []
+    pool, calls, stored = GloVLMModel.pool_images, list[int](), list[int]()
 
     def interrupted(self: Any, **kwargs: Any) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 4:
+            stored.extend(entry.images for entry in cache.entries())  # what a kill would leave
             raise KeyboardInterrupt
         return pool(self, **kwargs)
 
     with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: seconds * len(calls))
         patch.setattr(GloVLMModel, "pool_images", interrupted)
         with pytest.raises(KeyboardInterrupt):
             embed_images(*clip, rows, batch_size=2, cache=cache)
+    assert sum(stored) == kept
     sizes = counted(clip[0])
     embed_images(*clip, rows, cache=cache)
-    assert sum(sizes) == 5
+    assert sum(sizes) == 3
+
+
+def test_small_shards_are_joined(cache: FeatureCache) -> None:
+    keys, values = some(100)
+    for i in range(100):
+        cache.put("slow", keys[i : i + 1], values[i : i + 1])
+    assert len([*cache.folder.glob("slow/*.safetensors")]) <= 17
+    assert cache.entries()[0].images == 100
+    assert cache.known("slow") == {*keys}
+    actual = cache.get("slow", keys)
+    np.testing.assert_array_equal(np.stack([actual[key] for key in keys]), values)
 
 
 # ------------------------------------------------------------------------------------- prompts

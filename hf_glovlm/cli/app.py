@@ -510,6 +510,7 @@ def check(
 ) -> None:
     """Read every image, look for leaks, draw as train would. Exit code 1 where that is refused."""
     from ..data import Columns, check_dataset, describe_reading, load_dataset
+    from ..inference import FeatureCache
     from ..runs.config import DRAWING
     from ..settings import declarations
 
@@ -525,7 +526,7 @@ def check(
     drawing = {name: table[name].default for name in DRAWING}
     drawing |= {name: table[name].read(v) for name, v in given.items() if v is not None}
     loaded = load_dataset(data, columns=columns)
-    report = check_dataset(loaded, drawing=drawing, source=data)
+    report = check_dataset(loaded, drawing=drawing, source=data, cache=FeatureCache())
     if as_json:
         print_json(report.to_dict())
     else:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,17 +10,16 @@ from ..errors import GloVLMError
 from ..files import digest_value
 from .catalog import load_classes
 from .columns import MANIFEST
-from .folder import column, content_hash, describe_reading, fingerprint_of, in_threads
+from .folder import column, describe_reading, fingerprint_of
 from .groups import (
     GROUP_COLUMNS,
     Groups,
     differing_spellings,
     group_rows,
     ids_within_institutions,
-    image_hashes,
     in_quotes,
 )
-from .outlines import masks_of, open_outlined
+from .looks import Looks, Store, look_at
 from .splits import all_rows, assert_disjoint, draw_episode
 from .stains import contradictions
 
@@ -45,7 +44,8 @@ class DataReport:
         fingerprint: See `dataset_fingerprint`; None if a file could not be read.
         digests: Of what decides a run, by file name and in the order of the rows: `images`,
             `labels`, `groups` and the other `columns` (split, stain, ...).
-        hashes: Of each row's image, see `image_hashes`; empty where one was not decoded.
+        grouping: The group of each row; `None` where the images were not all decoded.
+        looks: What was seen of each row's image.
     """
 
     classes: list[str]
@@ -59,11 +59,13 @@ class DataReport:
     left_out: dict[str, int] = field(default_factory=dict)
     fingerprint: str | None = None
     digests: dict[str, str] = field(default_factory=dict)
-    hashes: list[tuple[str, str]] = field(default_factory=list, repr=False)
+    grouping: Groups | None = field(default=None, repr=False)
+    looks: Looks = field(default_factory=Looks, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable dictionary, without the images' hashes."""
-        return {name: value for name, value in asdict(self).items() if name != "hashes"}
+        """JSON-serialisable dictionary, without what is known of single rows."""
+        names = [entry.name for entry in fields(self) if entry.name not in ("grouping", "looks")]
+        return {name: getattr(self, name) for name in names}
 
     def raise_problems(self) -> None:
         """Raise the first problem, if there is one.
@@ -83,6 +85,8 @@ def check_dataset(
     decode: bool = True,
     drawing: Mapping[str, Any] | None = None,
     source: str | Path | None = None,
+    cache: Store | None = None,
+    before: Looks | None = None,
 ) -> DataReport:
     """Check a data set: count, decode and compare all images; never raises for its content.
 
@@ -99,13 +103,14 @@ def check_dataset(
         drawing: Settings of `draw_episode`: draw one as `glovlm train` does, and state as a problem
             why that is refused.
         source: Where the data lie: its `classes.yaml` is read, too, when an episode is drawn.
+        cache: Keeps what decoding an image says, such as `FeatureCache`; what is there is read,
+            and not decoded again.
+        before: Looks at the same rows without decoding, if at hand.
     """
     rows = all_rows(ds)
     names: list[str] = rows.features["label"].names
     labels: list[int] = column(rows, "label")
     files: list[str] = column(rows, "file_name")
-    images: list[Any] = column(rows, "image")
-    masks = masks_of(rows)
     sides = column(rows, "split") if "split" in rows.column_names else ["all"] * len(labels)
     tally = Counter(zip(sides, labels, strict=True))
     report = DataReport(
@@ -124,32 +129,28 @@ def check_dataset(
             f"expected images of at least two classes, found one ({', '.join(names)}); add another "
             "class, or give the folder one level deeper if the classes lie there."
         )
-    both = list(zip(images, masks, strict=True))
-    findings = in_threads(lambda pair: _check_image(*pair, decode), both)
-    broken = [error for *_, error in findings if error]
+    looks = report.looks = look_at(rows, decode=decode, store=cache, before=before)
+    broken = looks.errors
     if len(broken) > 3:
         broken[3:] = [f"{len(broken) - 3} more images cannot be read."]
     report.problems += broken
-    contents = [content for content, *_ in findings]
-    hashes = [known for _, known, _ in findings if known]
-    report.hashes = hashes if len(hashes) == len(findings) else []
+    contents = looks.contents
     if all(contents):
         pairs = [(c, names[k]) for c, k in zip(contents, labels, strict=True) if c]
         report.fingerprint = fingerprint_of(pairs)
         report.digests = _digest_rows(rows, contents, names, files)
-        if any(masks):
-            of_masks = [mask and content_hash(mask) for mask in masks]
-            report.digests["masks"] = digest_value([files, of_masks])
+        if any(looks.mask_contents):
+            report.digests["masks"] = digest_value([files, looks.mask_contents])
     groups = None
     if broken or not (decode or any(name in rows.column_names for name in GROUP_COLUMNS)):
         report.notes.append("groups were not determined, since the images were not all decoded.")
     else:
-        groups = group_rows(rows)
+        groups = report.grouping = group_rows(rows, looks=looks)
         report.group_column = groups.column
         report.notes.append(groups.note + ".")
         _compare_spellings(report, rows, groups)
         _compare_sides(report, sides, labels, groups)
-    same = [known[0] if known else content for content, known, _ in findings]
+    same = [pixels or content for pixels, content in zip(looks.pixels, contents, strict=True)]
     _compare_duplicates(report, same, labels, files, groups)
     if drawing is not None and not report.problems:
         try:
@@ -176,18 +177,6 @@ def _digest_rows(
         "groups": digest_value([files, columns(sorted(by_group))]),
         "columns": digest_value([files, columns(others)]),
     }
-
-
-def _check_image(
-    image: Any, mask: Any, decode: bool
-) -> tuple[str | None, tuple[str, str] | None, str | None]:
-    """Content hash of an image, its `image_hashes` if decoded, and why it cannot be read."""
-    try:
-        if mask and decode:
-            open_outlined(image, mask)
-        return content_hash(image), image_hashes(image) if decode else None, None
-    except GloVLMError as error:
-        return None, None, str(error)
 
 
 def _compare_spellings(report: DataReport, rows: "Dataset", groups: Groups) -> None:

@@ -28,6 +28,7 @@ MANIFEST = (
 FLOAT_COLUMNS = frozenset({"mpp", "section_um"})
 MASK = "mask"  # names the picture of an image's outline, nonzero inside
 OUTLINE = "outline"  # what it goes around: capsule or tuft; in an image file its alpha channel's
+LOOK = "_look"  # what was seen of the files of a row, see `looks.py`
 CAPTION = "caption"  # a text about the image, not about its origin as the MANIFEST columns
 GROUP_IDS = ("patient_id", "case_id", "slide_id", "group_id")  # the first that is known groups
 # What people call them, in one spelling; taken where just one of a line is there.

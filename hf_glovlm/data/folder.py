@@ -403,9 +403,24 @@ def decode_image(value: ImageValue) -> Image.Image:
     return _decode(value, lambda image, name: image)
 
 
-def _decode(value: ImageValue, convert: Callable[[Image.Image, str], Image.Image]) -> Image.Image:
+def open_decoded(image: Image.Image, name: str) -> Image.Image:
+    """What `open_image` makes of an image that was decoded.
+
+    Args:
+        image: As `decode_image` returns it.
+        name: Of its file, for errors.
+
+    Raises:
+        GloVLMError: As `open_image`.
+    """
+    return _decode(image, _to_rgb, name)
+
+
+def _decode(
+    value: ImageValue, convert: Callable[[Image.Image, str], Image.Image], name: str = ""
+) -> Image.Image:
     """Decode an image, turn it upright and convert it, with an error that names the file."""
-    name = image_name(value)
+    name = name or image_name(value)
     try:
         if isinstance(value, Image.Image):
             image = value

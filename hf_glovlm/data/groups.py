@@ -1,17 +1,13 @@
-"""Groups: which rows show one patient, case, slide or image, and by what they are known again."""
+"""Groups: which rows show one patient, case, slide or image."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from ..errors import GloVLMError
 from ..tables import normal_text, spelling
-from .folder import ImageValue, column, content_hash, in_threads, open_image
+from .folder import column
+from .looks import Looks, look_at
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,7 +36,9 @@ class Groups:
     note: str
 
 
-def group_rows(ds: "Dataset", *, group_column: str | None = None) -> Groups:
+def group_rows(
+    ds: "Dataset", *, group_column: str | None = None, looks: Looks | None = None
+) -> Groups:
     """Group rows by patient, case, slide or near-duplicate cluster.
 
     Groups are patients where `patient_id` is known, else cases, else slides, else `group_id`, else
@@ -59,6 +57,7 @@ def group_rows(ds: "Dataset", *, group_column: str | None = None) -> Groups:
     Args:
         ds: Rows as `load_dataset` makes them.
         group_column: Use this column (or `near_duplicate`) instead of the first one known.
+        looks: At these rows, if at hand; else the images are looked at where they decide.
 
     Raises:
         GloVLMError: `group_column` is not there, or an image cannot be decoded.
@@ -71,7 +70,9 @@ def group_rows(ds: "Dataset", *, group_column: str | None = None) -> Groups:
         ids: list[str | None] = [None] * len(ds)
         note = "no patient, case or slide is given: groups are near-duplicate clusters of images"
         note += "; patients are unknown"
-        links = _near_duplicates(column(ds, "image"))
+        if looks is None or not looks.decoded:
+            looks = look_at(ds.select_columns(["image"]))
+        links = [*looks.near_duplicates]
         lower: list[str] = []
     elif getattr(ds.features.get(group_column), "dtype", "") == "string":
         ids = ids_within_institutions(ds, group_column)
@@ -174,55 +175,3 @@ def _components(raw: Sequence[str], links: Iterable[Sequence[int]]) -> list[str]
         for row in component:
             ids[row] = smallest
     return ids
-
-
-# ---------------------------------------------------------------------------------- images
-
-
-def image_hashes(value: ImageValue) -> tuple[str, str]:
-    """Hashes by which an image is known again: of its pixels, and of its file.
-
-    The pixels are those of `open_image` (RGB, 8 bits, upright), so a copy under another name or in
-    another lossless format (PNG, TIFF, BMP, lossless WebP) is the same image. A JPEG that is saved
-    again, resized or cut is not. The file's own hash knows a plain copy where another decoder gives
-    other pixels.
-
-    Returns:
-        The first 32 hexadecimal digits of two SHA-256.
-
-    Raises:
-        GloVLMError: It cannot be read.
-    """
-    image = open_image(value)
-    pixels = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-    return pixels[:32], content_hash(value)[:32]
-
-
-def _near_duplicates(images: Sequence[ImageValue], distance: int = 6) -> list[list[int]]:
-    """Pairs of rows with near-duplicate images."""
-    hashed = in_threads(_perceptual_hash, images)
-    hashes = np.array([code for code, _ in hashed], dtype=np.uint64)
-    thumbnails = np.array([thumbnail for _, thumbnail in hashed], dtype=np.float32)
-    pairs: list[list[int]] = []
-    for row in range(len(hashes) - 1):
-        differing = np.bitwise_count(hashes[row + 1 :] ^ hashes[row])
-        near = row + 1 + np.flatnonzero(differing <= distance)
-        if len(near):
-            apart = np.abs(thumbnails[near] - thumbnails[row]).mean(axis=1)
-            pairs += [[row, int(other)] for other in near[apart <= 10]]
-    return pairs
-
-
-def _perceptual_hash(value: ImageValue) -> tuple[np.uint64, NDArray[np.float32]]:
-    """Perceptual hash (64 bits) and flattened 16 x 16 colour thumbnail of an image."""
-    image = open_image(value)
-    small = image.convert("L").resize((32, 32), Image.Resampling.BILINEAR)
-    low = (_COSINES @ np.asarray(small, dtype=np.float64) @ _COSINES.T).ravel()
-    bits = low > np.median(low[1:])  # without the mean grey
-    code = np.packbits(bits).view(np.uint64)[0]
-    thumbnail = image.resize((16, 16), Image.Resampling.BILINEAR)
-    return code, np.asarray(thumbnail, dtype=np.float32).ravel()
-
-
-# The 8 lowest frequencies of the discrete cosine transform (DCT-II) of 32 samples.
-_COSINES = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5))

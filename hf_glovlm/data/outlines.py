@@ -14,14 +14,15 @@ import numpy as np
 from PIL import Image
 
 from ..errors import GloVLMError, nearest
-from .columns import MASK, OUTLINE
-from .folder import ImageValue, column, decode_image, image_name, in_threads, open_image
+from .columns import LOOK, MASK, OUTLINE
+from .folder import ImageValue, column, decode_image, image_name, in_threads, open_decoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 STRUCTURES = ("capsule", "tuft")  # what an outline may go around
 UNSTATED = "unstated"
+UNSEEN = "unseen"  # of an outline that is bad, which is an error only where it is asked for
 _GREY = ("1", "L", "I;16", "I", "F")
 _LOSSY = ("JPEG", "WEBP", "JPEG2000")  # whose black is not quite black
 
@@ -42,24 +43,28 @@ def open_outlined(value: ImageValue, mask: ImageValue | None = None) -> Image.Im
     Raises:
         GloVLMError: As `open_image`; the mask has another size; nothing is inside.
     """
-    image = decode_image(value)
+    return _open_outline(decode_image(value), image_name(value), mask)
+
+
+def _open_outline(image: Image.Image, name: str, mask: ImageValue | None) -> Image.Image:
+    """What `open_outlined` makes of an image that was decoded."""
     stated = _known(image)
     if mask is not None:
-        picture = open_image(image)
+        picture = open_decoded(image, name)
         inside = _read_mask(mask)
         if inside.shape != (picture.height, picture.width):
             raise GloVLMError(
                 f"The mask {image_name(mask)} has {inside.shape[1]} x {inside.shape[0]} pixels, "
-                f"and its image {image_name(value)} {picture.width} x {picture.height}: cut both "
+                f"and its image {name} {picture.width} x {picture.height}: cut both "
                 "alike."
             )
         where = image_name(mask)
     elif image.has_transparency_data:
         alpha = image.convert("RGBA")
         picture, inside = alpha.convert("RGB"), np.asarray(alpha.getchannel("A")) > 127
-        where = image_name(value)
+        where = name
     else:
-        return open_image(image)
+        return open_decoded(image, name)
     if not inside.any():
         raise GloVLMError(
             f"The outline of {where} encloses nothing: every pixel lies outside. Outline the "
@@ -96,10 +101,12 @@ def outlines_of(rows: "Dataset") -> list[str | None]:
     Raises:
         GloVLMError: A column or a file states something else.
     """
-    images: list[Any] = column(rows, "image")
-    pairs = list(zip(images, masks_of(rows), strict=True))
-    own_words = in_threads(lambda pair: _outline_of(*pair), pairs)
-    stated = column(rows, OUTLINE) if OUTLINE in rows.column_names else [None] * len(images)
+    looks = column(rows, LOOK) if LOOK in rows.column_names else []
+    own_words: list[str | None] = [look["outline"] for look in looks]
+    if not looks or UNSEEN in own_words:
+        pairs = list(zip(column(rows, "image"), masks_of(rows), strict=True))
+        own_words = in_threads(lambda pair: _outline_of(*pair), pairs)
+    stated = column(rows, OUTLINE) if OUTLINE in rows.column_names else [None] * len(rows)
     both = zip(own_words, stated, strict=True)
     return [None if own is None else check_structure(written or own) for own, written in both]
 
@@ -163,6 +170,32 @@ def check_structure(written: str, place: str = f"the column {OUTLINE}") -> str:
         f"{place}: correct it, or leave it empty."
         f"{nearest(word, STRUCTURES)}"
     )
+
+
+def outline_in(image: Image.Image, name: str, mask: ImageValue | None = None) -> str | None:
+    """What the outline of a decoded image goes around, see `outlines_of`.
+
+    Args:
+        image: As `decode_image` returns it.
+        name: Of its file, for errors.
+        mask: See `open_outlined`.
+
+    Returns:
+        As `outlines_of`; `UNSEEN` where the alpha channel is no outline that can be used.
+
+    Raises:
+        GloVLMError: The mask cannot be used.
+    """
+    stated = _known(image)
+    if mask is not None:
+        _open_outline(image, name, mask)
+        return stated or UNSTATED
+    if stated or not image.has_transparency_data:
+        return stated if image.has_transparency_data else None
+    try:
+        return _open_outline(image, name, None).info.get(OUTLINE)
+    except GloVLMError:
+        return UNSEEN
 
 
 def _outline_of(value: ImageValue, mask: Mapping[str, Any] | None) -> str | None:

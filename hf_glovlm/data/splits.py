@@ -20,6 +20,7 @@ from ..errors import GloVLMError, nearest
 from ..files import read_text, write_text
 from .folder import SPLIT_ORDER, column, logger
 from .groups import Groups, group_rows
+from .looks import Looks
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -692,7 +693,9 @@ def save_episodes(
     write_text(Path(path), json.dumps({**content, "draws": draws}, indent=1))
 
 
-def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
+def load_episode(
+    path: str | Path, draw: int, rows: "Dataset", *, looks: Looks | None = None
+) -> Episode:
     """Load a frozen episode.
 
     Args:
@@ -700,6 +703,7 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
         draw: Number of the draw in the file.
         rows: `all_rows(ds)`; support files are looked up by `file_name`, and the test is every row
             whose group is among the draw's `test_groups`.
+        looks: At these rows, if at hand.
 
     Raises:
         GloVLMError: No such file, draw, support file or group, or a group on two sides.
@@ -736,7 +740,7 @@ def load_episode(path: str | Path, draw: int, rows: "Dataset") -> Episode:
             f"{path} is not a file of frozen episodes ({type(error).__name__}: {error}); expected "
             "JSON with shots, sampler, group_column and draws of draw, support and test_groups."
         ) from None
-    groups = group_rows(rows, group_column=group_column)
+    groups = group_rows(rows, group_column=group_column, looks=looks)
     position = {name: row for row, name in enumerate(column(rows, "file_name"))}
     absent = [name for names in listed.values() for name in names if name not in position]
     if absent:

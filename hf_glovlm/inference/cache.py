@@ -1,5 +1,6 @@
 """Feature cache: pooled vectors of frozen towers, kept between runs or in memory.
 
+Beside them lies what decoding said of the images (see `data/looks.py`), under a key of its own.
 They come from patients' images; their folder is in `FeatureCache`.
 """
 
@@ -9,8 +10,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 # Part of every key: raise it when decoding or pooling changes what comes out for the same input.
 CACHE_VERSION = 1
+SMALL, MOST_SMALL = 2**22, 16  # bytes of a small shard; above so many, an encoder's are joined
 DAY = 86_400.0  # seconds after which a fresh file is one of a process that was killed
 
 logger = logging.getLogger("hf_glovlm")
@@ -77,7 +79,15 @@ class FeatureCache:
         self.folder = Path(place).expanduser()
         self.max_bytes = max_bytes
 
-    def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+    def known(self, encoder: str) -> set[bytes]:
+        """Keys of the images whose features are there.
+
+        Args:
+            encoder: Key of the encoder.
+        """
+        return {key for shard in self._shards(encoder) for key in _read_keys(shard)}
+
+    def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[Any]]:
         """Look up cached features.
 
         Args:
@@ -87,45 +97,43 @@ class FeatureCache:
         Returns:
             Vector `[width]` of each image that is there.
         """
-        missing, vectors = set(images), dict[bytes, NDArray[np.float32]]()
-        for shard in self._shards(encoder):
-            if not missing:
-                break
-            for key, vector in _read_shard(shard, missing):
-                vectors[key] = vector
-                missing.discard(key)
+        missing, vectors = set(images), dict[bytes, NDArray[Any]]()
+        read = set[Path]()
+        # Until nothing new is there: another process may have joined shards meanwhile.
+        while missing and (shards := [s for s in self._shards(encoder) if s not in read]):
+            for shard in shards:
+                read.add(shard)
+                vectors.update(_read_shard(shard, missing) if missing else ())
+                missing.difference_update(vectors)
         if vectors:
             self._touch(encoder)
         return vectors
 
     def put(
-        self, encoder: str, images: Sequence[bytes], features: NDArray[np.float32], name: str = ""
+        self, encoder: str, images: Sequence[bytes], features: NDArray[Any], name: str = ""
     ) -> None:
         """Store features `[n, width]` of images; a full or read-only disk is only a warning.
 
         Args:
             encoder: Key of the encoder.
             images: Keys of the `n` images, 16 bytes each.
-            features: Finite float32 `[n, width]`.
+            features: Finite float32 `[n, width]`, or bytes (uint8) of any meaning.
             name: Name of the encoder, for display.
         """
         keys = np.frombuffer(b"".join(images), np.uint8).reshape(len(images), 16)
-        features = np.ascontiguousarray(features, np.float32)
+        if features.dtype != np.uint8:
+            features = np.asarray(features, np.float32)
+        features = np.ascontiguousarray(features)
         folder = self.folder / encoder
-        shard = folder / f"{uuid.uuid4().hex}.safetensors"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             about = folder / "about.json"
             if not about.is_file():
                 with replacing(about, mode=0o700) as fresh:
                     fresh.write_text(json.dumps({"name": name, "created": time.time()}), "utf-8")
-            tensors: dict[str, NDArray[Any]] = {"features": features, "keys": keys}
-            metadata = {"checksum": _checksum(keys, features)}
-            # Another process may have evicted the folder meanwhile; it is made again as private.
-            with replacing(shard, mode=0o700) as fresh:
-                save_file(tensors, fresh, metadata)
+            shard = _write_shard(folder, keys, features)
             self._touch(encoder)
-            self._evict(shard)
+            self._evict(self._join(encoder) or shard)
             sweep(self.folder, age=DAY)
         except OSError as error:
             logger.warning(
@@ -192,6 +200,25 @@ class FeatureCache:
                 folders.append((about.stat().st_mtime, about.parent))
         return sorted(folders)
 
+    def _join(self, encoder: str) -> Path | None:
+        """Join an encoder's small shards into one, if there are many; that one.
+
+        Another process that joins the same ones only writes the same rows again.
+        """
+        sizes = {shard: _bytes(shard) for shard in self._shards(encoder)}
+        small = [shard for shard, size in sizes.items() if size < SMALL]
+        if len(small) <= MOST_SMALL:
+            return None
+        rows = {key: vector for shard in small for key, vector in _read_shard(shard)}
+        if len({(vector.shape, vector.dtype) for vector in rows.values()}) != 1:
+            return None
+        keys = np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), 16)
+        joined = _write_shard(self.folder / encoder, keys, np.stack([*rows.values()]))
+        for shard in small:
+            with suppress(OSError):
+                shard.unlink()
+        return joined
+
     def _touch(self, encoder: str) -> None:
         """Set an encoder's time of last use (that of its `about.json`) to now."""
         with suppress(OSError):
@@ -211,31 +238,59 @@ class FeatureCache:
                 shard.unlink(missing_ok=True)
 
 
-def _read_shard(shard: Path, requested: set[bytes]) -> list[tuple[bytes, NDArray[np.float32]]]:
-    """Read the requested vectors of a shard; a damaged one is reported and removed."""
-    try:
-        with safe_open(shard, framework="numpy") as file:
-            keys = np.ascontiguousarray(file.get_tensor("keys"))
-            rows = {bytes(key): row for row, key in enumerate(keys)}
-            hits = sorted((row, key) for key, row in rows.items() if key in requested)
-            if not hits:
-                return []
-            features = np.ascontiguousarray(file.get_tensor("features"))
-            if (file.metadata() or {}).get("checksum") != _checksum(keys, features):
-                raise ValueError("its checksum does not match")
+def _write_shard(folder: Path, keys: NDArray[np.uint8], features: NDArray[Any]) -> Path:
+    """Write a shard of its own name."""
+    shard = folder / f"{uuid.uuid4().hex}.safetensors"
+    metadata = {"checksum": _checksum(keys, features)}
+    # Another process may have evicted the folder meanwhile; it is made again as private.
+    with replacing(shard, mode=0o700) as fresh:
+        save_file({"features": features, "keys": keys}, fresh, metadata)
+    return shard
+
+
+def _read_shard(
+    shard: Path, requested: set[bytes] | None = None
+) -> list[tuple[bytes, NDArray[Any]]]:
+    """Read the requested vectors of a shard, or all; none of a damaged one."""
+    vectors = list[tuple[bytes, NDArray[Any]]]()
+    with _removing_damage(shard), safe_open(shard, framework="numpy") as file:
+        keys = np.ascontiguousarray(file.get_tensor("keys"))
+        rows = {bytes(key): row for row, key in enumerate(keys)}
+        chosen = rows if requested is None else requested.intersection(rows)
+        hits = sorted((rows[key], key) for key in chosen)
+        if not hits:
+            return vectors
+        features = np.ascontiguousarray(file.get_tensor("features"))
+        if (file.metadata() or {}).get("checksum") != _checksum(keys, features):
+            raise ValueError("its checksum does not match")
         # Copies, so that one row does not keep a whole shard in memory.
-        return [(key, features[row].copy()) for row, key in hits]
+        vectors += [(key, features[row].copy()) for row, key in hits]
+    return vectors
+
+
+def _read_keys(shard: Path) -> list[bytes]:
+    """Keys of a shard, unchecked; none of one that cannot be read."""
+    keys = list[bytes]()
+    with _removing_damage(shard), safe_open(shard, framework="numpy") as file:
+        keys += [bytes(key) for key in np.ascontiguousarray(file.get_tensor("keys"))]
+    return keys
+
+
+@contextmanager
+def _removing_damage(shard: Path) -> Iterator[None]:
+    """Report and remove a shard that cannot be read; one that is gone is nothing to report."""
+    try:
+        yield
     except FileNotFoundError:
-        return []  # removed by another process since it was listed
+        pass  # removed by another process since it was listed
     except (SafetensorError, OSError, ValueError) as error:
         logger.warning(
-            "A shard of the feature cache is damaged (%s: %s); its images are encoded again.",
+            "A shard of the feature cache is damaged (%s: %s); its images are computed again.",
             shard,
             error,
         )
         with suppress(OSError):
             shard.unlink()
-        return []
 
 
 def _count_rows(shard: Path) -> int:
@@ -246,7 +301,7 @@ def _count_rows(shard: Path) -> int:
         return 0
 
 
-def _checksum(keys: NDArray[np.uint8], features: NDArray[np.float32]) -> str:
+def _checksum(keys: NDArray[np.uint8], features: NDArray[Any]) -> str:
     digest = xxhash.xxh3_64(repr((keys.shape, features.shape, features.dtype)).encode())
     digest.update(keys.data)
     digest.update(features.data)
@@ -254,11 +309,13 @@ def _checksum(keys: NDArray[np.uint8], features: NDArray[np.float32]) -> str:
 
 
 def _size(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # removed meanwhile
-            total += path.stat().st_size
-    return total
+    return sum(map(_bytes, folder.rglob("*")))
+
+
+def _bytes(path: Path) -> int:
+    with suppress(OSError):  # removed meanwhile
+        return path.stat().st_size
+    return 0
 
 
 def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
@@ -341,15 +398,19 @@ class MemoryCache(FeatureCache):
     """Feature cache in memory, for one task: nothing is written."""
 
     def __init__(self) -> None:
-        self._vectors: dict[tuple[str, bytes], NDArray[np.float32]] = {}
+        self._vectors: dict[tuple[str, bytes], NDArray[Any]] = {}
 
-    def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[np.float32]]:
+    def known(self, encoder: str) -> set[bytes]:
+        """Keys of the images that are there; see `FeatureCache.known`."""
+        return {image for of, image in self._vectors if of == encoder}
+
+    def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[Any]]:
         """Look up features; see `FeatureCache.get`."""
         vectors = {image: self._vectors.get((encoder, image)) for image in images}
         return {image: vector for image, vector in vectors.items() if vector is not None}
 
     def put(
-        self, encoder: str, images: Sequence[bytes], features: NDArray[np.float32], name: str = ""
+        self, encoder: str, images: Sequence[bytes], features: NDArray[Any], name: str = ""
     ) -> None:
         """Keep features; see `FeatureCache.put`."""
         self._vectors.update({(encoder, i): v for i, v in zip(images, features, strict=True)})

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,8 +26,9 @@ from ..backbones.saved import (
     split_revision,
 )
 from ..calibration.inputs import softmax
-from ..data.columns import MASK
+from ..data.columns import LOOK, MASK
 from ..data.folder import open_image
+from ..data.looks import content_digest, join_digests, read_again
 from ..data.outlines import open_outlined
 from ..data.stains import contradictions, read_stains
 from ..errors import GloVLMError, nearest
@@ -44,7 +45,9 @@ if TYPE_CHECKING:
     from ..model import GloVLMForImageClassification, GloVLMModel, GloVLMProcessor
     from .engines import Engine
 
-SHARD_ROWS = 2048  # new features are stored at least this often, so an interruption loses little
+# New features are stored at least this often, so that an interruption loses little.
+STORE_SECONDS = 10.0
+SHARD_ROWS = 2048
 
 logger = logging.getLogger("hf_glovlm")
 
@@ -194,16 +197,30 @@ def embed_twice(
     key += "" if engine is None else engine.key
     vectors = cache.get(key, list(first)) if cache is not None else {}
     missing = [(digest, row) for digest, row in first.items() if digest not in vectors]
+    unstored, stored_at = list[bytes](), time.monotonic()
+
+    def store() -> None:
+        nonlocal stored_at
+        if cache is not None and unstored:
+            config: Any = model.config
+            name = config.backbone_name or config.backbone_config.model_type
+            cache.put(key, unstored, np.stack([vectors[digest] for digest in unstored]), name)
+        unstored.clear()
+        stored_at = time.monotonic()
+
     with exact_inference(model), _bar("Encoding images", len(missing), progress) as advance:
-        for start in range(0, len(missing), SHARD_ROWS):
-            part = missing[start : start + SHARD_ROWS]
-            selected = [row for _, row in part]
-            pooled = _encode(model, processor, rows, selected, batch_size, advance, engine)
-            vectors.update(zip((digest for digest, _ in part), pooled, strict=True))
-            if cache is not None:
-                config: Any = model.config
-                name = config.backbone_name or config.backbone_config.model_type
-                cache.put(key, [digest for digest, _ in part], pooled, name)
+        selected = [row for _, row in missing]
+        try:
+            for batch, pooled in _encode(model, processor, rows, selected, batch_size, engine):
+                encoded = [digests[row] for row in batch]
+                vectors.update(zip(encoded, pooled, strict=True))
+                unstored += encoded
+                advance(len(batch))
+                late = time.monotonic() - stored_at >= STORE_SECONDS
+                if late or len(unstored) >= SHARD_ROWS:
+                    store()
+        finally:
+            store()
     width = model.config.vision_pooled_dim
     if not digests:
         empty = np.empty((0, width), np.float32)
@@ -223,33 +240,57 @@ class ImageRows:
 
     def __init__(self, images: "Dataset", outline: str) -> None:
         self._outlined = outline not in ("ignore", "centre")
-        names = ["image", *([MASK] if self._outlined and MASK in images.column_names else [])]
-        self._table = images.select_columns(names).with_format("arrow")
+        names = ["image", LOOK, *([MASK] if self._outlined else [])]
+        present = [name for name in names if name in images.column_names]
+        self._table = images.select_columns(present).with_format("arrow")
+        self._known: list[tuple[bytes, bytes | None]] | None = None
         self._centred = outline == "centre"
 
     def values(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """`{"bytes", "path"}` of the given rows."""
-        values: list[dict[str, Any]] = self._part(rows)["image"].to_pylist()
+        values: list[dict[str, Any]] = self._table[list(rows)]["image"].to_pylist()
         return values
 
-    def _part(self, rows: Sequence[int]) -> Any:
-        return self._table[list(rows)]
-
     def pictures(self, rows: Sequence[int]) -> list[Image.Image]:
-        """Decoded images of the given rows, with their outlines where these count."""
-        if self._centred:  # of the whole picture, before a view is cut out of it
-            return [draw_centre(open_image(value)) for value in self.values(rows)]
-        if not self._outlined:
-            return [open_image(value) for value in self.values(rows)]
-        return [open_outlined(image, mask) for image, mask in _pairs(self._part(rows))]
+        """Decoded images of the given rows, with their outlines where these count.
+
+        Raises:
+            GloVLMError: An image cannot be decoded; or its digest is known and its file is another
+                now, whose features would be kept under that digest.
+        """
+        files = _pairs(self._table[list(rows)])
+        if self._known is not None or LOOK in self._table.column_names:
+            digests = [self._file_digests()[row] for row in rows]
+            files = [
+                (
+                    read_again(image, of_image),
+                    None if mask is None or of_mask is None else read_again(mask, of_mask),
+                )
+                for (image, mask), (of_image, of_mask) in zip(files, digests, strict=True)
+            ]
+        if self._outlined:
+            return [open_outlined(image, mask) for image, mask in files]
+        opened = [open_image(image) for image, _ in files]
+        # Of the whole picture, before a view is cut out of it.
+        return [draw_centre(picture) for picture in opened] if self._centred else opened
 
     def digests(self) -> list[bytes]:
         """Hash of each row's file content, and of its mask's, 16 bytes."""
-        return [
-            _digest(image) if mask is None else _digest(image, mask)
-            for part in self._table.iter(batch_size=256)
-            for image, mask in _pairs(part)
-        ]
+        return [join_digests(*pair) for pair in self._file_digests()]
+
+    def _file_digests(self) -> list[tuple[bytes, bytes | None]]:
+        """Hashes of each row's image and mask: of the look where there was one, else read now."""
+        if self._known is None and LOOK in self._table.column_names:
+            looks = self._table.select_columns([LOOK])[:][LOOK].to_pylist()
+            masked = MASK in self._table.column_names
+            self._known = [(look["image"], look["mask"] if masked else None) for look in looks]
+        if self._known is None:
+            self._known = [
+                (content_digest(image), None if mask is None else content_digest(mask))
+                for part in self._table.iter(batch_size=256)
+                for image, mask in _pairs(part)
+            ]
+        return self._known
 
 
 class _Views(ImageRows):
@@ -260,13 +301,13 @@ class _Views(ImageRows):
         self._count = count
         self._keys = [view_key(d, seed, v) for d in super().digests() for v in range(count)]
 
-    def _part(self, rows: Sequence[int]) -> Any:
-        """The images that the rows are views of."""
-        return super()._part([row // self._count for row in rows])
+    def values(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """`{"bytes", "path"}` of the images that the rows are views of."""
+        return super().values([row // self._count for row in rows])
 
     def pictures(self, rows: Sequence[int]) -> list[Image.Image]:
         """The views."""
-        images = super().pictures(rows)
+        images = super().pictures([row // self._count for row in rows])
         return [draw_view(im, self._keys[row]) for im, row in zip(images, rows, strict=True)]
 
     def digests(self) -> list[bytes]:
@@ -286,31 +327,19 @@ def _present(mask: dict[str, Any] | None) -> dict[str, Any] | None:
     return mask if mask and (mask["bytes"] is not None or mask["path"]) else None
 
 
-def _digest(*values: dict[str, Any]) -> bytes:
-    """Hash of the content of one file or several, 16 bytes."""
-    contents = []
-    for value in values:
-        content = value["bytes"]
-        if content is None:
-            try:
-                content = Path(value["path"]).read_bytes()
-            except OSError:
-                open_image(value)  # raises the error that describes it
-                raise
-        contents.append(bytes(xxhash.xxh3_128_digest(content)))
-    return contents[0] if len(contents) == 1 else xxhash.xxh3_128_digest(b"".join(contents))
-
-
 def _encode(
     model: "GloVLMModel",
     processor: "GloVLMProcessor",
     rows: ImageRows,
     selected: Sequence[int],
     batch_size: int,
-    advance: Callable[[int], None],
     engine: "Engine | None",
-) -> NDArray[np.float32]:
-    """Decode, preprocess and pool the selected rows, pooled vectors and middle tokens joined."""
+) -> Iterator[tuple[Sequence[int], NDArray[np.float32]]]:
+    """Decode, preprocess and pool the selected rows, batch by batch.
+
+    Yields:
+        The rows of a batch, and their pooled vectors and middle tokens joined.
+    """
     device = model_device(model)
     batches = [selected[i : i + batch_size] for i in range(0, len(selected), batch_size)]
     fits = batch_size
@@ -346,25 +375,37 @@ def _encode(
         parts = [{k: v[i : i + fits] for k, v in inputs.items()} for i in range(0, n, fits)]
         return np.concatenate([pool(part) for part in parts])
 
-    pooled = []
     with ThreadPoolExecutor(max_workers=1) as thread:
-        ahead = thread.submit(prepare, batches[0])
+        ahead = thread.submit(prepare, batches[0]) if batches else None
         for i, batch in enumerate(batches):
+            assert ahead is not None  # there is a first batch
             inputs = ahead.result()
             if i + 1 < len(batches):
                 ahead = thread.submit(prepare, batches[i + 1])
-            pooled.append(pool(inputs))
-            advance(len(batch))
-    result = np.concatenate(pooled)
-    broken = np.flatnonzero(~np.isfinite(result).all(1))
+            pooled = pool(inputs)
+            _check_finite(pooled, rows, batch, others=engine is not None)
+            yield batch, pooled
+
+
+def _check_finite(
+    pooled: NDArray[np.float32], rows: ImageRows, batch: Sequence[int], *, others: bool
+) -> None:
+    """Refuse vectors that are not finite, naming the first image.
+
+    Args:
+        pooled: `[n, width]`.
+        rows: All images.
+        batch: Rows of the vectors.
+        others: Whether something else than PyTorch in fp32 computed them.
+    """
+    broken = np.flatnonzero(~np.isfinite(pooled).all(1))
     if len(broken):
-        value = rows.values([selected[broken[0]]])[0]
+        row = batch[broken[0]]
         raise GloVLMError(
             f"The vision tower returned numbers that are not finite for {len(broken)} images "
-            f"(first: {value['path'] or f'row {selected[broken[0]]}'}): check the weights, or "
-            f"{'load them in float32' if engine is None else 'compute in fp32'}."
+            f"(first: {rows.values([row])[0]['path'] or f'row {row}'}): check the weights, or "
+            f"{'compute in fp32' if others else 'load them in float32'}."
         )
-    return result
 
 
 def _project(model: "GloVLMModel", pooled: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from ..data.columns import LOOK
 from ..data.folder import column, positive
 from ..data.image_tables import listed_cells
 from ..errors import GloVLMError
@@ -222,7 +223,11 @@ def _known(rows: "Dataset") -> list[tuple[float, tuple[int, int]]]:
     """Micrometres per pixel and size of each image whose scale is known."""
     given = column(rows, "mpp") if "mpp" in rows.column_names else []
     known = [row for row, mpp in enumerate(given) if mpp is not None]
-    sizes = map(_size, column(rows.select(known), "image")) if known else []
+    chosen, sizes = rows.select(known), list[tuple[int, int] | None]()
+    if known and LOOK in rows.column_names:
+        sizes += [(look["width"], look["height"]) for look in column(chosen, LOOK)]
+    elif known:
+        sizes += map(_size, column(chosen, "image"))
     return [(given[i], size) for i, size in zip(known, sizes, strict=True) if size is not None]
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.folder import column, in_threads
-from ..data.groups import differing_spellings, image_hashes, in_quotes
+from ..data.folder import column
+from ..data.groups import differing_spellings, in_quotes
+from ..data.looks import look_at
 from ..errors import GloVLMError, nearest
 from ..inference import FeatureCache, MemoryCache, Predictions, predict
 from ..inference.sentences import copy_sharing_weights
@@ -107,7 +108,7 @@ def leave_patients_out(
     reason = _why_not(labels, names, patients)
     if reason or patients is None:
         return LeftOut(NO_ESTIMATE + reason)
-    hashes = in_threads(image_hashes, column(rows, "image"))
+    hashes = look_at(rows.select_columns(["image"])).hashes
     if reason := _shared_image(hashes, patients):
         return LeftOut(NO_ESTIMATE + reason)
     store = MemoryCache() if cache is None else cache

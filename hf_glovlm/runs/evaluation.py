@@ -98,7 +98,7 @@ def evaluate(
             learned from some of their groups or images, their scale is another, or the tower
             cannot be computed as asked.
     """
-    from ..data import Columns, check_dataset, describe_reading, group_rows, load_dataset
+    from ..data import Columns, check_dataset, describe_reading, load_dataset
     from ..data.folder import is_synthetic
     from ..data.stains import list_stains, read_stains, state_stains
     from ..publish.adapter_only import load_model
@@ -113,10 +113,12 @@ def evaluate(
     rows, stated = state_stains(choose_split(load_dataset(data, columns=columns), split), stain)
     classifier, processor, run = load_model(source, exported=True)
     known = _check_labels(classifier, rows)
-    report = check_dataset({"all": rows})
+    kept = FeatureCache() if cache else None
+    report = check_dataset({"all": rows}, cache=kept)
     report.raise_problems()
-    groups = group_rows(rows)
-    seen = seen_rows(run, rows, groups, report.hashes)
+    rows, groups = report.looks.mark(rows), report.grouping
+    assert groups is not None  # the data have no problem, so every image was decoded
+    seen = seen_rows(run, rows, groups, report.looks.hashes)
     learned = {group for group, one in zip(groups.ids, seen.rows, strict=True) if one}
     if learned and not allow_seen:
         raise _flattering(len(learned), len(set(groups.ids)), seen.notes)
@@ -125,7 +127,7 @@ def evaluate(
     predictions = predict(
         classifier, processor, rows,
         batch_size=batch_size, engine=engine, groups=groups.ids, progress=progress,
-        cache=FeatureCache() if cache else None,
+        cache=kept,
     )  # fmt: skip
     named = str(data) if isinstance(data, str | Path) else None
     name = IN_MEMORY if named is None else Path(named).name
@@ -188,7 +190,7 @@ def measure(
         predictions: Of labelled images.
         learned: Hashes of the groups that the model learned from, see `hash_groups`, and of their
             images.
-        images: Hashes of the measured images, see `image_hashes`.
+        images: Hashes of the measured images, see `Looks.hashes`.
         n_resamples: Bootstrap resamples.
         seed: Of the bootstrap.
 
@@ -221,7 +223,7 @@ def check_unlearned(
     Args:
         learned: Hashes of the groups that it learned from, and of their images.
         groups: Group of each measured image.
-        images: Hashes of the measured images, see `image_hashes`.
+        images: Hashes of the measured images, see `Looks.hashes`.
 
     Raises:
         GloVLMError: It learned from some.
@@ -248,7 +250,7 @@ def seen_rows(
         run: The results, as `load_model` returns them; `None` where none lie beside the model.
         rows: Images as `load_dataset` makes them.
         groups: Their groups.
-        hashes: Of their images (`image_hashes`), if at hand.
+        hashes: Of their images (`Looks.hashes`), if at hand.
     """
     if run is None:
         return Seen([False] * len(groups.ids), False, [UNKNOWN])

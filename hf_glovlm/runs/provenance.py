@@ -1,7 +1,7 @@
 """Provenance of a model: the labels, groups and images that it learned from, through every run.
 
 Groups and images are known by hashes alone. A group is known by the spelling key of its id
-(`P001` and `p1` are one) within its institution, an image by `image_hashes`. The images are all of
+(`P001` and `p1` are one) within its institution, an image by `Looks.hashes`. The images are all of
 the learned groups, so that a copy of any of them under another patient's name is known, too.
 """
 
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ..backbones import BACKBONES, known_rows, pretraining_notes, unknown_pretraining_notes
 from ..data.catalog import find_cohorts
 from ..data.columns import MANIFEST
-from ..data.folder import column, in_threads
-from ..data.groups import GROUP_COLUMNS, NEAR_DUPLICATE, image_hashes
+from ..data.folder import column
+from ..data.groups import GROUP_COLUMNS, NEAR_DUPLICATE
+from ..data.looks import look_at
 from ..files import check_fields, read_json, results_kind
 from ..tables import spelling
 
@@ -210,7 +211,7 @@ class Provenance:
                 learned[row] = True
                 by_name |= (places[row] is None) != (of == {None})
         if self.images:
-            hashes = hashes or in_threads(image_hashes, column(rows, "image"))
+            hashes = hashes or look_at(rows.select_columns(["image"])).hashes
             for row, pair in enumerate(hashes):
                 learned[row] = learned[row] or not self.images.isdisjoint(pair)
         held = {group for group, one in zip(groups.ids, learned, strict=True) if one}

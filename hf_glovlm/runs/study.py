@@ -39,7 +39,8 @@ from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, s
 from ..rendering import SYNTHETIC, extent, group_unit, render
 from ..settings import Settings, read_values, setting, shown
 from .config import MINI, TrainConfig, choose_backbone
-from .workflow import Loader, run
+from .loading import Loader
+from .workflow import run
 
 __all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
 

@@ -1,6 +1,5 @@
 """Adaptation runs: from a folder of images to a measured, saved model."""
 
-import copy
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..backbones import describe_weights, known_rows, load_backbone, pretraining_notes
+from ..backbones import known_rows, pretraining_notes
 from ..calibration import (
     Calibration,
     ConformalThresholds,
@@ -29,10 +28,10 @@ from ..calibration import (
     prior_shift,
 )
 from ..calibration.inputs import softmax
-from ..data.columns import MASK
+from ..data.columns import LOOK, MASK
 from ..data.stains import STAIN, contradictions, list_stains, read_stains, state_stains
 from ..environment import check_tracker, describe_environment, peak_memory
-from ..files import digest_file, digest_value, write_text
+from ..files import digest_value, write_text
 from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
 from ..inference.outlines import outline_notes
 from ..inference.scale import describe_scale, known_scale, support_scale
@@ -43,7 +42,8 @@ from ..publish.identifiers import write_identifiers
 from ..training import Adapted, adapt
 from .config import DRAWING, MINI, TrainConfig, choose_backbone
 from .evaluation import check_unlearned, measure
-from .folder import CODE_VERSION, RunFolder, make_accelerator
+from .folder import RunFolder, make_accelerator
+from .loading import Loader, describe_inputs, task_classes
 from .provenance import (
     ADAPTED,
     Provenance,
@@ -58,7 +58,7 @@ from .results import RunResult
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset
 
     from ..data import ClassInfo, Episode, Groups
     from ..data.check import DataReport
@@ -73,88 +73,6 @@ SYNTHETIC_BACKBONE = (
     "test the software and say nothing about tissue. Name another backbone to learn something."
 )
 _INCIDENTAL = ("output_dir", "device", "cache", "tracker")  # where and how fast, not what
-
-
-class Loader:
-    """Loader of checked data and of backbones.
-
-    Args:
-        keep: Whether each is read once and handed out as a copy: for a study, whose cells share
-            them.
-    """
-
-    def __init__(self, keep: bool = False) -> None:
-        self.keep = keep
-        self._kept: dict[str, Any] = {}
-        # Small, so these are kept in any case.
-        self._digests: dict[str, dict[str, str]] = {}
-        self._reports: dict[Any, DataReport] = {}
-        self._inputs: dict[Any, dict[str, Any]] = {}
-
-    def data(self, config: TrainConfig) -> tuple["DatasetDict", "DataReport"]:
-        """The data set of a run, without problems, and what is known of it.
-
-        Raises:
-            GloVLMError: It has problems.
-        """
-        from ..data import check_dataset, load_dataset
-
-        def read() -> tuple["DatasetDict", "DataReport"]:
-            dataset = load_dataset(config.data, columns=config.columns)
-            report = check_dataset(dataset)
-            report.raise_problems()
-            return dataset, report
-
-        checked: tuple[DatasetDict, DataReport] = self._get(_data_key(config), read)
-        return checked
-
-    def backbone(self, name: str) -> tuple[Any, Any]:
-        """A model and its processor, which the caller may change."""
-        loaded = self._load(name)
-        return copy.deepcopy(loaded) if self.keep else loaded
-
-    def inputs(self, config: TrainConfig) -> dict[str, Any]:
-        """What a run would be made from beside its settings and split; no image is decoded."""
-        from ..data import check_dataset, load_dataset
-
-        source = _data_key(config)
-        if source not in self._reports:
-            dataset = load_dataset(config.data, columns=config.columns)
-            self._reports[source] = check_dataset(dataset, decode=False)
-        report = self._reports[source]
-        shown = (config.prompts, config.stain, config.outline, config.outline_of)
-        key = (source, *shown, config.episodes, config.backbone)
-        if key not in self._inputs:
-            classes = _classes(config, report.classes)
-            self._inputs[key] = describe_inputs(config, report.digests, classes, self)
-        return self._inputs[key]
-
-    def describe_backbone(self, name: str) -> dict[str, str]:
-        """Digests of a backbone, computed once; see `describe_weights`."""
-        if name not in self._digests:
-            self._load(name)
-        return self._digests[name]
-
-    def _load(self, name: str) -> tuple[Any, Any]:
-        def read() -> tuple[Any, Any]:
-            loaded = load_backbone(name)
-            self._digests[name] = describe_weights(*loaded)
-            return loaded
-
-        loaded: tuple[Any, Any] = self._get(f"backbone {name}", read)
-        return loaded
-
-    def _get(self, key: str, read: Callable[[], Any]) -> Any:
-        if not self.keep:
-            return read()
-        if key not in self._kept:
-            self._kept[key] = read()
-        return self._kept[key]
-
-
-def _data_key(config: TrainConfig) -> str:
-    """Data of a run and how they are read, for a loader that keeps them."""
-    return f"data {config.data} {config.columns}"
 
 
 def run(
@@ -267,27 +185,6 @@ def _run(
     return results
 
 
-def describe_inputs(
-    config: TrainConfig, data: Mapping[str, str], classes: Sequence["ClassInfo"], loader: Loader
-) -> dict[str, Any]:
-    """What a run is made from beside its settings and its split.
-
-    Args:
-        config: What to do.
-        data: Digests of the data, as `DataReport` has them.
-        classes: Names and prompts, in label order.
-        loader: Has the backbone.
-    """
-    episodes = config.episodes and digest_file(Path(config.episodes).expanduser())
-    return {
-        "code": CODE_VERSION,
-        **data,
-        "classes": digest_value([asdict(c) for c in classes]),
-        "episodes": episodes,
-        "backbone": loader.describe_backbone(config.backbone or MINI),
-    }
-
-
 @dataclass(frozen=True)
 class _Task:
     """Task of a run: its data, read, checked and split.
@@ -334,7 +231,8 @@ class _Task:
 
     def images(self, name: str) -> set[str]:
         """Hashes of the images on one side of the split."""
-        return {value for i in getattr(self.episode, name) for value in self.report.hashes[i]}
+        hashes = self.report.looks.hashes
+        return {value for i in getattr(self.episode, name) for value in hashes[i]}
 
     def learned(self, *, calibrated: bool = True) -> set[str]:
         """Hashes of the groups and images that the model learned from, in former runs too.
@@ -351,37 +249,23 @@ class _Task:
         """What the model learned from, in this run and in former ones."""
         sides = (self.episode.support, self.episode.validation, self.episode.calibration)
         rows = [row for side in sides for row in side]
-        own = Provenance.of_rows(self.rows, self.grouping, self.report.hashes, rows, len(rows))
+        hashes = self.report.looks.hashes
+        own = Provenance.of_rows(self.rows, self.grouping, hashes, rows, len(rows))
         return own if self.former is None else own.after(self.former)
-
-
-def _classes(config: TrainConfig, names: Sequence[str]) -> list["ClassInfo"]:
-    """Classes of a run with their prompts."""
-    from ..data import load_classes
-
-    return load_classes(
-        names,
-        source=config.folder,
-        prompts=config.prompts,
-        stain=config.stain,
-        outline=config.outline,
-        outline_of=config.outline_of,
-    )
 
 
 def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     """Read and split the data, and refuse what cannot be done before a backbone is loaded."""
-    from ..data import all_rows, describe_reading
     from ..data.folder import column
 
-    dataset, report = loader.data(config)
-    rows, stated = state_stains(all_rows(dataset), config.stain)
+    rows, reading, report = loader.data(config)
+    rows, stated = state_stains(rows, config.stain)
     if config.centre == "stain":
         check_stains(read_stains(rows), contradictions(rows))
     former = former_provenance(config.backbone or MINI)
-    episode, groups = _choose_episode(config, rows, former, report.hashes)
+    episode, groups = _choose_episode(config, rows, former, report)
     names: list[str] = rows.features["label"].names
-    classes = _classes(config, names)
+    classes = task_classes(config, names)
     labels = column(rows, "label")
     summary = episode.summary(labels, groups.ids, names)
     if former is not None:
@@ -394,7 +278,7 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
         config=config,
         method=get_method(config.method),
         report=report,
-        reading=describe_reading(dataset),
+        reading=reading,
         rows=rows,
         episode=episode,
         labels=labels,
@@ -450,8 +334,8 @@ def _adapt(
 
 
 def _unlabelled(rows: "Dataset") -> "Dataset":
-    """Images, their outlines and stains alone."""
-    kept = ("image", MASK, STAIN)
+    """Images, their outlines and stains alone, and what was seen of their files."""
+    kept = ("image", MASK, LOOK, STAIN)
     return rows.select_columns([name for name in kept if name in rows.column_names])
 
 
@@ -496,7 +380,8 @@ def _write_run(
     write_identifiers(work, task.rows)
     write_text(work / "README.md", render_card(results))
     write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
-    save_episodes(work / "episodes.json", [task.episode], task.rows, results["data"]["name"])
+    named = results["data"]["name"]
+    save_episodes(work / "episodes.json", [task.episode], task.rows, named, groups=task.grouping)
 
 
 def _subgroups(
@@ -668,7 +553,7 @@ def _choose_episode(
     config: TrainConfig,
     rows: "Dataset",
     former: Provenance | None,
-    hashes: Sequence[tuple[str, str]],
+    report: "DataReport",
 ) -> tuple["Episode", "Groups"]:
     """Draw or load the episode, with nothing measured that a former run learned from."""
     from ..data import draw_episode, group_rows, load_episode, reserve_calibration
@@ -677,15 +562,17 @@ def _choose_episode(
     def learned(groups: "Groups") -> set[str]:
         if former is None:
             return set()
-        seen = former.seen(rows, groups, hashes)
+        seen = former.seen(rows, groups, report.looks.hashes)
         return {group for group, one in zip(groups.ids, seen.rows, strict=True) if one}
 
+    groups = report.grouping
+    assert groups is not None  # the data have no problem, so every image was decoded
     if config.episodes is None:
-        groups = group_rows(rows)
         drawing = {name: getattr(config, name) for name in DRAWING}
         return draw_episode(rows, groups=groups, pooled=learned(groups), **drawing), groups
-    episode = load_episode(config.episodes, config.draw, rows)
-    groups = group_rows(rows, group_column=episode.group_column)
+    episode = load_episode(config.episodes, config.draw, rows, looks=report.looks)
+    if groups.column != episode.group_column:
+        groups = group_rows(rows, group_column=episode.group_column, looks=report.looks)
     pooled = learned(groups)
     if config.calibration_groups and not episode.calibration:
         episode = reserve_calibration(
