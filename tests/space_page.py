@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 
 SPACE = Path(__file__).resolve().parent.parent / "spaces" / "glomeruli"
+OWNERS = ("GLOVLM_M", "GLOVLM_A", "GLOVLM_P", "GLOVLM_R")  # settings of a page begin so
 if str(SPACE) not in sys.path:
     sys.path.insert(0, str(SPACE))
 
@@ -44,7 +45,7 @@ def serve(folder: Path, **environment: str) -> Iterator[Served]:
     """Run `app.py` while the block runs; it then has the time to clean up."""
     port = free_port()
     folder.mkdir(parents=True, exist_ok=True)
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("GLOVLM_M", "GLOVLM_A"))}
+    own = {k: v for k, v in os.environ.items() if not k.startswith(OWNERS)}
     paths = [str(SPACE.parent.parent), *filter(None, [own.get("PYTHONPATH")])]
     own |= {
         "GRADIO_SERVER_PORT": str(port),

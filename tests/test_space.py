@@ -40,6 +40,7 @@ from hf_glovlm.runs import cross_validation
 from space_page import SPACE, Served, serve  # isort: skip - puts the Space's modules on the path
 import pages
 import work
+from desk import Desk
 from gate import MAX_JSON
 from shelf import Settings, Shelf
 from uploads import (
@@ -221,6 +222,41 @@ def test_two_models_stay_and_pairs_say_why(tmp_path: Path) -> None:
         shelf.get(str(tmp_path))
 
 
+def test_what_computes_is_the_owners_choice_and_stated(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, kept = make_examples()[:2], list[Any]()
+    exact = work.classify(shelf.get(""), images).answers
+
+    def choose(towers: Any, processor: Any, **asked: Any) -> Any:
+        assert (asked["precision"], asked["runtime"]) == ("auto", "torch")
+        kept.append(asked["kept"])
+        return replace(
+            hf_glovlm.open_engine(towers, processor, precision="bf16"), measured={"a": 1}
+        )
+
+    monkeypatch.setenv("GLOVLM_PRECISION", "auto")
+    monkeypatch.setattr("shelf.open_engine", choose)
+    desk = Desk(replace(Settings.from_environment(), folders=True))
+    foot = pages.show_engine(desk.shelf.engine)
+    assert "in bf16 by torch, the fastest here" in foot
+    assert "adapted here, in fp32 by torch" in foot
+    answer = desk._answer(desk.shelf.get(""), images, [])
+    assert answer["engine"] == {"precision": "bf16", "runtime": "torch"}
+    own = work.ask_in_words(desk.shelf.get(""), {"a": ["a scar"], "b": ["an open glomerulus"]})
+    assert own.engine.precision == "bf16"
+    assert work.classify(own, images).answers
+    for row, plain in zip(answer["answers"], exact, strict=True):
+        assert row["probabilities"] != plain.probabilities
+        assert row["probabilities"] == pytest.approx(plain.probabilities, abs=0.05)
+    desk.shelf.get(str(tiny.tiny_clip()))
+    assert kept == [None, {"precision": "bf16", "runtime": "torch", "measured": {"a": 1}}]
+    assert pages.show_engine(shelf.engine).count("Images are encoded in fp32 by torch.") == 1
+    monkeypatch.undo()
+    with pytest.raises(GloVLMError, match="Unknown precision 'fp8'"):
+        _ = Shelf(Settings(precision="fp8")).engine
+
+
 # ------------------------------------------------------------------------------------- the work
 
 
@@ -399,6 +435,7 @@ def test_endpoints(client: Client, files: list[Path], served: Served) -> None:
     result = client.predict(two, api_name="/classify")
     assert [a["file_name"] for a in result["answers"]] == [path.name for path in files[:2]]
     assert result["limits"][-1] == "Research use only, not for diagnosis."
+    assert result["engine"] == {"precision": "fp32", "runtime": "torch"}
     described = client.predict(api_name="/describe")
     assert [c["name"] for c in described["classes"]] == list(result["answers"][0]["probabilities"])
     words = {"a": ["a scar"], "b": ["an open glomerulus"]}

@@ -88,6 +88,11 @@ class Settings:
         )
 
     @property
+    def is_plain(self) -> bool:
+        """Whether images are encoded as by default: nothing has to be opened to know that."""
+        return (self.precision, self.runtime) == ("fp32", "torch")
+
+    @property
     def choices(self) -> list[str]:
         """What the page offers."""
         return list(dict.fromkeys([self.model, *(self.listed or ("mini",))]))
@@ -138,6 +143,8 @@ class Shelf:
         Raises:
             GloVLMError: The page's own model cannot be computed so.
         """
+        if self.settings.is_plain:
+            return {"precision": self.settings.precision, "runtime": self.settings.runtime}
         if self._engine is None:
             self.get(None)
         return dict(self._engine or {})
@@ -161,7 +168,7 @@ class Shelf:
     def _open(self, loaded: Loaded) -> Loaded:
         """A model with what computes it."""
         engine = open_engine(
-            loaded.towers,
+            loaded.towers if loaded.classifier is None else loaded.classifier,
             loaded.processor,
             precision=self.settings.precision,
             runtime=self.settings.runtime,

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ def ask_in_words(loaded: Loaded, prompts: Mapping[str, Sequence[str]]) -> Loaded
         classifier.glovlm,
         loaded.processor,
         classifier,
-        engine=loaded.engine,  # of the same vision tower
+        engine=loaded.engine and replace(loaded.engine, model=classifier.glovlm),  # same weights
     )
 
 
