@@ -70,7 +70,8 @@ def _exported(name: str) -> tuple[Any, Any, Path, ExportReport]:
 def test_the_graph_is_the_model(name: str) -> None:
     model, processor, folder, report = _exported(name)
     assert sorted(p.name for p in folder.iterdir()) == [
-        *("export.json", "model.onnx", "preprocessing.json")
+        *("export.json", "manifest.json", "model.onnx", "preprocessing.json"),
+        "preprocessor_config.json",
     ]
     images = [p.image for p in render_cohort(1, 7, seed=9)]
     for pixels in (
@@ -156,7 +157,8 @@ def test_int8_is_measured(tmp_path: Path) -> None:
     )
     assert stages == ["exporting", "checking", "quantising", "measuring"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        *("export.json", "model_int8.onnx", "preprocessing.json")
+        *("export.json", "manifest.json", "model_int8.onnx", "preprocessing.json"),
+        "preprocessor_config.json",
     ]
     graph = onnx.load(tmp_path / "out" / "model_int8.onnx")
     assert sum(node.op_type == "MatMulInteger" for node in graph.graph.node) >= 8
@@ -170,7 +172,7 @@ def test_int8_is_measured(tmp_path: Path) -> None:
     assert measured.accuracy == pytest.approx((logits.argmax(1) == true).mean(), abs=0.1)
     assert measured.accuracy_before == pytest.approx((before.argmax(1) == true).mean())
     assert measured.agreement >= 0.7
-    assert 0 < measured.largest_probability_difference < 0.3
+    assert 0 < measured.largest_probability_difference < 0.05
     assert measured.speed_ratio > 0
     assert report.size < report.size_fp32
     assert read_export(tmp_path / "out", "export")["measured"]["accuracy"] == measured.accuracy

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from command_line import Glovlm
 from PIL import Image
+from slides_made import write_slide
 from test_explain import classifier as make_classifier
 from test_identity import make
 from tiny import tiny_clip, tiny_images
@@ -20,11 +21,14 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.files import write_manifest
 from hf_glovlm.inference import exported
 from hf_glovlm.inference.engines import open_engine
-from hf_glovlm.inference.graphs import quantise_graph
+from hf_glovlm.inference.graphs import Session, quantise_graph
 from hf_glovlm.publish.onnx_graph import ExportReport, describe_input, export_model
 from hf_glovlm.runs import run
 from hf_glovlm.runs.evaluation import evaluate
 from hf_glovlm.slides import load_encoder
+from hf_glovlm.slides.classify import classify_slides
+from hf_glovlm.slides.config import SlideConfig
+from hf_glovlm.slides.files.bags import read_bag
 
 REASON = "These weights are random and were made by a test."
 
@@ -119,6 +123,30 @@ def test_evaluate_measures_as_the_model_and_refuses_what_it_learned_from(
     results = evaluate(alone, place / "others", n_resamples=20)
     assert results["data"]["groups_seen_in_training"] is None
     assert any("cannot be known" in note for note in results["notes"])
+
+
+def test_slides_are_classified_as_by_the_model(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_slide(tmp_path / "S1.tif", 300, 200, lesions=2, lesion_side=32, seed=1)
+
+    def classify(name: str) -> Any:
+        given = {"slides": [str(tmp_path / "S1.tif")], "model": str(place / name)}
+        return classify_slides(SlideConfig(**given, output_dir=str(tmp_path / name)))
+
+    model, graph = (classify(name)["slides"][0] for name in ("run", "graph"))
+    bags = [read_bag(tmp_path / n / "features" / "S1.h5", scores=True) for n in ("run", "graph")]
+    assert bags[0].features.shape == bags[1].features.shape == (model["n_tiles"], 24)
+    np.testing.assert_allclose(bags[1].features, bags[0].features, atol=1e-4)
+    np.testing.assert_allclose(bags[1].scores, bags[0].scores, atol=1e-4)
+    assert bags[1].attributes["runtime"] == "onnx"
+    assert bags[1].attributes["fingerprint"] != bags[0].attributes["fingerprint"]
+    assert graph["label"] == model["label"]
+    assert graph["probabilities"] == pytest.approx(model["probabilities"], abs=1e-4)
+    assert graph["counts"] == model["counts"]
+
+    monkeypatch.setattr(Session, "run", None)  # nothing is computed again
+    assert classify("graph")["slides"][0] == graph
 
 
 OUTLINES = ("ignore", "centre", "blank", "pool", "blank+pool")
