@@ -294,8 +294,14 @@ class FeatureMethod(Method):
 
 
 class HeadMethod(Method):
-    """Method on frozen features whose head the loop trains with cross-entropy."""
+    """Method on frozen features whose head the loop trains with cross-entropy.
 
+    Attributes:
+        on_unit: Whether what `build` makes begins by normalising its features, and has `compare`
+            for those that are normalised: they are then once, not at every step.
+    """
+
+    on_unit: ClassVar[bool] = False
     family: ClassVar[Family] = "feature side"
     validation: ClassVar[Validation] = "early stopping"
 

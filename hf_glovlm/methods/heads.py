@@ -315,7 +315,10 @@ class ShiftedPrototypes(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features `[n, dim]` to logits `[n, classes]`."""
-        unit = nn.functional.normalize(features, dim=-1)
+        return self.compare(nn.functional.normalize(features, dim=-1))
+
+    def compare(self, unit: Tensor) -> Tensor:
+        """Map unit features `[n, dim]` to logits `[n, classes]`."""
         return self.scale * unit @ nn.functional.normalize(self.prototypes(), dim=-1).T
 
 
@@ -333,6 +336,8 @@ class ZsLpConfig(Settings):
 
 class PrototypeMethod(HeadMethod):
     """Method whose fitted head is one class prototype a class."""
+
+    on_unit = True
 
     def finish(self, head: Any, support: Support, config: Any, model: Any | None) -> Fitted:
         return Fitted(prototype_head(head.prototypes(), support.logit_scale))
@@ -447,6 +452,7 @@ class ClipAdapter(HeadMethod):
 
     name = "clip_adapter"
     trains = "a bottleneck on the image feature"
+    on_unit = True
     citation = "CLIP-Adapter: Gao et al. 2021, arXiv:2110.04544"
     Config = ClipAdapterConfig
 
@@ -470,6 +476,7 @@ class TipAdapterF(HeadMethod):
 
     name = "tip_adapter_f"
     trains = "the keys of a cache of the support"
+    on_unit = True
     validation = "search"
     citation = "Tip-Adapter: Zhang et al. 2022, arXiv:2207.09519"
     Config = TipAdapterConfig

@@ -120,7 +120,10 @@ class CacheHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features `[n, dim]` to logits `[n, classes]`."""
-        unit = nn.functional.normalize(features, dim=-1)
+        return self.compare(nn.functional.normalize(features, dim=-1))
+
+    def compare(self, unit: Tensor) -> Tensor:
+        """Map unit features `[n, dim]` to logits `[n, classes]`."""
         affinity = torch.exp(-self.beta * (1 - unit @ self.keys.T))
         logits: Tensor = self.text(unit) + self.alpha * affinity @ self.values
         return logits
@@ -164,7 +167,10 @@ class ResidualHead(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features `[n, dim]` to logits `[n, classes]`."""
-        unit = nn.functional.normalize(features, dim=-1)
+        return self.compare(nn.functional.normalize(features, dim=-1))
+
+    def compare(self, unit: Tensor) -> Tensor:
+        """Map unit features `[n, dim]` to logits `[n, classes]`."""
         logits: Tensor = self.text(self.ratio * self.adapter(unit) + (1 - self.ratio) * unit)
         return logits
 

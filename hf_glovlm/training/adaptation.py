@@ -655,14 +655,19 @@ def _fit_head(
     log: list[dict[str, Any]] = []
     accelerator = training.accelerator
     if accelerator is None or accelerator.is_main_process:
-        step = HeadStep(head, lambda: method.penalty(head, support, settings))
+        step = HeadStep(
+            head, lambda: method.penalty(head, support, settings), on_unit=method.on_unit
+        )
+        inputs = support.features if support.views is None else support.views
+        if method.on_unit:
+            inputs = nn.functional.normalize(inputs, dim=-1)
         held_out = None
         if support.validation is not None and method.validation == "early stopping":
             held_out = TensorSource(*support.validation)
         log = fit(
             step,
             [{"params": [p for p in head.parameters() if p.requires_grad]}],
-            feature_source(support.features, support.views, support.labels),
+            feature_source(inputs, None if support.views is None else inputs, support.labels),
             recipe,
             accelerator=training.accelerate(),
             distributed=False,

@@ -46,7 +46,15 @@ class TensorSource:
         return self.inputs[list(index)]
 
 
-class ViewSource(TensorSource):
+class FeatureSource(TensorSource):
+    """Batch source of few features, laid out once an epoch so that its batches are slices."""
+
+    def arrange(self, order: Tensor) -> Tensor:
+        """All rows in the order of an epoch `[n, dim]`."""
+        return self.inputs.index_select(0, order)
+
+
+class ViewSource(FeatureSource):
     """Batch source of features of augmented views `[n, V, dim]`: in each epoch the next view."""
 
     epoch = 0
@@ -55,10 +63,14 @@ class ViewSource(TensorSource):
         """One view of each row."""
         return self.inputs[list(index), self.epoch % self.inputs.shape[1]]
 
+    def arrange(self, order: Tensor) -> Tensor:
+        """One view of each row in the order of an epoch `[n, dim]`."""
+        return self.inputs[:, self.epoch % self.inputs.shape[1]].index_select(0, order)
 
-def feature_source(features: Tensor, views: Tensor | None, labels: Tensor) -> TensorSource:
+
+def feature_source(features: Tensor, views: Tensor | None, labels: Tensor) -> FeatureSource:
     """Batch source of features `[n, dim]`, or of those of views `[n, V, dim]` in their place."""
-    return TensorSource(features, labels) if views is None else ViewSource(views, labels)
+    return FeatureSource(features, labels) if views is None else ViewSource(views, labels)
 
 
 class ImageSource:
@@ -267,7 +279,9 @@ def fit(
 
     Args:
         step: `forward(inputs, labels, weight, total)` gives this process's part of the loss; with
-            an attribute `takes_rows` that is true it is given the row numbers too, as `rows`.
+            an attribute `takes_rows` that is true it is given the row numbers too, as `rows`. With
+            `mean_loss(inputs, labels)`, the same for a whole batch, one process goes through the
+            slices of a `FeatureSource`.
         groups: Optimiser groups, `{"params", "lr"?, "weight_decay"?}`.
         source: Where batches come from.
         recipe: How to train.
@@ -300,6 +314,8 @@ def fit(
     state = _State(step, optimizer, about, output_dir if rank == 0 else None, output_dir)
     log = state.load() if resume else []
     takes_rows = bool(getattr(step, "takes_rows", False))
+    in_slices = isinstance(source, FeatureSource) and hasattr(step, "mean_loss")
+    in_slices = in_slices and processes == accumulate == 1
     wrapped = accelerator.prepare(step) if processes > 1 else step
     if accelerator.scaler is not None:  # fp16: the scaled gradient is taken back by its step
         optimizer = accelerator.prepare(optimizer)
@@ -316,6 +332,9 @@ def fit(
         seed_everything(seed, epoch, rank)
         if isinstance(source, ViewSource):
             source.epoch = epoch
+        if in_slices:
+            rows = source.arrange(order).to(accelerator.device)  # type: ignore[attr-defined]
+            labels = source.labels[order].to(accelerator.device)
         step.train()
         total_loss = 0.0
         for first in range(0, n, recipe.batch_size):
@@ -323,10 +342,14 @@ def fit(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, group["base_lr"], epoch, epochs, done, steps)
-            batch = order[first : first + recipe.batch_size].tolist()
-            batch_loss = _backward(
-                wrapped, source, batch, accelerator, accumulate, rank, processes, takes_rows
-            )
+            part = slice(first, min(first + recipe.batch_size, n))
+            if in_slices:
+                batch_loss = _backward_slice(step, rows[part], labels[part], accelerator)
+            else:
+                batch = order[part].tolist()
+                batch_loss = _backward(
+                    wrapped, source, batch, accelerator, accumulate, rank, processes, takes_rows
+                )
             if not math.isfinite(batch_loss):
                 raise GloVLMError(
                     f"The loss became {batch_loss} in epoch {epoch + 1}: the learning rate "
@@ -336,11 +359,12 @@ def fit(
             if clip_norm is not None:
                 accelerator.clip_grad_norm_([p for g in groups for p in g["params"]], clip_norm)
             optimizer.step()
-            done, seen = done + 1, seen + len(batch)
+            done, size = done + 1, part.stop - first
             if after_step is not None:  # before the gradients go: AdaLoRA reads them
                 after_step(done)
             optimizer.zero_grad(set_to_none=True)
-            total_loss += batch_loss * len(batch)
+            seen += size
+            total_loss += batch_loss * size
         row: dict[str, Any] = {
             "epoch": epoch + 1,
             "epochs": epochs,
@@ -363,6 +387,20 @@ def fit(
     state.restore_best()
     step.eval()
     return log
+
+
+def _backward_slice(
+    step: Any, inputs: Tensor, labels: Tensor, accelerator: "Accelerator"
+) -> float:
+    """Gradient of a batch that is whole and in place; its loss."""
+    if accelerator.mixed_precision == "no" and accelerator.gradient_accumulation_steps == 1:
+        loss = step.mean_loss(inputs, labels)
+        loss.backward()
+    else:
+        with accelerator.autocast():
+            loss = step.mean_loss(inputs, labels)
+            accelerator.backward(loss)
+    return float(loss.detach())
 
 
 def _backward(
@@ -411,7 +449,8 @@ def _optimizer(groups: list[dict[str, Any]], recipe: Recipe) -> torch.optim.Opti
         {**g, "lr": g.get("lr", recipe.lr), "base_lr": g.get("lr", recipe.lr)} for g in groups
     ]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(listed, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+        decay = recipe.weight_decay
+        return torch.optim.SGD(listed, lr=recipe.lr, momentum=0.9, weight_decay=decay, fused=True)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
     return kind(listed, lr=recipe.lr, weight_decay=recipe.weight_decay, eps=recipe.eps, fused=True)
 
@@ -566,4 +605,7 @@ def seed_everything(seed: int, *more: int) -> None:
     mixed = int(np.random.SeedSequence([len(more), seed, *more]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)  # noqa: NPY002 - libraries draw from it
-    torch.manual_seed(mixed)
+    if torch.accelerator.is_available():
+        torch.manual_seed(mixed)
+    else:  # less than a tenth of the time: nothing is noted for devices that are not there
+        torch.default_generator.manual_seed(mixed)

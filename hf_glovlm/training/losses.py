@@ -23,12 +23,20 @@ class HeadStep(nn.Module):
     Args:
         head: Features `[n, dim]` in, logits `[n, classes]` out.
         penalty: Added to the mean loss of every step.
+        on_unit: Whether steps are given unit features, for `head.compare`.
     """
 
-    def __init__(self, head: nn.Module, penalty: Callable[[], Tensor | None] | None = None) -> None:
+    def __init__(
+        self,
+        head: nn.Module,
+        penalty: Callable[[], Tensor | None] | None = None,
+        *,
+        on_unit: bool = False,
+    ) -> None:
         super().__init__()
         self.head = head
         self.penalty = penalty
+        self.on_unit = on_unit
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits `[n, classes]` in evaluation mode."""
@@ -38,11 +46,23 @@ class HeadStep(nn.Module):
 
     def forward(self, inputs: Tensor, labels: Tensor, weight: Tensor, total: int) -> Tensor:
         """Sum of the weighted losses over `total`, so that parts of a batch add up to its mean."""
-        self.head.train(len(inputs) > 1)  # one row has no variance for batch norm to take
-        losses = nn.functional.cross_entropy(self.head(inputs), labels, reduction="none")
+        losses = nn.functional.cross_entropy(self._logits(inputs), labels, reduction="none")
         loss = (weight * losses).sum() / total
         penalty = self.penalty() if self.penalty is not None else None
         return loss if penalty is None else loss + penalty * weight.sum() / total
+
+    def mean_loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Loss of a whole batch: what `forward` gives with every weight 1."""
+        loss = nn.functional.cross_entropy(self._logits(inputs), labels)
+        penalty = self.penalty() if self.penalty is not None else None
+        return loss if penalty is None else loss + penalty
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        several = len(inputs) > 1
+        if self.head.training != several:
+            self.head.train(several)  # one row has no variance for batch norm to take
+        logits: Tensor = self.head.compare(inputs) if self.on_unit else self.head(inputs)  # type: ignore[operator]
+        return logits
 
 
 class TowerStep(nn.Module):
