@@ -64,7 +64,7 @@ _DEFAULT: Choice = ("fp32", "torch")
 class Engine:
     """Engine: computes the pooled vectors of one model's vision tower.
 
-    Made by `open_engine`, for the weights that the model has at that moment.
+    Made by `open_engine`.
 
     Args:
         model: The model.
@@ -73,6 +73,7 @@ class Engine:
         measured: What `auto` measured, see `docs/runtimes.md`; `None` where both were given.
         pool: Maps the processor's tensors of n images to float32 pooled vectors `[n, width]` and
             middle `[n, hidden]`, see `GloVLMModel.pool_images_and_middle`.
+        encoder: The encoder's key that a graph was made for; empty where the model itself computes.
     """
 
     model: Any = field(repr=False)
@@ -80,6 +81,21 @@ class Engine:
     runtime: str
     measured: dict[str, Any] | None
     pool: Pool = field(repr=False)
+    encoder: str = field(default="", repr=False)
+
+    def check(self, model: Any, processor: "GloVLMProcessor") -> None:
+        """Check that it computes the tower of a model as that is now.
+
+        Raises:
+            GloVLMError: It is one of another model, or the weights have changed.
+        """
+        if self.model is not model:
+            raise GloVLMError("The engine is one of another model: open one of this (open_engine).")
+        if self.encoder and self.encoder != encoder_key(model, processor):
+            raise GloVLMError(
+                "The model has changed since its engine was opened, and the engine's graph has "
+                "not: open it again (open_engine)."
+            )
 
     @property
     def key(self) -> str:
@@ -127,7 +143,7 @@ def open_engine(
     """Open the engine of a model's vision tower.
 
     Args:
-        model: The backbone or the classifier, in fp32.
+        model: The backbone or the classifier; in fp32, but for the default.
         processor: Its processor.
         precision: One of `PRECISIONS`; `int8` with the runtime `onnx`, `tf32` on CUDA alone.
         runtime: One of `RUNTIMES`; `onnx` and `openvino` on the CPU alone.
@@ -153,6 +169,8 @@ def open_engine(
     tower: GloVLMModel = getattr(model, "glovlm", model)
     if device is not None:
         model.to(resolve_device(device))
+    if (precision, runtime) == _DEFAULT:  # in whatever the weights are
+        return Engine(tower, *_DEFAULT, None, partial(_pool_torch, tower, "fp32"))
     if tower.dtype != torch.float32:
         raise GloVLMError(
             f"Expected a model in float32, found {str(tower.dtype).removeprefix('torch.')}: call "
@@ -161,11 +179,11 @@ def open_engine(
     candidates = _candidates(precision, runtime, model_device(tower).type)
     example = _Example(tower, processor, images)
     if "auto" not in (precision, runtime):
-        return Engine(tower, precision, runtime, None, _open(example, candidates[0]))
+        return _as_engine(example, candidates[0], _open(example, candidates[0]), None)
     earlier = (kept or {}).get("precision"), (kept or {}).get("runtime")
     if kept and earlier in candidates:
         pool = _open(example, earlier)
-        return Engine(tower, *earlier, dict(kept.get("measured") or {}), pool)
+        return _as_engine(example, earlier, pool, dict(kept.get("measured") or {}))
     return _choose(example, candidates, seconds, workload, on_note or (lambda text: None))
 
 
@@ -282,10 +300,14 @@ class _Example:
         return self.plain(self.inputs)
 
     @cached_property
+    def key(self) -> str:
+        """The encoder's key."""
+        return encoder_key(self.model, self.processor)
+
+    @property
     def folder(self) -> Path:
-        """Where the tower's graphs are kept: in the feature cache, by the encoder's key."""
-        key = encoder_key(self.model, self.processor)
-        return FeatureCache().folder / f"{key}-graph{_GRAPHS}"
+        """Where the tower's graphs are kept: in the feature cache."""
+        return FeatureCache().folder / f"{self.key}-graph{_GRAPHS}"
 
     def agreement(self, pool: Pool) -> tuple[float, float]:
         """Least cosine with PyTorch in fp32, and the largest difference as a part of the largest.
@@ -313,6 +335,13 @@ def _draw(seed: int) -> Image.Image:
     soft = Image.fromarray(draw.integers(60, 256, (6, 6, 3), np.uint8)).resize((256, 256), 3)
     grain = draw.normal(0, 12, (256, 256, 1))
     return draw_centre(Image.fromarray((np.asarray(soft) + grain).clip(0, 255).astype(np.uint8)))
+
+
+def _as_engine(
+    example: _Example, choice: Choice, pool: Pool, measured: dict[str, Any] | None
+) -> Engine:
+    encoder = example.key if choice[1] in _ON_CPU else ""
+    return Engine(example.model, *choice, measured, pool, encoder)
 
 
 def _open(example: _Example, choice: Choice) -> Pool:
@@ -536,7 +565,7 @@ def _choose(
         faster = f"{gain:.2f} times as fast as {_words(baseline[0])}"
         none = "nothing that agrees with it was faster"
         notify(f"auto: {_words(chosen)}, {none if chosen == baseline[0] else faster}")
-    return Engine(example.model, *chosen, measured, pool)
+    return _as_engine(example, chosen, pool, measured)
 
 
 def _words(choice: Choice) -> str:

@@ -185,8 +185,8 @@ def embed_twice(
         GloVLMError: See `embed_images`.
     """
     _move(model, device)
-    if engine is not None and engine.model is not model:
-        raise GloVLMError("The engine is one of another model: open one of this (open_engine).")
+    if engine is not None:
+        engine.check(model, processor)
     outline = processor.outline
     rows = _Views(images, outline, views, seed) if views else ImageRows(images, outline)
     digests = rows.digests()
