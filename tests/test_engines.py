@@ -322,10 +322,11 @@ def test_results_state_what_computed_them(tmp_path: Path, glovlm: Glovlm) -> Non
     data = tiny_images(tmp_path / "images", per_class=2)
     prompts = {name: [f"a {name} glomerulus"] for name in CLASSES}
     classifier = build_zero_shot(*backbone(), prompts)
-    classifier.save_pretrained(tmp_path / "model")
-    backbone()[1].save_pretrained(tmp_path / "model")
-    output = tmp_path / "out" / "results.json"
-    where = (tmp_path / "model", "--data", data, "--output", output)
+    model = tmp_path / "run" / "model"
+    classifier.save_pretrained(model)
+    backbone()[1].save_pretrained(model)
+    output = tmp_path / "results.json"
+    where = (model, "--data", data, "--output", output)
     table = tmp_path / "predictions.parquet"
     about = {"precision": "int8", "runtime": "onnx"}
     for asked, stated in (((), None), (("--precision", "int8", "--runtime", "onnx"), about)):
@@ -336,8 +337,8 @@ def test_results_state_what_computed_them(tmp_path: Path, glovlm: Glovlm) -> Non
         assert ("onnxruntime" in results["environment"]) == (stated is not None)
         assert any("by onnx in int8" in text for text in results["notes"]) == bool(stated)
         assert Predictions.load(table).engine == stated
-    done = glovlm("predict", tmp_path / "model", data, "--precision", "auto")
+    done = glovlm("predict", model, data, "--precision", "auto")
     assert done.code == 0, done.err
     assert "auto: torch in fp32; there is too little work to measure for" in done.err
-    refused = glovlm("predict", tmp_path / "model", data, "--precision", "int8")
+    refused = glovlm("predict", model, data, "--precision", "int8")
     assert (refused.code, len(refused.errors)) == (2, 1)
