@@ -4,11 +4,13 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from command_line import Glovlm
 from PIL import Image
 from slides_made import write_slide
@@ -25,6 +27,7 @@ from hf_glovlm.inference.graphs import Session, quantise_graph
 from hf_glovlm.publish.onnx_graph import ExportReport, describe_input, export_model
 from hf_glovlm.runs import run
 from hf_glovlm.runs.evaluation import evaluate
+from hf_glovlm.runs.provenance import former_provenance
 from hf_glovlm.slides import load_encoder
 from hf_glovlm.slides.classify import classify_slides
 from hf_glovlm.slides.config import SlideConfig
@@ -145,6 +148,11 @@ def test_slides_are_classified_as_by_the_model(
     assert graph["probabilities"] == pytest.approx(model["probabilities"], abs=1e-4)
     assert graph["counts"] == model["counts"]
 
+    known = former_provenance(str(place / "graph"))  # as a slide classifier asks on these features
+    expected = former_provenance(str(place / "run"))
+    assert known is not None
+    assert expected is not None
+    assert (known.groups, known.images) == (expected.groups, expected.images)
     monkeypatch.setattr(Session, "run", None)  # nothing is computed again
     assert classify("graph")["slides"][0] == graph
 
@@ -193,6 +201,12 @@ def test_what_contradicts_the_folder_is_refused(place: Path, tmp_path: Path) -> 
     for options in ({"precision": "int8"}, {"precision": "bf16"}, {"precision": "tf32"}):
         with pytest.raises(GloVLMError, match=f"in fp32 .* {options['precision']} was asked for"):
             open_engine(model, processor, **options)
+    if find_spec("openvino"):
+        pixels = torch.rand(3, 3, 32, 32)
+        other = open_engine(model, processor, runtime="openvino")
+        assert other.runtime == "openvino"
+        expected = model.pool_images_and_middle(pixels)[0]
+        assert other.pool({"pixel_values": pixels})[0].allclose(expected, atol=1e-4)
 
     folder = copy(place, tmp_path)
     quantise_graph(folder / "model.onnx", folder / "model_int8.onnx", keep=["support_distance"])

@@ -17,7 +17,7 @@ from ..inference import FeatureCache, Predictions, open_engine, predict
 from ..inference.engines import engine_device, refuse_auto
 from ..inference.guard import count_unlike
 from ..inference.outlines import hidden_notes, outline_notes
-from ..inference.prediction import class_names
+from ..inference.prediction import class_names, model_device
 from ..inference.scale import check_scale, listed_mpp
 from ..settings import declarations
 from ..tables import spelling
@@ -171,7 +171,7 @@ def evaluate(
             *pretrained,
         ],
         "synthetic": synthetic,
-        "environment": describe_environment(place) | engine.versions(),
+        "environment": describe_environment(model_device(classifier)) | engine.versions(),
     }
     return Evaluation(results, Path(source), predictions)
 

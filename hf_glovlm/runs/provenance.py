@@ -257,7 +257,7 @@ def former_provenance(backbone: str) -> Provenance | None:
     """Provenance of a backbone that is a run's model: its chain ends with that run.
 
     Args:
-        backbone: As `load_backbone` takes it.
+        backbone: As `load_backbone` takes it, or a folder that `glovlm export` wrote.
 
     Returns:
         `None` where it is none, or where no results lie beside it.
@@ -265,14 +265,18 @@ def former_provenance(backbone: str) -> Provenance | None:
     Raises:
         GloVLMError: Its results are damaged.
     """
+    from ..inference.exported import RUN, is_export
+
     folder = Path(backbone).expanduser()
     run = folder.parent if folder.name == "model" else folder
     models = (folder / "config.json", folder / "model" / "config.json")
-    if backbone in BACKBONES or not any(file.is_file() for file in models):
+    exported = is_export(folder)
+    if backbone in BACKBONES or not (exported or any(file.is_file() for file in models)):
         return None
-    if not (run / "results.json").is_file():
+    kept = folder / RUN if exported else run / "results.json"
+    if not kept.is_file():
         return None
-    results = read_json(run / "results.json")
+    results = read_json(kept)
     if results_kind(results) != "adaptation":
         return None
     own = Provenance.of_results(results)

@@ -207,7 +207,7 @@ def _find_learned(
     known = next(filter(None, (a.get("fingerprint") for a in seen)), None)
     if known is None:
         notes.append("The features do not say which model made them; --encoder was not checked.")
-    elif (actual := encoder_fingerprint(*load_encoder(config.encoder))) != known:
+    elif (actual := encoder_fingerprint(*load_encoder(config.encoder, exported=True))) != known:
         raise GloVLMError(
             f"The slides were encoded by another model ({str(known)[:12]}) than that of "
             f"'{config.encoder}' ({actual[:12]}): correct --encoder."
