@@ -24,6 +24,8 @@ from hf_glovlm.files import write_manifest
 from hf_glovlm.inference import exported
 from hf_glovlm.inference.engines import open_engine
 from hf_glovlm.inference.graphs import Session, quantise_graph
+from hf_glovlm.inference.guard import NO_GUARD
+from hf_glovlm.publish import onnx_graph
 from hf_glovlm.publish.onnx_graph import ExportReport, describe_input, export_model
 from hf_glovlm.runs import run
 from hf_glovlm.runs.evaluation import evaluate
@@ -215,6 +217,23 @@ def test_what_contradicts_the_folder_is_refused(place: Path, tmp_path: Path) -> 
     small, processor, _ = load_classifier(folder, exported=True)
     assert open_engine(small, processor).precision == "int8"
     assert small.encoder_key(processor) != model.encoder_key(processor)
+
+
+def test_a_guard_that_cannot_be_traced_is_left_out_aloud(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(module: Any, example: Any, path: Path, outputs: list[str]) -> int:
+        if "support_distance" in outputs:
+            raise GloVLMError("no such operator")
+        shutil.copy(place / "graph" / "model.onnx", path)
+        return 20
+
+    monkeypatch.setattr(onnx_graph, "write_graph", write)
+    report = export_model(place / "run", tmp_path / "graph", reason=REASON)
+    assert "is left out" in report.notes[0]
+    results = evaluate(tmp_path / "graph", place / "others", n_resamples=2)
+    assert NO_GUARD in results["notes"]
+    assert report.notes[0] in results["notes"]
 
 
 @pytest.mark.parametrize(

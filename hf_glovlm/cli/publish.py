@@ -79,6 +79,7 @@ def export(
 ) -> None:
     """Write a run as an ONNX graph, fp32 or int8, or as a plain CLIP checkpoint."""
     from ..inference import load_classifier
+    from ..inference.exported import RUN
     from ..publish.licences import check_publishing
     from ..publish.onnx_graph import export_model
     from ..publish.plain_clip import export_clip
@@ -112,12 +113,17 @@ def export(
     if as_json:
         print_json(done.describe())
         return
-    facts = [[key, str(value)] for key, value in done.describe().items() if key != "measured"]
+    shown = (item for item in done.describe().items() if item[0] not in ("measured", "notes"))
+    facts = [[key, str(value)] for key, value in shown]
     print_table("Export", ["", ""], facts)
     if done.measured is not None:
         facts = [[key, str(value)] for key, value in vars(done.measured).items()]
         what = " (synthetic images: a test of software, no result)"
         print_table(f"Measured{what if done.measured.synthetic else ''}", ["", ""], facts)
+    for sentence in done.notes:
+        note(sentence)
+    if (done.folder / RUN).is_file():
+        note(f"{RUN} holds hashes of what the model learned from: leave it out of what you pass on")
     note(f"graph and preprocessing are in {output_dir}")
 
 

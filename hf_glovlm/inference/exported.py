@@ -46,7 +46,7 @@ CONFIG = (  # fields of a `GloVLMConfig` that the commands read
 OUTPUTS = ("features", "logits", "similarities", "support_distance")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "file": (str,), "format": (str,), "outputs": (dict,), "model": (dict,),
-    "outputs.features": (int,), "outputs.logits": (int,),
+    "outputs.features": (int,), "outputs.logits": (int,), "notes": (list,),
     **{f"outputs.{name}": (int, type(None)) for name in OUTPUTS[2:]},
 }  # fmt: skip
 _INPUT: dict[str, tuple[type, ...]] = {
@@ -307,8 +307,9 @@ def load_export(
 
 
 def _notes(about: Mapping[str, Any], config: ExportedConfig) -> list[str]:
+    notes = [str(note) for note in about["notes"]]
     if config.guard is None or about["format"] != "int8":
-        return []
+        return notes
     measured = about.get("measured")
     agreement = measured.get("unlike_agreement") if isinstance(measured, dict) else None
     how = (
@@ -318,8 +319,9 @@ def _notes(about: Mapping[str, Any], config: ExportedConfig) -> list[str]:
         else "how far both agree was not measured"
     )
     return [
+        *notes,
         "Which images are unlike those that the model learned from is computed in int8, and the "
-        f"limit comes from the model in fp32: {how}."
+        f"limit comes from the model in fp32: {how}.",
     ]
 
 

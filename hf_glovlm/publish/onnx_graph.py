@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..calibration.inputs import softmax
 from ..data.folder import column
 from ..errors import GloVLMError, nearest
-from ..files import replacing, write_manifest
+from ..files import check_fields, replacing, write_manifest
 from ..inference import evaluation_mode, load_classifier
 from ..inference.exported import CONFIG, EXPORT, OUTPUTS, PREPROCESSING, RUN
 from ..inference.graphs import (
@@ -50,6 +50,10 @@ Format = Literal["onnx", "int8"]
 TOLERANCE = 1e-4  # of logits in fp32; of the other outputs over the largest of each
 DISCLAIMER = "Research use only, not for diagnosis."
 _OUTPUT, _DISTANCE = "logits", "support_distance"
+_UNGUARDED = (
+    "The guard against images unlike the support is left out: the middle of this vision tower "
+    "cannot be written into the graph."
+)
 _LEARNED = ("group_column", "support_groups_sha256", "learned_from")  # of a run's `data`
 
 
@@ -101,6 +105,7 @@ class ExportReport:
         size_fp32: Bytes of the graph in fp32.
         largest_difference: Of the fp32 graph's logits from the model's, on noise and data.
         measured: On the data's images; `None` without data.
+        notes: What the graph lacks of the model, in sentences.
     """
 
     folder: Path
@@ -111,6 +116,7 @@ class ExportReport:
     size_fp32: int
     largest_difference: float
     measured: Measured | None
+    notes: tuple[str, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         """For a JSON file: without the folder."""
@@ -247,6 +253,7 @@ def export_classifier(
             size_fp32=_size(plain),
             largest_difference=difference,
             measured=measured,
+            notes=() if model.guard is None or _DISTANCE in names else (_UNGUARDED,),
         )
         if file != plain:
             for part in graph_parts(plain):
@@ -283,6 +290,7 @@ def _describe_run(results: Mapping[str, Any]) -> dict[str, Any]:
 
     That is hashes alone, but under the names of columns, so that it is not searched.
     """
+    check_fields(Path("results.json"), results, {"data": (dict,)})
     data = results["data"]
     return {
         "note": (
