@@ -25,6 +25,7 @@ from ..files import (
     damaged_files,
     digest_file,
     digest_value,
+    is_plain_name,
     read_json,
     read_manifest,
 )
@@ -289,9 +290,10 @@ def load_export(
         )
     about = read_json(folder / EXPORT)
     check_fields(folder / EXPORT, about, _FIELDS)
-    if about["file"] not in manifest.files or about["format"] not in _PRECISION:
+    widths = {name: n for name in OUTPUTS if (n := about["outputs"].get(name)) is not None}
+    known = about["file"] in manifest.files and is_plain_name(about["file"])
+    if not known or about["format"] not in _PRECISION or min(widths.values()) < 1:
         raise GloVLMError(f"'{folder / EXPORT}' is damaged: export the run again.")
-    widths = {name: n for name in OUTPUTS if (n := about["outputs"].get(name))}
     config = _read_config(folder / EXPORT, about["model"], widths)
     graph = folder / about["file"]
     model = ExportedClassifier(
