@@ -482,7 +482,7 @@ def test_a_large_slide_takes_little_memory() -> None:
     measured = bench_slide(side=6000, tile_size=448, large_side=1500, shape=shape)
     rows = {row["name"]: row for row in measured}
     shares = [f"tower_share{n}" for n in ("", "_small", "_without", "_small_without", "_command")]
-    names = [f"{n}{q}" for n in ("memory", "rate") for q in ("", "_quarter")]
+    names = [f"{n}{q}" for n in ("memory", "rate") for q in ("", "_quarter")] + ["reading"]
     assert set(rows) == {f"slide.{name}" for name in (*names, *shares, "memory_above_import")}
     assert rows["slide.memory"]["value"] < 2048
     assert rows["slide.memory_above_import"]["value"] <= 400

@@ -27,7 +27,10 @@ from ..model import GloVLMForImageClassification
 from ..model.heads import ClassWeights
 from ..slides.encoding import encode_slide, load_encoder
 from ..slides.files.bags import read_bag
-from .benches.timing import Row, as_row
+from ..slides.files.tiles import lay_tiles
+from ..slides.files.tissue import find_tissue
+from ..slides.files.wsi import open_slide
+from .benches.timing import Row, as_row, shortest_in_turn
 
 if TYPE_CHECKING:
     from .benches.towers import Shape
@@ -38,6 +41,7 @@ GLASS = (244, 244, 242)
 TISSUE = (223, 158, 196)
 LESION = (116, 74, 148)
 MAX_MEMORY = 2 * 2**30
+READ = 1000  # tiles that are read by one and several threads
 PERIOD = 509  # side of the texture in pixels; a prime, so that no two tiles show the same piece
 
 
@@ -155,7 +159,8 @@ def bench_slide(
         slide), `slide.memory_above_import`, `slide.rate` (tiles a second, reading and finding the
         tissue included), `slide.memory_quarter`, `slide.rate_quarter`, `slide.tower_share`,
         `slide.tower_share_command` and `slide.tower_share_small`, and both shares without reading
-        ahead, whose ratio is how many times faster the loop is with it.
+        ahead, whose ratio is how many times faster the loop is with it; `slide.reading` (tiles read
+        a second by several threads).
 
     Raises:
         GloVLMError: A process failed, or needed more than 2 GiB, or reading ahead changes features.
@@ -188,11 +193,38 @@ def bench_slide(
             what = (
                 f"{who}, tiles not read ahead; ratio: times faster the loop is with reading ahead"
             )
-            yield as_row(f"slide.{name}_without", plain.share(0), "of 1", gain, what)
             if plain.slides[0]["digest"] != before.slides[0]["digest"]:
                 raise GloVLMError(
                     "Reading ahead changes the features of tiles: report this as a bug."
                 )
+            yield as_row(f"slide.{name}_without", plain.share(0), "of 1", gain, what)
+        yield _reading_row(quarter, tile_size)
+
+
+def _reading_row(path: Path, tile_size: int) -> Row:
+    """Row of tiles read by as many threads as there are cores, against one thread."""
+    from ..slides.prefetching import MOST_THREADS, read_batches
+
+    threads = max(2, min(MOST_THREADS, torch.get_num_threads()))
+    with open_slide(path) as slide:
+        places = lay_tiles(slide, find_tissue(slide), tile_size=tile_size).coords[:READ]
+
+    def read(count: int) -> list[bytes]:
+        with open_slide(path) as slide:  # a fresh one keeps no decoded pieces
+            batches = read_batches(
+                places,
+                lambda at: slide.read(int(at[0]), int(at[1]), tile_size, tile_size).tobytes(),
+                lambda tiles: [hashlib.md5(tile, usedforsecurity=False).digest() for tile in tiles],
+                batch_size=32,
+                threads=count,
+            )
+            return [digest for _, digests in batches for digest in digests]
+
+    if read(1) != read(threads):
+        raise GloVLMError("Several threads read other tiles than one: report this as a bug.")
+    one, several = shortest_in_turn([lambda: read(1), lambda: read(threads)], 3)
+    what = f"{len(places)} tiles read by {threads} threads; ratio: times faster than by one"
+    return as_row("slide.reading", len(places) / several, "tiles/s", one / several, what)
 
 
 def _write_for_bench(folder: Path, edge: int) -> Path:
