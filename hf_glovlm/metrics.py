@@ -12,6 +12,7 @@ another quantity. Such resamples are left out of the interval and counted.
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_glovlm import intervals
 from hf_glovlm.errors import GloVLMError, nearest
-from hf_glovlm.roc import Ranks, count_wins, rank_class, weigh_ranks
+from hf_glovlm.roc import Ranks, count_wins, is_counting_cheaper, rank_class, weigh_ranks
 
 __all__ = [
     "METRICS",
@@ -58,6 +59,7 @@ class Sample:
         group: Number of each image's group, `[n]` in 0 ... G-1.
         n_groups: G.
         similarities: Cosines of images and class texts, `[n, K]`, where there are some.
+        n_resamples: How many weightings of the groups are to come.
         one_hot: 1 in the column of each image's class, `[n, K]`.
         right: Whether the most probable class (the first one on a tie) is the label, `[n, 1]`.
         actual: Images of each class, `[G, K]`.
@@ -70,6 +72,7 @@ class Sample:
     group: Ints
     n_groups: int
     similarities: Floats | None = None
+    n_resamples: int = 0
 
     def __post_init__(self) -> None:
         classes, top = np.eye(self.probabilities.shape[1]), self.probabilities.argmax(1)
@@ -98,11 +101,15 @@ class Sample:
         return [rank_class(scores, self.labels == c, self.group) for c, scores in columns]
 
     @cached_property
-    def wins(self) -> list[Floats]:
+    def wins(self) -> list[Floats] | None:
         """Wins of each class in every pair of groups, `[G, G]`; a tie is half of one.
 
         A win: an image of the class in the first group scores above another's in the second.
+        `None` where the ranks are cheaper.
         """
+        n, n_classes = self.probabilities.shape
+        if not is_counting_cheaper(n, self.n_groups, n_classes, self.n_resamples):
+            return None
         return [count_wins(ranks, self.n_groups) for ranks in self.ranks]
 
     @cached_property
@@ -145,11 +152,10 @@ class Resamples:
     def auc(self) -> Floats:
         """Area under the ROC curve of each class against the others, `[K, R]`."""
         sample, weights = self.sample, self.weights
-        # pairs of groups are fewer than images unless the groups are nearly as many as these
-        if weights.shape[1] > 1 and sample.n_groups**2 <= 10 * len(sample.labels):
-            wins = np.stack([(weights * (table @ weights)).sum(0) for table in sample.wins])
-        else:
+        if sample.wins is None:
             wins = np.stack([weigh_ranks(ranks, weights) for ranks in sample.ranks])
+        else:
+            wins = np.stack([(weights * (table @ weights)).sum(0) for table in sample.wins])
         pairs = self.actual * (self.n - self.actual)
         areas: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
         return areas
@@ -377,7 +383,7 @@ def compute_metrics(
     ids = np.arange(len(y)) if groups is None else _checked_groups(groups, len(y))
     group_ids, group = np.unique(ids, return_inverse=True)
     n_groups = len(group_ids)
-    sample = Sample(y, p, group, n_groups, cosines)
+    sample = Sample(y, p, group, n_groups, cosines, n_resamples)
     rows = {k: row for k, row in METRICS.items() if cosines is not None or not row.of_similarities}
     functions = {name: row.function for name, row in rows.items()} | _PER_CLASS
     value = _statistics(functions, sample, np.ones((n_groups, 1)))
@@ -553,28 +559,26 @@ def paired_differences(
 
     union = np.unique(np.concatenate([ids for *_, ids in checked]))
     held = np.zeros((len(union), n_classes.pop()), dtype=bool)
-    tables = []
     shares = np.zeros((2, len(union)))  # of images, and as a mean over classes
-    for y, a, b, ids in checked:
+    rng = np.random.default_rng(seed)
+    drawn = _multiplicities(rng, len(runs), n_resamples)
+    points = np.empty((len(metrics), len(runs)))
+    total, defined = np.zeros((2, len(metrics), n_resamples))
+    most = max(len(labels) for labels, *_ in checked)
+    # run by run, so that the tables of one are held at a time; all runs share the groups drawn
+    for at, (y, a, b, ids) in enumerate(checked):
         own, group = np.unique(ids, return_inverse=True)
         place = np.searchsorted(union, own)
         held[place[group], y] = True
-        of_a, of_b = (Sample(y, p, group, len(own)) for p in (a, b))
+        of_a, of_b = (Sample(y, p, group, len(own), None, n_resamples) for p in (a, b))
         for over_classes in (False, True):
             shares[int(over_classes), place] += of_a.shares(over_classes) / len(runs)
-        tables.append((place, of_a, of_b))
-
-    rng = np.random.default_rng(seed)
-    drawn = _multiplicities(rng, len(runs), n_resamples)
-    points = _differences(tables, metrics, np.ones((len(union), 1)))[..., 0]
-    total, defined = np.zeros((2, len(metrics), n_resamples))
-    for columns, weights in _resamples(
-        rng, len(union), n_resamples, max(len(c[0]) for c in checked)
-    ):
-        difference = _differences(tables, metrics, weights)
-        times = np.where(np.isnan(difference), 0, drawn[:, columns])
-        total[:, columns] = (np.nan_to_num(difference) * times).sum(1)
-        defined[:, columns] = times.sum(1)
+        points[:, at] = _differences(of_a, of_b, metrics, np.ones((len(own), 1)))[:, 0]
+        for columns, weights in _resamples(deepcopy(rng), len(union), n_resamples, most):
+            difference = _differences(of_a, of_b, metrics, weights[place])
+            times = np.where(np.isnan(difference), 0, drawn[at, columns])
+            total[:, columns] += np.nan_to_num(difference) * times
+            defined[:, columns] += times
     resampled = np.divide(total, defined, out=np.full_like(total, np.nan), where=defined > 0)
 
     result = {}
@@ -734,17 +738,11 @@ def _statistics(
         return {name: np.atleast_2d(function(resamples)) for name, function in functions.items()}
 
 
-def _differences(
-    tables: Sequence[tuple[Ints, Sample, Sample]], metrics: Sequence[str], weights: Floats
-) -> Floats:
-    """Metrics of b minus those of a: `[metrics, runs, R]`."""
+def _differences(of_a: Sample, of_b: Sample, metrics: Sequence[str], weights: Floats) -> Floats:
+    """Metrics of b minus those of a, `[metrics, R]`, under weightings of the groups `[G, R]`."""
     functions = {name: METRICS[name].function for name in metrics}
-    out = np.empty((len(metrics), len(tables), weights.shape[1]))
-    for j, (place, *pair) in enumerate(tables):
-        of_a, of_b = (_statistics(functions, sample, weights[place]) for sample in pair)
-        for i, name in enumerate(metrics):
-            out[i, j] = of_b[name] - of_a[name]
-    return out
+    a, b = (_statistics(functions, sample, weights) for sample in (of_a, of_b))
+    return np.concatenate([b[name] - a[name] for name in metrics])
 
 
 def _multiplicities(rng: np.random.Generator, n: int, size: int) -> Floats:
