@@ -24,7 +24,8 @@ from hf_glovlm.lab.benches.cache import bench_cache
 from hf_glovlm.lab.benches.encode import _grow_tokenizer, bench_encode
 from hf_glovlm.lab.benches.gpu import bench_gpu
 from hf_glovlm.lab.benches.methods import bench_methods
-from hf_glovlm.lab.benches.metrics import bench_metrics, plain_metrics
+from hf_glovlm.lab.benches.metrics import bench_auc, bench_metrics, plain_metrics
+from hf_glovlm.lab.benches.near_duplicates import KINDS, bench_near_duplicates
 from hf_glovlm.lab.benches.startup import STARTS, bench_startup
 from hf_glovlm.lab.benches.timing import UnavailableError, as_row, shortest_in_turn
 from hf_glovlm.lab.benches.towers import Shape
@@ -54,6 +55,18 @@ def test_metrics_rows() -> None:
     for row in loops:
         assert row["ratio"] == pytest.approx(row["value"] / fast["value"], rel=0.02)
         assert "extrapolated from 2 resamples" in row["what"]
+
+
+def test_rows_of_areas_and_near_duplicates() -> None:
+    rows = list(bench_auc(sizes=(60, 90), n_groups=8, n_resamples=20, repeats=1))
+    assert [row["name"] for row in rows] == ["metrics.auc_60", "metrics.auc_90"]
+    assert min(row["value"] * row["ratio"] for row in rows) > 0
+    assert {"distinct", "equal", "clustered"} == {*KINDS}
+    time, memory = bench_near_duplicates(n=200, kinds=["clustered"], repeats=1)
+    assert time["name"] == "near_duplicates.clustered"
+    assert time["ratio"] > 0
+    assert memory["name"] == "near_duplicates.memory_clustered"
+    assert 0 <= memory["value"] < 100
 
 
 def test_cache_rows() -> None:

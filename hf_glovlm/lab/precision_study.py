@@ -97,9 +97,7 @@ def select_classes(rows: "Dataset", names: Sequence[str]) -> "Dataset":
     return kept.cast_column("label", ClassLabel(names=list(names)))
 
 
-def thin_out(
-    rows: "Dataset", group_column: str, most: Mapping[str, int], seed: int
-) -> "Dataset":
+def thin_out(rows: "Dataset", group_column: str, most: Mapping[str, int], seed: int) -> "Dataset":
     """Rows of which no more are kept, drawn without replacement and in their order.
 
     Args:
@@ -179,7 +177,10 @@ def compare_predictions(
         float((a.argmax(1) != b.argmax(1)).mean()) for a, b in zip(before, after, strict=True)
     ]
     values = [
-        [compute_metrics(run.labels, p, n_resamples=0)["metrics"] for run, p in zip(runs, side)]
+        [
+            compute_metrics(of.labels[test], p, n_resamples=0)["metrics"]
+            for test, p in zip(tests, side, strict=True)
+        ]
         for side in (before, after)
     ]
     points = {
@@ -190,8 +191,9 @@ def compare_predictions(
     return {
         "changed": fmean(changed),
         "most_changed": max(changed),
-        "reference": {name: fmean(row[name]["value"] for row in values[0]) for name in METRICS
-                      if name in _OF_PROBABILITIES},
+        "reference": {
+            name: fmean(row[name]["value"] for row in values[0]) for name in _OF_PROBABILITIES
+        },
         "paired": paired_differences(
             runs,
             _PAIRED,
@@ -200,7 +202,7 @@ def compare_predictions(
             unit=group_unit(of.group_column),
         ),
         "points": points,
-    }  # fmt: skip
+    }
 
 
 def run_study(plan: Mapping[str, Any], root: Path, output: Path) -> dict[str, Any]:

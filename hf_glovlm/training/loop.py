@@ -389,9 +389,7 @@ def fit(
     return log
 
 
-def _backward_slice(
-    step: Any, inputs: Tensor, labels: Tensor, accelerator: "Accelerator"
-) -> float:
+def _backward_slice(step: Any, inputs: Tensor, labels: Tensor, accelerator: "Accelerator") -> float:
     """Gradient of a batch that is whole and in place; its loss."""
     if accelerator.mixed_precision == "no" and accelerator.gradient_accumulation_steps == 1:
         loss = step.mean_loss(inputs, labels)

@@ -1,6 +1,7 @@
 """Benchmark of the metrics: the bootstrap over groups against plain loops."""
 
 import time
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,10 @@ from numpy.typing import NDArray
 
 from ...errors import GloVLMError
 from ...metrics import compute_metrics
-from .timing import Row, as_row, shortest
+from ...roc import Ranks, count_wins, rank_class, weigh_ranks
+from .timing import Row, as_row, check_same, shortest, shortest_in_turn
+
+Floats = NDArray[np.float64]
 
 
 def bench_metrics(
@@ -36,10 +40,7 @@ def bench_metrics(
         shows what doing all resamples at once gains by itself.
     """
     rng = np.random.default_rng(seed)
-    labels = rng.integers(n_classes, size=n)
-    logits = rng.normal(size=(n, n_classes)) + np.eye(n_classes)[labels]
-    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    groups = rng.integers(n_groups, size=n)
+    labels, probabilities, groups = _draw(rng, n, n_groups, n_classes)
     ids = [f"patient_{g}" for g in groups]
 
     def fast() -> dict[str, Any]:
@@ -66,6 +67,68 @@ def bench_metrics(
         note = f"the same in a loop with {by}, extrapolated from {loop_resamples} resamples"
         rows.append(as_row(name, loop, "s", loop / seconds, f"{note}; ratio: times the bootstrap"))
     return rows
+
+
+def bench_auc(
+    *,
+    sizes: tuple[int, ...] = (1000, 10_000),
+    n_groups: int = 50,
+    n_classes: int = 5,
+    n_resamples: int = 2000,
+    repeats: int = 3,
+    seed: int = 0,
+) -> Iterator[Row]:
+    """Benchmark of areas under ROC curves in all resamples: wins counted once against ranks.
+
+    Args:
+        sizes: Predictions.
+        n_groups: Patients they are of.
+        n_classes: Classes.
+        n_resamples: Resamples of the bootstrap.
+        repeats: Timings of each way, of which the shortest counts.
+        seed: Draws predictions and resamples.
+
+    Yields:
+        A row for each size; its `ratio` is the time of the ranks, cumulated anew in every
+        resample, over that of the counts.
+    """
+    rng = np.random.default_rng(seed)
+    for n in sizes:
+        labels, probabilities, groups = _draw(rng, n, n_groups, n_classes)
+        even = [1 / n_groups] * n_groups
+        weights = rng.multinomial(n_groups, even, size=n_resamples).T.astype(np.float64)
+        step = max(1, 1_000_000 // n)
+        parts = [weights[:, i : i + step] for i in range(0, n_resamples, step)]
+        ranks = [
+            rank_class(scores, labels == c, groups) for c, scores in enumerate(probabilities.T)
+        ]
+        count, cumulate = partial(_count, ranks, parts), partial(_cumulate, ranks, parts)
+        check_same(0, float(np.abs(count() - cumulate()).max()), 0, "Counting wins")
+        fast, plain = shortest_in_turn([count, cumulate], repeats)
+        note = f"{n_resamples} resamples of {n} predictions, {n_groups} groups, {n_classes} classes"
+        note += ": every area by wins counted once; ratio: ranks cumulated in every resample"
+        yield as_row(f"metrics.auc_{n}", fast, "s", plain / fast, note)
+
+
+def _count(ranks: Sequence[Ranks], parts: Sequence[Floats]) -> Floats:
+    """Wins `[K, R]` by tables `[G, G]` of each class, from weights `[G, ...]` of R in all."""
+    tables = [count_wins(one, len(parts[0])) for one in ranks]
+    return np.array([np.hstack([(w * (table @ w)).sum(0) for w in parts]) for table in tables])
+
+
+def _cumulate(ranks: Sequence[Ranks], parts: Sequence[Floats]) -> Floats:
+    """The same along the ranks."""
+    return np.array([np.hstack([weigh_ranks(one, w) for w in parts]) for one in ranks])
+
+
+def _draw(
+    rng: np.random.Generator, n: int, n_groups: int, n_classes: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """Labels `[n]`, probabilities `[n, K]` and groups `[n]`."""
+    labels = rng.integers(n_classes, size=n)
+    logits = rng.normal(size=(n, n_classes)) + np.eye(n_classes)[labels]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return labels, probabilities, rng.integers(n_groups, size=n)
 
 
 def plain_metrics(
