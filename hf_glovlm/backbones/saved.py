@@ -35,6 +35,7 @@ _OURS: dict[str, tuple[type, ...]] = {  # of those that a `GloVLMConfig` has
     **dict.fromkeys(("backbone_name", "backbone_revision", "backbone_license"), (str, _NONE)),
     **dict.fromkeys(("vision_pooling", "text_pooling"), (str,)),
     **dict.fromkeys(("joint_space", "synthetic", "normalize_pooled", "projection_bias"), (bool,)),
+    "draft": (bool,),
     "outline": (str,),
     "outline_of": (str, _NONE),
     "calibration": (dict, _NONE),
@@ -210,6 +211,12 @@ def check_processor(processor: Any, config: Any, place: str) -> None:
             f"The image transform in '{place}' was saved for outline '{processor.outline}', and "
             f"the model learned with outline '{config.outline}': restore a copy of "
             "processor_config.json, and of config.json."
+        )
+    if processor.draft is not config.draft:
+        raise GloVLMError(
+            f"The image transform in '{place}' was saved with draft {processor.draft}, and the "
+            f"model learned with draft {config.draft}: restore a copy of processor_config.json, "
+            "and of config.json."
         )
     picture = draw_centre(Image.new("RGB", (64, 48)))  # one with an outline
     try:

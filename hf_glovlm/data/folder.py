@@ -21,6 +21,7 @@ from uuid import uuid4
 import numpy as np
 import pyarrow as pa
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ..errors import GloVLMError, nearest
 from ..files import finish_interrupted
@@ -367,7 +368,7 @@ def _dataset(table: RawRows, extra: dict[str, list[Any]], mask: Any, names: list
 # ------------------------------------------------------------------------------------- images
 
 
-def open_image(value: ImageValue) -> Image.Image:
+def open_image(value: ImageValue, draft: int = 0) -> Image.Image:
     """Decode an image to RGB.
 
     Grey, palette, 1-bit, CMYK and YCbCr are converted; alpha is composited over white (the colour
@@ -381,6 +382,8 @@ def open_image(value: ImageValue) -> Image.Image:
 
     Args:
         value: `{"path", "bytes"}` as `datasets` holds it undecoded, a path, or a Pillow image.
+        draft: Least width and height that a JPEG file is decoded at, by libjpeg at a half, a
+            quarter or an eighth of its size; 0 decodes it in full.
 
     Returns:
         Pillow image of mode RGB.
@@ -388,7 +391,7 @@ def open_image(value: ImageValue) -> Image.Image:
     Raises:
         GloVLMError: A missing, empty, truncated or foreign file, or more than MAX_PIXELS pixels.
     """
-    return _decode(value, _to_rgb)
+    return _decode(value, _to_rgb, draft=draft)
 
 
 def decode_image(value: ImageValue) -> Image.Image:
@@ -417,7 +420,10 @@ def open_decoded(image: Image.Image, name: str) -> Image.Image:
 
 
 def _decode(
-    value: ImageValue, convert: Callable[[Image.Image, str], Image.Image], name: str = ""
+    value: ImageValue,
+    convert: Callable[[Image.Image, str], Image.Image],
+    name: str = "",
+    draft: int = 0,
 ) -> Image.Image:
     """Decode an image, turn it upright and convert it, with an error that names the file."""
     name = name or image_name(value)
@@ -431,6 +437,8 @@ def _decode(
             image = Image.open(io.BytesIO(content), formats=_FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise Image.DecompressionBombError
+        if draft and isinstance(image, JpegImageFile):
+            image.draft(None, (draft, draft))
         image.load()
         return convert(_upright(image), name)
     except GloVLMError:

@@ -352,6 +352,8 @@ def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
         about["crop"] = "torchvision"
     if processor.outline != "ignore":
         about["outline"] = [processor.outline, FILL, CENTRE]
+    if processor.draft_side:
+        about["draft"] = processor.draft_side
     if config.context:  # which patches are dropped is no weight
         about["context"] = config.context
     digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True, default=str).encode())

@@ -187,8 +187,8 @@ def embed_twice(
     _move(model, device)
     if engine is not None:
         engine.check(model, processor)
-    outline = processor.outline
-    rows = _Views(images, outline, views, seed) if views else ImageRows(images, outline)
+    outline, draft = processor.outline, processor.draft_side
+    rows = _Views(images, outline, views, seed) if views else ImageRows(images, outline, draft)
     digests = rows.digests()
     first: dict[bytes, int] = {}
     for row, digest in enumerate(digests):
@@ -236,15 +236,16 @@ class ImageRows:
     Args:
         images: Rows with `image` and, where there are any, `mask`.
         outline: One of `model.outlines.OUTLINES`.
+        draft: Least side that a JPEG is decoded at, see `open_image`; not with outlines.
     """
 
-    def __init__(self, images: "Dataset", outline: str) -> None:
+    def __init__(self, images: "Dataset", outline: str, draft: int = 0) -> None:
         self._outlined = outline not in ("ignore", "centre")
         names = ["image", LOOK, *([MASK] if self._outlined else [])]
         present = [name for name in names if name in images.column_names]
         self._table = images.select_columns(present).with_format("arrow")
         self._known: list[tuple[bytes, bytes | None]] | None = None
-        self._centred = outline == "centre"
+        self._centred, self._draft = outline == "centre", draft if outline == "ignore" else 0
 
     def values(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """`{"bytes", "path"}` of the given rows."""
@@ -270,7 +271,7 @@ class ImageRows:
             ]
         if self._outlined:
             return [open_outlined(image, mask) for image, mask in files]
-        opened = [open_image(image) for image, _ in files]
+        opened = [open_image(image, self._draft) for image, _ in files]
         # Of the whole picture, before a view is cut out of it.
         return [draw_centre(picture) for picture in opened] if self._centred else opened
 

@@ -108,6 +108,8 @@ class GloVLMConfig(PreTrainedConfig):
             the processor has the same.
         outline_of: What the outlines of its training images go around: `capsule` or `tuft`; `None`
             where that was not stated.
+        draft: Whether JPEG files far larger than the input are decoded smaller, see
+            `GloVLMProcessor.draft_side`; the processor has the same.
         synthetic: Whether its training images were synthetic, not of patients.
     """
 
@@ -156,6 +158,7 @@ class GloVLMConfig(PreTrainedConfig):
     image_scale: dict[str, float] | None = None
     outline: Literal["ignore", "centre", "blank", "pool", "blank+pool"] = "ignore"
     outline_of: Literal["capsule", "tuft"] | None = None
+    draft: bool = False
     synthetic: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -280,7 +283,10 @@ class GloVLMConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """All fields, without the path of the backbone on this disk (private)."""
         self._match_labels()  # the names may have been changed in place
-        return _without_private(super().to_dict() | self._pipelines())
+        fields = _without_private(super().to_dict() | self._pipelines())
+        if not self.draft:  # a configuration from before it was one has the same digest
+            fields.pop("draft", None)
+        return fields
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Fields that differ from the defaults, as a saved folder holds them."""

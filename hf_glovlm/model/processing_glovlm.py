@@ -9,6 +9,8 @@ from transformers.utils import logging
 
 from .outlines import KEY, OUTLINES, pools, take_apart
 
+DRAFT_MARGIN = 2  # a JPEG is decoded at no less than so many times the input's side
+
 logger = logging.get_logger(__name__)
 
 
@@ -27,6 +29,7 @@ class GloVLMProcessor(ProcessorMixin):
             processor has this mark when this is not given; a checkpoint that was published for
             transformers keeps the crop of its own image processor.
         outline: What the model sees of an outlined picture, one of OUTLINES (see `outlines.py`).
+        draft: Whether a JPEG far larger than the input is decoded smaller, see `draft_side`.
         chat_template: Not used; accepted because `ProcessorMixin` passes it.
     """
 
@@ -39,6 +42,7 @@ class GloVLMProcessor(ProcessorMixin):
         context_token_ids: list[Any] | None = None,
         torchvision_crop: bool | None = None,
         outline: str = "ignore",
+        draft: bool = False,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -52,6 +56,30 @@ class GloVLMProcessor(ProcessorMixin):
         if outline not in OUTLINES:
             raise ValueError(f"outline must be one of {', '.join(OUTLINES)}; found '{outline}'.")
         self.outline = outline
+        self.draft = draft
+
+    @property
+    def draft_side(self) -> int:
+        """Least side in pixels that a JPEG is decoded at by whoever opens its file.
+
+        libjpeg leaves out high frequencies and decodes at a half, a quarter or an eighth of the
+        size (its draft mode). Twice the side that the transform resizes to is always left. 0 where
+        files are decoded in full: without `draft`, and where the transform resizes to no fixed
+        size.
+        """
+        images = self.image_processor
+        if not self.draft or not getattr(images, "do_resize", False):
+            return 0
+        size = {} if getattr(images, "max_num_patches", None) else dict(images.size or {})
+        sides = [size.get(name) or 0 for name in ("shortest_edge", "height", "width")]
+        return DRAFT_MARGIN * int(max(sides))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as they are saved; `draft` only where it is on."""
+        fields: dict[str, Any] = super().to_dict()
+        if not self.draft:
+            fields.pop("draft", None)
+        return fields
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepare images, texts, or both.

@@ -218,4 +218,5 @@ def _assemble(folder: Path) -> tuple[Any, Any]:
             f"{str(error).strip().splitlines()[-1].strip()}"
         ) from error
     processor.context_token_ids, processor.outline = context, config.outline
+    processor.draft = config.draft
     return classifier.float().eval(), processor

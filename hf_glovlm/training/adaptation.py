@@ -13,6 +13,7 @@ from ..backbones import load_backbone
 from ..data.stains import list_stains, read_stains
 from ..errors import GloVLMError
 from ..inference import FeatureCache, MemoryCache
+from ..inference.drafts import set_draft
 from ..inference.guard import add_guard
 from ..inference.outlines import set_outline
 from ..inference.texts import check_class_texts
@@ -283,6 +284,7 @@ def adapt(
         )
     _forget_task(model.config, processor)
     notes = set_outline(model, processor, config, support, needs_text=chosen.needs_text)
+    notes += set_draft(model, processor, config.draft)
     cache = cache if cache is not None else MemoryCache()  # nothing is encoded twice
 
     device = accelerator.device if accelerator is not None else next(model.parameters()).device

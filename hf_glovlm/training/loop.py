@@ -94,7 +94,7 @@ class ImageSource:
     ) -> None:
         from ..inference.prediction import ImageRows
 
-        self.rows = ImageRows(images, processor.outline)
+        self.rows = ImageRows(images, processor.outline, processor.draft_side)
         self.labels = labels
         self.processor = processor
         self.augment = augment
