@@ -1,6 +1,7 @@
 """Software versions, hardware, memory, and the experiment trackers that are installed."""
 
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,31 @@ from .errors import GloVLMError, nearest
 def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
     """Software versions and hardware, for `results.json` and `glovlm env`."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
     packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "datasets", "numpy")
     return {
-        "hf_glovlm": installed("hf-glovlm"),
+        "hf_glovlm": package_version("hf-glovlm"),
         "python": platform.python_version(),
-        **{name: installed(name) for name in packages},
+        **{name: package_version(name) for name in packages},
         "platform": f"{platform.system()} {platform.machine()}",
         "device": str(device),
         "gpu": torch.cuda.get_device_name(0) if str(device).startswith("cuda") else None,
         "threads": torch.get_num_threads(),
         "num_processes": num_processes,
     }
+
+
+@cache  # what is installed is read from disk, and stays as it is
+def package_version(name: str) -> str | None:
+    """Version of an installed package; `None` for one that is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def peak_memory() -> int | None:

@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,7 @@ def column_name(name: str) -> str:
     return re.sub(r"[\s-]+", "_", normal_text(name)).casefold()
 
 
+@lru_cache(2**16)  # of the same rows they are asked again and again
 def normal_text(text: str) -> str:
     """Text in one normal form: NFC, without invisible characters and blanks around.
 
@@ -324,6 +326,7 @@ def normal_text(text: str) -> str:
     return " ".join(seen.split())
 
 
+@lru_cache(2**16)
 def spelling(text: str) -> str:
     """Spelling key: two ids or labels of one key are most likely one, spelled twice.
 

@@ -173,7 +173,12 @@ def column(rows: "Dataset", name: str) -> list[Any]:
         from datasets import Image as ImageFeature
 
         rows = rows.select_columns([name]).cast_column(name, ImageFeature(decode=False))
-    values: list[Any] = rows[name][:]
+    elif rows.format["type"] is None:  # plain values, without the walk through a formatter
+        stored = rows.data.column(name)
+        chosen = stored if rows._indices is None else stored.take(rows._indices.column(0))
+        values: list[Any] = chosen.to_pylist()
+        return values
+    values = rows[name][:]
     return values
 
 

@@ -6,6 +6,7 @@ a stain that it does not know keeps its own.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..tables import normal_text, spelling
@@ -21,6 +22,7 @@ _NO_VALUE = frozenset({"", "-", "na", "n/a", "nan", "none", "null", "unknown"})
 _WORDS = 4  # of the longest name of a stain
 
 
+@lru_cache(2**12)
 def name_stain(text: str | None) -> str | None:
     """Canonical name of a stain as somebody wrote it; `None` where that says nothing.
 
@@ -33,6 +35,7 @@ def name_stain(text: str | None) -> str | None:
     return stain_names().get(match_key(written), written)
 
 
+@lru_cache(2**16)  # of the same rows it is asked again and again
 def find_stain_in_name(name: str) -> str | None:
     """Stain that the name of a slide or file seems to say, as a whole word of it.
 

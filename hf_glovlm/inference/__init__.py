@@ -1,7 +1,8 @@
 """Inference: features, class probabilities, and descriptions of predictions in words."""
 
-from .cache import CacheEntry, FeatureCache, MemoryCache, encoder_key
+from .cache import CacheEntry, FeatureCache, MemoryCache
 from .engines import Engine, open_engine
+from .frozen import encoder_key
 from .prediction import (
     Predictions,
     embed_images,

@@ -10,15 +10,13 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -26,13 +24,7 @@ from safetensors.numpy import save_file
 
 from ..errors import GloVLMError
 from ..files import replacing, sweep
-from ..model.outlines import CENTRE, FILL
 
-if TYPE_CHECKING:
-    from ..model import GloVLMModel, GloVLMProcessor
-
-# Part of every key: raise it when decoding or pooling changes what comes out for the same input.
-CACHE_VERSION = 1
 SMALL, MOST_SMALL = 2**22, 16  # bytes of a small shard; above so many, an encoder's are joined
 DAY = 86_400.0  # seconds after which a fresh file is one of a process that was killed
 
@@ -44,7 +36,7 @@ class CacheEntry:
     """Cache entry: one encoder's features.
 
     Args:
-        key: Folder name; see `encoder_key`.
+        key: Folder name; see `frozen.encoder_key`.
         name: Name of the encoder, for display.
         images: Number of stored vectors.
         size: Bytes on disk.
@@ -318,101 +310,45 @@ def _bytes(path: Path) -> int:
     return 0
 
 
-def encoder_key(model: "GloVLMModel", processor: "GloVLMProcessor") -> str:
-    """Cache key of an encoder: a hash of everything that decides the pooled vector of an image.
-
-    That is every weight but those of the text tower and the projections, the vision tower's
-    configuration, pooling, dtype, and the image transform with the versions of the libraries that
-    carry it out. Two models that differ in projection, head or prompts alone share their features.
+class MemoryCache(FeatureCache):
+    """Feature cache in memory, for one task or for tasks on the same images.
 
     Args:
-        model: The model.
-        processor: Its processor.
-
-    Returns:
-        32 hexadecimal digits.
+        behind: Where it looks up what it lacks and stores what is new; nowhere if not given.
+        max_bytes: Above this size what lies behind it, too, is let go.
     """
-    own = getattr(model, "encoder_key", None)
-    if own is not None:  # an exported graph has no weights to hash
-        return str(own(processor))
-    config: Any = model.config
-    vision = config.backbone_config.vision_config.to_dict()
-    images = processor.image_processor
-    about = {
-        "version": CACHE_VERSION,
-        "libraries": [version(name) for name in ("pillow", "torchvision", "transformers")],
-        "vision": {k: v for k, v in vision.items() if k not in _NOT_IN_KEY},
-        "pooling": [config.vision_pooling, config.normalize_pooled] if config.is_pair else None,
-        "transform": [
-            type(images).__name__,
-            {k: v for k, v in images.to_dict().items() if k not in _NOT_IN_KEY},
-        ],
-    }
-    if processor.torchvision_crop:
-        about["crop"] = "torchvision"
-    if processor.outline != "ignore":
-        about["outline"] = [processor.outline, FILL, CENTRE]
-    if processor.draft_side:
-        about["draft"] = processor.draft_side
-    if config.context:  # which patches are dropped is no weight
-        about["context"] = config.context
-    digest = xxhash.xxh3_128(json.dumps(about, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        if _decides_pooling(name):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    for name, layer in model.named_modules():
-        # The switch and the scale of a PEFT layer are no weights. A transformers model has a method
-        # of that name, hence the property.
-        tuned = isinstance(getattr(type(layer), "disable_adapters", None), property)
-        if tuned and _decides_pooling(name):
-            state = (layer.disable_adapters, layer.active_adapters, vars(layer).get("scaling"))
-            digest.update(f"{name} {state}".encode())
-    return str(digest.hexdigest())
 
-
-def _decides_pooling(name: str) -> bool:
-    """Whether a part of the model comes before the projection (an unknown part: yes)."""
-    after = ("backbone.text_model.", "visual_projection", "text_projection", "logit_")
-    return not any(part in name for part in after)
-
-
-# Where a configuration came from, not what it computes. sdpa and eager agree to float noise.
-_NOT_IN_KEY = frozenset(
-    {
-        "_attn_implementation",
-        "_name_or_path",
-        "_processor_class",
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "dtype",
-        "id2label",
-        "label2id",
-        "processor_class",
-        "torch_dtype",
-        "transformers_version",
-    }
-)
-
-
-class MemoryCache(FeatureCache):
-    """Feature cache in memory, for one task: nothing is written."""
-
-    def __init__(self) -> None:
+    def __init__(self, behind: FeatureCache | None = None, max_bytes: int = 2**29) -> None:
         self._vectors: dict[tuple[str, bytes], NDArray[Any]] = {}
+        self._behind = behind
+        self.max_bytes = max_bytes
 
     def known(self, encoder: str) -> set[bytes]:
         """Keys of the images that are there; see `FeatureCache.known`."""
-        return {image for of, image in self._vectors if of == encoder}
+        here = {image for of, image in self._vectors if of == encoder}
+        return here if self._behind is None else here | self._behind.known(encoder)
 
     def get(self, encoder: str, images: Sequence[bytes]) -> dict[bytes, NDArray[Any]]:
         """Look up features; see `FeatureCache.get`."""
         vectors = {image: self._vectors.get((encoder, image)) for image in images}
-        return {image: vector for image, vector in vectors.items() if vector is not None}
+        known = {image: vector for image, vector in vectors.items() if vector is not None}
+        if self._behind is not None and len(known) < len(vectors):
+            read = self._behind.get(encoder, [image for image in vectors if image not in known])
+            self._keep(encoder, read)
+            known |= read
+        return known
 
     def put(
         self, encoder: str, images: Sequence[bytes], features: NDArray[Any], name: str = ""
     ) -> None:
         """Keep features; see `FeatureCache.put`."""
-        self._vectors.update({(encoder, i): v for i, v in zip(images, features, strict=True)})
+        if self._behind is not None:
+            self._behind.put(encoder, images, features, name)
+        self._keep(encoder, dict(zip(images, features, strict=True)))
+
+    def _keep(self, encoder: str, vectors: Mapping[bytes, NDArray[Any]]) -> None:
+        if self._behind is not None:
+            kept = (*self._vectors.values(), *vectors.values())
+            if sum(vector.nbytes for vector in kept) > self.max_bytes:
+                self._vectors.clear()
+        self._vectors.update({(encoder, image): vector for image, vector in vectors.items()})

@@ -27,15 +27,16 @@ from ..backbones.saved import (
 )
 from ..calibration.inputs import softmax
 from ..data.columns import LOOK, MASK
-from ..data.folder import open_image
+from ..data.folder import column, open_image
 from ..data.looks import content_digest, join_digests, read_again
 from ..data.outlines import open_outlined
 from ..data.stains import contradictions, read_stains
 from ..errors import GloVLMError, nearest
 from ..files import model_folder, read_json, results_kind, write_table
 from ..model.outlines import draw_centre
-from .cache import FeatureCache, encoder_key
+from .cache import FeatureCache
 from .exported import Answers, ExportedClassifier, is_export, load_export
+from .frozen import encoder_key
 from .stains import compare_stains, find_centres
 from .views import draw_view, view_key
 
@@ -446,14 +447,24 @@ def model_device(model: torch.nn.Module) -> torch.device:
 def _move(model: torch.nn.Module, device: "str | torch.device | None") -> None:
     """Move a model to a device, if one is given."""
     if device is not None:
-        model.to(resolve_device(device))
+        move_model(model, resolve_device(device))
+
+
+def move_model(model: torch.nn.Module, device: torch.device) -> None:
+    """Move a model to a device, if not all of it is there; the walk of `to` takes milliseconds."""
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and tensor.device != device:
+                model.to(device)
+                return
 
 
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode; afterwards each submodule returns to its own mode."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         yield
     finally:
@@ -733,7 +744,7 @@ def predict(
         probabilities=softmax(logits.astype(np.float64)),
         logits=logits,
         class_names=names,
-        file_names=[str(n) for n in (images["file_name"] if known else range(len(images)))],
+        file_names=[str(n) for n in (column(images, "file_name") if known else range(len(images)))],
         similarities=similarities,
         groups=None if groups is None else list(groups),
         labels=labels,
@@ -776,7 +787,7 @@ def _labels(images: "Dataset", names: list[str]) -> NDArray[np.int64] | None:
             f"{images.features['label']}: use class_encode_column('label'), or drop the column."
         )
     index = [names.index(name) if name in names else -1 for name in given]
-    values = np.array(images["label"][:], np.int64).reshape(-1)
+    values = np.array(column(images, "label"), np.int64).reshape(-1)
     unknown = [given[k] for k in sorted({int(v) for v in values if v >= 0}) if index[k] < 0]
     if unknown:
         raise GloVLMError(

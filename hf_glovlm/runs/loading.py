@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..backbones import describe_weights, load_backbone
 from ..files import digest_file, digest_value
-from ..inference import FeatureCache
+from ..inference import FeatureCache, MemoryCache
+from ..inference.frozen import share_towers
+from ..methods import Method, TowerMethod
 from .config import MINI, TrainConfig
 from .folder import CODE_VERSION
 
@@ -61,10 +63,21 @@ class Loader:
         checked: tuple[Dataset, Reading, DataReport] = self._get(source, read)
         return checked
 
-    def backbone(self, name: str) -> tuple[Any, Any]:
-        """A model and its processor, which the caller may change."""
+    def backbone(self, name: str, method: Method) -> tuple[Any, Any]:
+        """A model and its processor, for a method that may change both, but for frozen towers."""
         loaded = self._load(name)
-        return copy.deepcopy(loaded) if self.keep else loaded
+        if not self.keep:
+            return loaded
+        if isinstance(method, TowerMethod):
+            return copy.deepcopy(loaded)
+        return share_towers(*loaded)
+
+    def features(self) -> FeatureCache:
+        """Cache of features; what a loader that keeps has read of it stays in memory."""
+        if not self.keep:
+            return FeatureCache()
+        kept: FeatureCache = self._get("features", lambda: MemoryCache(FeatureCache()))
+        return kept
 
     def inputs(self, config: TrainConfig) -> dict[str, Any]:
         """What a run would be made from beside its settings and split; no image is decoded."""

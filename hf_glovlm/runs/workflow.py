@@ -5,7 +5,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,9 +31,10 @@ from ..calibration.inputs import softmax
 from ..data.columns import LOOK, MASK
 from ..data.stains import STAIN, contradictions, list_stains, read_stains, state_stains
 from ..environment import check_tracker, describe_environment, peak_memory
-from ..files import digest_value, write_text
+from ..files import digest_value, write_json, write_text
 from ..inference import FeatureCache, Predictions, embed_images, predict, resolve_device
 from ..inference.outlines import outline_notes
+from ..inference.prediction import move_model
 from ..inference.scale import describe_scale, known_scale, support_scale
 from ..inference.stains import check_stains, unseen_stains
 from ..methods import FeatureMethod, Method, get_method
@@ -99,12 +100,13 @@ def run(
     check_tracker(config.tracker)
     if config.backbone is None and is_synthetic(config.data):
         config = replace(config, backbone=MINI)
-    processes = _Processes(config, get_method(config.method))
+    loader = loader or Loader()
+    processes = _Processes(config, get_method(config.method), loader)
     output = Path(config.output_dir).expanduser()
     accelerator = processes.accelerator
     folder = RunFolder(output, config, "adaptation", OWN_FILES, _INCIDENTAL, accelerator)
     folder.check()
-    results = _run(config, loader or Loader(), folder, processes, on_event)
+    results = _run(config, loader, folder, processes, on_event)
     processes.wait()
     return RunResult(results, output)
 
@@ -126,7 +128,7 @@ def _run(
     clock.lap("data")
 
     report("stage", {"name": f"loading the backbone: {backbone}"})
-    model, processor = loader.backbone(backbone)
+    model, processor = loader.backbone(backbone, task.method)
     if task.former is None and is_adapted(model.config):
         task = replace(task, former=ADAPTED)
     inputs = describe_inputs(config, task.report.digests, task.classes, loader)
@@ -134,7 +136,7 @@ def _run(
     finished = folder.finished(made_from)
     if finished is not None:
         return finished
-    model.to(processes.device)
+    move_model(model, processes.device)
     clock.lap("load")
 
     report("stage", {"name": f"adapting: {config.method}"})
@@ -218,6 +220,7 @@ class _Task:
     shift: list[float] | None
     former: Provenance | None
     stated: Sequence[str] = ()
+    _sides: dict[str, tuple["Dataset", list[str]]] = field(default_factory=dict, repr=False)
 
     @property
     def groups(self) -> list[str]:
@@ -226,8 +229,10 @@ class _Task:
 
     def side(self, name: str) -> tuple["Dataset", list[str]]:
         """The rows on one side of the split, and the group of each."""
-        index = getattr(self.episode, name)
-        return self.rows.select(index), [self.groups[i] for i in index]
+        if name not in self._sides:
+            index = getattr(self.episode, name)
+            self._sides[name] = self.rows.select(index), [self.groups[i] for i in index]
+        return self._sides[name]
 
     def images(self, name: str) -> set[str]:
         """Hashes of the images on one side of the split."""
@@ -379,7 +384,7 @@ def _write_run(
     predictions.save(work / "predictions.parquet")
     write_identifiers(work, task.rows)
     write_text(work / "README.md", render_card(results))
-    write_text(work / "results.json", json.dumps(results, indent=1) + "\n")
+    write_json(work / "results.json", results)
     named = results["data"]["name"]
     save_episodes(work / "episodes.json", [task.episode], task.rows, named, groups=task.grouping)
 
@@ -715,8 +720,8 @@ class _Processes:
     Accelerate is only brought in for methods that train, and for trackers.
     """
 
-    def __init__(self, config: TrainConfig, method: Method) -> None:
-        self.cache = FeatureCache() if config.cache else None
+    def __init__(self, config: TrainConfig, method: Method, loader: Loader) -> None:
+        self.cache = loader.features() if config.cache else None
         self.accelerator: Accelerator | None = None
         self.device = resolve_device(config.device)
         alone = isinstance(method, FeatureMethod) and "LOCAL_RANK" not in os.environ
@@ -769,7 +774,7 @@ class _Processes:
         part = predict(
             adapted.model,
             adapted.processor,
-            test.select(mine),
+            test if self.count == 1 else test.select(mine),
             device=self.device,
             cache=self.cache_for(adapted),
             groups=[groups[i] for i in mine],

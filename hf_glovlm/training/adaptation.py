@@ -16,6 +16,7 @@ from ..inference import FeatureCache, MemoryCache
 from ..inference.drafts import set_draft
 from ..inference.guard import add_guard
 from ..inference.outlines import set_outline
+from ..inference.prediction import move_model
 from ..inference.texts import check_class_texts
 from ..methods import (
     METHODS,
@@ -288,7 +289,8 @@ def adapt(
     cache = cache if cache is not None else MemoryCache()  # nothing is encoded twice
 
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
-    model.to(device).requires_grad_(False)
+    move_model(model, device)
+    model.requires_grad_(False)
     seed_everything(config.seed)
     images = TaskImages(
         model, processor, classes, support, labels, validation, query, config, device, cache
