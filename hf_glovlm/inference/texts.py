@@ -1,13 +1,15 @@
 """Class texts: their prototypes, and whether a text tower can tell the classes apart."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..errors import GloVLMError
+from ..files import digest_tensors
+from .frozen import ask_once
 from .prediction import exact_inference, model_device, to_array
 
 if TYPE_CHECKING:
@@ -45,6 +47,32 @@ def embed_prompts(
             f"Every class needs at least one prompt; class number {empty[0] if empty else 0} has "
             "none: add one to classes.yaml."
         )
+    backbone: Any = model.backbone
+    projection = getattr(backbone, "text_projection", None)
+    question = (
+        tuple(map(tuple, prompts)),
+        batch_size,
+        processor.tokenizer,
+        *(processor.max_length, processor.pad_to_max, str(processor.context_token_ids)),
+        model.config.text_pooling,
+        projection and digest_tensors(projection.state_dict().items()),
+    )
+    # A copy, which the caller may change.
+    vectors = ask_once(model, question, lambda: _embed(model, processor, prompts, batch_size)).copy()
+    if names is not None:
+        pair = find_equal(vectors)
+        if pair is not None:
+            raise GloVLMError(_explain(processor, prompts, names, *pair))
+    return vectors
+
+
+def _embed(
+    model: "GloVLMModel",
+    processor: "GloVLMProcessor",
+    prompts: Sequence[Sequence[str]],
+    batch_size: int,
+) -> NDArray[np.float32]:
+    """Text prototypes `[classes, dim]`, so many texts at a time."""
     encoded = processor.encode_prompts([list(texts) for texts in prompts])
     encoded = {name: tensor.to(model_device(model)) for name, tensor in encoded.items()}
     ends = np.cumsum([len(texts) for texts in prompts])
@@ -62,12 +90,7 @@ def embed_prompts(
                 )
             )
             begin = end
-        vectors = to_array(torch.cat(prototypes))
-    if names is not None:
-        pair = find_equal(vectors)
-        if pair is not None:
-            raise GloVLMError(_explain(processor, prompts, names, *pair))
-    return vectors
+        return to_array(torch.cat(prototypes))
 
 
 def find_equal(vectors: NDArray[np.float32]) -> tuple[int, int] | None:
