@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,10 +244,15 @@ class ImageRows:
     def __init__(self, images: "Dataset", outline: str, draft: int = 0) -> None:
         self._outlined = outline not in ("ignore", "centre")
         names = ["image", LOOK, *([MASK] if self._outlined else [])]
-        present = [name for name in names if name in images.column_names]
-        self._table = images.select_columns(present).with_format("arrow")
+        self._names = [name for name in names if name in images.column_names]
+        self._images = images
         self._known: list[tuple[bytes, bytes | None]] | None = None
         self._centred, self._draft = outline == "centre", draft if outline == "ignore" else 0
+
+    @cached_property
+    def _table(self) -> "Dataset":
+        """The columns that are read; not needed where every feature is known already."""
+        return self._images.select_columns(self._names).with_format("arrow")
 
     def values(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """`{"bytes", "path"}` of the given rows."""
@@ -261,7 +267,7 @@ class ImageRows:
                 now, whose features would be kept under that digest.
         """
         files = _pairs(self._table[list(rows)])
-        if self._known is not None or LOOK in self._table.column_names:
+        if self._known is not None or LOOK in self._names:
             digests = [self._file_digests()[row] for row in rows]
             files = [
                 (
@@ -282,9 +288,9 @@ class ImageRows:
 
     def _file_digests(self) -> list[tuple[bytes, bytes | None]]:
         """Hashes of each row's image and mask: of the look where there was one, else read now."""
-        if self._known is None and LOOK in self._table.column_names:
-            looks = self._table.select_columns([LOOK])[:][LOOK].to_pylist()
-            masked = MASK in self._table.column_names
+        if self._known is None and LOOK in self._names:
+            masked = MASK in self._names
+            looks = column(self._images, LOOK)
             self._known = [(look["image"], look["mask"] if masked else None) for look in looks]
         if self._known is None:
             self._known = [

@@ -223,10 +223,12 @@ def _known(rows: "Dataset") -> list[tuple[float, tuple[int, int]]]:
     """Micrometres per pixel and size of each image whose scale is known."""
     given = column(rows, "mpp") if "mpp" in rows.column_names else []
     known = [row for row, mpp in enumerate(given) if mpp is not None]
+    if not known:
+        return []
     chosen, sizes = rows.select(known), list[tuple[int, int] | None]()
-    if known and LOOK in rows.column_names:
+    if LOOK in rows.column_names:
         sizes += [(look["width"], look["height"]) for look in column(chosen, LOOK)]
-    elif known:
+    else:
         sizes += map(_size, column(chosen, "image"))
     return [(given[i], size) for i, size in zip(known, sizes, strict=True) if size is not None]
 
