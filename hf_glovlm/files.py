@@ -211,10 +211,22 @@ def read_json(path: Path, kind: type = dict, *, most: int = 2**28) -> Any:
     Raises:
         GloVLMError: It is missing, damaged, or holds something else.
     """
+    return parse_json(read_text(path, "a JSON file", most=most), path, kind)
+
+
+def parse_json(text: str | bytes, path: Path, kind: type = dict) -> Any:
+    """Parse JSON that one of our commands wrote.
+
+    Args:
+        text: What the file holds.
+        path: The file, for the sentence.
+        kind: What stands at its top: `dict` or `list`.
+
+    Raises:
+        GloVLMError: It is damaged, or holds something else.
+    """
     try:
-        content = json.loads(read_text(path, "a JSON file", most=most))
-    except GloVLMError:
-        raise
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise GloVLMError(
             f"'{path}' is damaged or no JSON ({error}): write it again, or restore a copy."
@@ -787,7 +799,11 @@ def read_results(path: str | Path, *kinds: str) -> dict[str, Any]:
             f"Expected {_titles(kinds)}, found no finished results in '{path}': give the folder "
             "that was its --output-dir."
         )
-    content: dict[str, Any] = read_json(place)
+    return check_results(read_json(place), path, *kinds)
+
+
+def check_results(content: dict[str, Any], path: str | Path, *kinds: str) -> dict[str, Any]:
+    """Check of what the results are that lie in a file or folder; see `read_results`."""
     _check_kind(results_kind(content), kinds, path)
     return content
 
@@ -847,6 +863,22 @@ def check_kind(folder: Path, *kinds: str) -> None:
             kind = manifest.kind
     if kind in KINDS and kind != "evaluation":  # which may lie beside any model
         _check_kind(kind, kinds, folder)
+
+
+def read_undamaged(folder: Path, manifest: Manifest, name: str) -> bytes:
+    """Read a file of a manifest once, for its checksum and for its content.
+
+    Raises:
+        GloVLMError: It is missing, or not as it was when it was finished.
+    """
+    import xxhash
+
+    with suppress(OSError):
+        content = (folder / name).read_bytes()
+        if manifest.files.get(name) in (None, xxhash.xxh3_128_hexdigest(content)):
+            return content
+    refuse_damage(folder, manifest, [name])
+    raise GloVLMError(f"'{folder / name}' is missing: restore a copy, or make it again.")
 
 
 def refuse_damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:

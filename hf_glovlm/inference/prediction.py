@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -573,23 +573,31 @@ class Predictions:
         write_table(Path(path), columns, metadata)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Predictions":
+    def load(cls, path: str | Path) -> Self:
         """Read a file written by `save`.
 
         Raises:
             GloVLMError: The file is missing, or no predictions of this package.
         """
         try:
-            return cls._read(pq.read_table(path))
-        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
-            raise GloVLMError(
-                f"{path} is no predictions file: expected the predictions.parquet that "
-                "`glovlm train` or `glovlm evaluate` wrote, found none that can be read "
-                f"({type(error).__name__})."
-            ) from None
+            return cls.parse(Path(path).read_bytes(), path)
+        except OSError as error:
+            raise _no_predictions(path, error) from None
 
     @classmethod
-    def _read(cls, table: pa.Table) -> "Predictions":
+    def parse(cls, content: bytes, path: str | Path) -> Self:
+        """Parse the content of a file written by `save`, which lies at this path.
+
+        Raises:
+            GloVLMError: It is none.
+        """
+        try:
+            return cls._read(pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False))
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
+            raise _no_predictions(path, error) from None
+
+    @classmethod
+    def _read(cls, table: pa.Table) -> Self:
         about = json.loads((table.schema.metadata or {})[_METADATA])
         names = [str(name) for name in about["class_names"]]
         index = {name: k for k, name in enumerate(names)}
@@ -626,6 +634,13 @@ class Predictions:
 
 
 _METADATA = b"hf_glovlm"
+
+
+def _no_predictions(path: str | Path, error: Exception) -> GloVLMError:
+    return GloVLMError(
+        f"{path} is no predictions file: expected the predictions.parquet that `glovlm train` or "
+        f"`glovlm evaluate` wrote, found none that can be read ({type(error).__name__})."
+    )
 
 
 def load_classifier(

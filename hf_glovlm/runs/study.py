@@ -12,23 +12,32 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from statistics import median
+from sys import intern
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..data.splits import EPISODES
 from ..environment import end_with_parent, quiet_libraries
 from ..errors import GloVLMError, nearest
 from ..files import (
+    Manifest,
     changed_inputs,
     check_kind,
+    check_results,
+    finish_interrupted,
     is_empty,
     is_plain_name,
     one_writer,
+    parse_json,
     read_json,
     read_manifest,
-    read_results,
     read_text,
+    read_undamaged,
     refuse_damage,
     remove_below,
     write_json,
@@ -49,6 +58,8 @@ SUMMARISED = tuple(name for name, row in METRICS.items() if row.summarised)
 MOST_CELLS = 100_000
 RECALL_ROWS = 60  # of the table of groups in the report that people read
 RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
+_DATA = ("images", "labels", "groups", "columns")  # of what a cell is made from
+_MODEL = ("code", "backbone")
 _OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
 _OF_CELL |= {"overwrite", "resume", "save_model"}
 # Change no number.
@@ -82,8 +93,9 @@ class Cell:
     shots: int
     draw: int
 
-    @property
+    @cached_property
     def name(self) -> str:
+        """Path below `cells/`."""
         return f"{_short(self.backbone)}/{self.method.name}/{self.shots}/draw-{self.draw:02d}"
 
 
@@ -153,7 +165,7 @@ class StudyConfig(Settings):
             )
         settings = _settings(own, {"data", "methods", "backbones", "shots", "draws", "reference"})
         study = cls(data, lines, tuple(backbones), tuple(shots), reference, settings)
-        for device in {study.train_config(cell, "").device for cell in study.cells()}:
+        for device in {study.train_config(cell, "").device for cell in study.extremes()}:
             resolve_device(device)
         if not named:
             choose_backbone(None, data)
@@ -177,6 +189,16 @@ class StudyConfig(Settings):
             for draw in sorted({d for m in self.methods for d in m.draws})
             for method in self.methods
             if draw in method.draws
+        ]
+
+    def extremes(self) -> list[Cell]:
+        """The cells of the first and last draw of each line: the others differ in it alone."""
+        return [
+            Cell(backbone, method, shots, draw)
+            for backbone in self.backbones
+            for shots in self.shots
+            for method in self.methods
+            for draw in {min(method.draws), max(method.draws)}
         ]
 
     def train_config(self, cell: Cell, output_dir: str | Path) -> TrainConfig:
@@ -254,25 +276,30 @@ def _run_study(
             on_event("cell", {**event, "done": done, "total": len(cells)})
 
     loader = Loader(keep=workers == 1)
-    todo = []
+    for cell in config.extremes():
+        config.train_config(cell, output)
+    todo, finished = [], dict[str, _Outcome]()
+    lines = _Lines(config, output, loader)
     for cell in cells:
-        settings = config.train_config(cell, output)
-        if _finished(settings, loader):
+        outcome = lines.read_finished(cell)
+        if outcome is not None:
+            finished[cell.name] = outcome
             notify(cell, "skipped")
         else:
-            todo.append((cell, settings))
+            todo.append((cell, config.train_config(cell, output)))
     if todo:
         loader.data(todo[0][1])  # what is wrong with it is wrong for every cell
         write_json(output / "study.json", asdict(config))
     for cell, error, seconds in _run_cells(todo, workers, loader, output / "cells"):
         notify(cell, "failed" if error else "done", error, seconds)
-    return write_report(config, output)
+    return _write_report(config, output, cells, finished)
 
 
 def _check_names(cells: Sequence[Cell]) -> None:
     """Refuse names that are no folder below `cells/`, or one folder for two lines."""
-    for cell in cells:
-        for name in (_short(cell.backbone), cell.method.name):
+    lines = {(cell.backbone, cell.method.name) for cell in cells}
+    for backbone, method in sorted(lines):
+        for name in (_short(backbone), method):
             if not is_plain_name(name):
                 raise GloVLMError(
                     f"The study keeps its cells in folders of these names, and '{name}' cannot be "
@@ -291,34 +318,122 @@ def _check_place(output: Path) -> None:
         raise GloVLMError(f"'{output}' is no study of ours: give an empty or a new folder.")
 
 
-def _finished(config: TrainConfig, loader: Loader) -> bool:
-    """Whether a cell is finished: with these very settings, data and weights, and undamaged."""
-    folder = Path(config.output_dir)
-    if not (folder / "results.json").is_file():
-        return False
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise GloVLMError(
-            f"The finished cell {folder} does not state what it was made from: give another "
-            "output folder, or remove that cell."
+@dataclass(frozen=True)
+class _Outcome:
+    """Outcome of a finished cell: what a report needs of it, from files that are read once.
+
+    Attributes:
+        made_from: What decides whether cells may be compared.
+        results: Parts of `results.json`.
+        labels: Class number of each test image `[n]`.
+        probabilities: `[n, K]`.
+        groups: Patient, case or slide of each.
+        file_names: Of each.
+        class_names: The `K` classes.
+    """
+
+    made_from: Mapping[str, Any]
+    results: Mapping[str, Any]
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+    groups: Sequence[str]
+    file_names: Sequence[str]
+    class_names: Sequence[str]
+
+    @classmethod
+    def read(cls, folder: Path, manifest: Manifest | None) -> "_Outcome":
+        """Read a finished cell and check that results and predictions are undamaged.
+
+        Raises:
+            GloVLMError: They are not, or are of something else.
+        """
+        finish_interrupted(folder)
+        stated = manifest or Manifest("adaptation", {}, {})  # of an earlier version: no checksums
+        names = ("results.json", "predictions.parquet")
+        content = [read_undamaged(folder, stated, name) for name in names]
+        results = check_results(parse_json(content[0], folder / names[0]), folder, "adaptation")
+        predictions = Predictions.parse(content[1], folder / names[1])
+        labels, groups = predictions.labels, predictions.groups
+        assert labels is not None  # a run predicts labelled rows of known groups
+        assert groups is not None
+        return cls(
+            made_from={key: stated.made_from.get(key) for key in (*_DATA, *_MODEL)},
+            results=_reported(results),
+            labels=labels,
+            probabilities=predictions.probabilities,
+            # Thousands of cells name the same images and groups.
+            groups=[*map(intern, groups)],
+            file_names=[*map(intern, predictions.file_names)],
+            class_names=predictions.class_names,
         )
-    before = dict(manifest.made_from)
-    kept: dict[str, Any] = before.pop("settings", {})
-    for key, value in json.loads(json.dumps(config.to_repeat(), default=str)).items():
-        if key not in _INCIDENTAL and kept.get(key, value) != value:
+
+
+def _reported(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of `results.json` that a report is made from."""
+    kept = ("name", "fingerprint", "group_column", "split_hash", "support", "notes")
+    return {
+        **{key: results[key] for key in ("synthetic", "threshold", "timing", "environment")},
+        "notes": [*map(intern, results["notes"])],
+        "data": {key: results["data"][key] for key in kept},
+        "metrics": {name: {"value": m.get("value")} for name, m in results["metrics"].items()},
+        "training": {key: results["training"][key] for key in ("facts", "trainable_parameters")},
+    }
+
+
+@dataclass
+class _Lines:
+    """Lines of a study: what the cells of each would be made from, worked out once."""
+
+    config: StudyConfig
+    output: Path
+    loader: Loader
+    expected: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
+
+    def expect(self, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Settings and inputs that a finished cell must state, as JSON holds them."""
+        line = (cell.backbone, cell.method.name, cell.shots)
+        if line not in self.expected:
+            config = self.config.train_config(cell, self.output)
+            stated = (config.to_repeat(), self.loader.inputs(config))
+            settings, inputs = json.loads(json.dumps(stated, default=str))
+            self.expected[line] = settings, inputs
+        settings, inputs = self.expected[line]
+        return settings | {"draw": cell.draw}, inputs
+
+    def read_finished(self, cell: Cell) -> _Outcome | None:
+        """Outcome of a cell that is finished: with these very settings, data and weights.
+
+        Raises:
+            GloVLMError: It was made from something else, or a file of it is damaged.
+        """
+        folder = self.output / "cells" / cell.name
+        if not (folder / "results.json").is_file():
+            return None
+        manifest = read_manifest(folder)
+        if manifest is None:
             raise GloVLMError(
-                f"The finished cell {folder} was run with {key} = {kept[key]!r}, and the study "
-                f"now says {value!r}: give another output folder, or remove that cell."
+                f"The finished cell {folder} does not state what it was made from: give another "
+                "output folder, or remove that cell."
             )
-    before.pop("split", None)  # what decides it is compared
-    changed = changed_inputs(before, loader.inputs(config))
-    if changed:
-        raise GloVLMError(
-            f"Since the cell {folder} was finished, {', '.join(changed)}: give another output "
-            "folder, or remove that cell."
-        )
-    refuse_damage(folder, manifest, [name for name in manifest.files if name != "README.md"])
-    return True
+        settings, inputs = self.expect(cell)
+        before = dict(manifest.made_from)
+        kept: dict[str, Any] = before.pop("settings", {})
+        for key, value in settings.items():
+            if key not in _INCIDENTAL and kept.get(key, value) != value:
+                raise GloVLMError(
+                    f"The finished cell {folder} was run with {key} = {kept[key]!r}, and the study "
+                    f"now says {value!r}: give another output folder, or remove that cell."
+                )
+        before.pop("split", None)  # what decides it is compared
+        changed = before != inputs and changed_inputs(before, inputs)
+        if changed:
+            raise GloVLMError(
+                f"Since the cell {folder} was finished, {', '.join(changed)}: give another output "
+                "folder, or remove that cell."
+            )
+        read = ("README.md", "results.json", "predictions.parquet")  # a person may edit the first
+        refuse_damage(folder, manifest, [name for name in manifest.files if name not in read])
+        return _Outcome.read(folder, manifest)
 
 
 def _run_cells(
@@ -390,8 +505,7 @@ def _threads(number: int) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------- report
 
-_DATA = ("images", "labels", "groups", "columns")
-_Runs = dict[int, tuple[dict[str, Any], Predictions]]  # draw -> results, predictions
+_Runs = dict[int, _Outcome]  # by draw
 
 
 def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
@@ -410,28 +524,34 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
         GloVLMError: No cell is finished, cells were run on different data or weights, or one is
             damaged.
     """
-    output = Path(output_dir).expanduser()
-    _check_names(config.cells())
+    output, cells = Path(output_dir).expanduser(), config.cells()
+    _check_names(cells)
+    return _write_report(config, output, cells, {})
+
+
+def _write_report(
+    config: StudyConfig, output: Path, cells: Sequence[Cell], known: Mapping[str, _Outcome]
+) -> dict[str, Any]:
+    """Write the report; the outcomes of some cells are known."""
     table: dict[tuple[str, int], dict[str, _Runs]] = {}
-    every: list[dict[str, Any]] = []
-    failures, missing, made_from = [], [], list[tuple[Cell, Mapping[str, Any]]]()
-    for cell in config.cells():
+    outcomes, failures, missing = list[tuple[Cell, _Outcome]](), [], []
+    for cell in cells:
         folder = output / "cells" / cell.name
-        if (folder / "results.json").is_file():
-            every.append(read_results(folder, "adaptation"))
-            made_from.append((cell, _made_from(folder)))
+        if cell.name in known or (folder / "results.json").is_file():
+            outcome = known.get(cell.name) or _Outcome.read(folder, read_manifest(folder))
+            outcomes.append((cell, outcome))
             lines = table.setdefault((cell.backbone, cell.shots), {})
-            predictions = Predictions.load(folder / "predictions.parquet")
-            lines.setdefault(cell.method.name, {})[cell.draw] = (every[-1], predictions)
+            lines.setdefault(cell.method.name, {})[cell.draw] = outcome
         elif (folder / "failure.json").is_file():
             failure = read_json(folder / "failure.json")
             failures.append({"cell": cell.name, "error": str(failure.get("error"))})
         else:
             missing.append(cell.name)
-    if not every:
+    if not outcomes:
         reason = f": {failures[0]['error']}" if failures else ", so there is nothing to report."
         raise GloVLMError(f"No cell of the study in '{output}' is finished{reason}")
-    _refuse_mixture(output, made_from)
+    _refuse_mixture(output, outcomes)
+    every = [outcome.results for _, outcome in outcomes]
     first = every[0]
     unit = group_unit(first["data"]["group_column"])
     report = {
@@ -461,23 +581,14 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
     return report
 
 
-def _made_from(folder: Path) -> Mapping[str, Any]:
-    """What a finished cell states that it was made from, once its results are undamaged."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return {}
-    refuse_damage(folder, manifest, ["results.json", "predictions.parquet"])
-    return manifest.made_from
-
-
-def _refuse_mixture(output: Path, cells: Sequence[tuple[Cell, Mapping[str, Any]]]) -> None:
+def _refuse_mixture(output: Path, outcomes: Sequence[tuple[Cell, _Outcome]]) -> None:
     """Refuse to compare cells of other data, or of other weights under one backbone's name."""
     first: dict[str, tuple[Cell, Mapping[str, Any]]] = {}
-    for cell, made_from in cells:
-        for name, keys in (("", _DATA), (f"backbone {cell.backbone}", ("code", "backbone"))):
-            known, before = first.setdefault(name, (cell, made_from))
-            pair = ({key: part.get(key) for key in keys} for part in (before, made_from))
-            if changed := changed_inputs(*pair):
+    for cell, outcome in outcomes:
+        for name, keys in (("", _DATA), (f"backbone {cell.backbone}", _MODEL)):
+            now = {key: outcome.made_from[key] for key in keys}
+            known, before = first.setdefault(name, (cell, now))
+            if before != now and (changed := changed_inputs(before, now)):
                 raise GloVLMError(
                     f"The cells in '{output}' cannot be compared: between {known.name} and "
                     f"{cell.name}, {', '.join(changed)}. Give another output folder."
@@ -492,7 +603,7 @@ def _section(
     methods = []
     for method in config.methods:
         runs = lines.get(method.name, {})
-        results = [r for r, _ in runs.values()]
+        results = [run.results for run in runs.values()]
         if not results:
             continue
         values = {k: [r["metrics"].get(k, {}).get("value") for r in results] for k in SUMMARISED}
@@ -530,11 +641,10 @@ def _compare(
     """Paired differences over the draws that both have, on identical splits and supports."""
     pairs = []
     for draw in sorted(reference.keys() & runs.keys()):
-        (one, a), (other, b) = reference[draw], runs[draw]
-        same = one["data"]["split_hash"] == other["data"]["split_hash"]
+        a, b = reference[draw], runs[draw]
+        same = a.results["data"]["split_hash"] == b.results["data"]["split_hash"]
         if same and a.file_names == b.file_names and a.class_names == b.class_names:
-            labels, groups = _truth(a)
-            pairs.append(PairedRun(draw, labels, groups, a.probabilities, b.probabilities))
+            pairs.append(PairedRun(draw, a.labels, a.groups, a.probabilities, b.probabilities))
     if not pairs:
         return None
     n, seed = (config.settings.get(k, d) for k, d in (("n_resamples", 2000), ("seed", 0)))
@@ -542,13 +652,7 @@ def _compare(
     return {"draws": [pair.draw for pair in pairs], "metrics": differences}
 
 
-def _truth(predictions: Predictions) -> tuple[Any, list[str]]:
-    assert predictions.labels is not None  # a run predicts labelled rows of known groups
-    assert predictions.groups is not None
-    return predictions.labels, predictions.groups
-
-
-def _label_budget(method: StudyMethod, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _label_budget(method: StudyMethod, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Labels spent per draw and the groups they came from, each as `[least, most]`."""
     if method.method == "zero_shot":  # a support is drawn so that its splits are the others'
         return {"labels": [0, 0], "per_class": {}}
@@ -572,9 +676,9 @@ def _recall(lines: Mapping[str, _Runs]) -> list[dict[str, Any]]:
     """Recall of every class in every group, over the draws that test the group."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, runs in lines.items():
-        for _, p in runs.values():
-            labels, groups = _truth(p)
-            for row in recall_by_group(labels, p.probabilities.argmax(1), groups, p.class_names):
+        for run in runs.values():
+            predicted = run.probabilities.argmax(1)
+            for row in recall_by_group(run.labels, predicted, run.groups, run.class_names):
                 key = (row["group"], row["class"])
                 at = rows.setdefault(key, {"n": row["n"], "methods": {}})["methods"]
                 at.setdefault(name, []).append(row["recall"])
@@ -596,7 +700,7 @@ def _against_recorded(config: StudyConfig, reference: _Runs) -> dict[str, Any] |
     gaps: dict[str, list[float]] = {}
     for draw in both:
         for name, value in recorded[draw].items():
-            ours = reference[draw][0]["metrics"].get(name, {}).get("value")
+            ours = reference[draw].results["metrics"].get(name, {}).get("value")
             if ours is not None:
                 gaps.setdefault(name, []).append(abs(ours - value))
     if not gaps:
