@@ -24,7 +24,8 @@ from ..errors import GloVLMError, nearest
 from ..files import damaged_files, one_writer, read_manifest, remove, replacing, write_manifest
 from ..model.outlines import draw_centre
 from ..runtimes import PRECISIONS, RUNTIMES
-from .cache import FeatureCache, encoder_key
+from .cache import FeatureCache
+from .frozen import encoder_key
 from .graphs import INPUT, Session, check_packages, quantise_graph, write_graph
 from .prediction import (
     ImageRows,
