@@ -23,6 +23,7 @@ from hf_glovlm.lab.benches import BENCHES, Bench, document, gpu, page
 from hf_glovlm.lab.benches.cache import bench_cache
 from hf_glovlm.lab.benches.encode import _grow_tokenizer, bench_encode
 from hf_glovlm.lab.benches.gpu import bench_gpu
+from hf_glovlm.lab.benches.heads import ON_FEATURES, bench_heads
 from hf_glovlm.lab.benches.methods import bench_methods
 from hf_glovlm.lab.benches.metrics import bench_auc, bench_metrics, plain_metrics
 from hf_glovlm.lab.benches.near_duplicates import KINDS, bench_near_duplicates
@@ -150,6 +151,20 @@ def test_methods_rows_compare_what_gives_the_same() -> None:
         assert by_name[ours]["ratio"] == pytest.approx(expected, rel=0.02)
     training_free = {name for name, m in METHODS.items() if m.family == "training-free"}
     assert training_free <= {name.removeprefix("methods.") for name in by_name}
+
+
+def test_heads_are_compared_with_a_plain_loop_and_timed_at_a_large_size() -> None:
+    trained = ("tip_adapter_f", "classifier")  # the shortest
+    rows = bench_heads(
+        n_classes=3, shots=3, dim=16, repeats=1, trained=trained, large=(2, 1, 8), queries=5
+    )
+    by_name = {row["name"]: row for row in rows}
+    for name in trained:
+        ours = by_name[f"methods.heads_{name}"]
+        expected = by_name[f"methods.heads_{name}_loop"]["value"] / ours["value"]
+        assert ours["ratio"] == pytest.approx(expected, rel=0.02)
+    at_size = {f"methods.large_{name}" for name in ON_FEATURES} - {"methods.large_transclip"}
+    assert at_size | {"methods.transclip_5", "methods.slowest_head"} <= set(by_name)
 
 
 def test_startup_rows() -> None:

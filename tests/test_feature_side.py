@@ -666,7 +666,7 @@ def test_tip_adapter_f_trains_the_keys_alone_from_the_support() -> None:
     assert [n for n, p in head.named_parameters() if p.requires_grad] == ["keys"]
     assert_same_numbers(head.keys, unit(given.features.numpy()))
     expected = torch.tensor([[2 / 3, 0]] * 3 + [[0, 2.0]])  # both classes sum to two images
-    assert torch.allclose(head.values, expected)
+    assert torch.allclose(head.value_matrix(), expected)
     assert (head.alpha.item(), head.beta.item()) == pytest.approx((1.17, 1.0))
 
 

@@ -1,5 +1,6 @@
 """The loop: same batches, same rates, same weights, however it is cut into parts or interrupted."""
 
+import copy
 import itertools
 import json
 import math
@@ -30,10 +31,13 @@ from hf_glovlm.files import write_text
 from hf_glovlm.inference.views import reframe
 from hf_glovlm.methods import Recipe
 from hf_glovlm.model import MLPHead
+from hf_glovlm.model.heads import CacheHead, ResidualHead
 from hf_glovlm.training import loop
 from hf_glovlm.training.loop import (
+    FeatureSource,
     ImageSource,
     TensorSource,
+    ViewSource,
     fit,
     gather,
     learning_rate,
@@ -170,6 +174,62 @@ def test_every_row_is_seen_once_an_epoch_in_a_new_order(accelerator: Accelerator
         assert len({tuple(epoch) for epoch in epochs}) == 3
         orders.append(epochs)
     assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("build", [plain_step, random_step])  # the last batch is one row
+@pytest.mark.parametrize("views", [0, 3])
+@pytest.mark.parametrize(
+    ("recipe", "clip_norm"), [(ADAMW, 0.1), (SGD, None), (replace(ADAMW, batch_size=99), None)]
+)
+def test_slices_of_features_train_as_rows_that_are_fetched_one_by_one(
+    accelerator: Accelerator,
+    build: Callable[[], HeadStep],
+    views: int,
+    recipe: Recipe,
+    clip_norm: float | None,
+) -> None:
+    recipe = replace(recipe, sampling="class_balanced" if views else "shuffled")
+    given_ = support(n=11)
+    shown = given_.inputs.unsqueeze(1) + torch.arange(max(views, 1)).view(1, -1, 1)
+
+    class Fetched(TensorSource):
+        epoch = -1
+
+        def fetch(self, index: Sequence[int]) -> Tensor:
+            return torch.stack([shown[i, self.epoch % shown.shape[1]] for i in index])
+
+    by_rows, by_slices = build(), build()
+    rows, steps = Fetched(given_.inputs, given_.labels), recipe.epochs
+
+    def note(row: dict[str, Any]) -> None:
+        rows.epoch = row["epoch"]
+
+    rows.epoch = 0
+    whole = ViewSource(shown, given_.labels) if views else FeatureSource(*vars(given_).values())
+    options: dict[str, Any] = {"accelerator": accelerator, "clip_norm": clip_norm, "seed": 3}
+    expected = fit(by_rows, groups(by_rows), rows, recipe, on_epoch=note, **options)
+    log = fit(by_slices, groups(by_slices), whole, recipe, **options)
+    assert same(state(by_slices), state(by_rows))
+    assert len(log) == steps
+    assert [row["loss"] for row in log] == pytest.approx([row["loss"] for row in expected])
+
+
+@pytest.mark.parametrize("head", [ResidualHead(6, 3, 2), CacheHead(6, 3, 4)])
+def test_features_that_are_normalised_once_train_as_at_every_step(
+    accelerator: Accelerator, head: nn.Module
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator))
+    given_, heads = support(), [copy.deepcopy(head).double() for _ in range(2)]
+    steps = [HeadStep(heads[0]), HeadStep(heads[1], on_unit=True)]
+    unit = nn.functional.normalize(given_.inputs, dim=-1)
+    for step, inputs in zip(steps, (given_.inputs, unit), strict=True):
+        source = FeatureSource(inputs, given_.labels)
+        fit(step, groups(step), source, ADAMW, accelerator=accelerator)
+    assert same(state(steps[0]), state(steps[1]))
+    assert not same(state(steps[1].head), state(copy.deepcopy(head).double()))
 
 
 def test_full_batches_train_as_plain_torch_does(accelerator: Accelerator) -> None:

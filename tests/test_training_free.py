@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tolerance import assert_same_numbers
+from torch import nn
 
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.methods import METHODS, FeatureMethod, Fitted, Fold, Support, closed_form
@@ -300,13 +301,47 @@ def test_tip_adapter_without_balance_is_the_published_cache() -> None:
     support, x = make((7, 1, 3)), np.random.randn(20, DIM)
     fitted = fit("tip_adapter", support, balance=False)
     assert isinstance(fitted.head, CacheHead)
-    assert torch.equal(fitted.head.values.sum(0), torch.tensor([7.0, 1.0, 3.0]))
+    assert torch.equal(fitted.head.value_matrix().sum(0), torch.tensor([7.0, 1.0, 3.0]))
     expected = tip_adapter(support, unit(x), balance=False)
     assert np.abs(logits(fitted, x) - expected).max() < 1e-5
     even = [fit("tip_adapter", make((3, 3)), balance=b).head for b in (False, True)]
-    assert torch.equal(even[0].values, even[1].values)  # type: ignore[arg-type]
-    balanced = fit("tip_adapter", support).head.values  # type: ignore[union-attr]
+    assert torch.equal(even[0].shares, even[1].shares)  # type: ignore[arg-type]
+    balanced = fit("tip_adapter", support).head.value_matrix()  # type: ignore[union-attr]
     assert torch.allclose(balanced.sum(0), torch.full((3,), 11 / 3))  # type: ignore[operator]
+
+
+def test_a_cache_is_saved_without_a_number_for_every_key_and_class() -> None:
+    head = fit("tip_adapter", make((7, 1, 3))).head
+    assert describe_head(head) == {"kind": "cache_by_class", "entries": 11}
+    shapes = {name: tuple(t.shape) for name, t in head.state_dict().items() if "text" not in name}
+    assert shapes == {
+        "keys": (11, DIM), "owners": (11,), "shares": (3,), "alpha": (), "beta": ()
+    }  # fmt: skip
+
+
+def test_a_cache_that_was_saved_as_a_matrix_loads_and_gives_the_same() -> None:
+    head, x = fit("tip_adapter", make((7, 1, 3))).head, torch.randn(20, DIM)
+    assert isinstance(head, CacheHead)
+    saved = head.state_dict()
+    saved = {n: t for n, t in saved.items() if n not in ("owners", "shares")}
+    before = build_head({"kind": "cache", "entries": 11}, DIM, 3)
+    before.load_state_dict({**saved, "values": head.value_matrix().detach()})
+    assert np.abs((before(x) - head(x)).detach().numpy()).max() < 1e-4
+    assert describe_head(before) == {"kind": "cache", "entries": 11}
+    mixed = torch.rand(11, 3)  # any matrix that was saved, also one that is not one-hot
+    before.load_state_dict({**saved, "values": mixed})
+    one = nn.functional.normalize(x, dim=-1)
+    cache = 1.17 * torch.exp(-(1 - one @ saved["keys"].T)) @ mixed
+    assert torch.allclose(before(x), before.text(x) + cache, atol=1e-4)  # type: ignore[operator]
+
+
+def test_a_cache_of_many_keys_is_summed_beyond_half_precision() -> None:
+    head = fit("tip_adapter", make((3000, 1), dim=8), balance=False).head.bfloat16()
+    x = torch.randn(5, 8).bfloat16()
+    exact = CacheHead(8, 2, 3001)
+    exact.load_state_dict(head.state_dict())
+    apart = (head(x).float() - exact(x.float())).abs() / exact(x.float()).abs().amax()
+    assert float(apart.detach().max()) < 0.02  # summed key by key it is 0.8
 
 
 # ---------------------------------------------------------------------------- Tip-Adapter's search

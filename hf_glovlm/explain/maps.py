@@ -21,7 +21,7 @@ from ..data.outlines import open_outlined, outlined
 from ..errors import GloVLMError, nearest
 from ..inference import embed_prompts, evaluation_mode
 from ..inference.prediction import class_names
-from ..model.heads import CacheHead
+from ..model.heads import CacheHead, DenseCacheHead
 from ..model.outlines import draw_centre, split_channels
 from ..model.towers import TowerPair
 from .attention import read_attention, roll_out, weigh_by_gradient
@@ -355,7 +355,7 @@ def nearest_support(model: Any, features: ArrayLike, *, k: int = 3) -> Neighbour
     head = model.head
     if k < 1:
         raise GloVLMError(f"Expected 1 neighbour or more, found {k}.")
-    if getattr(head, "kind", None) != CacheHead.kind:
+    if getattr(head, "kind", None) not in (CacheHead.kind, DenseCacheHead.kind):
         raise GloVLMError(
             "This model carries no support images: its head is "
             f"'{getattr(head, 'kind', type(head).__name__)}'. Adapt with tip_adapter to have them."
@@ -367,7 +367,7 @@ def nearest_support(model: Any, features: ArrayLike, *, k: int = 3) -> Neighbour
             f"Expected features [n, {keys.shape[1]}] of this model, found {tuple(rows.shape)}."
         )
     cosines, indices = (nn.functional.normalize(rows, dim=-1) @ keys.T).topk(min(k, len(keys)))
-    names, label = class_names(model.config), head.values.detach().cpu().argmax(1)
+    names, label = class_names(model.config), head.value_matrix().detach().cpu().argmax(1)
     labels = [[names[label[i]] for i in row] for row in indices.tolist()]
     return Neighbours(indices.numpy(), labels, cosines.numpy())
 

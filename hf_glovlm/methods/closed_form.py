@@ -285,7 +285,12 @@ class TipAdapter(FeatureMethod):
             unit = nn.functional.normalize(fold.features.float(), dim=-1)
             with torch.no_grad():
                 hits = hits + count_hits(
-                    head.text(unit), unit @ head.keys.T, head.values, fold.labels, betas, alphas
+                    head.text(unit),
+                    unit @ head.keys.T,
+                    head.value_matrix(),
+                    fold.labels,
+                    betas,
+                    alphas,
                 )
         beta, alpha, _ = _best(hits, torch.cat([fold.labels for fold in folds]), betas, alphas)
         return dataclasses.replace(config, alpha=alpha, beta=beta)
@@ -301,15 +306,16 @@ def cache_head(support: Support, alpha: float, beta: float, balance: bool) -> Ca
         balance: Whether each class's values sum to the mean number of shots.
     """
     labels, classes = support.labels, support.num_classes
-    values = nn.functional.one_hot(labels, classes).float()
+    shares = torch.ones(classes)
     if balance:
-        values = values * (len(labels) / classes / values.sum(0).clamp(min=1))
+        shares = len(labels) / classes / labels.bincount(minlength=classes).clamp(min=1).float()
     head = CacheHead(support.features.shape[1], classes, len(labels))
     text = prototype_head(support.texts, support.logit_scale)
     with torch.no_grad():
         head.text.load_state_dict(text.state_dict())
         head.keys.copy_(_unit(support.averages))
-        head.values.copy_(values)
+        head.owners.copy_(labels)
+        head.shares.copy_(shares)
         head.alpha.fill_(alpha)
         head.beta.fill_(beta)
     return head

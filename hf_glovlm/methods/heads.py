@@ -498,7 +498,7 @@ class TipAdapterF(HeadMethod):
         with torch.no_grad():
             unit = nn.functional.normalize(features.float(), dim=-1)
             beta, alpha, _ = search_tip_adapter(
-                head.text(unit), unit @ head.keys.T, head.values, labels
+                head.text(unit), unit @ head.keys.T, head.value_matrix(), labels
             )
             head.alpha.fill_(alpha)
             head.beta.fill_(beta)

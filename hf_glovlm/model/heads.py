@@ -100,7 +100,8 @@ class MLPHead(Head):
 class CacheHead(Head):
     """Tip-Adapter: a key-value cache beside the class texts (arXiv 2207.09519, eq. 5 and 6).
 
-    `logits = scale * f @ text.T + alpha * exp(-beta * (1 - f @ keys.T)) @ values`, `f` unit.
+    `logits_c = scale * f @ text_c + share_c * sum_(i of c) alpha * exp(-beta * (1 - f @ key_i))`,
+    `f` unit: the published values are one-hot, so each class sums over its own keys.
 
     Args:
         dim: Width of the image features.
@@ -108,15 +109,22 @@ class CacheHead(Head):
         entries: Number of keys.
     """
 
-    kind = "cache"
+    kind = "cache_by_class"
+    owners: Tensor
+    shares: nn.Parameter
 
     def __init__(self, dim: int, num_classes: int, entries: int) -> None:
         super().__init__()
         self.text = ClassWeights(dim, num_classes, cosine=True)
         self.keys = nn.Parameter(torch.zeros(entries, dim))
-        self.values = nn.Parameter(torch.zeros(entries, num_classes))
         self.alpha = nn.Parameter(torch.ones(()))
         self.beta = nn.Parameter(torch.ones(()))
+        self._add_values(num_classes)
+
+    def _add_values(self, num_classes: int) -> None:
+        """Class of each key `[entries]`, and what each key of a class counts `[classes]`."""
+        self.register_buffer("owners", torch.zeros(len(self.keys), dtype=torch.long))
+        self.shares = nn.Parameter(torch.zeros(num_classes))
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features `[n, dim]` to logits `[n, classes]`."""
@@ -124,13 +132,47 @@ class CacheHead(Head):
 
     def compare(self, unit: Tensor) -> Tensor:
         """Map unit features `[n, dim]` to logits `[n, classes]`."""
-        affinity = torch.exp(-self.beta * (1 - unit @ self.keys.T))
-        logits: Tensor = self.text(unit) + self.alpha * affinity @ self.values
+        affinity = self.alpha * torch.exp(-self.beta * (1 - self.keys @ unit.T))
+        # In fp32 at least: half precision would round after every key.
+        exact = affinity.to(torch.promote_types(affinity.dtype, torch.float32))
+        sums = exact.new_zeros(len(self.shares), unit.shape[0]).index_add(0, self.owners, exact)
+        logits: Tensor = self.text(unit) + self.shares * sums.to(affinity.dtype).T
         return logits
+
+    def value_matrix(self) -> Tensor:
+        """Value of each key `[entries, classes]`."""
+        return nn.functional.one_hot(self.owners, len(self.shares)) * self.shares
 
     def describe(self) -> dict[str, Any]:
         """`entries`."""
         return {"entries": len(self.keys)}
+
+    def reset(self) -> None:
+        """Normal keys of standard deviation 0.02; no key counts yet."""
+        init.normal_(self.keys, std=0.02)
+        init.zeros_(self.shares)
+        init.ones_(self.alpha)
+        init.ones_(self.beta)
+
+
+class DenseCacheHead(CacheHead):
+    """Tip-Adapter as it was saved before, with a matrix of values `[entries, classes]`."""
+
+    kind = "cache"
+    values: nn.Parameter
+
+    def _add_values(self, num_classes: int) -> None:
+        self.values = nn.Parameter(torch.zeros(len(self.keys), num_classes))
+
+    def compare(self, unit: Tensor) -> Tensor:
+        """Map unit features `[n, dim]` to logits `[n, classes]`."""
+        affinity = torch.exp(-self.beta * (1 - unit @ self.keys.T))
+        logits: Tensor = self.text(unit) + self.alpha * affinity @ self.values
+        return logits
+
+    def value_matrix(self) -> Tensor:
+        """Value of each key `[entries, classes]`."""
+        return self.values
 
     def reset(self) -> None:
         """Normal keys of standard deviation 0.02; no entry belongs to a class yet."""
@@ -201,7 +243,8 @@ class ProjectedHead(Head):
 
 
 HEADS: dict[str, type[Head]] = {
-    head.kind: head for head in (ClassWeights, MLPHead, CacheHead, ResidualHead, ProjectedHead)
+    head.kind: head
+    for head in (ClassWeights, MLPHead, CacheHead, DenseCacheHead, ResidualHead, ProjectedHead)
 }
 
 
