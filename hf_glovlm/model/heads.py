@@ -133,7 +133,7 @@ class CacheHead(Head):
     def compare(self, unit: Tensor) -> Tensor:
         """Map unit features `[n, dim]` to logits `[n, classes]`."""
         affinity = self.alpha * torch.exp(-self.beta * (1 - self.keys @ unit.T))
-        # In fp32 at least: half precision would round after every key.
+        # In fp32 at least: where keys are added one by one, half precision would round at each.
         exact = affinity.to(torch.promote_types(affinity.dtype, torch.float32))
         sums = exact.new_zeros(len(self.shares), unit.shape[0]).index_add(0, self.owners, exact)
         logits: Tensor = self.text(unit) + self.shares * sums.to(affinity.dtype).T

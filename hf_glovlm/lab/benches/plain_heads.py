@@ -176,15 +176,15 @@ def lp_plus_plus(features: Tensor, labels: Tensor, texts: Tensor) -> Logits:
     start = 250.0 * ((known * cosines).sum(0) / known.sum(0)).mean()
     alpha = nn.Parameter(start.expand(len(texts)).clone())
     optimizer = torch.optim.SGD([weight, bias], lr=rate, momentum=0.9)
+    alpha_optimizer = torch.optim.SGD([alpha], lr=alpha_rate)
     for epoch in range(1, 301):
         logits = rows @ weight.T + alpha * cosines + bias
         optimizer.zero_grad()
-        alpha.grad = None
+        alpha_optimizer.zero_grad()
         nn.functional.cross_entropy(logits, labels).backward()
         optimizer.step()
         if epoch % 10 == 0:
-            assert alpha.grad is not None
-            alpha.data -= alpha_rate * alpha.grad
+            alpha_optimizer.step()
     total = weight.detach() + alpha.detach().unsqueeze(1) * texts
     return lambda fresh: (unit(fresh.double()) @ total.T + bias.detach()).float()
 
