@@ -78,7 +78,7 @@ def test_sets_are_thinned_out_by_class_and_group(root: Path) -> None:
     about = PLAN["sets"]["discs"]
     for most, each in (({"group": 1}, 4), ({"class": 3}, 3), ({"group": 1, "class": 2}, 2)):
         labelled = LabelledSet(
-            about | {"most": most, "draws": {"count": 0, "least_groups": 1}}, PLAN, root
+            about | {"most": most, "draws": {"count": 1, "least_groups": 0}}, PLAN, root
         )
         names = labelled.rows.features["label"].names
         labels = [names[label] for label in column(labelled.rows, "label")]
