@@ -446,6 +446,7 @@ def test_auto_is_measured_once_and_kept_on_resume(
     assert seen[0]["workload"] == 2 * entry["n_tiles"]
     stated = {"precision": "bf16", "runtime": "torch", "measured": {"candidates": ["bf16"]}}
     assert results["model"] | stated == results["model"]
+    assert any("computed by torch in bf16" in flag for flag in entry["flags"])
     exact = json.loads((output / "results.json").read_text())
     assert not stated.keys() & exact["model"].keys()
     same, other = (r["slides"][1]["probabilities"]["lesion"] for r in (results, exact))

@@ -549,6 +549,7 @@ def _classify_encoded(
         *stain_flags(run.model, task.stain, slide_name(task.path)),
         *_outline_notes(run.model.config.outline),
         *hidden_notes(run.model.config),
+        *run.engine.notes,
     ]
     notes = [*encoded.flags, *seen, *notes, *count_notes]
     flags = [flag for flag in notes if flag not in hidden]
