@@ -21,7 +21,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..errors import GloVLMError, nearest
-from ..files import damaged_files, one_writer, read_manifest, remove, replacing, write_manifest
+from ..files import (
+    damaged_files,
+    explaining_disk,
+    one_writer,
+    read_manifest,
+    remove,
+    replacing,
+    write_manifest,
+)
 from ..model.outlines import draw_centre
 from ..runtimes import PRECISIONS, RUNTIMES
 from .cache import FeatureCache
@@ -180,11 +188,10 @@ def open_engine(
     candidates = _candidates(precision, runtime, model_device(tower).type)
     example = _Example(tower, processor, images)
     if "auto" not in (precision, runtime):
-        return _as_engine(example, candidates[0], _open(example, candidates[0]), None)
+        return _as_engine(example, candidates[0], None)
     earlier = (kept or {}).get("precision"), (kept or {}).get("runtime")
     if kept and earlier in candidates:
-        pool = _open(example, earlier)
-        return _as_engine(example, earlier, pool, dict(kept.get("measured") or {}))
+        return _as_engine(example, earlier, dict(kept.get("measured") or {}))
     return _choose(example, candidates, seconds, workload, on_note or (lambda text: None))
 
 
@@ -315,6 +322,8 @@ class _Example:
 
         A number that is not finite is no agreement at all.
         """
+        if pool is self.plain:
+            return 1.0, 0.0
         pairs = [
             (one.double().cpu(), other.double().cpu())
             for one, other in zip(self.reference, pool(self.inputs), strict=True)
@@ -339,17 +348,22 @@ def _draw(seed: int) -> Image.Image:
 
 
 def _as_engine(
-    example: _Example, choice: Choice, pool: Pool, measured: dict[str, Any] | None
+    example: _Example, choice: Choice, measured: dict[str, Any] | None, pool: Pool | None = None
 ) -> Engine:
+    """Engine of a choice; opened and, where it is a graph, checked if it is not yet."""
     encoder = example.key if choice[1] in _ON_CPU else ""
+    if pool is None:
+        pool = _open(example, choice)
+        if encoder:
+            _check(example, choice, pool)
     return Engine(example.model, *choice, measured, pool, encoder)
 
 
 def _open(example: _Example, choice: Choice) -> Pool:
-    """Open one engine, and check it against PyTorch in fp32.
+    """Open what computes.
 
     Raises:
-        GloVLMError: It cannot be had here, or does not compute this tower.
+        GloVLMError: It cannot be had here.
     """
     precision, runtime = choice
     if choice == _DEFAULT:
@@ -357,7 +371,16 @@ def _open(example: _Example, choice: Choice) -> Pool:
     if runtime == "torch":
         _check_products(model_device(example.model), precision)
         return partial(_pool_torch, example.model, precision)
-    pool = _open_graph(example, precision, runtime)
+    return _open_graph(example, precision, runtime)
+
+
+def _check(example: _Example, choice: Choice, pool: Pool) -> float:
+    """Least cosine with PyTorch in fp32.
+
+    Raises:
+        GloVLMError: It is so low that something else is computed.
+    """
+    precision, runtime = choice
     cosine, difference = example.agreement(pool)
     wrong = difference > _FP32_TOLERANCE if precision == "fp32" else cosine < _BROKEN
     if wrong:
@@ -366,7 +389,7 @@ def _open(example: _Example, choice: Choice) -> Pool:
             f"PyTorch {cosine:.3f}, largest relative difference {difference:.2g}): use the runtime "
             "torch, and please report `glovlm env` and the backbone."
         )
-    return pool
+    return cosine
 
 
 # ------------------------------------------------------------------------------------- torch
@@ -480,7 +503,8 @@ def _check_graph(model: "GloVLMModel", precision: str, runtime: str) -> None:
 def _kept_graph(example: _Example, kind: str) -> Path:
     """The tower's graph in the feature cache, `fp32` or `int8`; made by one process at a time."""
     folder = example.folder
-    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with explaining_disk(folder):
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with one_writer(folder, wait=600):
         about = folder / "about.json"
         if not about.is_file():  # by which the cache lists, evicts and clears it
@@ -501,7 +525,9 @@ def _kept_graph(example: _Example, kind: str) -> Path:
 def _make_graph(target: Path, write: Callable[[Path], object]) -> Path:
     """A graph in a folder of its own, with a checksum, whole or not at all."""
     name = "tower.onnx"
-    manifest = read_manifest(target) if target.is_dir() else None
+    manifest = None
+    with suppress(GloVLMError):  # a damaged one
+        manifest = read_manifest(target)
     if manifest is None or name not in manifest.files or damaged_files(target, manifest):
         remove(target)
         with replacing(target) as work:
@@ -541,7 +567,7 @@ def _choose(
         try:
             _refuse_needless(example, choice, total)
             pool = _open(example, choice)
-            row["agreement"] = agreement = example.agreement(pool)[0]
+            row["agreement"] = agreement = _check(example, choice, pool)
             if baseline is None:
                 baseline = best = choice, pool
                 batch, rate = _batch(example, pool, seconds / len(candidates))
@@ -566,7 +592,7 @@ def _choose(
         faster = f"{gain:.2f} times as fast as {_words(baseline[0])}"
         none = "nothing that agrees with it was faster"
         notify(f"auto: {_words(chosen)}, {none if chosen == baseline[0] else faster}")
-    return _as_engine(example, chosen, pool, measured)
+    return _as_engine(example, chosen, measured, pool)
 
 
 def _words(choice: Choice) -> str:
