@@ -2,8 +2,10 @@
 
 import inspect
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +18,20 @@ from PIL import Image
 from tiny import tiny_clip, tiny_pair, tiny_siglip2
 from tokenizers import Tokenizer
 
+from hf_glovlm import runs
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.inference import prediction
+from hf_glovlm.inference import engines, prediction
 from hf_glovlm.lab import benches
 from hf_glovlm.lab.benches import BENCHES, Bench, document, gpu, page
 from hf_glovlm.lab.benches.cache import bench_cache
+from hf_glovlm.lab.benches.data import bench_data, count_reads
 from hf_glovlm.lab.benches.encode import _grow_tokenizer, bench_encode
 from hf_glovlm.lab.benches.gpu import bench_gpu
 from hf_glovlm.lab.benches.heads import ON_FEATURES, bench_heads
 from hf_glovlm.lab.benches.methods import bench_methods
 from hf_glovlm.lab.benches.metrics import bench_auc, bench_metrics, plain_metrics
 from hf_glovlm.lab.benches.near_duplicates import KINDS, bench_near_duplicates
+from hf_glovlm.lab.benches.runtimes import bench_runtimes
 from hf_glovlm.lab.benches.startup import STARTS, bench_startup
 from hf_glovlm.lab.benches.timing import UnavailableError, as_row, shortest_in_turn
 from hf_glovlm.lab.benches.towers import Shape
@@ -195,6 +200,78 @@ def test_a_training_of_another_loss_is_not_timed() -> None:
     timed.check(1e-3)
     with pytest.raises(GloVLMError, match="the loss of epoch 2, an epoch, gives"):
         timed.check(1e-4)
+
+
+def test_each_opening_and_each_decoding_of_an_image_counts_once(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        folder.mkdir()
+        Image.new("RGB", (4, 4)).save(folder / "a.png")
+        (folder / "table.csv").write_text("a")
+    with count_reads(inside) as counted:
+        for folder in (inside, outside):
+            (folder / "table.csv").read_text()
+            (folder / "a.png").read_bytes()
+        with Image.open(inside / "a.png") as image:
+            image.load()
+            np.asarray(image.convert("L"))  # of pixels that are there
+    Image.open(inside / "a.png").load()  # nobody counts any more
+    assert counted == {"reads": 2, "decodes": 1}
+
+
+def test_data_rows_are_means_over_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[str] = []
+
+    def run(config: Any) -> None:
+        paths = sorted(Path(config.data).rglob("*.png"))
+        assert len(paths) == 10
+        header = (Path(config.data) / "metadata.csv").read_text().splitlines()[0]
+        assert ("patient_id" in header) == ("groups" in config.output_dir)
+        for path in paths if "cold" in config.output_dir else paths[:1]:
+            Image.open(path).load()
+        caches.append(os.environ["GLOVLM_CACHE"])
+
+    before = os.environ.get("GLOVLM_CACHE")
+    monkeypatch.setattr(runs, "run", run)
+    rows = {row["name"]: row for row in bench_data(patients=2, per_patient=5)}
+    for suffix in ("", "_groups"):
+        for kind in ("reads", "decodes"):
+            assert rows[f"data.{kind}{suffix}_cold"]["value"] == 1
+            assert rows[f"data.{kind}{suffix}"]["value"] == 0.1
+        cold, warm = (rows[f"data.run{suffix}{state}"] for state in ("_cold", ""))
+        assert warm["ratio"] == pytest.approx(cold["value"] / warm["value"], rel=0.02)
+    assert [caches.index(cache) for cache in caches] == [0, 0, 2, 2]  # warm: the cold one's
+    assert os.environ.get("GLOVLM_CACHE") == before
+
+
+def test_runtimes_stand_beside_the_bare_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = engines.open_engine
+
+    def open_engine(model: Any, processor: Any, *, precision: str, runtime: str, **_: Any) -> Any:
+        if runtime == "openvino":
+            raise GloVLMError("It is not installed.")
+        engine = plain(model, processor)
+        if (precision, runtime) == ("fp32", "torch"):
+            return engine
+
+        def pool(inputs: Any) -> tuple[Any, Any]:
+            pooled, middle = engine.pool(inputs)
+            return pooled + 0.01 * pooled.flip(1), middle
+
+        return replace(engine, precision="int8", runtime="onnx", pool=pool)
+
+    monkeypatch.setattr(engines, "open_engine", open_engine)
+    choices = [("fp32", "torch"), ("int8", "onnx"), ("fp32", "openvino")]
+    rows = list(bench_runtimes(shape=TINY, choices=choices, batch_size=2, repeats=1))
+    by_name = {row["name"].removeprefix("encode."): row for row in rows}
+    assert by_name["runtime_bare"]["ratio"] is None
+    assert by_name["torch_fp32_agreement"]["value"] == pytest.approx(1)
+    assert 0.98 < by_name["onnx_int8_agreement"]["value"] < 1
+    assert by_name["openvino_fp32"]["value"] is None
+    assert "not measured: It is not installed." in by_name["openvino_fp32"]["what"]
+    ratios = [by_name[name]["ratio"] for name in ("torch_fp32", "onnx_int8")]
+    assert by_name["best"]["ratio"] == max(ratios)
+    assert "what auto takes (onnx in int8)" in by_name["auto"]["what"]
 
 
 ON_CPU: dict[str, Any] = {"device": "cpu", "shape": SMALL, "batch_sizes": (2,), "patients": 1}

@@ -40,9 +40,14 @@ class Bench:
 
 BENCHES: dict[str, Bench] = {
     "startup": Bench(("benches.startup:bench_startup",), "help and import, in fresh processes"),
+    "data": Bench(
+        ("benches.data:bench_data",),
+        "how often a run reads and decodes each image",
+        takes=("backbone",),
+    ),
     "encode": Bench(
-        ("benches.encode:bench_encode",),
-        "loading and encoding against bare transformers",
+        ("benches.encode:bench_encode", "benches.runtimes:bench_runtimes"),
+        "loading, encoding and runtimes against bare transformers",
         takes=("backbone",),
     ),
     "methods": Bench(("benches.methods:bench_methods",), "shortcuts of the methods"),

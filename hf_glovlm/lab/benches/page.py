@@ -52,7 +52,17 @@ class Goal:
         return measured
 
 
+_SHORT = frozenset(  # instructions for products of bf16 or int8
+    ["avx512_bf16", "amx_bf16", "bf16", "avx512_vnni", "avx_vnni", "amx_int8", "i8mm"]
+)
 GOALS: tuple[Goal, ...] = (
+    Goal("data.reads", "value", 1, "reads of an image in a warm run, no patients given", most=True),
+    Goal("data.decodes", "value", 0, "decodes of an image in a warm run", most=True),
+    Goal(
+        *("encode.best", "ratio", 2.2, "best runtime, times transformers' fp32"),
+        instructions=_SHORT,
+    ),
+    Goal("encode.auto", "ratio", 0.97, "`auto`, times transformers' fp32, within 3% of timing"),
     Goal("slide.tower_share", "value", 0.9, "a ViT-B/16's share of the time on a slide"),
     Goal(
         *("slide.memory_above_import", "value", 400),

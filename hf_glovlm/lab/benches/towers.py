@@ -1,5 +1,8 @@
 """Synthetic material of benches: random towers, images, class words and features."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -72,6 +75,19 @@ def _load_mini() -> tuple[Any, Any]:
     """Text configuration and processor of `mini`."""
     model, processor = load_backbone("mini")
     return model.config.backbone_config.text_config, processor
+
+
+@contextmanager
+def caching_in(folder: Path) -> Iterator[None]:
+    """Context in which features and graphs are kept in a folder, not in the user's cache."""
+    before = os.environ.get("GLOVLM_CACHE")
+    os.environ["GLOVLM_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["GLOVLM_CACHE"]
+        if before is not None:
+            os.environ["GLOVLM_CACHE"] = before
 
 
 def synthetic_images(folder: Path, n_patients: int, per_patient: int) -> Any:
