@@ -28,7 +28,7 @@ def bench_runtimes(
     backbone: str | None = None,
     shape: Shape | None = None,
     choices: Sequence[tuple[str, str]] = CHOICES,
-    batch_size: int = 8,
+    batch_size: int = 4,
     repeats: int = 3,
     seconds: float = 2.0,
 ) -> Iterator[Row]:
