@@ -215,16 +215,7 @@ def read_json(path: Path, kind: type = dict, *, most: int = 2**28) -> Any:
 
 
 def parse_json(text: str | bytes, path: Path, kind: type = dict) -> Any:
-    """Parse JSON that one of our commands wrote.
-
-    Args:
-        text: What the file holds.
-        path: The file, for the sentence.
-        kind: What stands at its top: `dict` or `list`.
-
-    Raises:
-        GloVLMError: It is damaged, or holds something else.
-    """
+    """Parse the JSON that a file holds; see `read_json`."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -803,7 +794,7 @@ def read_results(path: str | Path, *kinds: str) -> dict[str, Any]:
 
 
 def check_results(content: dict[str, Any], path: str | Path, *kinds: str) -> dict[str, Any]:
-    """Check of what the results are that lie in a file or folder; see `read_results`."""
+    """Check what results are of; see `read_results`."""
     _check_kind(results_kind(content), kinds, path)
     return content
 
@@ -866,19 +857,13 @@ def check_kind(folder: Path, *kinds: str) -> None:
 
 
 def read_undamaged(folder: Path, manifest: Manifest, name: str) -> bytes:
-    """Read a file of a manifest once, for its checksum and for its content.
-
-    Raises:
-        GloVLMError: It is missing, or not as it was when it was finished.
-    """
+    """Read a file of a manifest once, for its checksum and content; see `refuse_damage`."""
     import xxhash
 
-    with suppress(OSError):
-        content = (folder / name).read_bytes()
-        if manifest.files.get(name) in (None, xxhash.xxh3_128_hexdigest(content)):
-            return content
-    refuse_damage(folder, manifest, [name])
-    raise GloVLMError(f"'{folder / name}' is missing: restore a copy, or make it again.")
+    content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+    if manifest.files.get(name) not in (None, xxhash.xxh3_128_hexdigest(content)):
+        refuse_damage(folder, manifest, [name])
+    return content
 
 
 def refuse_damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None) -> None:

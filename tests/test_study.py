@@ -18,7 +18,7 @@ from tiny import tiny_clip, tiny_images
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import Predictions
 from hf_glovlm.metrics import PairedRun, paired_differences, recall_by_group
-from hf_glovlm.runs import workflow
+from hf_glovlm.runs import loading
 from hf_glovlm.runs.study import StudyConfig, render_report, run_study, write_report
 
 DRAWS = 3
@@ -376,13 +376,13 @@ def test_a_finished_study_reads_data_and_backbone_once(
 ) -> None:
     loads: list[str] = []
     for name in ("load_backbone", "describe_weights"):
-        real = getattr(workflow, name)
+        real = getattr(loading, name)
 
         def count(*given: Any, _name: str = name, _real: Any = real) -> Any:
             loads.append(_name)
             return _real(*given)
 
-        monkeypatch.setattr(workflow, name, count)
+        monkeypatch.setattr(loading, name, count)
     _, events = run_recorded(grid(data), finished[0])
     assert statuses(events) == ["skipped"] * 2 * DRAWS
     assert loads == ["load_backbone", "describe_weights"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from uuid import uuid4
 
 import numpy as np
@@ -176,10 +176,8 @@ def column(rows: "Dataset", name: str) -> list[Any]:
     elif rows.format["type"] is None:  # plain values, without the walk through a formatter
         stored = rows.data.column(name)
         chosen = stored if rows._indices is None else stored.take(rows._indices.column(0))
-        values: list[Any] = chosen.to_pylist()
-        return values
-    values = rows[name][:]
-    return values
+        return cast(list[Any], chosen.to_pylist())
+    return cast(list[Any], rows[name][:])
 
 
 # --------------------------------------------------------------------------------- assembling

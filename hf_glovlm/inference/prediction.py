@@ -585,19 +585,29 @@ class Predictions:
             raise _no_predictions(path, error) from None
 
     @classmethod
-    def parse(cls, content: bytes, path: str | Path) -> Self:
+    def parse(cls, content: bytes, path: str | Path, *, logits: bool = True) -> Self:
         """Parse the content of a file written by `save`, which lies at this path.
+
+        Args:
+            content: Its bytes.
+            path: Where it lies, for the sentence.
+            logits: Whether logits, similarities and distances are read, too.
 
         Raises:
             GloVLMError: It is none.
         """
         try:
-            return cls._read(pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False))
+            file = pq.ParquetFile(pa.BufferReader(content))
+            names = file.schema.names
+            if not logits:
+                known = ("file_name", "label", "group")
+                names = [name for name in names if name.startswith("p_") or name in known]
+            return cls._read(file.read(columns=names, use_threads=False), logits)
         except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
             raise _no_predictions(path, error) from None
 
     @classmethod
-    def _read(cls, table: pa.Table) -> Self:
+    def _read(cls, table: pa.Table, logits: bool) -> Self:
         about = json.loads((table.schema.metadata or {})[_METADATA])
         names = [str(name) for name in about["class_names"]]
         index = {name: k for k, name in enumerate(names)}
@@ -608,7 +618,7 @@ class Predictions:
 
         return cls(
             probabilities=matrix("p"),
-            logits=matrix("logit"),
+            logits=matrix("logit") if logits else np.empty((len(table), 0), np.float32),
             class_names=names,
             file_names=table["file_name"].to_pylist(),
             similarities=(

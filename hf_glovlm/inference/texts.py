@@ -58,7 +58,9 @@ def embed_prompts(
         projection and digest_tensors(projection.state_dict().items()),
     )
     # A copy, which the caller may change.
-    vectors = ask_once(model, question, lambda: _embed(model, processor, prompts, batch_size)).copy()
+    vectors = ask_once(
+        model, question, lambda: _embed(model, processor, prompts, batch_size)
+    ).copy()
     if names is not None:
         pair = find_equal(vectors)
         if pair is not None:

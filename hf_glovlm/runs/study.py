@@ -4,6 +4,7 @@ Every cell is one `runs.run` in a folder of its own, without the model. A finish
 run again, so a study that was killed goes on where it stopped, and one that grew runs what is new.
 """
 
+import gc
 import json
 import os
 import re
@@ -280,19 +281,33 @@ def _run_study(
         config.train_config(cell, output)
     todo, finished = [], dict[str, _Outcome]()
     lines = _Lines(config, output, loader)
-    for cell in cells:
-        outcome = lines.read_finished(cell)
-        if outcome is not None:
-            finished[cell.name] = outcome
-            notify(cell, "skipped")
-        else:
-            todo.append((cell, config.train_config(cell, output)))
+    with _no_collection():
+        for cell in cells:
+            outcome = lines.read_finished(cell)
+            if outcome is not None:
+                finished[cell.name] = outcome
+                notify(cell, "skipped")
+            else:
+                todo.append((cell, config.train_config(cell, output)))
     if todo:
         loader.data(todo[0][1])  # what is wrong with it is wrong for every cell
         write_json(output / "study.json", asdict(config))
     for cell, error, seconds in _run_cells(todo, workers, loader, output / "cells"):
         notify(cell, "failed" if error else "done", error, seconds)
-    return _write_report(config, output, cells, finished)
+    with _no_collection():
+        return _write_report(config, output, cells, finished)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage collection: reading leaves no cycles, and all that is kept would be searched."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check_names(cells: Sequence[Cell]) -> None:
@@ -352,7 +367,7 @@ class _Outcome:
         names = ("results.json", "predictions.parquet")
         content = [read_undamaged(folder, stated, name) for name in names]
         results = check_results(parse_json(content[0], folder / names[0]), folder, "adaptation")
-        predictions = Predictions.parse(content[1], folder / names[1])
+        predictions = Predictions.parse(content[1], folder / names[1], logits=False)
         labels, groups = predictions.labels, predictions.groups
         assert labels is not None  # a run predicts labelled rows of known groups
         assert groups is not None
@@ -526,7 +541,8 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
     """
     output, cells = Path(output_dir).expanduser(), config.cells()
     _check_names(cells)
-    return _write_report(config, output, cells, {})
+    with _no_collection():
+        return _write_report(config, output, cells, {})
 
 
 def _write_report(
@@ -603,7 +619,7 @@ def _section(
     methods = []
     for method in config.methods:
         runs = lines.get(method.name, {})
-        results = [run.results for run in runs.values()]
+        results = [one.results for one in runs.values()]
         if not results:
             continue
         values = {k: [r["metrics"].get(k, {}).get("value") for r in results] for k in SUMMARISED}
@@ -676,9 +692,9 @@ def _recall(lines: Mapping[str, _Runs]) -> list[dict[str, Any]]:
     """Recall of every class in every group, over the draws that test the group."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for name, runs in lines.items():
-        for run in runs.values():
-            predicted = run.probabilities.argmax(1)
-            for row in recall_by_group(run.labels, predicted, run.groups, run.class_names):
+        for one in runs.values():
+            predicted = one.probabilities.argmax(1)
+            for row in recall_by_group(one.labels, predicted, one.groups, one.class_names):
                 key = (row["group"], row["class"])
                 at = rows.setdefault(key, {"n": row["n"], "methods": {}})["methods"]
                 at.setdefault(name, []).append(row["recall"])

@@ -1,6 +1,5 @@
 """Adaptation runs: from a folder of images to a measured, saved model."""
 
-import json
 import os
 import shutil
 import time

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...errors import GloVLMError
 from ...files import read_manifest, write_json, write_manifest
+from ...inference import guard
 from ...runs import study as studies
 from ...runs import workflow
 from ...runs.study import StudyConfig, run_study
@@ -122,14 +123,14 @@ def _timed() -> Iterator[dict[str, float]]:
     places: list[tuple[str, Any, str]] = [
         ("cell", studies, "run"),
         ("fitting", adaptation, "_fit_features"),
-        ("fitting", adaptation.add_guard.__globals__, "fit_guard"),
+        ("fitting", guard, "fit_guard"),
         ("metrics", workflow, "measure"),
         ("metrics", workflow, "_subgroups"),
     ]
     spent = dict.fromkeys(("cell", "fitting", "metrics"), 0.0)
     kept = []
     for key, owner, name in places:
-        scope = owner if isinstance(owner, dict) else vars(owner)
+        scope = vars(owner)
         kept.append((scope, name, scope[name]))
         scope[name] = _clocked(scope[name], spent, key)
     try:
