@@ -165,9 +165,9 @@ def test_decoding_runs_beside_the_tower(
 ) -> None:
     threads, decode = set(), prediction.open_image
 
-    def spy(value: Any) -> Any:
+    def spy(value: Any, draft: int) -> Any:
         threads.add(threading.get_ident())
-        return decode(value)
+        return decode(value, draft)
 
     monkeypatch.setattr(prediction, "open_image", spy)
     embed_images(*clip, rows, batch_size=2)

@@ -25,6 +25,7 @@ from hf_glovlm.data.looks import look_at
 from hf_glovlm.data.outlines import outlines_of
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.inference import FeatureCache, MemoryCache, embed_images
+from hf_glovlm.lab.benches.reading import bench_check, bench_draft
 from hf_glovlm.runs import TrainConfig, run
 from hf_glovlm.runs.evaluation import evaluate
 from hf_glovlm.runs.study import StudyConfig, run_study
@@ -263,3 +264,11 @@ def test_a_file_that_changes_under_way_is_not_encoded_as_what_it_was(tmp_path: P
     with pytest.raises(GloVLMError, match=rf"{first.name} has changed since"):
         embed_images(*load_backbone(str(tiny_clip())), rows, batch_size=1, cache=cache)
     assert not cache._vectors
+
+
+def test_rows_of_the_benches_of_reading() -> None:
+    rows = [*bench_check(per_class=2, side=48, repeats=1), *bench_draft(sides=(900,), files=1)]
+    assert [row["name"] for row in rows] == [
+        "data.check_cold", "data.check", "data.draft_900", "data.draft_900_change",
+    ]  # fmt: skip
+    assert 0 < rows[-1]["value"] < 1e-3

@@ -624,8 +624,11 @@ def test_a_second_run_encodes_nothing_again(
     run(make(images, tmp_path / "b", backbone=pair, method="classifier", epochs=1))
     run(make(images, tmp_path / "c", backbone=pair, method="prompt_tuning", epochs=1))
     assert sum(encoded) == 6 + 12
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
     run(make(images, tmp_path / "d", backbone=pair, cache=False))
     assert sum(encoded) == 2 * (6 + 12)
+    # Neither read, which would show as its last use, nor written.
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")} == kept
 
 
 def test_a_trained_tower_is_not_taken_from_the_cache(
