@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +47,7 @@ MIN_GROUPS = 10
 MIN_GROUPS_PER_CLASS = 5
 # Rows times resamples held at once: 8 MB an array, so that the whole stays far below 200 MB.
 _CHUNK = 1_000_000
+_KEPT = 8_000_000  # groups times resamples whose multiplicities are drawn once for all runs, 64 MB
 
 
 @dataclass(eq=False)
@@ -390,7 +391,7 @@ def compute_metrics(
     drawn = {key: f for key, f in functions.items() if key not in rows or rows[key].scale != "none"}
     resampled = {key: np.empty((len(value[key]), n_resamples)) for key in drawn}
     rng = np.random.default_rng(seed)
-    for columns, weights in _resamples(rng, n_groups, n_resamples, len(y)):
+    for columns, weights in _resamples(n_groups, n_resamples, len(y), rng):
         for key, statistic in _statistics(drawn, sample, weights).items():
             resampled[key][:, columns] = statistic
 
@@ -566,6 +567,8 @@ def paired_differences(
     total, defined = np.zeros((2, len(metrics), n_resamples))
     most = max(len(labels) for labels, *_ in checked)
     # run by run, so that the tables of one are held at a time; all runs share the groups drawn
+    draw = partial(_resamples, len(union), n_resamples, most)
+    kept = list(draw(rng)) if len(union) * n_resamples <= _KEPT else None
     for at, (y, a, b, ids) in enumerate(checked):
         own, group = np.unique(ids, return_inverse=True)
         place = np.searchsorted(union, own)
@@ -574,7 +577,7 @@ def paired_differences(
         for over_classes in (False, True):
             shares[int(over_classes), place] += of_a.shares(over_classes) / len(runs)
         points[:, at] = _differences(of_a, of_b, metrics, np.ones((len(own), 1)))[:, 0]
-        for columns, weights in _resamples(deepcopy(rng), len(union), n_resamples, most):
+        for columns, weights in kept or draw(deepcopy(rng)):
             difference = _differences(of_a, of_b, metrics, weights[place])
             times = np.where(np.isnan(difference), 0, drawn[at, columns])
             total[:, columns] += np.nan_to_num(difference) * times
@@ -752,7 +755,7 @@ def _multiplicities(rng: np.random.Generator, n: int, size: int) -> Floats:
 
 
 def _resamples(
-    rng: np.random.Generator, n_groups: int, n_resamples: int, n_rows: int
+    n_groups: int, n_resamples: int, n_rows: int, rng: np.random.Generator
 ) -> Iterator[tuple[slice, Floats]]:
     step = max(1, _CHUNK // n_rows)
     for start in range(0, n_resamples, step):

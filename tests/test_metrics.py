@@ -16,6 +16,7 @@ from sklearn import metrics as reference
 
 from hf_glovlm import metrics as m
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.roc import is_counting_cheaper
 
 few_examples = settings(deadline=None, max_examples=25, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
@@ -706,3 +707,37 @@ def test_importing_metrics_is_light():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------- ways to the same numbers
+
+
+def test_counted_wins_ranks_and_weights_drawn_anew_give_the_very_intervals(monkeypatch):
+    y, p, cosines, groups = draw_table(3, n=60, n_classes=3)
+    runs = [
+        m.PairedRun(i, y[i::2], groups[i::2], p[i::2], np.roll(p[i::2], 1, axis=1))
+        for i in range(2)
+    ]
+    names = [name for name in m.METRICS if m.METRICS[name].higher_is_better is not None]
+    names.remove("ece")
+    ways = []
+    for counted, kept in ((True, 8_000_000), (False, 0)):
+        monkeypatch.setattr(m, "is_counting_cheaper", lambda *sizes, way=counted: way)
+        monkeypatch.setattr(m, "_KEPT", kept)
+        whole = m.compute_metrics(y, p, groups=groups, similarities=cosines, n_resamples=200)
+        ways.append((whole, m.paired_differences(runs, names, n_resamples=200)))
+    assert ways[0] == ways[1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "cheaper"),
+    [
+        ((1000, 50, 5, 2000), True),
+        ((10_000, 50, 5, 2000), True),
+        ((1000, 1000, 5, 2000), False),  # every image is a group
+        ((1000, 50, 5, 1), False),  # nothing to weigh again
+        ((10_000, 400, 20, 2000), False),  # tables of 26 MB
+    ],
+)
+def test_wins_are_counted_where_operations_and_memory_allow(sizes, cheaper):
+    assert is_counting_cheaper(*sizes) == cheaper

@@ -51,7 +51,9 @@ def bench_heads(
             check_same(0.0, float(apart.detach().abs().max()), 1e-2, f"the training of {name}")
             by_loop, taken = shortest_in_turn([plain, ours], repeats)
         note = f"{name}, {size}; ratio: times faster than the loop"
-        yield as_row(f"methods.heads_{name}_loop", by_loop, "s", None, f"{name}, {size}: plain loop")
+        yield as_row(
+            f"methods.heads_{name}_loop", by_loop, "s", None, f"{name}, {size}: plain loop"
+        )
         yield as_row(f"methods.heads_{name}", taken, "s", by_loop / taken, note)
 
     query, _, features, labels, texts = draw_clusters(*large, queries)
