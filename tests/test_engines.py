@@ -330,7 +330,7 @@ def test_results_state_what_computed_them(tmp_path: Path, glovlm: Glovlm) -> Non
     table = tmp_path / "predictions.parquet"
     about = {"precision": "int8", "runtime": "onnx"}
     for asked, stated in (((), None), (("--precision", "int8", "--runtime", "onnx"), about)):
-        done = glovlm("evaluate", *where, "--predictions", table, *asked)
+        done = glovlm("evaluate", *where, "--predictions", table, "--n-resamples", 9, *asked)
         assert done.code == 0, done.err
         results = json.loads(output.read_text())
         assert {k: results["config"].get(k) for k in about} == (stated or dict.fromkeys(about))
