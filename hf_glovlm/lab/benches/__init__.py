@@ -51,10 +51,16 @@ BENCHES: dict[str, Bench] = {
         takes=("backbone",),
     ),
     "methods": Bench(("benches.methods:bench_methods",), "shortcuts of the methods"),
-    "metrics": Bench(("benches.metrics:bench_metrics",), "the bootstrap over groups"),
+    "metrics": Bench(
+        ("benches.metrics:bench_metrics", "benches.metrics:bench_auc"), "the bootstrap over groups"
+    ),
+    "near_duplicates": Bench(
+        ("benches.near_duplicates:bench_near_duplicates",), "the search for near-duplicate images"
+    ),
     "slide": Bench(
         ("slide_bench:bench_slide",), "memory and rate on a synthetic slide", takes=("backbone",)
     ),
+    "study": Bench(("benches.study:bench_study",), "what a cell costs beside its fitting"),
     "train": Bench(("benches.train:bench_train",), "epochs against a plain PyTorch loop"),
     "context": Bench(("benches.context:bench_context",), "a tower that drops patches"),
     "cache": Bench(("benches.cache:bench_cache",), "the feature cache", takes=("backbone",)),

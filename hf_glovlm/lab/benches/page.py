@@ -63,6 +63,37 @@ GOALS: tuple[Goal, ...] = (
         instructions=_SHORT,
     ),
     Goal("encode.auto", "ratio", 0.97, "`auto`, times transformers' fp32, within 3% of timing"),
+    *(
+        Goal(
+            *(f"study.overhead_{name}", "value", 0.05),
+            f"a study's cell beside fitting and metrics, {backbone}, s",
+            most=True,
+        )
+        for name, backbone in (("mini", "`mini`"), ("clip", "ViT-B/16 CLIP"))
+    ),
+    Goal(
+        *("study.resume_10000", "value", 20),
+        "a finished study of 10,000 cells starts and reports, s",
+        most=True,
+    ),
+    Goal("metrics.auc_1000", "ratio", 7, "bootstrap of the AUC, 1,000 predictions, times faster"),
+    Goal("metrics.auc_10000", "ratio", 20, "the same with 10,000"),
+    *(
+        goal
+        for kind in ("distinct", "equal", "clustered")
+        for goal in (
+            Goal(
+                *(f"near_duplicates.memory_{kind}", "value", 1024),
+                f"near-duplicates of 100,000 {kind} images, MiB above the import",
+                most=True,
+            ),
+            Goal(
+                *(f"near_duplicates.{kind}", "ratio", 2.6),
+                f"the same, time to that of half as many {kind} ones",
+                most=True,
+            ),
+        )
+    ),
     Goal("slide.tower_share", "value", 0.9, "a ViT-B/16's share of the time on a slide"),
     Goal(
         *("slide.memory_above_import", "value", 400),

@@ -1,7 +1,6 @@
 """Benchmark of studies: what a cell costs beside its fitting, and a finished study's start."""
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -19,7 +18,7 @@ from ...runs.study import StudyConfig, run_study
 from ...training import adaptation
 from ..phantoms import write_cohort
 from .timing import Row, as_row
-from .towers import Shape, random_clip
+from .towers import Shape, caching_in, random_clip
 
 METHODS = ("linear_probe", "zero_shot", "tip_adapter", "gda")
 
@@ -51,7 +50,7 @@ def bench_study(
         GloVLMError: A cell failed, or a finished one was run again.
     """
     rows = []
-    with tempfile.TemporaryDirectory() as place, _own_cache(Path(place) / "features"):
+    with tempfile.TemporaryDirectory() as place, caching_in(Path(place) / "features"):
         folder = Path(place)
         data = write_cohort(folder / "cohort", n_patients, per_patient, seed=0)
         model, processor = random_clip(shape or Shape())
@@ -61,19 +60,6 @@ def bench_study(
             rows += _bench_cell(name, data, backbone, folder / f"study-{name}", draws)
         rows += _bench_resume(data, folder / "finished", n_cells)
     return rows
-
-
-@contextmanager
-def _own_cache(place: Path) -> Iterator[None]:
-    """Keep features apart from the user's."""
-    before = os.environ.get("GLOVLM_CACHE")
-    os.environ["GLOVLM_CACHE"] = str(place)
-    try:
-        yield
-    finally:
-        del os.environ["GLOVLM_CACHE"]
-        if before is not None:
-            os.environ["GLOVLM_CACHE"] = before
 
 
 def _grid(data: Path, backbone: str, methods: Sequence[str], draws: Any) -> StudyConfig:
