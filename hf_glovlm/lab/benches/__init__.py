@@ -50,7 +50,10 @@ BENCHES: dict[str, Bench] = {
         "loading, encoding and runtimes against bare transformers",
         takes=("backbone",),
     ),
-    "methods": Bench(("benches.methods:bench_methods",), "shortcuts of the methods"),
+    "methods": Bench(
+        ("benches.methods:bench_methods", "benches.heads:bench_heads"),
+        "shortcuts of the methods, and heads on features",
+    ),
     "metrics": Bench(
         ("benches.metrics:bench_metrics", "benches.metrics:bench_auc"), "the bootstrap over groups"
     ),

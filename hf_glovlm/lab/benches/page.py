@@ -94,6 +94,16 @@ GOALS: tuple[Goal, ...] = (
             ),
         )
     ),
+    Goal(
+        *("methods.slowest_head", "value", 20),
+        "slowest method on features, 100 classes x 16 x 768, s of one core",
+        most=True,
+    ),
+    Goal(
+        *("methods.transclip_2000", "value", 10),
+        "`transclip` with 2,000 queries, s of one core",
+        most=True,
+    ),
     Goal("slide.tower_share", "value", 0.9, "a ViT-B/16's share of the time on a slide"),
     Goal(
         *("slide.memory_above_import", "value", 400),
