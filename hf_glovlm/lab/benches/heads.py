@@ -1,4 +1,4 @@
-"""Benchmark of the methods on features: each beside a plain loop, and all of them at a large size."""
+"""Benchmark of methods on features: each beside a plain loop, and all at a large size."""
 
 import time
 from collections.abc import Iterator, Sequence
