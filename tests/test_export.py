@@ -23,7 +23,12 @@ from hf_glovlm.data.splits import all_rows
 from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab.phantoms import render_cohort, render_dataset
 from hf_glovlm.publish import onnx_graph
-from hf_glovlm.publish.onnx_graph import ExportReport, export_classifier, export_model
+from hf_glovlm.publish.onnx_graph import (
+    ExportReport,
+    describe_input,
+    export_classifier,
+    export_model,
+)
 
 
 def classifier(name: str) -> tuple[Any, Any]:
@@ -110,16 +115,23 @@ def by_the_sidecar(about: dict[str, Any], image: Image.Image) -> Any:
 
 @pytest.mark.parametrize("name", ["clip", "pair", "siglip"])
 def test_the_sidecar_is_enough(name: str) -> None:
-    model, processor, folder, _ = _exported(name)
-    about = read_export(folder)
+    model, processor = classifier(name)
     image = render_cohort(1, 1, seed=5)[0].image.resize((61, 44))
+    mine = processor(images=[image], return_tensors="pt")["pixel_values"]
+    report = ExportReport(Path(), "model.onnx", "onnx", 20, 1, 1, 0.0, None)
+    about = describe_input(model, processor, mine, report)
     pixels = by_the_sidecar(about, image)
     assert list(pixels.shape[1:]) == about["input"]["shape"][1:]
-    mine = processor(images=[image], return_tensors="pt")["pixel_values"].numpy()
-    np.testing.assert_allclose(pixels, mine, atol=0.05)  # a grey level or two
+    np.testing.assert_allclose(pixels, mine.numpy(), atol=0.05)  # a grey level or two
+
+
+def test_the_sidecar_describes_the_graph() -> None:
+    model, processor, folder, _ = _exported("pair")
+    about = read_export(folder)
+    image = render_cohort(1, 1, seed=5)[0].image.resize((61, 44))
     with torch.no_grad():
-        logits = model(pixel_values=torch.from_numpy(mine)).logits.numpy()
-    np.testing.assert_allclose(ask(folder, pixels), logits, atol=0.05)
+        logits = model(**processor(images=[image], return_tensors="pt")).logits.numpy()
+    np.testing.assert_allclose(ask(folder, by_the_sidecar(about, image)), logits, atol=0.05)
     assert about["output"]["classes"] == list(CLASSES)
     assert about["output"]["temperature"] == 0.5
     assert about["output"]["prior_shift"] == [0.1, -0.2, 0.3]
