@@ -22,7 +22,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from hf_glovlm import intervals
 from hf_glovlm.errors import GloVLMError, nearest
-from hf_glovlm.roc import Ranks, count_wins, is_counting_cheaper, rank_class, weigh_ranks
+from hf_glovlm.roc import (
+    FEW_IMAGES,
+    Ranks,
+    compare_pairs,
+    count_wins,
+    is_counting_cheaper,
+    rank_class,
+    weigh_ranks,
+)
 
 __all__ = [
     "METRICS",
@@ -111,7 +119,12 @@ class Sample:
         n, n_classes = self.probabilities.shape
         if not is_counting_cheaper(n, self.n_groups, n_classes, self.n_resamples):
             return None
-        return [count_wins(ranks, self.n_groups) for ranks in self.ranks]
+        if n > FEW_IMAGES:
+            return [count_wins(ranks, self.n_groups) for ranks in self.ranks]
+        return [
+            compare_pairs(scores, self.labels == c, self.group, self.n_groups)
+            for c, scores in enumerate(self.probabilities.T)
+        ]
 
     @cached_property
     def class_shares(self) -> Floats:

@@ -10,12 +10,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Ranks", "count_wins", "is_counting_cheaper", "rank_class", "weigh_ranks"]
+__all__ = [
+    "FEW_IMAGES",
+    "Ranks",
+    "compare_pairs",
+    "count_wins",
+    "is_counting_cheaper",
+    "rank_class",
+    "weigh_ranks",
+]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 _CELLS = 1_000_000  # of tables that are held at once
+FEW_IMAGES = 300  # of which all pairs are compared sooner than they are ranked
 
 
 class Ranks(NamedTuple):
@@ -65,6 +74,20 @@ def weigh_ranks(ranks: Ranks, weights: Floats) -> Floats:
     np.cumsum(weights[ranks.negative], axis=0, out=below[1:])
     wins = below[ranks.below] + below[ranks.not_above]
     return np.asarray(np.einsum("pr,pr->r", weights[ranks.positive], wins) / 2)
+
+
+def compare_pairs(scores: Floats, own: NDArray[np.bool_], group: Ints, n_groups: int) -> Floats:
+    """`count_wins` of few images, by comparing them all.
+
+    Args:
+        scores, own, group: As `rank_class` takes them.
+        n_groups: G.
+    """
+    members = np.zeros((len(scores), n_groups))
+    members[np.arange(len(scores)), group] = 1
+    positive, negative = scores[own][:, None], scores[~own]
+    wins = ((positive > negative) + 0.5 * (positive == negative)) @ members[~own]
+    return np.asarray(members[own].T @ wins)
 
 
 def count_wins(ranks: Ranks, n_groups: int) -> Floats:

@@ -147,15 +147,18 @@ DIFFERENCE = true_difference()
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(deadline=None, max_examples=30, derandomize=True)
 def test_wins_in_pairs_of_groups_give_the_very_areas_of_the_ranks(seed):
-    from hf_glovlm.roc import count_wins, rank_class, weigh_ranks
+    from hf_glovlm.roc import compare_pairs, count_wins, rank_class, weigh_ranks
 
     rng = np.random.default_rng(seed)
     n, n_groups = int(rng.integers(4, 60)), int(rng.integers(2, 12))
     scores, own = rng.integers(6, size=n) / 8, rng.random(n) < 0.4
-    ranks = rank_class(scores, own, rng.integers(n_groups, size=n))
+    group = rng.integers(n_groups, size=n)
+    ranks = rank_class(scores, own, group)
     weights = rng.integers(4, size=(n_groups, 20)).astype(float)
-    by_pairs = (weights * (count_wins(ranks, n_groups) @ weights)).sum(0)
+    table = count_wins(ranks, n_groups)
+    by_pairs = (weights * (table @ weights)).sum(0)
     assert np.array_equal(by_pairs, weigh_ranks(ranks, weights))
+    assert np.array_equal(table, compare_pairs(scores, own, group, n_groups))
 
 
 def test_the_bench_of_intervals_counts_what_they_hold(monkeypatch):

@@ -721,12 +721,13 @@ def test_counted_wins_ranks_and_weights_drawn_anew_give_the_very_intervals(monke
     names = [name for name in m.METRICS if m.METRICS[name].higher_is_better is not None]
     names.remove("ece")
     ways = []
-    for counted, kept in ((True, 8_000_000), (False, 0)):
+    for counted, kept, few in ((True, 8_000_000, 300), (True, 8_000_000, 0), (False, 0, 0)):
         monkeypatch.setattr(m, "is_counting_cheaper", lambda *sizes, way=counted: way)
         monkeypatch.setattr(m, "_KEPT", kept)
+        monkeypatch.setattr(m, "FEW_IMAGES", few)
         whole = m.compute_metrics(y, p, groups=groups, similarities=cosines, n_resamples=200)
         ways.append((whole, m.paired_differences(runs, names, n_resamples=200)))
-    assert ways[0] == ways[1]
+    assert ways[0] == ways[1] == ways[2]
 
 
 @pytest.mark.parametrize(
