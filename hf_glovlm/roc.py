@@ -80,7 +80,9 @@ def compare_pairs(scores: Floats, own: NDArray[np.bool_], group: Ints, n_groups:
     """`count_wins` of few images, by comparing them all.
 
     Args:
-        scores, own, group: As `rank_class` takes them.
+        scores: Probability of the class, `[n]`.
+        own: Whether the class is the image's, `[n]`.
+        group: Number of each image's group, `[n]`.
         n_groups: G.
     """
     members = np.zeros((len(scores), n_groups))
