@@ -100,7 +100,7 @@ def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None)
         model, processor, rows, batch_size=BATCH, cache=cache, engine=loaded.engine
     )
     neighbours: list[list[tuple[int, str, float]]] = []
-    if (model.config.head or {}).get("kind") == "cache":
+    if (model.config.head or {}).get("kind", "").startswith("cache"):
         features = embed_images(model.glovlm, processor, rows, cache=cache, engine=loaded.engine)
         near = explain.nearest_support(model, features)
         for row, labels, cosines in zip(
