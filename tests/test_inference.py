@@ -547,13 +547,16 @@ def test_a_thousand_features_load_fast(cache: FeatureCache) -> None:
     np.testing.assert_array_equal(np.stack([actual[key] for key in keys]), values)
 
 
-@pytest.mark.parametrize(("seconds", "kept"), [(3.0, 0), (6.0, 4), (11.0, 6)])
+@pytest.mark.parametrize(
+    ("seconds", "most", "kept"), [(3.0, 2048, 0), (6.0, 2048, 4), (11.0, 2048, 6), (0.1, 4, 4)]
+)
 def test_features_are_stored_every_ten_seconds_and_when_interrupted(
     clip: tuple[Any, Any],
     rows: Dataset,
     cache: FeatureCache,
     monkeypatch: pytest.MonkeyPatch,
     seconds: float,
+    most: int,
     kept: int,
 ) -> None:
     pool, calls, stored = GloVLMModel.pool_images, list[int](), list[int]()
@@ -567,6 +570,7 @@ def test_features_are_stored_every_ten_seconds_and_when_interrupted(
 
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: seconds * len(calls))
+        patch.setattr(prediction, "SHARD_ROWS", most)
         patch.setattr(GloVLMModel, "pool_images", interrupted)
         with pytest.raises(KeyboardInterrupt):
             embed_images(*clip, rows, batch_size=2, cache=cache)

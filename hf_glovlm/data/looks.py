@@ -66,7 +66,7 @@ class Store(Protocol):
         """Keep a row of each."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _File:
     """Content of a file: its SHA-256 in hexadecimal digits, and its xxh3 of 16 bytes."""
 
@@ -78,7 +78,7 @@ class _File:
         return cls(hashlib.sha256(content).hexdigest(), xxhash.xxh3_128_digest(content))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Look:
     """Look at one row: its files, and what decoding them says (a row of `_SEEN`)."""
 
