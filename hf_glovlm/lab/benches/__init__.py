@@ -4,6 +4,7 @@ The images are synthetic unless `--data` names others, and no quality is measure
 that run alone. `BENCHES` is all that a command line needs; it imports none of them.
 """
 
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,9 @@ def _run(name: str, place: str, options: Mapping[str, Any]) -> Finished:
     rows: list[dict[str, Any]] = []
     start, failure, unavailable = time.perf_counter(), None, False
     try:
-        for row in load_function(place)(**options):
+        function = load_function(place)
+        taken = inspect.signature(function).parameters  # one function of several may know less
+        for row in function(**{k: v for k, v in options.items() if k in taken}):
             rows.append(row)  # one by one: a generator may fail behind some
     except UnavailableError as reason:
         failure, unavailable = str(reason), True
