@@ -42,8 +42,8 @@ class Bench:
 BENCHES: dict[str, Bench] = {
     "startup": Bench(("benches.startup:bench_startup",), "help and import, in fresh processes"),
     "data": Bench(
-        ("benches.data:bench_data",),
-        "how often a run reads and decodes each image",
+        ("benches.data:bench_data", "benches.reading:bench_check", "benches.reading:bench_draft"),
+        "how often images are read and decoded, and how fast",
         takes=("backbone",),
     ),
     "encode": Bench(

@@ -58,6 +58,8 @@ _SHORT = frozenset(  # instructions for products of bf16 or int8
 GOALS: tuple[Goal, ...] = (
     Goal("data.reads", "value", 1, "reads of an image in a warm run, no patients given", most=True),
     Goal("data.decodes", "value", 0, "decodes of an image in a warm run", most=True),
+    Goal("data.draft_1024", "ratio", 1.5, "draft mode on JPEG files of 1,024 px, times faster"),
+    Goal("data.draft_2048", "ratio", 2.2, "the same of 2,048 px"),
     Goal(
         *("encode.best", "ratio", 2.2, "best runtime, times transformers' fp32"),
         instructions=_SHORT,
