@@ -28,6 +28,7 @@ from hf_glovlm.methods.closed_form import TIP_ALPHAS, TIP_BETAS
 from hf_glovlm.methods.heads import (
     WHOLE_SUPPORT,
     LpPlusPlusConfig,
+    ScaledCosines,
     lp_plus_plus_path,
     lp_plus_plus_rates,
 )
@@ -626,6 +627,24 @@ def test_clap_stays_nearer_to_the_texts_than_zs_lp() -> None:
 
 
 # --------------------------------------------------------------------------- heads, one by one
+
+
+@pytest.mark.parametrize("n", [1, 40])
+def test_the_gradient_of_scaled_cosines_is_that_of_autograd(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    rows = 10 * torch.randn(n, 33, generator=generator)
+    rows[0] = 0.0  # which has no direction
+    texts = nn.functional.normalize(torch.randn(5, 33, generator=generator), dim=-1)
+    labels = torch.arange(n) % 5
+    plain, closed = (rows.clone().requires_grad_() for _ in range(2))
+    for given_, logits in (
+        (plain, 100.0 * nn.functional.normalize(plain, dim=-1) @ texts.T),
+        (closed, ScaledCosines.apply(closed, texts, 100.0)),
+    ):
+        nn.functional.cross_entropy(logits, labels).backward()
+        assert given_.grad is not None
+    assert torch.equal(plain.grad, closed.grad)  # type: ignore[arg-type]
+    assert (closed.grad[1:] != 0).all()  # type: ignore[index]
 
 
 def test_classifier_has_the_published_layers() -> None:
