@@ -16,7 +16,8 @@ from .console import check_output, note, print_json, print_rows
 from .options import JsonFlag, Text, Texts, Whole
 
 _ALONE = ", ".join(name for name, bench in BENCHES.items() if bench.alone)
-LISTED = "\b\n" + "\n".join(f"{name:<10} {bench.help}" for name, bench in BENCHES.items())
+_WIDTH = max(map(len, BENCHES))
+LISTED = "\b\n" + "\n".join(f"{n:<{_WIDTH}} {bench.help}" for n, bench in BENCHES.items())
 
 
 def _of(option: str) -> str:

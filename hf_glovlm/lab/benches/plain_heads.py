@@ -42,7 +42,7 @@ def step_cosine(lr: float) -> Rate:
     return lambda epoch, done: lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def train(
+def run_epochs(
     logits: Logits,
     features: Tensor,
     labels: Tensor,
@@ -90,7 +90,7 @@ def shifted_texts(
         epochs = 100 if shots <= 4 else 200
         rate = warm_cosine(2e-3, epochs)
         optimizer = torch.optim.Adam([shift], lr=2e-3, weight_decay=5e-4)
-    train(logits, features, labels, optimizer, rate, epochs, 256, penalty if held else None)
+    run_epochs(logits, features, labels, optimizer, rate, epochs, 256, penalty if held else None)
     return logits
 
 
@@ -111,7 +111,7 @@ def clip_adapter(features: Tensor, labels: Tensor, texts: Tensor) -> Logits:
 
     epochs = 50 if shots <= 1 else 100 if shots <= 4 else 200
     optimizer = torch.optim.SGD(adapter.parameters(), lr=2e-3, momentum=0.9, weight_decay=5e-4)
-    train(logits, features, labels, optimizer, warm_cosine(2e-3, epochs), epochs, 32)
+    run_epochs(logits, features, labels, optimizer, warm_cosine(2e-3, epochs), epochs, 32)
     return logits
 
 
@@ -127,7 +127,7 @@ def tip_adapter_f(features: Tensor, labels: Tensor, texts: Tensor) -> Logits:
         return SCALE * plain @ unit(texts).T + 1.17 * cache
 
     optimizer = torch.optim.AdamW([keys], lr=1e-3, eps=1e-4, weight_decay=0.01)
-    train(logits, features, labels, optimizer, step_cosine(1e-3), 20, 256)
+    run_epochs(logits, features, labels, optimizer, step_cosine(1e-3), 20, 256)
     return logits
 
 
@@ -144,7 +144,7 @@ def prolip(features: Tensor, labels: Tensor, texts: Tensor) -> Logits:
 
     optimizer = torch.optim.AdamW([weight], lr=1e-5, eps=1e-4, weight_decay=0.0)
     size = len(features)
-    train(logits, features, labels, optimizer, step_cosine(1e-5), 300, size, penalty)
+    run_epochs(logits, features, labels, optimizer, step_cosine(1e-5), 300, size, penalty)
     return logits
 
 
@@ -160,7 +160,7 @@ def classifier(features: Tensor, labels: Tensor, texts: Tensor) -> Logits:
         nn.Linear(512, len(texts)),
     )
     optimizer = torch.optim.AdamW(layers.parameters(), lr=1e-3, weight_decay=1e-4)
-    train(layers, features, labels, optimizer, lambda epoch, done: 1e-3, 20, 16)
+    run_epochs(layers, features, labels, optimizer, lambda epoch, done: 1e-3, 20, 16)
     return layers.eval()
 
 
