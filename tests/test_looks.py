@@ -1,8 +1,6 @@
 """Each image is read and decoded once: what a look says of it is right, kept, and handed on."""
 
-import builtins
 import hashlib
-import io
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,8 +11,9 @@ import numpy as np
 import pytest
 import xxhash
 from command_line import Glovlm
+from image_counts import Counts
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
+from PIL import Image
 from tiny import tiny_clip
 
 from hf_glovlm.backbones import load_backbone
@@ -29,34 +28,6 @@ from hf_glovlm.lab.benches.reading import bench_check, bench_draft
 from hf_glovlm.runs import TrainConfig, run
 from hf_glovlm.runs.evaluation import evaluate
 from hf_glovlm.runs.study import StudyConfig, run_study
-
-
-class Counts:
-    """How often each image file was opened, and how many were decoded."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reads, self.decodes = Counter[str](), 0
-        plain, load = builtins.open, ImageFile.ImageFile.load
-
-        def opened(file: Any, *arguments: Any, **options: Any) -> Any:
-            name = str(file)
-            self.reads[name] += name.endswith((".png", ".jpg"))
-            return plain(file, *arguments, **options)
-
-        def loaded(image: Any) -> Any:
-            self.decodes += bool(image.tile)
-            return load(image)
-
-        for module in (builtins, io):
-            monkeypatch.setattr(module, "open", opened)
-        monkeypatch.setattr(ImageFile.ImageFile, "load", loaded)
-
-    def of(self, work: Callable[[], object]) -> tuple[Counter[int], int]:
-        """How many files were opened how often, and how many images were decoded."""
-        self.reads.clear()
-        self.decodes = 0
-        work()
-        return Counter(n for n in self.reads.values() if n), self.decodes
 
 
 @pytest.fixture
