@@ -1,5 +1,6 @@
 """The grid on a tiny CLIP: every cell once, and a report that is what one computes by hand."""
 
+import copy
 import json
 import re
 import shutil
@@ -12,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_clip, tiny_images
 
+from hf_glovlm.backbones import describe_weights, load_backbone
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.inference import Predictions
+from hf_glovlm.inference import Predictions, embed_prompts, encoder_key
+from hf_glovlm.inference.frozen import share_towers
+from hf_glovlm.methods import METHODS, TowerMethod
 from hf_glovlm.metrics import PairedRun, paired_differences, recall_by_group
-from hf_glovlm.runs import loading
+from hf_glovlm.runs import TrainConfig, loading, run
 from hf_glovlm.runs.study import StudyConfig, render_report, run_study, write_report
 
 DRAWS = 3
@@ -328,6 +333,56 @@ def test_a_folder_of_other_things_is_left_alone(data: Path, tmp_path: Path) -> N
     with pytest.raises(GloVLMError, match="is no study of ours"):
         run_study(grid(data), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+# ------------------------------------------------------------------ what its cells share
+
+
+def test_no_method_changes_what_cells_share(data: Path, tmp_path: Path) -> None:
+    name, loader = str(tiny_clip()), loading.Loader(keep=True)
+    shared = loader._load(name)
+    before = describe_weights(*shared)
+    on_features = [m for m, method in METHODS.items() if not isinstance(method, TowerMethod)]
+    answers = []
+    for place, method in enumerate(["linear_probe", *on_features, "linear_probe"]):
+        output = tmp_path / f"{place}"
+        epochs = {"epochs": 1} if hasattr(METHODS[method], "recipe") else {}
+        config = TrainConfig(
+            data=str(data), backbone=name, method=method, shots=2, output_dir=str(output),
+            n_resamples=1, save_model=False, **epochs,
+        )  # fmt: skip
+        run(config, loader=loader)
+        assert describe_weights(*shared) == before, method
+        answers.append(Predictions.load(output / "predictions.parquet").logits)
+    np.testing.assert_array_equal(answers[0], answers[-1])  # whatever ran before it
+    for method in METHODS.values():
+        towers = loader.backbone(name, method)[0].backbone.vision_model
+        is_shared = towers is shared[0].backbone.vision_model
+        assert is_shared is not isinstance(method, TowerMethod), method.name
+
+
+def test_what_is_asked_of_shared_towers_follows_their_weights() -> None:
+    model, processor = load_backbone(str(tiny_clip()))
+    prompts = [["a viable tuft"], ["a sclerosed tuft"]]
+    ours, own = share_towers(model, processor)
+    assert ours.config is not model.config
+    assert ours.backbone.visual_projection is not model.backbone.visual_projection
+    keys, texts = [], []
+    for tower in (None, model.backbone.vision_model, model.backbone.text_model):
+        if tower is not None:
+            with torch.no_grad():
+                next(tower.parameters()).mul_(1.5)
+        for _ in range(2):  # the second time it is known
+            keys.append(encoder_key(ours, own))
+            texts.append(embed_prompts(ours, own, prompts))
+        alone = copy.deepcopy((model, processor))
+        assert keys[-1] == keys[-2] == encoder_key(*alone)
+        np.testing.assert_array_equal(texts[-1], embed_prompts(*alone, prompts))
+        texts[-1][:] = 0  # its caller may change it
+    assert len(set(keys)) == 2
+    assert not np.array_equal(texts[0], texts[4])
+    ours.backbone.text_projection.weight.data.mul_(-1)  # its own, so part of what is asked
+    np.testing.assert_allclose(embed_prompts(ours, own, prompts), -texts[4], atol=1e-6)
 
 
 # ------------------------------------------------------------- what its cells are made of
