@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from test_explain import classifier as make_classifier
-from tiny import CLASSES, tiny_clip, tiny_images
+from tiny import CLASSES, tiny_clip, tiny_images, tiny_siglip
 
 from hf_glovlm import adapt, load_dataset
 from hf_glovlm.data.splits import all_rows
@@ -155,7 +155,7 @@ def test_nothing_tells_where_it_lay() -> None:
 
 def test_int8_is_measured(tmp_path: Path) -> None:
     rows = all_rows(load_dataset(tiny_images(tmp_path / "images", per_class=4)))
-    adapted = adapt(str(tiny_clip()), "linear_probe", rows)
+    adapted = adapt(str(tiny_siglip()), "linear_probe", rows)
     adapted.save(tmp_path / "run" / "model")
     stages: list[str] = []
     report = export_model(
@@ -184,7 +184,8 @@ def test_int8_is_measured(tmp_path: Path) -> None:
     assert measured.accuracy == pytest.approx((logits.argmax(1) == true).mean(), abs=0.1)
     assert measured.accuracy_before == pytest.approx((before.argmax(1) == true).mean())
     assert measured.agreement >= 0.7
-    assert 0 < measured.largest_probability_difference < 0.05
+    # Sums of 8-bit products overflow where there is no VNNI, and this was .049 then.
+    assert 0 < measured.largest_probability_difference < 0.02
     assert measured.speed_ratio > 0
     assert report.size < report.size_fp32
     assert read_export(tmp_path / "out", "export")["measured"]["accuracy"] == measured.accuracy
