@@ -420,15 +420,15 @@ def _computing(device: str, precision: str) -> Iterator[None]:
 
 def _check_products(device: torch.device, precision: str) -> None:
     """Refuse a precision in which a device multiplies no matrices."""
-    with torch.inference_mode(), _computing(device.type, precision):
-        try:
+    try:
+        with torch.inference_mode(), _computing(device.type, precision):
             one = torch.ones(16, 16, device=device)
             answer = float((one @ one).float().sum())
-        except RuntimeError as error:
-            first = str(error).splitlines()[0]
-            raise GloVLMError(
-                f"Device '{device}' does not compute in {precision} ({first}): use fp32."
-            ) from error
+    except RuntimeError as error:  # also of autocast itself
+        first = str(error).splitlines()[0]
+        raise GloVLMError(
+            f"Device '{device}' does not compute in {precision} ({first}): use fp32."
+        ) from error
     if answer != 16**3:
         raise GloVLMError(f"Device '{device}' does not compute in {precision}: use fp32.")
 
