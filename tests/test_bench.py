@@ -115,7 +115,7 @@ def test_what_differs_is_not_timed(
         monkeypatch.setattr(GloVLMModel, broken, lambda self, **kw: plain(self, **kw) + 1e-3)
     else:
         white = Image.new("RGB", (48, 48), "white")
-        monkeypatch.setattr(prediction, broken, lambda value: white)
+        monkeypatch.setattr(prediction, broken, lambda value, draft: white)
     with pytest.raises(GloVLMError, match=message):
         bench_encode(shape=TINY, vocabulary=900, **FEW)
 

@@ -701,7 +701,7 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 class Counting:
     """A real processor that notes how often it is called."""
 
-    outline = "ignore"
+    outline, draft_side = "ignore", 0
 
     def __init__(self, processor: Any) -> None:
         self.processor, self.calls = processor, 0

@@ -10,6 +10,8 @@ from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab.benches.study import copy_cell
 from hf_glovlm.runs.study import StudyConfig, run_study, write_report
 
+pytestmark = pytest.mark.long
+
 DRAWS = 300
 
 

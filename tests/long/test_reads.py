@@ -8,6 +8,8 @@ from image_counts import Counts
 
 from hf_glovlm.runs import TrainConfig, run
 
+pytestmark = pytest.mark.long
+
 
 def test_a_warm_run_on_real_glomeruli_reads_each_once_and_decodes_none(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
