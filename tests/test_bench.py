@@ -33,6 +33,7 @@ from hf_glovlm.lab.benches.metrics import bench_auc, bench_metrics, plain_metric
 from hf_glovlm.lab.benches.near_duplicates import KINDS, bench_near_duplicates
 from hf_glovlm.lab.benches.runtimes import bench_runtimes
 from hf_glovlm.lab.benches.startup import STARTS, bench_startup
+from hf_glovlm.lab.benches.study import bench_study
 from hf_glovlm.lab.benches.timing import UnavailableError, as_row, shortest_in_turn
 from hf_glovlm.lab.benches.towers import Shape
 from hf_glovlm.lab.benches.train import TimedTraining, bench_train
@@ -569,3 +570,14 @@ def test_instructions_are_those_that_the_system_states(
     assert (about["cpu"], about["flags"]) == ("A processor", ["avx2", "amx_int8"])
     monkeypatch.setattr(document, "_CPUINFO", tmp_path / "nowhere")
     assert document.describe_machine()["flags"] == []
+
+
+def test_study_rows_part_a_cell_and_time_cells_that_are_finished() -> None:
+    rows = bench_study(shape=TINY, n_patients=4, per_patient=5, shots=1, draws=3, n_cells=8)
+    value = {row["name"].removeprefix("study."): row["value"] for row in rows}
+    for backbone in ("mini", "clip"):
+        parts = [value[f"{part}_{backbone}"] for part in ("fitting", "metrics", "overhead")]
+        assert min(parts) > 0
+        assert max(parts) < value[f"cell_{backbone}"]
+    assert value["resume_10000"] > value["resume"] > 0
+    assert "8 finished cells" in rows[-2]["what"]
