@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hf_glovlm import intervals
+from hf_glovlm.arrays import check_cosines, check_groups, check_labels, check_predictions
 from hf_glovlm.errors import GloVLMError, nearest
 from hf_glovlm.roc import (
     FEW_IMAGES,
@@ -38,6 +39,7 @@ __all__ = [
     "PairedRun",
     "Resamples",
     "Sample",
+    "compare_methods",
     "compute_metrics",
     "compute_subgroups",
     "evaluate_metric",
@@ -69,7 +71,6 @@ class Sample:
         n_groups: G.
         similarities: Cosines of images and class texts, `[n, K]`, where there are some.
         n_resamples: How many weightings of the groups are to come.
-        one_hot: 1 in the column of each image's class, `[n, K]`.
         right: Whether the most probable class (the first one on a tie) is the label, `[n, 1]`.
         actual: Images of each class, `[G, K]`.
         hits: Images of each class that are classified right, `[G, K]`.
@@ -84,12 +85,23 @@ class Sample:
     n_resamples: int = 0
 
     def __post_init__(self) -> None:
-        classes, top = np.eye(self.probabilities.shape[1]), self.probabilities.argmax(1)
-        self.one_hot: Floats = classes[self.labels]
-        self.right: NDArray[np.bool_] = (top == self.labels)[:, None]
-        blocks = (self.one_hot, self.one_hot * self.right, classes[top])
-        self.actual, self.hits, self.predicted = map(self._sum, blocks)
+        top = self.probabilities.argmax(1)
+        right = top == self.labels
+        self.right: NDArray[np.bool_] = right[:, None]
+        self.actual = self._count(self.labels, self.group)
+        self.hits = self._count(self.labels[right], self.group[right])
+        self.predicted = self._count(top, self.group)
         self._sums: dict[PerImage, Floats] = {}
+
+    @cached_property
+    def one_hot(self) -> Floats:
+        """1 in the column of each image's class, `[n, K]`."""
+        return np.asarray(np.eye(self.probabilities.shape[1])[self.labels])
+
+    def _count(self, classes: Ints, group: Ints) -> Floats:
+        n_classes = self.probabilities.shape[1]
+        cells = np.bincount(group * n_classes + classes, minlength=self.n_groups * n_classes)
+        return cells.reshape(self.n_groups, n_classes).astype(np.float64)
 
     def _sum(self, values: Floats) -> Floats:
         block = values[:, None] if values.ndim == 1 else values
@@ -110,8 +122,8 @@ class Sample:
         return [rank_class(scores, self.labels == c, self.group) for c, scores in columns]
 
     @cached_property
-    def wins(self) -> list[Floats] | None:
-        """Wins of each class in every pair of groups, `[G, G]`; a tie is half of one.
+    def wins(self) -> Floats | None:
+        """Wins of each class in every pair of groups, `[K, G, G]`; a tie is half of one.
 
         A win: an image of the class in the first group scores above another's in the second.
         `None` where the ranks are cheaper.
@@ -120,11 +132,8 @@ class Sample:
         if not is_counting_cheaper(n, self.n_groups, n_classes, self.n_resamples):
             return None
         if n > FEW_IMAGES:
-            return [count_wins(ranks, self.n_groups) for ranks in self.ranks]
-        return [
-            compare_pairs(scores, self.labels == c, self.group, self.n_groups)
-            for c, scores in enumerate(self.probabilities.T)
-        ]
+            return np.stack([count_wins(ranks, self.n_groups) for ranks in self.ranks])
+        return compare_pairs(self.probabilities, self.labels, self.group, self.n_groups)
 
     @cached_property
     def class_shares(self) -> Floats:
@@ -383,8 +392,8 @@ def compute_metrics(
     Raises:
         GloVLMError: If an input has a wrong shape, range or length.
     """
-    y, p = _checked(labels, probabilities)
-    cosines = None if similarities is None else _checked_cosines(similarities)
+    y, p = check_predictions(labels, probabilities)
+    cosines = None if similarities is None else check_cosines(similarities)
     if cosines is not None and cosines.shape != p.shape:
         raise GloVLMError(
             f"Expected similarities {p.shape}, one per probability, found {cosines.shape}."
@@ -394,7 +403,7 @@ def compute_metrics(
         raise GloVLMError(f"Expected {p.shape[1]} different class names, found {names}.")
     if n_resamples < 0:
         raise GloVLMError(f"Expected n_resamples >= 0, found {n_resamples}: 2000 is usual.")
-    ids = np.arange(len(y)) if groups is None else _checked_groups(groups, len(y))
+    ids = np.arange(len(y)) if groups is None else check_groups(groups, len(y))
     group_ids, group = np.unique(ids, return_inverse=True)
     n_groups = len(group_ids)
     sample = Sample(y, p, group, n_groups, cosines, n_resamples)
@@ -498,7 +507,7 @@ def compute_subgroups(
     Raises:
         GloVLMError: If an input has a wrong shape, range or length.
     """
-    y, p = _checked(labels, probabilities)
+    y, p = check_predictions(labels, probabilities)
     groups = options.pop("groups", None)
     subgroups: dict[str, dict[str, Any]] = {}
     for column, values in columns.items():
@@ -545,6 +554,32 @@ def paired_differences(
     Raises:
         GloVLMError: If there is no run, a draw comes twice, or an input is bad.
     """
+    return compare_methods({"b": runs}, metrics, n_resamples, seed, unit=unit)["b"]
+
+
+def compare_methods(
+    methods: Mapping[str, Sequence[PairedRun]],
+    metrics: Sequence[str] = ("macro_auc", "balanced_accuracy"),
+    n_resamples: int = 2000,
+    seed: int = 0,
+    *,
+    unit: str = "groups",
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Paired differences of several methods from one: `paired_differences` of each, by its name.
+
+    Methods whose runs hold the very same draws, labels, groups and probabilities of `a` (the same
+    objects) are compared together: what is of `a` and of the resamples is computed once.
+
+    Args:
+        methods: The runs of each method `b`; the others as `paired_differences` takes them.
+        metrics: Names in `METRICS`.
+        n_resamples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+        unit: What a group is, in the plural.
+
+    Raises:
+        GloVLMError: As `paired_differences`.
+    """
     for name in metrics:
         if name not in METRICS:
             raise GloVLMError(f"Expected a metric, found '{name}'.{nearest(name, METRICS)}")
@@ -557,54 +592,79 @@ def paired_differences(
                 f"Expected a metric that has an interval, '{name}' has none: its bootstrap is "
                 "biased. Compare macro_auc, balanced_accuracy or brier."
             )
-    if not runs or n_resamples < 1:
-        given = f"{len(runs)} runs and {n_resamples} resamples"
-        raise GloVLMError(f"Expected at least one run and one resample, found {given}.")
-    if len({run.draw for run in runs}) < len(runs):
-        raise GloVLMError("Expected one run per draw, found a draw twice: pass each draw once.")
-    checked = []
-    for run in runs:
-        y, a = _checked(run.labels, run.probabilities_a)
-        _, b = _checked(run.labels, run.probabilities_b)
-        checked.append((y, a, b, _checked_groups(run.groups, len(y))))
-    n_classes = {p.shape[1] for _, *pair, _ in checked for p in pair}
+    alike: dict[Any, list[str]] = {}
+    for name, runs in methods.items():
+        if not runs or n_resamples < 1:
+            given = f"{len(runs)} runs and {n_resamples} resamples"
+            raise GloVLMError(f"Expected at least one run and one resample, found {given}.")
+        if len({run.draw for run in runs}) < len(runs):
+            raise GloVLMError("Expected one run per draw, found a draw twice: pass each draw once.")
+        parts = ((id(r.labels), id(r.groups), id(r.probabilities_a), r.draw) for r in runs)
+        alike.setdefault(tuple(parts), []).append(name)
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for names in alike.values():
+        same = [methods[name] for name in names]
+        rows |= zip(names, _compare(same, metrics, n_resamples, seed, unit), strict=True)
+    return {name: rows[name] for name in methods}
+
+
+def _compare(
+    methods: Sequence[Sequence[PairedRun]],
+    metrics: Sequence[str],
+    n_resamples: int,
+    seed: int,
+    unit: str,
+) -> list[dict[str, dict[str, Any]]]:
+    """`compare_methods` of runs that differ in the probabilities of b alone."""
+    runs = methods[0]
+    checked, known = [], dict[int, NDArray[np.str_]]()  # runs often share their groups
+    for run, *others in zip(*methods, strict=True):
+        given = (run.probabilities_a, run.probabilities_b, *(r.probabilities_b for r in others))
+        tables = [check_predictions(run.labels, p) for p in given]
+        y, key = tables[0][0], id(run.groups)
+        if key not in known or len(known[key]) != len(y):
+            known[key] = check_groups(run.groups, len(y))
+        checked.append((y, [p for _, p in tables], known[key]))
+    n_classes = {p.shape[1] for _, tables, _ in checked for p in tables}
     if len(n_classes) > 1:
         raise GloVLMError(f"Expected the same classes in all runs, found {n_classes} columns.")
 
-    union = np.unique(np.concatenate([ids for *_, ids in checked]))
+    union = np.unique(np.concatenate(list(known.values())))
     held = np.zeros((len(union), n_classes.pop()), dtype=bool)
     shares = np.zeros((2, len(union)))  # of images, and as a mean over classes
     rng = np.random.default_rng(seed)
     drawn = _multiplicities(rng, len(runs), n_resamples)
-    points = np.empty((len(metrics), len(runs)))
-    total, defined = np.zeros((2, len(metrics), n_resamples))
+    points = np.empty((len(methods), len(metrics), len(runs)))
+    total, defined = np.zeros((2, len(methods), len(metrics), n_resamples))
     most = max(len(labels) for labels, *_ in checked)
     # run by run, so that the tables of one are held at a time; all runs share the groups drawn
     draw = partial(_resamples, len(union), n_resamples, most)
     kept = list(draw(rng)) if len(union) * n_resamples <= _KEPT else None
-    for at, (y, a, b, ids) in enumerate(checked):
-        own, group = np.unique(ids, return_inverse=True)
+    numbers = {key: np.unique(ids, return_inverse=True) for key, ids in known.items()}
+    for at, (y, tables, _) in enumerate(checked):
+        own, group = numbers[id(runs[at].groups)]
         place = np.searchsorted(union, own)
         held[place[group], y] = True
-        of_a, of_b = (Sample(y, p, group, len(own), None, n_resamples) for p in (a, b))
+        of_a, *of_b = (Sample(y, p, group, len(own), None, n_resamples) for p in tables)
         for over_classes in (False, True):
             shares[int(over_classes), place] += of_a.shares(over_classes) / len(runs)
-        points[:, at] = _differences(of_a, of_b, metrics, np.ones((len(own), 1)))[:, 0]
+        points[:, :, at] = _differences(of_a, of_b, metrics, np.ones((len(own), 1)))[:, :, 0]
         for columns, weights in kept or draw(deepcopy(rng)):
-            difference = _differences(of_a, of_b, metrics, weights[place])
-            times = np.where(np.isnan(difference), 0, drawn[at, columns])
-            total[:, columns] += np.nan_to_num(difference) * times
-            defined[:, columns] += times
+            weights = weights if len(own) == len(union) else weights[place]
+            difference = _differences(of_a, of_b, metrics, weights)
+            undefined = np.isnan(difference)
+            times = np.where(undefined, 0, drawn[at, columns])
+            total[:, :, columns] += np.where(undefined, 0, difference) * times
+            defined[:, :, columns] += times
     resampled = np.divide(total, defined, out=np.full_like(total, np.nan), where=defined > 0)
 
-    result = {}
-    for i, name in enumerate(metrics):
-        spread = summarise_draws(points[i].tolist())
+    def entry(of: int, i: int, name: str) -> dict[str, Any]:
+        spread = summarise_draws(points[of, i].tolist())
         lost = len(runs) - spread["n_draws"]
         low, high = METRICS[name].bounds
         row = _entry(
             np.nan if spread["mean"] is None else spread["mean"],
-            resampled[i],
+            resampled[of, i],
             shares[int(METRICS[name].over_classes)],
             (low - high, high - low),
             # at its very bound a difference has no spread, and every group is one trial
@@ -616,13 +676,15 @@ def paired_differences(
         verdict = f"not distinguishable with {len(union)} {unit}"
         if low > 0 or high < 0:
             verdict = "better" if (low > 0) == METRICS[name].higher_is_better else "worse"
-        result[name] = row | {
+        return row | {
             "n_groups": len(union),
             "n_draws": len(runs),
-            "undefined_runs": int(n_resamples * len(runs) - defined[i].sum()),
+            "undefined_runs": int(n_resamples * len(runs) - defined[of, i].sum()),
             "verdict": verdict,
         }
-    return result
+    return [
+        {name: entry(of, i, name) for i, name in enumerate(metrics)} for of in range(len(methods))
+    ]
 
 
 def summarise_draws(values: Sequence[float | None]) -> dict[str, Any]:
@@ -670,11 +732,11 @@ def recall_by_group(
     Raises:
         GloVLMError: If lengths differ or a class index is out of range.
     """
-    y = _checked_labels(labels, len(class_names), "labels")
-    predicted = _checked_labels(predictions, len(class_names), "predictions")
+    y = check_labels(labels, len(class_names), "labels")
+    predicted = check_labels(predictions, len(class_names), "predictions")
     if len(predicted) != len(y):
         raise GloVLMError(f"Expected {len(y)} predictions, found {len(predicted)}: one per label.")
-    ids, group = np.unique(_checked_groups(groups, len(y)), return_inverse=True)
+    ids, group = np.unique(check_groups(groups, len(y)), return_inverse=True)
     n, correct = np.zeros((2, len(ids), len(class_names)), dtype=np.int64)
     np.add.at(n, (group, y), 1)
     np.add.at(correct, (group, y), predicted == y)
@@ -732,7 +794,7 @@ def _evaluate_class(name: str, row: Metric) -> type[Any]:
     def _compute(self: Any, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:
         arguments: dict[str, Any] = {"n_resamples": 0} | options
         if row.of_similarities:
-            cosines = _checked_cosines(predictions)
+            cosines = check_cosines(predictions)
             arguments["similarities"] = cosines
             predictions = np.full(cosines.shape, 1 / cosines.shape[1])
         entry = compute_metrics(references, predictions, **arguments)["metrics"][name]
@@ -754,11 +816,14 @@ def _statistics(
         return {name: np.atleast_2d(function(resamples)) for name, function in functions.items()}
 
 
-def _differences(of_a: Sample, of_b: Sample, metrics: Sequence[str], weights: Floats) -> Floats:
-    """Metrics of b minus those of a, `[metrics, R]`, under weightings of the groups `[G, R]`."""
+def _differences(
+    of_a: Sample, of_b: Sequence[Sample], metrics: Sequence[str], weights: Floats
+) -> Floats:
+    """Metrics of each b minus those of a, `[b, metrics, R]`, under weightings of groups `[G, R]`."""
     functions = {name: METRICS[name].function for name in metrics}
-    a, b = (_statistics(functions, sample, weights) for sample in (of_a, of_b))
-    return np.concatenate([b[name] - a[name] for name in metrics])
+    rows = (_statistics(functions, sample, weights).values() for sample in (of_a, *of_b))
+    values = np.stack([np.concatenate(list(row)) for row in rows])
+    return np.asarray(values[1:] - values[0])
 
 
 def _multiplicities(rng: np.random.Generator, n: int, size: int) -> Floats:
@@ -818,74 +883,3 @@ def _reliability(y: Ints, p: Floats) -> list[dict[str, Any]]:
         count = len(held["accuracy"])
         rows.append({"lower": b / ECE_BINS, "upper": (b + 1) / ECE_BINS, "count": count, **means})
     return rows
-
-
-def _checked(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Ints, Floats]:
-    p = _checked_table(probabilities, "probabilities", (0, 1), "apply softmax first")
-    y = _checked_labels(labels, p.shape[1], "labels")
-    if len(y) != len(p):
-        raise GloVLMError(f"Expected one label per row, found {len(y)} labels, {len(p)} rows.")
-    off = np.abs(p.sum(1) - 1)
-    if off.max() > 1e-4:
-        given = f"{p[off.argmax()].sum():.6g} in row {off.argmax()}"
-        raise GloVLMError(
-            f"Expected rows of probabilities that sum to 1, found {given}: apply softmax over the "
-            "classes, in float32 or better."
-        )
-    return y, p
-
-
-def _checked_table(
-    values: ArrayLike, what: str, bounds: tuple[float, float], advice: str
-) -> Floats:
-    try:
-        table = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise GloVLMError(f"Expected {what} as numbers [n, K], found something else.") from None
-    if table.ndim != 2 or len(table) == 0 or table.shape[1] < 2:
-        raise GloVLMError(
-            f"Expected {what} of shape [n, K] with n >= 1 and K >= 2, found {table.shape}: give a "
-            "row per image and a column per class."
-        )
-    low, high = bounds
-    bad = ~((table >= low) & (table <= high))  # NaN compares false
-    if bad.any():
-        row = bad.any(1).argmax()
-        given = f"{table[row][bad[row]][0]:.6g} in row {row}"
-        raise GloVLMError(f"Expected {what} in {low} ... {high}, found {given}: {advice}.")
-    return table
-
-
-def _checked_cosines(values: ArrayLike) -> Floats:
-    # rounding can carry the cosine of float16 features a little beyond 1
-    return _checked_table(values, "similarities", (-1.001, 1.001), "give cosines without the scale")
-
-
-def _checked_labels(values: ArrayLike, n_classes: int, what: str) -> Ints:
-    try:
-        y = np.asarray(values)
-    except ValueError:
-        raise GloVLMError(f"Expected {what} as class indices [n], found ragged lists.") from None
-    if y.ndim != 1 or len(y) == 0 or y.dtype.kind not in "iu":
-        given = f"{y.dtype} of shape {y.shape}"
-    elif y.min() < 0 or y.max() >= n_classes:
-        given = f"{y.min()} ... {y.max()}"
-    else:
-        return y.astype(np.int64)
-    raise GloVLMError(
-        f"Expected {what} as class indices [n] in 0 ... {n_classes - 1}, found {given}: map class "
-        "names to indices first."
-    )
-
-
-def _checked_groups(groups: Sequence[str], n: int) -> NDArray[np.str_]:
-    if len(groups) != n:
-        raise GloVLMError(f"Expected {n} groups, one per image, found {len(groups)}.")
-    for row, group in enumerate(groups):
-        # NaN is how pandas writes a missing id; as a string it would merge unrelated images
-        if group is None or group != group or str(group) == "":
-            raise GloVLMError(
-                f"Expected a group for every image, found none in row {row}: give an image of "
-                "unknown origin an id of its own."
-            )
-    return np.array([str(group) for group in groups])

@@ -76,20 +76,24 @@ def weigh_ranks(ranks: Ranks, weights: Floats) -> Floats:
     return np.asarray(np.einsum("pr,pr->r", weights[ranks.positive], wins) / 2)
 
 
-def compare_pairs(scores: Floats, own: NDArray[np.bool_], group: Ints, n_groups: int) -> Floats:
-    """`count_wins` of few images, by comparing them all.
+def compare_pairs(scores: Floats, labels: Ints, group: Ints, n_groups: int) -> Floats:
+    """`count_wins` of every class among few images, by comparing them all: `[K, G, G]`.
 
     Args:
-        scores: Probability of the class, `[n]`.
-        own: Whether the class is the image's, `[n]`.
+        scores: Probabilities, `[n, K]`.
+        labels: Class of each image, `[n]`; the image is a positive of this class alone.
         group: Number of each image's group, `[n]`.
         n_groups: G.
     """
-    members = np.zeros((len(scores), n_groups))
-    members[np.arange(len(scores)), group] = 1
-    positive, negative = scores[own][:, None], scores[~own]
-    wins = ((positive > negative) + 0.5 * (positive == negative)) @ members[~own]
-    return np.asarray(members[own].T @ wins)
+    rows, n_classes = np.arange(len(labels)), scores.shape[1]
+    members = np.zeros((len(labels), n_groups))
+    members[rows, group] = 1
+    cells = np.zeros((n_classes * n_groups, len(labels)))
+    cells[labels * n_groups + group, rows] = 0.5
+    positive, negative = scores[rows, labels][:, None], scores.T[labels]
+    wins = np.add(positive > negative, positive >= negative, dtype=np.float64)
+    wins *= labels[:, None] != labels
+    return np.asarray(cells @ (wins @ members)).reshape(n_classes, n_groups, n_groups)
 
 
 def count_wins(ranks: Ranks, n_groups: int) -> Floats:

@@ -18,7 +18,7 @@ PACKAGE = "hf_glovlm"
 # in NEIGHBOURS. On the top floor stand the doors: the package root names what is public and brings
 # it in when it is asked for; `lab` makes data and measures, and nothing but the doors imports it.
 FLOORS = {
-    1: {"environment", "errors", "files", "intervals", "lazy", "model", "roc", "runtimes"},
+    1: {"arrays", "environment", "errors", "files", "intervals", "lazy", "model", "roc", "runtimes"},
     2: {"backbones", "calibration", "metrics", "settings", "tables"},
     3: {"data", "rendering"},
     4: {"methods"},
@@ -30,12 +30,12 @@ FLOORS = {
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 NEIGHBOURS = {"__main__": {"cli"}, "cli": {"lab"}, "train": {"cli"}}
-NEIGHBOURS |= {"environment": {"errors"}, "files": {"errors"}}
+NEIGHBOURS |= {room: {"errors"} for room in ("arrays", "environment", "files")}
 ONLY: dict[str, set[str]] = {  # stricter than the floor
     "backbones": {"errors", "files", "model"},
     "calibration": {"errors", "intervals"},
     "data": {"errors", "files", "lazy", "settings", "tables"},
-    "metrics": {"errors", "intervals", "roc"},
+    "metrics": {"arrays", "errors", "intervals", "roc"},
     "settings": {"errors", "files"},
     "tables": {"errors", "files"},
 }

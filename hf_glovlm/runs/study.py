@@ -45,7 +45,7 @@ from ..files import (
     write_text,
 )
 from ..inference import Predictions, resolve_device
-from ..metrics import METRICS, PairedRun, paired_differences, recall_by_group, summarise_draws
+from ..metrics import METRICS, PairedRun, compare_methods, recall_by_group, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
 from ..settings import Settings, read_values, setting, shown
 from .config import MINI, TrainConfig, choose_backbone
@@ -616,6 +616,7 @@ def _section(
 ) -> dict[str, Any]:
     """Summary of all methods at one backbone and number of shots."""
     reference = lines.get(config.reference, {})
+    compared = _compare(config, reference, lines, unit)
     methods = []
     for method in config.methods:
         runs = lines.get(method.name, {})
@@ -628,9 +629,7 @@ def _section(
                 **asdict(method),
                 "draws": sorted(runs),
                 "metrics": {k: summarise_draws(v) for k, v in values.items()},
-                "versus_reference": None
-                if method.name == config.reference
-                else _compare(config, reference, runs, unit),
+                "versus_reference": compared.get(method.name),
                 "label_budget": _label_budget(method, results),
                 # Towers that were never trained together: class texts carry no information.
                 "text_means_nothing": results[0]["training"]["facts"].get("joint_space") is False,
@@ -652,20 +651,23 @@ def _section(
 
 
 def _compare(
-    config: StudyConfig, reference: _Runs, runs: _Runs, unit: str
-) -> dict[str, Any] | None:
-    """Paired differences over the draws that both have, on identical splits and supports."""
-    pairs = []
-    for draw in sorted(reference.keys() & runs.keys()):
-        a, b = reference[draw], runs[draw]
-        same = a.results["data"]["split_hash"] == b.results["data"]["split_hash"]
-        if same and a.file_names == b.file_names and a.class_names == b.class_names:
-            pairs.append(PairedRun(draw, a.labels, a.groups, a.probabilities, b.probabilities))
-    if not pairs:
-        return None
+    config: StudyConfig, reference: _Runs, lines: Mapping[str, _Runs], unit: str
+) -> dict[str, dict[str, Any]]:
+    """Paired differences of each method, over the draws on identical splits and supports."""
+    pairs: dict[str, list[PairedRun]] = {}
+    for name, runs in lines.items():
+        for draw in sorted(reference.keys() & runs.keys()) if name != config.reference else ():
+            a, b = reference[draw], runs[draw]
+            same = a.results["data"]["split_hash"] == b.results["data"]["split_hash"]
+            if same and a.file_names == b.file_names and a.class_names == b.class_names:
+                run = PairedRun(draw, a.labels, a.groups, a.probabilities, b.probabilities)
+                pairs.setdefault(name, []).append(run)
     n, seed = (config.settings.get(k, d) for k, d in (("n_resamples", 2000), ("seed", 0)))
-    differences = paired_differences(pairs, COMPARED, n, seed, unit=unit)
-    return {"draws": [pair.draw for pair in pairs], "metrics": differences}
+    differences = compare_methods(pairs, COMPARED, n, seed, unit=unit)
+    return {
+        name: {"draws": [run.draw for run in runs], "metrics": differences[name]}
+        for name, runs in pairs.items()
+    }
 
 
 def _label_budget(method: StudyMethod, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
