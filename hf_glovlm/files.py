@@ -537,7 +537,7 @@ def finish_interrupted(output: Path) -> None:
         GloVLMError: The folder cannot be written, or its writer takes too long.
     """
     for name in (UNFINISHED, UNFINISHED_DATA):
-        if (output / name / JOURNAL).is_file():
+        if os.path.isfile(f"{output}/{name}/{JOURNAL}"):
             with one_writer(output, wait=60):
                 finish_move(output / name, output)
 
@@ -663,7 +663,7 @@ def damaged_files(
         name
         for name, checksum in manifest.files.items()
         if name.startswith(chosen)
-        and (not (folder / name).is_file() or digest_file(folder / name) != checksum)
+        and (not (path := folder / name).is_file() or digest_file(path) != checksum)
     ]
 
 
@@ -860,7 +860,7 @@ def read_undamaged(folder: Path, manifest: Manifest, name: str) -> bytes:
     """Read a file of a manifest once, for its checksum and content; see `refuse_damage`."""
     import xxhash
 
-    content = (folder / name).read_bytes() if (folder / name).is_file() else b""
+    content = path.read_bytes() if (path := folder / name).is_file() else b""
     if manifest.files.get(name) not in (None, xxhash.xxh3_128_hexdigest(content)):
         refuse_damage(folder, manifest, [name])
     return content

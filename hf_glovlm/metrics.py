@@ -178,7 +178,7 @@ class Resamples:
         if sample.wins is None:
             wins = np.stack([weigh_ranks(ranks, weights) for ranks in sample.ranks])
         else:
-            wins = np.stack([(weights * (table @ weights)).sum(0) for table in sample.wins])
+            wins = np.einsum("kgr,gr->kr", sample.wins @ weights, weights)
         pairs = self.actual * (self.n - self.actual)
         areas: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
         return areas

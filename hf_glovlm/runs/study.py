@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import check_groups
 from ..data.splits import EPISODES
 from ..environment import end_with_parent, quiet_libraries
 from ..errors import GloVLMError, nearest
@@ -45,7 +46,7 @@ from ..files import (
     write_text,
 )
 from ..inference import Predictions, resolve_device
-from ..metrics import METRICS, PairedRun, compare_methods, recall_by_group, summarise_draws
+from ..metrics import METRICS, PairedRun, compare_methods, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
 from ..settings import Settings, read_values, setting, shown
 from .config import MINI, TrainConfig, choose_backbone
@@ -356,19 +357,23 @@ class _Outcome:
     class_names: Sequence[str]
 
     @classmethod
-    def read(cls, folder: Path, manifest: Manifest | None) -> "_Outcome":
+    def read(
+        cls, folder: Path, manifest: Manifest | None, before: "_Outcome | None" = None
+    ) -> "_Outcome":
         """Read a finished cell and check that results and predictions are undamaged.
+
+        It shares the groups and names of the cell that was read before, where they are equal.
 
         Raises:
             GloVLMError: They are not, or are of something else.
         """
         finish_interrupted(folder)
         stated = manifest or Manifest("adaptation", {}, {})  # of an earlier version: no checksums
-        names = ("results.json", "predictions.parquet")
-        content = [read_undamaged(folder, stated, name) for name in names]
-        results = check_results(parse_json(content[0], folder / names[0]), folder, "adaptation")
-        predictions = Predictions.parse(content[1], folder / names[1], logits=False)
-        labels, groups = predictions.labels, predictions.groups
+        files = ("results.json", "predictions.parquet")
+        content = [read_undamaged(folder, stated, name) for name in files]
+        results = check_results(parse_json(content[0], folder / files[0]), folder, "adaptation")
+        predictions = Predictions.parse(content[1], folder / files[1], logits=False)
+        labels, groups, names = predictions.labels, predictions.groups, predictions.file_names
         assert labels is not None  # a run predicts labelled rows of known groups
         assert groups is not None
         return cls(
@@ -376,11 +381,14 @@ class _Outcome:
             results=_reported(results),
             labels=labels,
             probabilities=predictions.probabilities,
-            # Thousands of cells name the same images and groups.
-            groups=[*map(intern, groups)],
-            file_names=[*map(intern, predictions.file_names)],
+            groups=_kept_once(groups, before and before.groups),
+            file_names=_kept_once(names, before and before.file_names),
             class_names=predictions.class_names,
         )
+
+
+def _kept_once(names: Sequence[str], before: Sequence[str] | None = None) -> Sequence[str]:
+    return before if before == names else [*map(intern, names)]
 
 
 def _reported(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -388,7 +396,7 @@ def _reported(results: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("name", "fingerprint", "group_column", "split_hash", "support", "notes")
     return {
         **{key: results[key] for key in ("synthetic", "threshold", "timing", "environment")},
-        "notes": [*map(intern, results["notes"])],
+        "notes": _kept_once(results["notes"]),
         "data": {key: results["data"][key] for key in kept},
         "metrics": {name: {"value": m.get("value")} for name, m in results["metrics"].items()},
         "training": {key: results["training"][key] for key in ("facts", "trainable_parameters")},
@@ -403,6 +411,7 @@ class _Lines:
     output: Path
     loader: Loader
     expected: dict[Any, tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=dict)
+    before: _Outcome | None = None  # that was read last
 
     def expect(self, cell: Cell) -> tuple[dict[str, Any], dict[str, Any]]:
         """Settings and inputs that a finished cell must state, as JSON holds them."""
@@ -448,7 +457,8 @@ class _Lines:
             )
         read = ("README.md", "results.json", "predictions.parquet")  # a person may edit the first
         refuse_damage(folder, manifest, [name for name in manifest.files if name not in read])
-        return _Outcome.read(folder, manifest)
+        self.before = _Outcome.read(folder, manifest, self.before)
+        return self.before
 
 
 def _run_cells(
@@ -554,7 +564,8 @@ def _write_report(
     for cell in cells:
         folder = output / "cells" / cell.name
         if cell.name in known or (folder / "results.json").is_file():
-            outcome = known.get(cell.name) or _Outcome.read(folder, read_manifest(folder))
+            before = outcomes[-1][1] if outcomes else None
+            outcome = known.get(cell.name) or _Outcome.read(folder, read_manifest(folder), before)
             outcomes.append((cell, outcome))
             lines = table.setdefault((cell.backbone, cell.shots), {})
             lines.setdefault(cell.method.name, {})[cell.draw] = outcome
@@ -692,22 +703,30 @@ def _label_budget(method: StudyMethod, results: Sequence[Mapping[str, Any]]) -> 
 
 def _recall(lines: Mapping[str, _Runs]) -> list[dict[str, Any]]:
     """Recall of every class in every group, over the draws that test the group."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    every = [one for runs in lines.values() for one in runs.values()]
+    shared = {id(one.groups): one.groups for one in every}
+    ids = {key: check_groups(names, len(names)) for key, names in shared.items()}
+    groups = np.unique(np.concatenate(list(ids.values())))
+    number = {key: np.searchsorted(groups, names) for key, names in ids.items()}
+    classes = sorted({name for one in every for name in one.class_names})
+    images = np.zeros((len(groups), len(classes)), np.int64)  # of the first cell that tests them
+    summaries: dict[tuple[int, int], dict[str, Any]] = {}
     for name, runs in lines.items():
-        for one in runs.values():
-            predicted = one.probabilities.argmax(1)
-            for row in recall_by_group(one.labels, predicted, one.groups, one.class_names):
-                key = (row["group"], row["class"])
-                at = rows.setdefault(key, {"n": row["n"], "methods": {}})["methods"]
-                at.setdefault(name, []).append(row["recall"])
+        recalls = np.full((len(runs), *images.shape), np.nan)
+        for recall, one in zip(recalls, runs.values(), strict=True):
+            column = np.array([classes.index(label) for label in one.class_names])
+            cells = number[id(one.groups)] * len(classes) + column[one.labels]
+            right = one.probabilities.argmax(1) == one.labels
+            counts = (np.bincount(at, minlength=images.size) for at in (cells, cells[right]))
+            n, hits = (count.reshape(images.shape) for count in counts)
+            np.divide(hits, n, out=recall, where=n > 0)
+            np.copyto(images, n, where=images == 0)
+        for g, c in np.argwhere(~np.isnan(recalls).all(0)).tolist():
+            defined = [value for value in recalls[:, g, c].tolist() if value == value]
+            summaries.setdefault((g, c), {})[name] = summarise_draws(defined)
     return [
-        {
-            "group": group,
-            "class": label,
-            "n": at["n"],
-            "methods": {m: summarise_draws(v) for m, v in at["methods"].items()},
-        }
-        for (group, label), at in sorted(rows.items())
+        {"group": str(groups[g]), "class": classes[c], "n": int(images[g, c]), "methods": of}
+        for (g, c), of in sorted(summaries.items())
     ]
 
 
