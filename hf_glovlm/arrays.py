@@ -33,9 +33,7 @@ def check_predictions(labels: ArrayLike, probabilities: ArrayLike) -> tuple[Ints
     return y, p
 
 
-def _check_table(
-    values: ArrayLike, what: str, bounds: tuple[float, float], advice: str
-) -> Floats:
+def _check_table(values: ArrayLike, what: str, bounds: tuple[float, float], advice: str) -> Floats:
     try:
         table = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):

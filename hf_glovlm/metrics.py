@@ -155,17 +155,21 @@ class Resamples:
     Attributes:
         sample: The predictions.
         weights: Multiplicity of each group, `[G, R]`; a column of ones is the sample itself.
-        actual, hits, predicted: Images of each class as in `Sample`, `[K, R]`.
+        actual, hits: Images of each class as in `Sample`, `[K, R]`.
         n: Images, `[R]`.
         present: Which classes the labels of the sample hold, `[K]`.
     """
 
     def __init__(self, sample: Sample, weights: Floats) -> None:
         self.sample, self.weights = sample, weights
-        counts = (sample.actual, sample.hits, sample.predicted)
-        self.actual, self.hits, self.predicted = (count.T @ weights for count in counts)
+        self.actual, self.hits = (count.T @ weights for count in (sample.actual, sample.hits))
         self.n: Floats = self.actual.sum(0)
         self.present: NDArray[np.bool_] = sample.actual.sum(0) > 0
+
+    @cached_property
+    def predicted(self) -> Floats:
+        """Images that are classified as each class, `[K, R]`."""
+        return np.asarray(self.sample.predicted.T @ self.weights)
 
     def total(self, per_image: "PerImage") -> Floats:
         """Sums over the images of each resample, `[c, R]`; see `Sample.by_group`."""
@@ -178,7 +182,8 @@ class Resamples:
         if sample.wins is None:
             wins = np.stack([weigh_ranks(ranks, weights) for ranks in sample.ranks])
         else:
-            wins = np.einsum("kgr,gr->kr", sample.wins @ weights, weights)
+            rows = sample.wins.reshape(-1, len(weights)) @ weights
+            wins = np.einsum("kgr,gr->kr", rows.reshape(-1, *weights.shape), weights)
         pairs = self.actual * (self.n - self.actual)
         areas: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
         return areas
@@ -620,12 +625,12 @@ def _compare(
     checked, known = [], dict[int, NDArray[np.str_]]()  # runs often share their groups
     for run, *others in zip(*methods, strict=True):
         given = (run.probabilities_a, run.probabilities_b, *(r.probabilities_b for r in others))
-        tables = [check_predictions(run.labels, p) for p in given]
-        y, key = tables[0][0], id(run.groups)
+        pairs = [check_predictions(run.labels, p) for p in given]
+        y, key = pairs[0][0], id(run.groups)
         if key not in known or len(known[key]) != len(y):
             known[key] = check_groups(run.groups, len(y))
-        checked.append((y, [p for _, p in tables], known[key]))
-    n_classes = {p.shape[1] for _, tables, _ in checked for p in tables}
+        checked.append((y, [p for _, p in pairs]))
+    n_classes = {p.shape[1] for _, tables in checked for p in tables}
     if len(n_classes) > 1:
         raise GloVLMError(f"Expected the same classes in all runs, found {n_classes} columns.")
 
@@ -641,7 +646,7 @@ def _compare(
     draw = partial(_resamples, len(union), n_resamples, most)
     kept = list(draw(rng)) if len(union) * n_resamples <= _KEPT else None
     numbers = {key: np.unique(ids, return_inverse=True) for key, ids in known.items()}
-    for at, (y, tables, _) in enumerate(checked):
+    for at, (y, tables) in enumerate(checked):
         own, group = numbers[id(runs[at].groups)]
         place = np.searchsorted(union, own)
         held[place[group], y] = True
@@ -682,6 +687,7 @@ def _compare(
             "undefined_runs": int(n_resamples * len(runs) - defined[of, i].sum()),
             "verdict": verdict,
         }
+
     return [
         {name: entry(of, i, name) for i, name in enumerate(metrics)} for of in range(len(methods))
     ]
@@ -819,7 +825,7 @@ def _statistics(
 def _differences(
     of_a: Sample, of_b: Sequence[Sample], metrics: Sequence[str], weights: Floats
 ) -> Floats:
-    """Metrics of each b minus those of a, `[b, metrics, R]`, under weightings of groups `[G, R]`."""
+    """Metrics of each b minus those of a, `[b, metrics, R]`, under weightings `[G, R]`."""
     functions = {name: METRICS[name].function for name in metrics}
     rows = (_statistics(functions, sample, weights).values() for sample in (of_a, *of_b))
     values = np.stack([np.concatenate(list(row)) for row in rows])

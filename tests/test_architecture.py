@@ -18,7 +18,17 @@ PACKAGE = "hf_glovlm"
 # in NEIGHBOURS. On the top floor stand the doors: the package root names what is public and brings
 # it in when it is asked for; `lab` makes data and measures, and nothing but the doors imports it.
 FLOORS = {
-    1: {"arrays", "environment", "errors", "files", "intervals", "lazy", "model", "roc", "runtimes"},
+    1: {
+        "arrays",
+        "environment",
+        "errors",
+        "files",
+        "intervals",
+        "lazy",
+        "model",
+        "roc",
+        "runtimes",
+    },
     2: {"backbones", "calibration", "metrics", "settings", "tables"},
     3: {"data", "rendering"},
     4: {"methods"},

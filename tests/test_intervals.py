@@ -158,7 +158,14 @@ def test_wins_in_pairs_of_groups_give_the_very_areas_of_the_ranks(seed):
     table = count_wins(ranks, n_groups)
     by_pairs = (weights * (table @ weights)).sum(0)
     assert np.array_equal(by_pairs, weigh_ranks(ranks, weights))
-    assert np.array_equal(table, compare_pairs(scores, own, group, n_groups))
+    labels = np.where(own, 1, 2 * rng.integers(2, size=n))  # three classes
+    tables = compare_pairs(
+        np.stack([1 - scores, scores, scores**2], axis=1), labels, group, n_groups
+    )
+    assert np.array_equal(tables[1], table)
+    for c, column in ((0, 1 - scores), (2, scores**2)):
+        ranks = rank_class(column, labels == c, group)
+        assert np.array_equal(tables[c], count_wins(ranks, n_groups))
 
 
 def test_the_bench_of_intervals_counts_what_they_hold(monkeypatch):

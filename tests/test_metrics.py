@@ -437,6 +437,24 @@ def draw_runs(seed, n_runs=4, n_groups=12, gain=0.0):
     return runs
 
 
+def test_methods_compared_at_once_are_as_each_by_itself(monkeypatch):
+    runs = draw_runs(0, 5)
+    other = [
+        m.PairedRun(r.draw, r.labels, r.groups, r.probabilities_a, np.roll(r.probabilities_b, 1, 1))
+        for r in runs
+    ]
+    methods = {"c": other, "b": runs, "fewer draws": other[1:], "other a": draw_runs(1, 5)}
+    names = ("macro_auc", "balanced_accuracy", "brier")
+    expected = {name: m.paired_differences(own, names, 60, 3) for name, own in methods.items()}
+    samples = []
+    real = m.Sample
+    monkeypatch.setattr(m, "Sample", lambda *parts: samples.append(parts) or real(*parts))
+    together = m.compare_methods(methods, names, 60, 3)
+    assert together == expected
+    assert list(together) == list(methods)
+    assert len(samples) == 3 * 5 + 2 * 4 + 2 * 5  # "c" and "b" share the five of a
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_paired_differences_equal_a_double_loop(seed):
     runs = draw_runs(seed)

@@ -360,12 +360,10 @@ class _Outcome:
     def read(
         cls, folder: Path, manifest: Manifest | None, before: "_Outcome | None" = None
     ) -> "_Outcome":
-        """Read a finished cell and check that results and predictions are undamaged.
-
-        It shares the groups and names of the cell that was read before, where they are equal.
+        """Read a finished cell, undamaged; it shares names with the one before where equal.
 
         Raises:
-            GloVLMError: They are not, or are of something else.
+            GloVLMError: A file is damaged, or is of something else.
         """
         finish_interrupted(folder)
         stated = manifest or Manifest("adaptation", {}, {})  # of an earlier version: no checksums
@@ -381,14 +379,14 @@ class _Outcome:
             results=_reported(results),
             labels=labels,
             probabilities=predictions.probabilities,
-            groups=_kept_once(groups, before and before.groups),
-            file_names=_kept_once(names, before and before.file_names),
+            groups=_kept_once(groups, before.groups if before else None),
+            file_names=_kept_once(names, before.file_names if before else None),
             class_names=predictions.class_names,
         )
 
 
 def _kept_once(names: Sequence[str], before: Sequence[str] | None = None) -> Sequence[str]:
-    return before if before == names else [*map(intern, names)]
+    return before if before is not None and before == names else [*map(intern, names)]
 
 
 def _reported(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -664,7 +662,7 @@ def _section(
 def _compare(
     config: StudyConfig, reference: _Runs, lines: Mapping[str, _Runs], unit: str
 ) -> dict[str, dict[str, Any]]:
-    """Paired differences of each method, over the draws on identical splits and supports."""
+    """Paired differences of each method over its draws on identical splits and supports."""
     pairs: dict[str, list[PairedRun]] = {}
     for name, runs in lines.items():
         for draw in sorted(reference.keys() & runs.keys()) if name != config.reference else ():
