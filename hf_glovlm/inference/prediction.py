@@ -597,7 +597,7 @@ class Predictions:
             GloVLMError: It is none.
         """
         try:
-            file = pq.ParquetFile(pa.BufferReader(content))
+            file = pq.ParquetFile(pa.BufferReader(content), pre_buffer=False)  # it is in memory
             names = file.schema.names
             if not logits:
                 known = ("file_name", "label", "group")
@@ -609,7 +609,7 @@ class Predictions:
     @classmethod
     def _read(cls, table: pa.Table, logits: bool) -> Self:
         about = json.loads((table.schema.metadata or {})[_METADATA])
-        names = [str(name) for name in about["class_names"]]
+        names, held = [str(name) for name in about["class_names"]], set(table.column_names)
         index = {name: k for k, name in enumerate(names)}
         true = [index.get(name, -1) for name in table["label"].to_pylist()]
 
@@ -621,15 +621,11 @@ class Predictions:
             logits=matrix("logit") if logits else np.empty((len(table), 0), np.float32),
             class_names=names,
             file_names=table["file_name"].to_pylist(),
-            similarities=(
-                matrix("similarity") if f"similarity_{names[0]}" in table.column_names else None
-            ),
-            groups=table["group"].to_pylist() if "group" in table.column_names else None,
+            similarities=(matrix("similarity") if f"similarity_{names[0]}" in held else None),
+            groups=table["group"].to_pylist() if "group" in held else None,
             labels=None if max(true, default=-1) < 0 else np.array(true, np.int64),
             support_distances=(
-                table["support_distance"].to_numpy()
-                if "support_distance" in table.column_names
-                else None
+                table["support_distance"].to_numpy() if "support_distance" in held else None
             ),
             engine=about.get("engine"),
         )
