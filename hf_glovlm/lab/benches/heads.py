@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from ...methods import METHODS, FeatureMethod, HeadMethod
 from ...training import adapt_features
 from .plain_heads import PLAIN_HEADS
-from .timing import Row, as_row, check_same, shortest_in_turn
+from .timing import Row, as_row, check_same, one_thread, shortest_in_turn
 from .towers import draw_clusters
 
 ON_FEATURES = tuple(n for n, m in METHODS.items() if isinstance(m, FeatureMethod | HeadMethod))
@@ -46,7 +45,7 @@ def bench_heads(
         plain = partial(PLAIN_HEADS[name], features, labels, texts)
         settings = {"dropout": 0.0} if name == "classifier" else {}  # nothing else is random
         ours = partial(adapt_features, name, features, labels, texts, method_config=settings)
-        with _one_thread():
+        with one_thread():
             apart = torch.as_tensor(ours().predict_logits(fresh)) - plain()(fresh)
             check_same(0.0, float(apart.detach().abs().max()), 1e-2, f"the training of {name}")
             by_loop, taken = shortest_in_turn([plain, ours], repeats)
@@ -62,7 +61,7 @@ def bench_heads(
     for name in ON_FEATURES:
         transductive = METHODS[name].transductive
         given = {"query_features": query} if transductive else {}
-        with _one_thread():
+        with one_thread():
             start = time.process_time()
             adapt_features(name, features, labels, texts, **given)
             seconds[name] = time.process_time() - start
@@ -72,14 +71,3 @@ def bench_heads(
     slowest = max(seconds, key=lambda name: seconds[name])
     what = f"{slowest}, the slowest of {len(seconds)} methods on features, {size}"
     yield as_row("methods.slowest_head", seconds[slowest], "s", None, what)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for torch, whose time depends less on what else the machine does."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

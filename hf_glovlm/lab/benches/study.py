@@ -18,7 +18,7 @@ from ...runs import workflow
 from ...runs.study import StudyConfig, run_study
 from ...training import adaptation
 from ..phantoms import write_cohort
-from .timing import Row, as_row
+from .timing import Row, as_row, one_thread
 from .towers import Shape, caching_in, random_clip
 
 METHODS = ("linear_probe", "zero_shot", "tip_adapter", "gda")
@@ -33,7 +33,7 @@ def bench_study(
     draws: int = 20,
     n_cells: int = 2_000,
 ) -> list[Row]:
-    """Benchmark of studies on a synthetic cohort, with a warm cache.
+    """Benchmark of studies on a synthetic cohort, with a warm cache, on one thread.
 
     Args:
         shape: Of the random CLIP beside `mini`, ViT-B/16 if not given.
@@ -54,7 +54,11 @@ def bench_study(
         GloVLMError: A cell failed, or a finished one was run again.
     """
     rows = []
-    with tempfile.TemporaryDirectory() as place, caching_in(Path(place) / "features"):
+    with (
+        tempfile.TemporaryDirectory() as place,
+        caching_in(Path(place) / "features"),
+        one_thread(),
+    ):
         folder = Path(place)
         data = write_cohort(folder / "cohort", n_patients, per_patient, seed=0)
         model, processor = random_clip(shape or Shape())
@@ -100,7 +104,7 @@ def _bench_cell(
     whole, fitting, metrics = map(median, zip(*parts, strict=True))
     rest = median(cell - fit - measured for cell, fit, measured in parts)
     first = cells[0]["cell"] - whole
-    what = f"a cell of linear_probe, {name}, median of {draws}"
+    what = f"a cell of linear_probe, {name}, one thread, median of {draws}"
     return [
         as_row(
             f"study.first_{name}",
