@@ -647,6 +647,36 @@ def test_the_gradient_of_scaled_cosines_is_that_of_autograd(n: int) -> None:
     assert (closed.grad[1:] != 0).all()  # type: ignore[index]
 
 
+@pytest.mark.parametrize("n", [2, 40])
+def test_clip_adapter_trains_by_the_gradient_of_autograd(n: int) -> None:
+    drawn = torch.randn(n + 2, 33, generator=torch.Generator().manual_seed(n))
+    texts, rows = nn.functional.normalize(drawn, dim=-1).split([2, n])
+    labels = torch.arange(n) % 2
+    given = Support(rows, labels, 2, texts, 20.0)
+    closed = method("clip_adapter").build(given, method("clip_adapter").configure({"ratio": 0.9}))
+    plain: Any = build_head(describe_head(closed), 33, 2)
+    plain.load_state_dict(closed.state_dict())
+    plain.text.requires_grad_(False)
+    logits: list[torch.Tensor] = []
+    rows[-1] = 0.0  # whose adapted feature has no direction
+    for head in (plain, closed):
+        logits.append(head.train().compare(rows))
+        nn.functional.cross_entropy(logits[-1], labels).backward()
+    nodes = [type(each.grad_fn).__name__ for each in logits]
+    assert nodes == ["AddBackward0", "AdaptedCosinesBackward"]
+    assert torch.equal(*logits)
+    for name, weight in plain.adapter.named_parameters():
+        slope = closed.get_parameter(f"adapter.{name}").grad
+        assert slope is not None
+        assert slope.count_nonzero() > 0
+        assert torch.equal(slope, weight.grad)  # type: ignore[arg-type]
+    with torch.autocast("cpu", torch.bfloat16):  # rounds as the plain head does
+        assert torch.equal(closed.compare(rows), plain.compare(rows))
+    closed.text.requires_grad_(True)
+    closed.compare(rows).sum().backward()
+    assert closed.text.weight.grad is not None
+
+
 def test_classifier_has_the_published_layers() -> None:
     head = method("classifier").build(
         Support(torch.randn(6, 20), torch.arange(6) % 3, 3), method("classifier").configure({})
