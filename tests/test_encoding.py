@@ -1,5 +1,6 @@
 """Slides encoded: the right numbers, resumed bit for bit, scales checked, memory bounded."""
 
+import copy
 import json
 import os
 import signal
@@ -362,6 +363,22 @@ def test_batches_keep_their_order_and_an_error_ends_them(threads: int) -> None:
 
 
 # ------------------------------------------------------------------------- other precisions
+
+
+def test_a_model_whose_weights_are_halves_encodes_too(
+    tmp_path: Path, slide: Path, classifier: Any
+) -> None:
+    model, processor = classifier
+    bags = [encode_slide(model, processor, slide, tmp_path / "S1.h5").path]
+    bags.append(
+        encode_slide(
+            copy.deepcopy(model).half(), processor, slide, tmp_path / "half" / "S1.h5"
+        ).path
+    )
+    exact, rough = (read_bag(path).features for path in bags)
+    assert exact.shape == rough.shape
+    np.testing.assert_allclose(rough, exact, atol=0.02)
+    assert (rough != exact).any()
 
 
 def test_a_bag_is_never_completed_in_another_precision(

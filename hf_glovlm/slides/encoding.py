@@ -564,7 +564,7 @@ def _encode(
     """Features `[n, dim]` and logits `[n, classes]` (or `None`) of one batch, as arrays."""
     try:
         pooled, _ = engine.pool(inputs)
-        features = getattr(model, "glovlm", model).project_images(pooled)
+        features = getattr(model, "glovlm", model).project_images(pooled.to(model.dtype))
         centres = model.centres if classify else None
         ids = None
         if centres is not None:
