@@ -179,7 +179,17 @@ def test_images_are_prepared_as_for_the_model(kind: str, tmp_path: Path) -> None
     outlined.putalpha(alpha)
     transform.save_pretrained(tmp_path)
     config = exported.ExportedConfig(
-        24, 24, {}, None, None, 1.0, *[None] * 6, outline="ignore", outline_of=None, synthetic=False
+        24,
+        24,
+        {},
+        None,
+        None,
+        1.0,
+        *[None] * 6,
+        outline="ignore",
+        outline_of=None,
+        draft=False,
+        synthetic=False,
     )
     report = ExportReport(tmp_path, "model.onnx", "onnx", 20, 1, 1, 0.0, None)
     for outline in OUTLINES:
@@ -192,6 +202,9 @@ def test_images_are_prepared_as_for_the_model(kind: str, tmp_path: Path) -> None
         made = again(images=images, return_tensors="pt")["pixel_values"]
         assert tensors.shape[1] == (4 if outline in ("centre", "pool", "blank+pool") else 3)
         assert made.equal(tensors), outline
+    processor.draft = True  # JPEG files are decoded as for the model
+    again = exported._read_processor(tmp_path, replace(config, outline=outline, draft=True))
+    assert again.draft_side == processor.draft_side > 0
     if kind == "torchvision":
         processor.torchvision_crop = False
         assert not processor(images=images, return_tensors="pt")["pixel_values"].equal(tensors)

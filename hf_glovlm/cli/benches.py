@@ -91,9 +91,11 @@ def _print(document: Mapping[str, Any], chosen: list[str], as_json: bool) -> Non
     first, rows = BENCHES[chosen[0]], document["rows"]
     if as_json:
         print_json(document)
+    elif not rows:
+        return
     elif "before" in document:
         table = comparison_rows(rows)
-        print_rows("Benches", table, tuple(table[0]) if table else (), as_json)
+        print_rows("Benches", table, tuple(table[0]), as_json)
     elif first.summary is not None:
         table = load_function(first.summary)(rows)
         print_rows(first.help, table, tuple(table[0]), as_json)

@@ -9,7 +9,6 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.saved import check_config, first_line_of
+from ..environment import package_version
 from ..errors import GloVLMError
 from ..files import (
     check_fields,
@@ -41,7 +41,7 @@ TRANSFORM = "preprocessor_config.json"  # for transformers: the model's image tr
 RUN = "run.json"  # what the commands read of the run's results; may be left out of a copy
 CONFIG = (  # fields of a `GloVLMConfig` that the commands read
     "id2label", "backbone_name", "backbone_license", "temperature", "prior_shift", "calibration",
-    "guard", "stains", "mpp", "image_scale", "outline", "outline_of", "synthetic",
+    "guard", "stains", "mpp", "image_scale", "outline", "outline_of", "draft", "synthetic",
 )  # fmt: skip
 # Outputs of a graph, in this order; the last two where the model has such.
 OUTPUTS = ("features", "logits", "similarities", "support_distance")
@@ -82,6 +82,7 @@ class ExportedConfig:
     image_scale: dict[str, float] | None
     outline: str
     outline_of: str | None
+    draft: bool
     synthetic: bool
     head: None = None
     stain_centres: None = None
@@ -198,10 +199,11 @@ class ExportedClassifier(nn.Module):
         images = processor.image_processor
         about = {
             "graph": self._digest,
-            "libraries": [version(name) for name in ("pillow", "torchvision", "transformers")],
+            "libraries": list(map(package_version, ("pillow", "torchvision", "transformers"))),
             "transform": [type(images).__name__, json.loads(images.to_json_string())],
             "crop": processor.torchvision_crop,
             "outline": processor.outline,
+            "draft": processor.draft_side,
         }
         return digest_value(about)
 
@@ -357,6 +359,7 @@ def _read_processor(folder: Path, config: ExportedConfig) -> "GloVLMProcessor":
             PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())),
             torchvision_crop=crop.get("odd_margin") == "to_even",
             outline=config.outline,
+            draft=config.draft,
         )
         from PIL import Image
 

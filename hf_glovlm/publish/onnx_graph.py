@@ -338,6 +338,7 @@ def describe_input(
         "preprocessing": {
             "resize": resize,
             "center_crop": crop,
+            "jpeg_draft_side": processor.draft_side or None,
             "rescale": float(transform.rescale_factor) if transform.do_rescale else None,
             "mean": list(map(float, transform.image_mean)) if normalised else None,
             "std": list(map(float, transform.image_std)) if normalised else None,

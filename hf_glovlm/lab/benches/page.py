@@ -116,10 +116,10 @@ GOALS: tuple[Goal, ...] = (
 
 _TOP = """# Performance
 
-Made by these two commands:
+Made of documents that `glovlm bench --output FILE` wrote; where several runs were put together,
+`commit` says which:
 
 ```
-glovlm bench --output docs/performance/after.json
 python -m hf_glovlm.lab.benches.page docs/performance/after.json{before} > docs/performance.md
 ```
 
