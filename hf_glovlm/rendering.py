@@ -6,23 +6,30 @@ it read as Markdown or HTML: in a document a name with marks of these is shown a
 (`literal`), in a page everything is escaped.
 """
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from .metrics import METRICS
 
 __all__ = [
     "CLASS_HEADER",
     "METRIC_HEADER",
+    "RESEARCH_USE",
     "SYNTHETIC",
+    "THEME",
     "Markdown",
     "class_rows",
     "code",
     "extent",
+    "figure_text",
     "group_unit",
     "interval",
     "literal",
@@ -36,6 +43,21 @@ __all__ = [
     "render_page",
 ]
 
+RESEARCH_USE = "Research use only, not for diagnosis"
+# Colours of pages and charts. s1 to s8 are those of series: apart for people who confuse red and
+# green, and at least 3:1 against the paper.
+THEME = {
+    "light": {
+        "paper": "#ffffff", "ink": "#111111", "soft": "#4a4a4a", "line": "#b5b5b5",
+        "shade": "#f1f1f1", "s1": "#0072b2", "s2": "#c4500a", "s3": "#00805e", "s4": "#a8497f",
+        "s5": "#7d6608", "s6": "#2b83b8", "s7": "#5b4fa3", "s8": "#6b6b6b",
+    },
+    "dark": {
+        "paper": "#16181a", "ink": "#eeeeee", "soft": "#b9bdc1", "line": "#54595e",
+        "shade": "#23272a", "s1": "#5ab4f0", "s2": "#f0894e", "s3": "#3cc79f", "s4": "#e09abf",
+        "s5": "#d9bf4b", "s6": "#8fd0f5", "s7": "#a99ff0", "s8": "#a6a6a6",
+    },
+}  # fmt: skip
 METRIC_HEADER = ("metric", "value", "95% interval", "note")
 SYNTHETIC = " (synthetic images)"  # behind every title above a number measured on such
 CLASS_HEADER = ("class", "images", "groups", "recall", "specificity", "AUC", "note")
@@ -270,4 +292,15 @@ _PAGES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_PAGES.filters |= {function.__name__: function for function in (percentage,)}
+_SORT = (files("hf_glovlm") / "templates" / "sort_tables.js").read_text(encoding="utf-8")
+_PAGES.globals |= {
+    "RESEARCH_USE": RESEARCH_USE,
+    "THEME": {
+        name: Markup("".join(f"--{part}:{colour};" for part, colour in colours.items()))
+        for name, colours in THEME.items()
+    },
+    # The one script that a page may run, by its digest.
+    "SORT_SCRIPT": Markup(_SORT),
+    "SORT_DIGEST": base64.b64encode(hashlib.sha256(_SORT.encode()).digest()).decode("ascii"),
+}
+_PAGES.filters |= {function.__name__: function for function in (interval, number, percentage)}

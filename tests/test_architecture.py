@@ -31,7 +31,7 @@ FLOORS = {
     },
     2: {"backbones", "calibration", "metrics", "settings", "tables"},
     3: {"data", "rendering"},
-    4: {"methods"},
+    4: {"charts", "methods"},
     5: {"inference"},
     6: {"explain", "publish", "training"},
     7: {"reports", "runs"},

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from ..rendering import render_page
 
-RESEARCH_USE = "Research use only, not for diagnosis"
 _SYSTEMS = {
     "oxford": "Oxford (IgA nephropathy)",
     "isn_rps": "ISN/RPS (lupus nephritis)",
@@ -74,7 +73,6 @@ def render_sheet(sheet: Mapping[str, Any], pictures: Sequence[Picture | None]) -
         ("Confirmed by a reader", [p for p in shown if p[0]["confirmed"]]),
     ]
     values = {
-        "RESEARCH_USE": RESEARCH_USE,
         "GRID": _GRID,
         "sheet": sheet,
         "system": _SYSTEMS.get(sheet["stated"]["system"], sheet["stated"]["system"]),
@@ -91,7 +89,7 @@ def render_index(contents: Mapping[str, Any]) -> str:
     Args:
         contents: Content of `sheets.json`.
     """
-    return render_page("biopsy_index.html.j2", {"RESEARCH_USE": RESEARCH_USE, **contents})
+    return render_page("biopsy_index.html.j2", dict(contents))
 
 
 class _Notes:
