@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import metrics as reference
 
+import hf_glovlm
 from hf_glovlm import metrics as m
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.metrics import differences, resamples
 from hf_glovlm.roc import is_counting_cheaper
 
 few_examples = settings(deadline=None, max_examples=25, derandomize=True)
@@ -110,6 +112,13 @@ def restated(y, p, cosines, names=tuple(m.METRICS)):
 
 def values(result):
     return {name: entry["value"] for name, entry in result["metrics"].items()}
+
+
+def test_every_metric_says_how_to_read_it():
+    for name, row in m.METRICS.items():
+        sentences = [part for part in row.reading.split(". ") if part]
+        assert 2 <= len(sentences) <= 5, name
+        assert row.reading.endswith("."), name
 
 
 # Values -----------------------------------------------------------------------------------------
@@ -213,7 +222,7 @@ def test_prior_threshold_and_json():
 def slow_resamples(y, p, cosines, groups, n_resamples, seed):
     """One resample after another, its rows really repeated; None where a class vanished."""
     ids, group = np.unique(groups, return_inverse=True)
-    weights = m._multiplicities(np.random.default_rng(seed), len(ids), n_resamples)
+    weights = resamples.multiplicities(np.random.default_rng(seed), len(ids), n_resamples)
     rows = []
     for times in weights.T.astype(int):
         take = np.repeat(np.arange(len(y)), times[group])
@@ -329,10 +338,10 @@ def test_a_weight_is_a_number_of_copies(seed):
     times = np.random.default_rng(seed).integers(1, 4, size=len(ids))
     functions = {name: row.function for name, row in m.METRICS.items()}
     sample = m.Sample(y, p, group, len(ids), cosines)
-    weighted = m._statistics(functions, sample, times[:, None].astype(float))
+    weighted = resamples.statistics(functions, sample, times[:, None].astype(float))
     copies = np.repeat(np.arange(len(y)), times[group])
     repeated = m.Sample(y[copies], p[copies], group[copies], len(ids), cosines[copies])
-    for name, value in m._statistics(functions, repeated, np.ones((len(ids), 1))).items():
+    for name, value in resamples.statistics(functions, repeated, np.ones((len(ids), 1))).items():
         np.testing.assert_allclose(weighted[name], value, atol=1e-12, err_msg=name)
 
 
@@ -373,7 +382,7 @@ def test_seed_decides_and_chunks_do_not(monkeypatch):
     first = m.compute_metrics(y, p, groups=groups, n_resamples=90, seed=1)
     assert first == m.compute_metrics(y, p, groups=groups, n_resamples=90, seed=1)
     assert first != m.compute_metrics(y, p, groups=groups, n_resamples=90, seed=2)
-    monkeypatch.setattr(m, "_CHUNK", 45 * 7)
+    monkeypatch.setattr(resamples, "_CHUNK", 45 * 7)
     chunked = m.compute_metrics(y, p, groups=groups, n_resamples=90, seed=1)
     for name, entry in first["metrics"].items():
         assert entry["ci95"] == pytest.approx(chunked["metrics"][name]["ci95"])
@@ -403,7 +412,7 @@ def test_resamples_that_lose_a_class_are_counted():
     y = (group == 0).astype(int)
     p = np.random.default_rng(0).dirichlet([1, 1], size=len(y))
     result = m.compute_metrics(y, p, groups=[str(g) for g in group], n_resamples=2000)
-    weights = m._multiplicities(np.random.default_rng(0), 12, 2000)
+    weights = resamples.multiplicities(np.random.default_rng(0), 12, 2000)
     lost = int((weights[0] == 0).sum())  # "0" sorts first
     assert lost / 2000 == pytest.approx((11 / 12) ** 12, abs=0.04)
     observed = result["metrics"]
@@ -447,8 +456,8 @@ def test_methods_compared_at_once_are_as_each_by_itself(monkeypatch):
     names = ("macro_auc", "balanced_accuracy", "brier")
     expected = {name: m.paired_differences(own, names, 60, 3) for name, own in methods.items()}
     samples = []
-    real = m.Sample
-    monkeypatch.setattr(m, "Sample", lambda *parts: samples.append(parts) or real(*parts))
+    real = differences.Sample
+    monkeypatch.setattr(differences, "Sample", lambda *parts: samples.append(parts) or real(*parts))
     together = m.compare_methods(methods, names, 60, 3)
     assert together == expected
     assert list(together) == list(methods)
@@ -462,8 +471,8 @@ def test_paired_differences_equal_a_double_loop(seed):
     result = m.paired_differences(runs, names, n_resamples=25, seed=seed)
     union = sorted({g for run in runs for g in run.groups})
     rng = np.random.default_rng(seed)
-    drawn = m._multiplicities(rng, len(runs), 25).astype(int)
-    weights = m._multiplicities(rng, len(union), 25).astype(int)
+    drawn = resamples.multiplicities(rng, len(runs), 25).astype(int)
+    weights = resamples.multiplicities(rng, len(union), 25).astype(int)
     means = {name: [] for name in names}
     left_out = dict.fromkeys(names, 0)
     for r in range(25):
@@ -718,7 +727,7 @@ def test_importing_metrics_is_light():
     code = (
         "import sys, types\n"
         "package = types.ModuleType('hf_glovlm')\n"  # in place of the package's own imports
-        f"package.__path__ = [{str(Path(m.__file__).parent)!r}]\n"
+        f"package.__path__ = [{str(Path(hf_glovlm.__file__).parent)!r}]\n"
         "sys.modules['hf_glovlm'] = package\n"
         "import hf_glovlm.metrics\n"
         "print(sorted({'torch', 'datasets', 'evaluate', 'sklearn', 'pandas'} & set(sys.modules)))"
@@ -740,9 +749,9 @@ def test_counted_wins_ranks_and_weights_drawn_anew_give_the_very_intervals(monke
     names.remove("ece")
     ways = []
     for counted, kept, few in ((True, 8_000_000, 300), (True, 8_000_000, 0), (False, 0, 0)):
-        monkeypatch.setattr(m, "is_counting_cheaper", lambda *sizes, way=counted: way)
-        monkeypatch.setattr(m, "_KEPT", kept)
-        monkeypatch.setattr(m, "FEW_IMAGES", few)
+        monkeypatch.setattr(resamples, "is_counting_cheaper", lambda *sizes, way=counted: way)
+        monkeypatch.setattr(differences, "_KEPT", kept)
+        monkeypatch.setattr(resamples, "FEW_IMAGES", few)
         whole = m.compute_metrics(y, p, groups=groups, similarities=cosines, n_resamples=200)
         ways.append((whole, m.paired_differences(runs, names, n_resamples=200)))
     assert ways[0] == ways[1] == ways[2]
