@@ -156,7 +156,7 @@ def test_the_report_shows_the_largest_groups(
     _, report = finished
     rows = report["sections"][0]["recall"]
     assert "largest of" not in render_report(report)
-    monkeypatch.setattr("hf_glovlm.runs.study.RECALL_ROWS", 3)
+    monkeypatch.setattr("hf_glovlm.runs.study_report.RECALL_ROWS", 3)
     report = report | {"sections": [report["sections"][0] | {"recall": [
         row | {"n": 1 + i} for i, row in enumerate(rows)
     ]}]}  # fmt: skip
