@@ -10,9 +10,16 @@ covers is measured by `lab.interval_bench`; docs/intervals.md has the table.
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import betaincinv, expit, logit, stdtrit
+from scipy.special import betaincinv, expit, logit, stdtr, stdtrit
 
-__all__ = ["LEVEL", "METHOD", "count_effective_groups", "fraction_interval", "mean_interval"]
+__all__ = [
+    "LEVEL",
+    "METHOD",
+    "count_effective_groups",
+    "fraction_interval",
+    "mean_interval",
+    "no_difference",
+]
 
 Floats = NDArray[np.float64]
 
@@ -101,3 +108,27 @@ def mean_interval(
     spread = float(np.std(np.asarray(resampled, np.float64)))
     half = float(stdtrit(groups - 1, 1 - _TAIL)) * spread * np.sqrt(groups / (groups - 1))
     return max(value - half, bounds[0]), min(value + half, bounds[1])
+
+
+def no_difference(value: float, resampled: ArrayLike, groups: float) -> float | None:
+    """Two-sided p-value of no difference, by the Student distribution of `mean_interval`.
+
+    It is below .05 where that interval excludes 0. Where groups do not differ at all, nothing is
+    known of their spread, and each counts as one that has the same sign: `2 / 2^n` (sign test).
+
+    Args:
+        value: The mean difference.
+        resampled: Differences under resampled groups, `[R]`, defined ones only.
+        groups: Effective number n of groups.
+
+    Returns:
+        The p-value; `None` of one group alone.
+    """
+    if groups <= 1 + 1e-9:
+        return None
+    if value == 0:
+        return 1.0
+    error = float(np.std(np.asarray(resampled, np.float64))) * np.sqrt(groups / (groups - 1))
+    if error <= _NO_SPREAD:
+        return float(2.0 ** (1 - groups))
+    return float(2 * stdtr(groups - 1, -abs(value) / error))

@@ -4,7 +4,13 @@ Every interval is made (by `intervals`) from a bootstrap that draws groups with 
 `resamples`; what a metric is stands in its row of `METRICS`.
 """
 
-from .differences import PairedRun, compare_methods, paired_differences, summarise_draws
+from .differences import (
+    PairedRun,
+    adjust_holm,
+    compare_methods,
+    paired_differences,
+    summarise_draws,
+)
 from .hub import evaluate_metric
 from .measuring import compute_metrics, compute_subgroups, recall_by_group
 from .resamples import Resamples, Sample, mean_of
@@ -16,6 +22,7 @@ __all__ = [
     "PairedRun",
     "Resamples",
     "Sample",
+    "adjust_holm",
     "compare_methods",
     "compute_metrics",
     "compute_subgroups",

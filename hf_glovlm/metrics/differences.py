@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .. import intervals
 from ..arrays import check_groups, check_predictions
 from ..errors import GloVLMError, nearest
 from .measuring import make_entry, note_few
@@ -62,8 +63,10 @@ def paired_differences(
     Returns:
         Per metric `value` (mean of b - a over draws), `ci95`, `note`, `n_groups`, `n_draws`,
         `undefined_resamples` (no drawn run was defined), `undefined_runs` (drawn runs left out of
-        a mean, over all resamples), and `verdict` on b: "better" or "worse" if the interval
-        excludes 0, else "not distinguishable with N <unit>".
+        a mean, over all resamples), `verdict` on b: "better" or "worse" if the interval excludes 0,
+        else "not distinguishable with N <unit>"; `p_value` of no difference (see
+        `intervals.no_difference`), not adjusted; `a` and `b`, the mean over draws of each alone
+        with its interval (`value`, `ci95`).
 
     Raises:
         GloVLMError: If there is no run, a draw comes twice, or an input is bad.
@@ -150,6 +153,8 @@ def _compare(
     drawn = multiplicities(rng, len(runs), n_resamples)
     points = np.empty((len(methods), len(metrics), len(runs)))
     total, defined = np.zeros((2, len(methods), len(metrics), n_resamples))
+    each = np.empty((1 + len(methods), len(metrics), len(runs)))  # of a, then of every b
+    each_total, each_defined = np.zeros((2, 1 + len(methods), len(metrics), n_resamples))
     most = max(len(labels) for labels, *_ in checked)
     # run by run, so that the tables of one are held at a time; all runs share the groups drawn
     draw = partial(resample_groups, len(union), n_resamples, most)
@@ -162,15 +167,35 @@ def _compare(
         of_a, *of_b = (Sample(y, p, group, len(own), None, n_resamples) for p in tables)
         for over_classes in (False, True):
             shares[int(over_classes), place] += of_a.shares(over_classes) / len(runs)
-        points[:, :, at] = _differences(of_a, of_b, metrics, np.ones((len(own), 1)))[:, :, 0]
+        each[:, :, at] = _values([of_a, *of_b], metrics, np.ones((len(own), 1)))[:, :, 0]
+        points[:, :, at] = each[1:, :, at] - each[0, :, at]
         for columns, weights in kept or draw(deepcopy(rng)):
             weights = weights if len(own) == len(union) else weights[place]
-            difference = _differences(of_a, of_b, metrics, weights)
-            undefined = np.isnan(difference)
-            times = np.where(undefined, 0, drawn[at, columns])
-            total[:, :, columns] += np.where(undefined, 0, difference) * times
-            defined[:, :, columns] += times
-    resampled = np.divide(total, defined, out=np.full_like(total, np.nan), where=defined > 0)
+            values, sums = _values([of_a, *of_b], metrics, weights), (each_total, each_defined)
+            for rows, (above, below) in (
+                (values[1:] - values[0], (total, defined)),
+                (values, sums),
+            ):
+                undefined = np.isnan(rows)
+                times = np.where(undefined, 0, drawn[at, columns])
+                above[:, :, columns] += np.where(undefined, 0, rows) * times
+                below[:, :, columns] += times
+    resampled, of_each = (
+        np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
+        for above, below in ((total, defined), (each_total, each_defined))
+    )
+
+    def alone(of: int, i: int, name: str) -> dict[str, Any]:
+        mean = summarise_draws(each[of, i].tolist())["mean"]
+        over, plain = METRICS[name].over_classes, METRICS[name].scale == "plain"
+        row = make_entry(
+            np.nan if mean is None else mean,
+            of_each[of, i],
+            shares[int(over)],
+            METRICS[name].bounds,
+            plain,
+        )
+        return {"value": row["value"], "ci95": row["ci95"]}
 
     def entry(of: int, i: int, name: str) -> dict[str, Any]:
         spread = summarise_draws(points[of, i].tolist())
@@ -186,6 +211,11 @@ def _compare(
             f"undefined in {lost} of {len(runs)} draws" if lost else "",
             note_few(len(union), held.sum(0).min()),
         )
+        p_value = None
+        if row["ci95"]:
+            groups = intervals.count_effective_groups(shares[int(METRICS[name].over_classes)])
+            drawn_values = resampled[of, i][~np.isnan(resampled[of, i])]
+            p_value = intervals.no_difference(row["value"], drawn_values, groups)
         low, high = row["ci95"] or (0, 0)
         verdict = f"not distinguishable with {len(union)} {unit}"
         if low > 0 or high < 0:
@@ -195,6 +225,9 @@ def _compare(
             "n_draws": len(runs),
             "undefined_runs": int(n_resamples * len(runs) - defined[of, i].sum()),
             "verdict": verdict,
+            "p_value": p_value,
+            "a": alone(0, i, name),
+            "b": alone(1 + of, i, name),
         }
 
     return [
@@ -229,11 +262,29 @@ def summarise_draws(values: Sequence[float | None]) -> dict[str, Any]:
     }
 
 
-def _differences(
-    of_a: Sample, of_b: Sequence[Sample], metrics: Sequence[str], weights: Floats
-) -> Floats:
-    """Metrics of each b minus those of a, `[b, metrics, R]`, under weightings `[G, R]`."""
+def adjust_holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """p-values adjusted for their number: Holm's step-down procedure.
+
+    Of those below .05 the chance that any at all is by chance is 5% at most, however the
+    comparisons depend on each other (Holm, Scand J Statist 1979;6:65).
+
+    Args:
+        p_values: Of all comparisons of a family; `None` where there is none, which does not count.
+
+    Returns:
+        At its place, each adjusted, 1 at most.
+    """
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, place) in enumerate(known):
+        largest = max(largest, min(1.0, (len(known) - rank) * p))
+        adjusted[place] = largest
+    return adjusted
+
+
+def _values(samples: Sequence[Sample], metrics: Sequence[str], weights: Floats) -> Floats:
+    """Metrics of each sample, `[samples, metrics, R]`, under weightings `[G, R]`."""
     functions = {name: METRICS[name].function for name in metrics}
-    rows = (statistics(functions, sample, weights).values() for sample in (of_a, *of_b))
-    values = np.stack([np.concatenate(list(row)) for row in rows])
-    return np.asarray(values[1:] - values[0])
+    rows = (statistics(functions, sample, weights).values() for sample in samples)
+    return np.stack([np.concatenate(list(row)) for row in rows])
