@@ -309,6 +309,16 @@ def _json_cell(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def as_text(value: Any) -> Any:
+    """A value as a cell of a CSV file that a spreadsheet may open.
+
+    A text that would be a formula there (it begins with `=`, `+`, `-`, `@`, a tab or a carriage
+    return, OWASP: CSV injection) is written behind an apostrophe; numbers stay numbers.
+    """
+    begins = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if begins else value
+
+
 def column_name(name: str) -> str:
     """Column name in one spelling: `Patient ID` and `patient-id` are `patient_id`."""
     return re.sub(r"[\s-]+", "_", normal_text(name)).casefold()

@@ -27,12 +27,28 @@ from ..files import (
     write_json,
 )
 from .config import TrainConfig
+from .feature_map import write_maps
 from .loading import Loader
-from .study_config import Cell, StudyConfig, StudyMethod, check_names
+from .study_config import (
+    Cell,
+    StudyConfig,
+    StudyGoal,
+    StudyMethod,
+    check_names,
+    short_name,
+)
 from .study_report import Outcome, no_collection, render_report, report_cells, write_report
 from .workflow import run
 
-__all__ = ["Cell", "StudyConfig", "StudyMethod", "render_report", "run_study", "write_report"]
+__all__ = [
+    "Cell",
+    "StudyConfig",
+    "StudyGoal",
+    "StudyMethod",
+    "render_report",
+    "run_study",
+    "write_report",
+]
 
 # Change no number.
 _INCIDENTAL = {"output_dir", "overwrite", "resume", "save_model", "cache", "device", "tracker"}
@@ -109,8 +125,14 @@ def _run_study(
     if todo:
         loader.data(todo[0][1])  # what is wrong with it is wrong for every cell
         write_json(output / "study.json", asdict(config))
+    failed = set[str]()
     for cell, error, seconds in _run_cells(todo, workers, loader, output / "cells"):
+        failed |= {cell.name} if error else set()
         notify(cell, "failed" if error else "done", error, seconds)
+    finished_of = {short_name(c.backbone): c for c in reversed(cells) if c.name not in failed}
+    write_maps(
+        output, {name: config.train_config(c, output) for name, c in finished_of.items()}, loader
+    )
     with no_collection():
         return report_cells(config, output, cells, finished)
 

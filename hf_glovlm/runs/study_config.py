@@ -13,11 +13,21 @@ from ..data.splits import EPISODES
 from ..errors import GloVLMError, nearest
 from ..files import is_plain_name, read_text
 from ..inference import resolve_device
+from ..metrics import METRICS
 from ..settings import Settings, read_values, setting, shown
 from .config import MINI, TrainConfig, choose_backbone
 
-__all__ = ["Cell", "StudyConfig", "StudyMethod", "check_names", "read_frozen", "short_name"]
+__all__ = [
+    "Cell",
+    "StudyConfig",
+    "StudyGoal",
+    "StudyMethod",
+    "check_names",
+    "read_frozen",
+    "short_name",
+]
 
+COMPARED = ("macro_auc", "balanced_accuracy")
 MOST_CELLS = 100_000
 RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
 _OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
@@ -40,6 +50,30 @@ class StudyMethod:
     method: str
     draws: tuple[int, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyGoal:
+    """Goal of a study: what a method shall reach, written before it is run.
+
+    Attributes:
+        method: A line of the report.
+        metric: A metric that is summarised; of those compared for a gain.
+        shots: Of which number of shots; of each if not given.
+        backbone: Of which backbone; of each if not given.
+        least: What its mean over draws shall be at least.
+        most: What it shall be at most.
+        gain: What its paired difference from the reference shall be at least, with an interval
+            that excludes 0.
+    """
+
+    method: str
+    metric: str = "macro_auc"
+    shots: int | None = None
+    backbone: str | None = None
+    least: float | None = None
+    most: float | None = None
+    gain: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +115,13 @@ class StudyConfig(Settings):
         "`seed`, `prompts`, ...), and `draws`, the number of label draws or a list of them.",
         group="Labels",
     )
+    goals: tuple[StudyGoal, ...] = setting(
+        (),
+        help="What shall be reached, each a mapping of `method`, `metric`, `shots`, `backbone` and "
+        "one of `least`, `most` or `gain` (over the reference); those missed are named first.",
+        group="Method",
+        form="a list of goals",
+    )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "StudyConfig":
@@ -90,7 +131,8 @@ class StudyConfig(Settings):
             values: `data`, `methods` (names, or mappings of `name`, a `label` for the report,
                 `draws` and fields of `TrainConfig`), `backbones`, `shots` (one or a list), `draws`
                 (a number or a list; by default all of the episodes file, else 10), `reference`,
-                and fields of `TrainConfig` for every cell.
+                `goals` (mappings of the fields of `StudyGoal`), and fields of `TrainConfig` for
+                every cell.
 
         Raises:
             GloVLMError: A key is unknown or missing, a value is wrong, a name comes twice.
@@ -121,8 +163,13 @@ class StudyConfig(Settings):
                 f"The reference '{reference}' is none of the methods {', '.join(names)}."
                 f"{nearest(reference, names)}"
             )
-        settings = _settings(own, {"data", "methods", "backbones", "shots", "draws", "reference"})
-        study = cls(data, lines, tuple(backbones), tuple(shots), reference, settings)
+        goals = tuple(
+            _read_goal(given, names, reference, shots, [short_name(str(b)) for b in backbones])
+            for given in _listed(own.pop("goals", None) or [])
+        )
+        known = {"data", "methods", "backbones", "shots", "draws", "reference", "goals"}
+        settings = _settings(own, known)
+        study = cls(data, lines, tuple(backbones), tuple(shots), reference, settings, goals)
         for device in {study.train_config(cell, "").device for cell in study.extremes()}:
             resolve_device(device)
         if not named:
@@ -225,6 +272,39 @@ def _read_method(given: Any, draws: Any, frozen: Mapping[int, Any]) -> StudyMeth
             f"{len(frozen)} draws, {min(frozen)} to {max(frozen)}."
         )
     return StudyMethod(str(name), method, tuple(chosen), _settings(line, {"label", "draws"}))
+
+
+def _read_goal(
+    given: Any,
+    methods: Sequence[str],
+    reference: str,
+    shots: Sequence[Any],
+    backbones: Sequence[str],
+) -> StudyGoal:
+    known = [f.name for f in fields(StudyGoal)]
+    if not isinstance(given, dict) or not {"method"} <= set(given) <= set(known):
+        raise GloVLMError(f"Expected a goal as a mapping of {', '.join(known)}; found {given!r}.")
+    bounds = [key for key in ("least", "most", "gain") if given.get(key) is not None]
+    numbers = all(type(given[key]) in (int, float) for key in bounds)
+    if len(bounds) != 1 or not numbers:
+        raise GloVLMError(
+            f"A goal has a number as one of 'least', 'most' and 'gain'; found {given!r}."
+        )
+    goal = StudyGoal(**given)
+    metrics = COMPARED if goal.gain is not None else [k for k, m in METRICS.items() if m.summarised]
+    for value, listed, what in (
+        (goal.method, methods, "method"),
+        (goal.metric, metrics, "metric"),
+        (goal.shots, [None, *shots], "shots"),
+        (goal.backbone, [None, *backbones], "backbone"),
+    ):
+        if value not in listed:
+            options = ", ".join(str(one) for one in listed if one is not None)
+            near = nearest(str(value), [str(one) for one in listed])
+            raise GloVLMError(f"A goal's {what} is one of {options}; found {value!r}.{near}")
+    if goal.gain is not None and goal.method == reference:
+        raise GloVLMError(f"A goal asks for a gain of '{reference}' over itself: name another.")
+    return goal
 
 
 def _settings(values: Mapping[str, Any], also: set[str]) -> dict[str, Any]:

@@ -27,13 +27,22 @@ from ..files import (
     write_text,
 )
 from ..inference import Predictions
-from ..metrics import METRICS, PairedRun, compare_methods, summarise_draws
+from ..metrics import METRICS, PairedRun, adjust_holm, compare_methods, summarise_draws
 from ..rendering import SYNTHETIC, extent, group_unit, render
-from .study_config import Cell, StudyConfig, StudyMethod, check_names, read_frozen, short_name
+from .feature_map import read_maps
+from .study_config import (
+    COMPARED,
+    Cell,
+    StudyConfig,
+    StudyMethod,
+    check_names,
+    read_frozen,
+    short_name,
+)
+from .study_tables import write_tables
 
 __all__ = ["Outcome", "no_collection", "render_report", "report_cells", "write_report"]
 
-COMPARED = ("macro_auc", "balanced_accuracy")
 SUMMARISED = tuple(name for name, row in METRICS.items() if row.summarised)
 RECALL_ROWS = 60  # of the table of groups in the report that people read
 _DATA = ("images", "labels", "groups", "columns")  # of what a cell is made from
@@ -98,8 +107,10 @@ def _kept_once(names: Sequence[str], before: Sequence[str] | None = None) -> Seq
 def _reported(results: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of `results.json` that a report is made from."""
     kept = ("name", "fingerprint", "group_column", "split_hash", "support", "notes")
+    sizes = {key: results.get(key) for key in ("n", "n_groups")}
     return {
         **{key: results[key] for key in ("synthetic", "threshold", "timing", "environment")},
+        **sizes,
         "notes": _kept_once(results["notes"]),
         "data": {key: results["data"][key] for key in kept},
         "metrics": {name: {"value": m.get("value")} for name, m in results["metrics"].items()},
@@ -134,7 +145,10 @@ def write_report(config: StudyConfig, output_dir: str | Path) -> dict[str, Any]:
     Returns:
         `data`, `reference`, `synthetic`, `unit`, `sections` (one for each backbone and number of
         shots: `methods` with `metrics`, `versus_reference` and `label_budget`; `recall`;
-        `recorded`), `failures`, `missing`, `notes`, `environment`.
+        `recorded`), `failures`, `missing`, `notes`, `environment`, `goals` (what was stated, and
+        what came of it), `comparisons` (how many there are of each metric), `cells` (each with its
+        values), `maps` (of the images' features, see `feature_map`). Beside it lie `cells` and
+        `summary` as CSV and parquet.
 
     Raises:
         GloVLMError: No cell is finished, cells were run on different data or weights, or one is
@@ -172,13 +186,14 @@ def report_cells(
     every = [outcome.results for _, outcome in outcomes]
     first = every[0]
     unit = group_unit(first["data"]["group_column"])
+    sections = [_section(config, *key, lines, unit) for key, lines in table.items()]
     report = {
         "kind": "study",
         "data": {k: first["data"][k] for k in ("name", "fingerprint", "group_column")},
         "reference": config.reference,
         "synthetic": any(r["synthetic"] for r in every),
         "unit": unit,
-        "sections": [_section(config, *key, lines, unit) for key, lines in table.items()],
+        "sections": sections,
         "failures": failures,
         "missing": missing,
         "notes": [
@@ -193,8 +208,13 @@ def report_cells(
             *first["data"]["notes"],
         ],
         "environment": first["environment"],
+        "goals": _judge(config, sections),
+        "comparisons": _adjust(sections),
+        "cells": [*_cells(outcomes)],
+        "maps": [{k: v for k, v in m.items() if k != "made_from"} for m in read_maps(output)],
     }
     write_json(output / "report.json", report)
+    write_tables(output, report)
     write_text(output / "report.md", render_report(report))
     return report
 
@@ -219,6 +239,7 @@ def _section(
     """Summary of all methods at one backbone and number of shots."""
     reference = lines.get(config.reference, {})
     compared = _compare(config, reference, lines, unit)
+    intervals = _intervals(config, lines, compared)
     methods = []
     for method in config.methods:
         runs = lines.get(method.name, {})
@@ -230,7 +251,10 @@ def _section(
             {
                 **asdict(method),
                 "draws": sorted(runs),
-                "metrics": {k: summarise_draws(v) for k, v in values.items()},
+                "metrics": {
+                    k: summarise_draws(v) | intervals[method.name].get(k, {})
+                    for k, v in values.items()
+                },
                 "versus_reference": compared.get(method.name),
                 "label_budget": _label_budget(method, results),
                 # Towers that were never trained together: class texts carry no information.
@@ -252,6 +276,100 @@ def _section(
     }
 
 
+def _bootstrap(config: StudyConfig) -> tuple[int, int]:
+    """Resamples and seed."""
+    return config.settings.get("n_resamples", 2000), config.settings.get("seed", 0)
+
+
+def _intervals(
+    config: StudyConfig, lines: Mapping[str, _Runs], compared: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Interval over groups crossed with draws of each method's mean, `{metric: {"ci95"}}`.
+
+    The comparison has computed it of all draws that it pairs; what is left is computed here.
+    """
+    sides: dict[str, Mapping[str, Any]] = {}
+    for name, of in compared.items():
+        for line, side in ((name, "b"), (config.reference, "a")):
+            if of["draws"] == sorted(lines[line]):
+                sides[line] = {k: row[side] for k, row in of["metrics"].items()}
+    alone = {
+        name: [
+            PairedRun(draw, one.labels, one.groups, one.probabilities, one.probabilities)
+            for draw, one in sorted(runs.items())
+        ]
+        for name, runs in lines.items()
+        if name not in sides
+    }
+    for name, runs in alone.items():
+        rows = compare_methods({name: runs}, COMPARED, *_bootstrap(config))[name]
+        sides[name] = {k: row["a"] for k, row in rows.items()}
+    return {
+        name: {k: {"ci95": row["ci95"]} for k, row in rows.items()} for name, rows in sides.items()
+    }
+
+
+def _adjust(sections: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Give every comparison its p-value by Holm; how many there are of each metric."""
+    versus = [
+        of for section in sections for m in section["methods"] if (of := m["versus_reference"])
+    ]
+    counts = {}
+    for of in versus:
+        of["p_holm"] = {}
+    for name in COMPARED:
+        values = [of["metrics"][name]["p_value"] for of in versus]
+        for of, p in zip(versus, adjust_holm(values), strict=True):
+            of["p_holm"][name] = p
+        counts[name] = len(values) - values.count(None)
+    return counts
+
+
+def _judge(config: StudyConfig, sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Goals with what came of them; not measured, as long as a cell of it is missing."""
+    rows = []
+    for goal in config.goals:
+        for section in sections:
+            place = (section["backbone"], section["shots"])
+            if goal.backbone not in (None, place[0]) or goal.shots not in (None, place[1]):
+                continue
+            line = next((m for m in section["methods"] if m["name"] == goal.method), None)
+            value, ci95, met = None, None, None
+            if line is not None and goal.gain is not None and line["versus_reference"]:
+                row = line["versus_reference"]["metrics"][goal.metric]
+                value, ci95 = row["value"], row["ci95"]
+                met = value is not None and value >= goal.gain and row["verdict"] == "better"
+            elif line is not None and goal.gain is None:
+                row = line["metrics"][goal.metric]
+                value, ci95 = row["mean"], row.get("ci95")
+                if value is not None:
+                    met = goal.least is None or value >= goal.least
+                    met = met and (goal.most is None or value <= goal.most)
+            names = {"backbone": place[0], "shots": place[1]}
+            rows.append({**asdict(goal), **names, "value": value, "ci95": ci95, "met": met})
+    return rows
+
+
+def _cells(outcomes: Sequence[tuple[Cell, Outcome]]) -> Iterator[dict[str, Any]]:
+    """Every finished cell with its values."""
+    for cell, outcome in outcomes:
+        results = outcome.results
+        timing, support = results["timing"], results["data"]["support"]
+        yield {
+            "backbone": short_name(cell.backbone),
+            "method": cell.method.name,
+            "shots": cell.shots,
+            "draw": cell.draw,
+            "images": results["n"],
+            "groups": results["n_groups"],
+            "labels": 0 if cell.method.method == "zero_shot" else support["label_budget"],
+            "trainable_parameters": results["training"]["trainable_parameters"],
+            "seconds": timing["total"],
+            "peak_memory_mib": timing["peak_memory_mib"],
+            "metrics": {name: of["value"] for name, of in results["metrics"].items()},
+        }
+
+
 def _compare(
     config: StudyConfig, reference: _Runs, lines: Mapping[str, _Runs], unit: str
 ) -> dict[str, dict[str, Any]]:
@@ -264,8 +382,7 @@ def _compare(
             if same and a.file_names == b.file_names and a.class_names == b.class_names:
                 run = PairedRun(draw, a.labels, a.groups, a.probabilities, b.probabilities)
                 pairs.setdefault(name, []).append(run)
-    n, seed = (config.settings.get(k, d) for k, d in (("n_resamples", 2000), ("seed", 0)))
-    differences = compare_methods(pairs, COMPARED, n, seed, unit=unit)
+    differences = compare_methods(pairs, COMPARED, *_bootstrap(config), unit=unit)
     return {
         name: {"draws": [run.draw for run in runs], "metrics": differences[name]}
         for name, runs in pairs.items()
