@@ -14,9 +14,6 @@ from ..methods import get_method
 from .config import MINI, TrainConfig
 from .loading import Loader, task_classes
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["map_features", "project", "read_maps", "write_maps"]
 
 FILE = "maps.json"
