@@ -55,6 +55,7 @@ _MODULES = {  # public names, by the module that holds them; for type checkers i
     "publish.onnx_graph": ("export_model",),
     "publish.upload": ("push",),
     "runs": ("RunResult", "TrainConfig", "run"),
+    "runs.comparison": ("compare_runs",),
     "runs.cross_validation": ("frozen_methods", "leave_patients_out"),
     "runs.evaluation": ("evaluate",),
     "runs.study": ("StudyConfig", "run_study"),

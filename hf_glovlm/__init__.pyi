@@ -46,6 +46,7 @@ from .publish.upload import push as push
 from .runs import RunResult as RunResult
 from .runs import TrainConfig as TrainConfig
 from .runs import run as run
+from .runs.comparison import compare_runs as compare_runs
 from .runs.cross_validation import frozen_methods as frozen_methods
 from .runs.cross_validation import leave_patients_out as leave_patients_out
 from .runs.evaluation import evaluate as evaluate
@@ -86,6 +87,7 @@ __all__ = [
     "check_identifiers",
     "check_publishing",
     "classify_slides",
+    "compare_runs",
     "compute_metrics",
     "copy_sharing_weights",
     "describe_classes",

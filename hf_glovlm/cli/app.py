@@ -25,6 +25,7 @@ from ..runs.config import TrainConfig
 from ..settings import SEEDS, read_yaml
 from .benches import LISTED, bench
 from .biopsy import sheet
+from .comparisons import compare
 from .console import (
     INTERRUPTED,
     TERMINATED,
@@ -324,6 +325,7 @@ def study(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare methods, paired, over label draws. Exit code 1 if a cell failed."""
+    from ..reports.study import write_study
     from ..runs.study import StudyConfig, render_report, run_study
 
     def report_cell(kind: str, what: Mapping[str, Any]) -> None:
@@ -337,12 +339,13 @@ def study(
         print_json(report)
     else:
         typer.echo(render_report(report))
-    note(f"the report and its cells are in {output_dir}")
+    note(f"the report and its cells are in {output_dir}; as a page: {write_study(output_dir)}")
     if report["failures"]:
         raise typer.Exit(1)
 
 
 ELSEWHERE: list[Callable[..., None]] = [
+    compare,
     slide,
     correct,
     sheet,

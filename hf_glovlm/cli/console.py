@@ -32,7 +32,7 @@ def check_output(path: Path | None, kind: str, inputs: Iterable[str | Path] = ()
 
     Args:
         path: The file, if one is to be written.
-        kind: `results`, `predictions` (parquet), `table` (CSV of predictions) or `bench`.
+        kind: `results`, `predictions` (parquet), `table` (CSV of predictions), `bench` or `page`.
         inputs: What the command reads, and its other outputs.
     """
     from ..files import check_target
@@ -80,12 +80,17 @@ def _is_bench(path: Path) -> bool:
     return bool(read_json(path).get("kind") == "bench")
 
 
+def _is_page(path: Path) -> bool:
+    return b"Made by hf-glovlm from results alone" in path.read_bytes()[-20_000:]
+
+
 _OF_A_RUN = ("results.json", "predictions.parquet", "episodes.json", "log.jsonl", "config.yaml")
 _OUTPUTS = {
     "results": ("results of `glovlm evaluate`", _is_evaluation),
     "predictions": ("predictions of `glovlm evaluate`", _is_predictions),
     "table": ("a table of `glovlm predict`", _is_table),
     "bench": ("the JSON of `glovlm bench`", _is_bench),
+    "page": ("a page of `glovlm compare`", _is_page),
 }
 
 

@@ -341,7 +341,7 @@ def _spread(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return ""
     if row["mean"] is None or row["sd"] is None:
-        return number(row["mean"])
+        return _measured(row)
     return Markup("{}<br><small>spread {}</small>").format(_measured(row), number(row["sd"]))
 
 

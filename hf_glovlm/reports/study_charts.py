@@ -172,7 +172,7 @@ def draw_cost(sections: Sequence[Section], metric: str, cost: str, place: str) -
                 value = _value(m, metric)
                 if m["name"] == name and value is not None:
                     spent = m["label_budget"]["labels"][1] if cost == "labels" else m[cost]
-                    least = 1e-3 if cost == "median_seconds" else 1  # the axis is logarithmic
+                    least = 1e-3 if cost == "median_seconds" else 1  # the axis may be logarithmic
                     bounds = m["metrics"][metric].get("ci95") or (value, value)
                     points.append((max(spent, least), value, *bounds))
         if points:
@@ -183,6 +183,7 @@ def draw_cost(sections: Sequence[Section], metric: str, cost: str, place: str) -
     if not groups:
         return None
     title = METRICS[metric].title
+    every = [value for one in groups for value in one.x]
     at = "" if cost == "labels" else f" at {_labels(sections[-1]['shots'])}"
     return draw_points(
         groups,
@@ -190,7 +191,7 @@ def draw_cost(sections: Sequence[Section], metric: str, cost: str, place: str) -
         alt=f"{label} and {title}: " + "; ".join(said),
         x_label=label,
         y_label=title,
-        log_x=True,
+        log_x=max(every) > 20 * min(every),
     )
 
 

@@ -40,7 +40,8 @@ READING = {
     "cost": (
         "Up is better, left is cheaper. A method right of and below another is not worth its cost "
         "here. Seconds depend on the machine and on what was kept in the cache of features; "
-        "trainable parameters do not. The axis is logarithmic, so what costs nothing stands at 1."
+        "trainable parameters do not. What costs nothing stands at 1, since the axis may be "
+        "logarithmic."
     ),
     "map": (
         "Each point is an image, as the backbone sees it before any adaptation, along the two "
@@ -76,5 +77,11 @@ READING = {
         "difference is the second run's value less the first's; its interval comes from drawing "
         "whole patients again and again. Where it crosses 0, these patients cannot tell the two "
         "apart."
+    ),
+    "right": (
+        "Images that one of both names right, and the other wrong, are all that two runs differ in "
+        "where the first class counts. If both numbers are small, so is the difference, whatever "
+        "its p-value. No p-value is computed from these counts, since the images of one patient "
+        "are not independent."
     ),
 }
