@@ -387,7 +387,8 @@ def _controls(report: Mapping[str, Any], names: Iterable[str]) -> list[dict[str,
         ]
         chart = charts.draw_controls(one, section, report["reference"])
         caption = f"Controls, {one['backbone']}, {one['shots']} labels a class"
-        shown.append({"chart": chart, "rows": rows, "caption": caption, "draws": one["n_draws"]})
+        note = without_names(one.get("note", ""), names)
+        shown.append({"chart": chart, "rows": rows, "caption": caption, "note": note})
     return shown
 
 
