@@ -2,7 +2,8 @@
 
 Everything that asks the same of an image takes it from here: the hashes of its content (of a data
 set's fingerprint, of stored features), whether it can be read, its size and outline, the hash of
-its pixels, and the perceptual hash and thumbnail by which near duplicates are known.
+its pixels, the perceptual hash and thumbnail by which near duplicates are known, and the statistics
+of its file.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from PIL import __version__ as pillow
 from ..errors import GloVLMError
 from ..files import digest_value
 from .columns import LOOK
+from .file_statistics import IN_FILES, measure_file
 from .folder import (
     ImageValue,
     column,
@@ -36,7 +38,7 @@ from .outlines import STRUCTURES, UNSEEN, UNSTATED, masks_of, outline_in
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 1  # raise it when the same content gives something else
+_VERSION = 2  # raise it when the same content gives something else
 _ROWS = 2048  # looks are stored at least this often
 _SIDE = 16  # of a thumbnail, in pixels
 _OUTLINES = (None, UNSTATED, *STRUCTURES, UNSEEN)
@@ -47,6 +49,7 @@ _SEEN = np.dtype(  # what decoding says of an image, as it is stored
         ("thumbnail", "u1", (3 * _SIDE * _SIDE,)),
         ("size", "<u4", (2,)),
         ("outline", "u1"),
+        ("statistics", "<f4", (len(IN_FILES),)),
     ]
 )
 
@@ -126,6 +129,13 @@ class Looks:
         """Hash of each image's pixels, see `hashes`; `None` where it was not decoded."""
         seen = (row.seen for row in self._rows)
         return [None if one is None else one["pixels"].tobytes().hex() for one in seen]
+
+    @cached_property
+    def statistics(self) -> NDArray[np.float64]:
+        """Statistics of each image's file, see `file_statistics`: NaN where it was not decoded."""
+        none = np.full(len(IN_FILES), np.nan, np.float32)
+        each = [none if row.seen is None else row.seen["statistics"] for row in self._rows]
+        return np.array(each, np.float64).reshape(len(each), len(IN_FILES))
 
     @cached_property
     def hashes(self) -> list[tuple[str, str]]:
@@ -270,7 +280,7 @@ def _look_at(
         return _Look(error=str(error))
 
 
-def _decode(value: ImageValue, mask: ImageValue | None) -> NDArray[Any]:
+def _decode(value: Mapping[str, Any], mask: ImageValue | None) -> NDArray[Any]:
     """What decoding an image and its mask says: a row of `_SEEN`."""
     image, name = decode_image(value), image_name(value)
     picture = open_decoded(image, name)
@@ -280,6 +290,7 @@ def _decode(value: ImageValue, mask: ImageValue | None) -> NDArray[Any]:
     seen: NDArray[Any] = np.zeros((), _SEEN)
     seen["pixels"], seen["code"], seen["thumbnail"] = pixels, _perceptual_hash(picture), thumbnail
     seen["size"], seen["outline"] = picture.size, _OUTLINES.index(outline)
+    seen["statistics"] = measure_file(read_content(value), picture)
     return seen
 
 
