@@ -1,7 +1,8 @@
 """Data set checks before any training: labels, groups, duplicates, readable images."""
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,24 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
+@dataclass(frozen=True)
+class Problem:
+    """Problem of a data set.
+
+    Attributes:
+        kind: `classes`, `unreadable`, `spelling`, `split`, `label_conflict`, `across_groups` or
+            `drawing`.
+        sentence: What is wrong and what to do, with names of files or patients.
+        plain: The same without such names, for what leaves the house.
+        rows: Rows that it is about, in lists of those that belong together.
+    """
+
+    kind: str
+    sentence: str
+    plain: str
+    rows: Sequence[Sequence[int]] = ()
+
+
 @dataclass
 class DataReport:
     """Report of `check_dataset`.
@@ -38,7 +57,9 @@ class DataReport:
         groups: Groups per split.
         groups_per_class: Groups that hold a class.
         problems: Errors that must be mended before any training, one sentence each.
+        details: The problems with their kinds, in the same order.
         notes: Remarks, one sentence each.
+        plain_notes: The notes without names of files.
         duplicates: File names of images with the same pixels, one list for each.
         left_out: Number of files and rows that were not read, by kind.
         fingerprint: See `dataset_fingerprint`; None if a file could not be read.
@@ -59,13 +80,29 @@ class DataReport:
     left_out: dict[str, int] = field(default_factory=dict)
     fingerprint: str | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    details: list[Problem] = field(default_factory=list, repr=False)
+    plain_notes: list[str] = field(default_factory=list, repr=False)
     grouping: Groups | None = field(default=None, repr=False)
     looks: Looks = field(default_factory=Looks, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable dictionary, without what is known of single rows."""
-        names = [entry.name for entry in fields(self) if entry.name not in ("grouping", "looks")]
+        own = ("grouping", "looks", "details", "plain_notes")
+        names = [entry.name for entry in fields(self) if entry.name not in own]
         return {name: getattr(self, name) for name in names}
+
+    def add_problem(
+        self, kind: str, sentence: str, plain: str = "", rows: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """Add a problem, see `Problem`; without names in it, its sentence is plain already."""
+        self.problems.append(sentence)
+        self.details.append(Problem(kind, sentence, plain or sentence, rows))
+
+    def add_notes(self, notes: Iterable[str], plain: Iterable[str] | None = None) -> None:
+        """Add remarks; `plain` are the same without names of files."""
+        kept = [*notes]
+        self.notes += kept
+        self.plain_notes += kept if plain is None else plain
 
     def raise_problems(self) -> None:
         """Raise the first problem, if there is one.
@@ -122,18 +159,22 @@ def check_dataset(
     )
     reading = describe_reading(ds)
     report.left_out = reading.left_out
-    report.notes += [f"{note}." for note in reading.in_full]
-    report.notes += contradictions(rows)
+    report.add_notes((f"{n}." for n in reading.in_full), (f"{n}." for n in reading.notes))
+    report.add_notes(contradictions(rows))
     if len(set(labels)) < 2:
-        report.problems.append(
+        report.add_problem(
+            "classes",
             f"expected images of at least two classes, found one ({', '.join(names)}); add another "
-            "class, or give the folder one level deeper if the classes lie there."
+            "class, or give the folder one level deeper if the classes lie there.",
         )
     looks = report.looks = look_at(rows, decode=decode, store=cache, before=before)
     broken = looks.errors
-    if len(broken) > 3:
-        broken[3:] = [f"{len(broken) - 3} more images cannot be read."]
-    report.problems += broken
+    n_broken = len(broken)
+    if n_broken > 3:
+        broken[3:] = [f"{n_broken - 3} more images cannot be read."]
+    for sentence in broken:
+        plain = "1 image cannot be read" if n_broken == 1 else f"{n_broken} images cannot be read"
+        report.add_problem("unreadable", sentence, f"{plain}; replace or remove what is damaged.")
     contents = looks.contents
     if all(contents):
         pairs = [(c, names[k]) for c, k in zip(contents, labels, strict=True) if c]
@@ -143,11 +184,11 @@ def check_dataset(
             report.digests["masks"] = digest_value([files, looks.mask_contents])
     groups = None
     if broken or not (decode or any(name in rows.column_names for name in GROUP_COLUMNS)):
-        report.notes.append("groups were not determined, since the images were not all decoded.")
+        report.add_notes(["groups were not determined, since the images were not all decoded."])
     else:
         groups = report.grouping = group_rows(rows, looks=looks)
         report.group_column = groups.column
-        report.notes.append(groups.note + ".")
+        report.add_notes([groups.note + "."])
         _compare_spellings(report, rows, groups)
         _compare_sides(report, sides, labels, groups)
     same = [pixels or content for pixels, content in zip(looks.pixels, contents, strict=True)]
@@ -157,7 +198,10 @@ def check_dataset(
             load_classes(names, source=source)
             draw_episode(rows, groups=groups, **drawing)
         except GloVLMError as error:
-            report.problems.append(f"`glovlm train` would refuse these data: {error}")
+            sentence = f"`glovlm train` would refuse these data: {error}"
+            named = groups is not None and {*groups.ids} & {*re.split(r"[\s(),;']+", str(error))}
+            plain = "`glovlm train` would refuse these data; `glovlm data check` says why."
+            report.add_problem("drawing", sentence, plain if named else "")
     return report
 
 
@@ -182,9 +226,10 @@ def _digest_rows(
 def _compare_spellings(report: DataReport, rows: "Dataset", groups: Groups) -> None:
     """Classes, and ids that make other groups, in more than one spelling."""
     for written in differing_spellings(report.classes):
-        report.problems.append(
+        report.add_problem(
+            "spelling",
             f"the classes {in_quotes(written)} differ in spelling only; give every image of them "
-            "one label (the name of the class folder, or the column label)."
+            "one label (the name of the class folder, or the column label).",
         )
     ranks = list(GROUP_COLUMNS)
     lower = ranks[ranks.index(groups.column) + 1 :] if groups.column in ranks else []
@@ -206,9 +251,11 @@ def _compare_spellings(report: DataReport, rows: "Dataset", groups: Groups) -> N
         ]
         if apart:
             more = f" ({len(apart) - 1} more like these)" if len(apart) > 1 else ""
-            report.problems.append(
-                f"the values {in_quotes(apart[0])} of {name} differ in spelling only{more}, so one "
-                "patient could be in training and test; write each id in one way."
+            what = f"differ in spelling only{more}, so one patient could be in training and test"
+            report.add_problem(
+                "spelling",
+                f"the values {in_quotes(apart[0])} of {name} {what}; write each id in one way.",
+                f"values of {name} {what}; write each id in one way.",
             )
 
 
@@ -224,20 +271,30 @@ def _compare_sides(report: DataReport, sides: list[str], labels: list[int], grou
     if len(members) == 1:
         alone = [name for name, n in report.groups_per_class.items() if n == 1]
         if alone:
-            report.notes.append(
-                f"classes that lie in one group only cannot be in both training and test: "
-                f"{', '.join(alone)}."
+            report.add_notes(
+                [
+                    "classes that lie in one group only cannot be in both training and test: "
+                    f"{', '.join(alone)}."
+                ]
             )
         return
     try:
         assert_disjoint(groups.ids, **members)
     except GloVLMError as error:
-        report.problems.append(str(error))
+        of = Counter(group for rows in members.values() for group in {groups.ids[r] for r in rows})
+        shared = sum(n > 1 for n in of.values())
+        report.add_problem(
+            "split",
+            str(error),
+            f"{shared} {'group stands' if shared == 1 else 'groups stand'} on two sides of the given "
+            "split; a patient or slide may stand on one side only: correct the split.",
+        )
     for name in report.classes:
         if report.counts["test"][name] and not report.counts["train"][name]:
-            report.problems.append(
+            report.add_problem(
+                "split",
                 f"class {name} has {report.counts['test'][name]} test images and none to train "
-                "on; add some to train or leave the class out."
+                "on; add some to train or leave the class out.",
             )
 
 
@@ -267,16 +324,25 @@ def _compare_duplicates(
         return ", ".join(files[row] for row in rows[:3])
 
     if relabelled:
-        report.problems.append(
-            f"{len(relabelled)} images have different labels (for instance "
-            f"{example(relabelled[0])}, the same pixels); keep the right one."
+        what, do = f"{len(relabelled)} images have different labels", "keep the right one."
+        report.add_problem(
+            "label_conflict",
+            f"{what} (for instance {example(relabelled[0])}, the same pixels); {do}",
+            f"{what} in copies with the same pixels; {do}",
+            relabelled,
         )
     if apart and groups is not None:
-        report.problems.append(
-            f"{len(apart)} images are in several groups (for instance {example(apart[0])}, the "
-            "same pixels), so a copy could be in training and test; delete the copies or correct "
+        what = f"{len(apart)} images are in several groups"
+        do = (
+            "so a copy could be in training and test; delete the copies or correct "
             f"{groups.column}."
+        )
+        report.add_problem(
+            "across_groups",
+            f"{what} (for instance {example(apart[0])}, the same pixels), {do}",
+            f"{what}, as copies with the same pixels, {do}",
+            apart,
         )
     within = len(copies) - len(relabelled) - len(apart)
     if within:
-        report.notes.append(f"{within} images are there more than once within a group.")
+        report.add_notes([f"{within} images are there more than once within a group."])

@@ -115,6 +115,15 @@ class Looks:
         return all(row.seen is not None for row in self._rows)
 
     @property
+    def readable(self) -> list[int]:
+        """Rows whose image was decoded, now or before."""
+        return [i for i, row in enumerate(self._rows) if row.seen is not None]
+
+    def select(self, rows: Sequence[int]) -> "Looks":
+        """Looks at some rows."""
+        return Looks([self._rows[row] for row in rows])
+
+    @property
     def contents(self) -> list[str | None]:
         """SHA-256 of each image's file in hexadecimal digits; `None` where it cannot be read."""
         return [None if row.image is None else row.image.content for row in self._rows]
