@@ -41,9 +41,9 @@ from .console import (
     print_rows,
     print_table,
     show_progress,
-    synthetic_mark,
     until_terminated,
 )
+from .data import data_app
 from .finder import find_app
 from .options import (
     BatchFlag,
@@ -60,15 +60,12 @@ from .options import (
     ScaleFlag,
     StainFlag,
     Text,
-    Whole,
     options_of,
-    read_shots,
 )
 from .publish import card, explain, explain_check, export, push
 from .slides import caption, correct, crops, get, mil, slide
 
 app = typer.Typer()
-data_app = typer.Typer(help="Look at labelled images.")
 cache_app = typer.Typer(help="Stored features of images; they come from patients' images.")
 backbones_app = typer.Typer(help="The known backbones; any CLIP, SigLIP or pair serves as well.")
 app.add_typer(data_app, name="data")
@@ -494,56 +491,6 @@ def datasets(as_json: JsonFlag = False) -> None:
     for row in rows:
         row["labels"] = len(row["classes"])
     print_rows("Data sets", rows, ("name", "title", "kind", "labels", "licence"), as_json)
-
-
-@data_app.command("check")
-def check(
-    data: Annotated[str, Argument(help="Folder of images, table, or Hub id.")],
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    group_column: GroupColumn = None,
-    group_from: GroupFrom = None,
-    shots: Annotated[Text, Option(help="As for train. (8)")] = None,
-    seed: Annotated[Whole, Option(min=0, max=SEEDS, help="As for train. (0)")] = None,
-    draw: Annotated[Whole, Option(min=0, help="As for train. (0)")] = None,
-    allow_fewer: Annotated[bool, Option(help="As for train.")] = False,
-    validation_shots: Annotated[Whole, Option(min=0, help="As for train. (0)")] = None,
-    calibration_groups: Annotated[Whole, Option(min=0, help="As for train. (0)")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Read every image, look for leaks, draw as train would. Exit code 1 where that is refused."""
-    from ..data import Columns, check_dataset, describe_reading, load_dataset
-    from ..inference import FeatureCache
-    from ..runs.config import DRAWING
-    from ..settings import declarations
-
-    columns = Columns(
-        image_column=image_column,
-        label_column=label_column,
-        group_column=group_column,
-        group_from=group_from,
-    )
-    given = {"seed": seed, "draw": draw, "allow_fewer": allow_fewer, "shots": read_shots(shots)}
-    given |= {"validation_shots": validation_shots, "calibration_groups": calibration_groups}
-    table = declarations(TrainConfig)
-    drawing = {name: table[name].default for name in DRAWING}
-    drawing |= {name: table[name].read(v) for name, v in given.items() if v is not None}
-    loaded = load_dataset(data, columns=columns)
-    report = check_dataset(loaded, drawing=drawing, source=data, cache=FeatureCache())
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        groups = {split: str(report.groups.get(split, "")) for split in report.counts}
-        rows = [[x, *map(str, of.values()), groups[x]] for x, of in report.counts.items()]
-        header = ["split", *report.classes, "groups"]
-        print_table(f"Images{synthetic_mark(data)}", header, rows)
-        logged = {f"{sentence}." for sentence in describe_reading(loaded).in_full}
-        notes = [sentence for sentence in report.notes if sentence not in logged]
-        for sentence in [*notes, *(f"problem: {problem}" for problem in report.problems)]:
-            note(sentence)
-    if report.problems:
-        raise typer.Exit(1)
-    note("no problem was found")
 
 
 @cache_app.callback(invoke_without_command=True)

@@ -74,6 +74,16 @@ def _is_table(path: Path) -> bool:
     return first_line(path).startswith("file_name,predicted,p_")
 
 
+def _is_audit(path: Path) -> bool:
+    return "<title>Data audit</title>" in path.read_text(encoding="utf-8")[:100_000]
+
+
+def _is_audit_facts(path: Path) -> bool:
+    from ..files import read_json
+
+    return bool(read_json(path).get("kind") == "data_audit")
+
+
 def _is_bench(path: Path) -> bool:
     from ..files import read_json
 
@@ -89,6 +99,8 @@ _OUTPUTS = {
     "results": ("results of `glovlm evaluate`", _is_evaluation),
     "predictions": ("predictions of `glovlm evaluate`", _is_predictions),
     "table": ("a table of `glovlm predict`", _is_table),
+    "audit": ("a page of `glovlm data check`", _is_audit),
+    "audit_facts": ("the numbers of a data audit", _is_audit_facts),
     "bench": ("the JSON of `glovlm bench`", _is_bench),
     "page": ("a page of `glovlm compare`", _is_page),
 }

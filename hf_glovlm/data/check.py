@@ -286,8 +286,8 @@ def _compare_sides(report: DataReport, sides: list[str], labels: list[int], grou
         report.add_problem(
             "split",
             str(error),
-            f"{shared} {'group stands' if shared == 1 else 'groups stand'} on two sides of the given "
-            "split; a patient or slide may stand on one side only: correct the split.",
+            f"{shared} {'group stands' if shared == 1 else 'groups stand'} on two sides of the "
+            "given split; a patient or slide may stand on one side only: correct the split.",
         )
     for name in report.classes:
         if report.counts["test"][name] and not report.counts["train"][name]:

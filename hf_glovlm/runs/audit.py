@@ -124,9 +124,7 @@ def _problems(report: DataReport) -> list[dict[str, str]]:
 # ------------------------------------------------------------------------------------- counting
 
 
-def _classes(
-    names: Sequence[str], labels: NDArray[Any], ids: NDArray[Any]
-) -> list[dict[str, Any]]:
+def _classes(names: Sequence[str], labels: NDArray[Any], ids: NDArray[Any]) -> list[dict[str, Any]]:
     """Images and groups of each class, and what its largest group holds."""
     classes = []
     for k, name in enumerate(names):
@@ -161,9 +159,14 @@ def _cross(
     counts = np.zeros((len(names), len(shown) + 1), int)
     np.add.at(counts, (labels, of), 1)
     stated = [*shown, "not stated"] if counts[:, -1].any() else shown
+
+    def largest(k: int, j: int) -> int:
+        return max(Counter(ids[(labels == k) & (of == j)].tolist()).values(), default=0)
+
     return {
         "names": stated,
         "images": counts[:, : len(stated)].tolist(),
+        "largest_group": [[largest(k, j) for j in range(len(stated))] for k in range(len(names))],
         "groups": [len({*ids[of == j].tolist()}) for j in range(len(stated))],
     }
 
@@ -322,14 +325,14 @@ def _advise(facts: Mapping[str, Any], origins: Mapping[str, Sequence[str | None]
             "smallest: read balanced accuracy and the classes' own rows, not accuracy."
         )
     for name, of in facts["origins"].items():
-        advice += _advise_origin(name, of, classes)
+        advice += _advise_origin(name, of, classes, one)
     if {"stain", "institution"} <= {*origins}:
         advice += _advise_aliased(origins["stain"], origins["institution"])
     return advice
 
 
 def _advise_origin(
-    name: str, of: Mapping[str, Any], classes: Sequence[Mapping[str, Any]]
+    name: str, of: Mapping[str, Any], classes: Sequence[Mapping[str, Any]], one: str
 ) -> list[str]:
     """Where a class lies in one stain (institution, scanner) only, or an origin in few groups."""
     counts = np.array(of["images"])
@@ -343,6 +346,13 @@ def _advise_origin(
                 f"Every image of class {row['name']} is of {name} {of['names'][held[0]]}: a model "
                 f"may learn the {name} in place of the class."
             )
+        for j in held if len(held) > 1 else ():
+            n, largest = of["images"][k][j], of["largest_group"][k][j]
+            if n >= EXAMPLES and largest >= MOST * n and row["largest_share"] < MOST:
+                advice.append(
+                    f"One {one} holds {largest} of the {n} images of class {row['name']} whose "
+                    f"{name} is {of['names'][j]}: what holds for that {name} is that {one}'s."
+                )
     return advice
 
 

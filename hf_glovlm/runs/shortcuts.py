@@ -217,7 +217,9 @@ def _pairs(
     def measure(a: int, b: int, of: Floats, n: int) -> dict[str, Any]:
         rows = np.isin(labels, (a, b))
         pair = [names[a], names[b]]
-        entry = _measure((labels[rows] == b).astype(int), of[rows][:, [a, b]], groups[rows], pair, n)
+        entry = _measure(
+            (labels[rows] == b).astype(int), of[rows][:, [a, b]], groups[rows], pair, n
+        )
         return {"value": entry["value"], "ci95": entry["ci95"]}
 
     pairs = [(a, b) for a, b in combinations(range(len(names)), 2)]
