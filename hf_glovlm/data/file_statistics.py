@@ -204,15 +204,14 @@ def _frame(grey: NDArray[np.uint8]) -> dict[str, float]:
     drops out of it.
     """
     width = max(round(_FRAME * min(grey.shape)), _LEAST_FRAME)
-    sides = [grey[:width], grey[-width:], grey[:, :width].T, grey[:, -width:].T]
-    sides = [side.astype(np.float32) for side in sides if side.shape[1] > _LEAST_FRAME]
+    cut = [grey[:width], grey[-width:], grey[:, :width].T, grey[:, -width:].T]
+    sides = [side.astype(np.float32) for side in cut if side.shape[1] > _LEAST_FRAME]
+    names = ("sharpness_1", "sharpness_2", "texture_4", "texture_8")
     if not sides:
-        names = ("blockiness", "sharpness_1", "sharpness_2", "texture_4", "texture_8")
-        return dict.fromkeys(names, math.nan)
+        return dict.fromkeys(("blockiness", *names), math.nan)
     lags = (1, 2, 4, 8, 16)
     at = [np.mean([np.square(s[:, n:] - s[:, :-n]).mean() for s in sides]) for n in lags]
     ratios = -np.diff(np.log(np.array(at) + _FLAT))
-    names = ("sharpness_1", "sharpness_2", "texture_4", "texture_8")
     return {"blockiness": _blockiness(sides)} | dict(zip(names, ratios.tolist(), strict=True))
 
 

@@ -14,7 +14,8 @@ from ..rendering import render_page
 __all__ = ["AuditPicture", "render_audit"]
 
 TITLE = "Data audit"
-MOST_LINES = 6  # classes that histograms are drawn of; of more, the quartiles
+MOST_LINES = 5  # classes that histograms are drawn of; of more, the quartiles
+MOST_FLAGS = 12  # that are listed, the others are framed
 MOST_CLASSES = 40  # that a chart names
 CHARTS = {  # of each part of the page
     "files": ("width", "height", "aspect", "bytes_per_pixel", "blockiness", "mpp"),
@@ -127,6 +128,7 @@ def render_audit(
             if measured
             else {},
             "lead": _lead(facts),
+            "copied": _copied(facts) if measured else "",
             "charts": _charts(facts) if measured else {},
             "probe": _probe(facts["probe"]) if measured else {},
             "tables": _tables(facts) if measured else {},
@@ -150,22 +152,34 @@ def _lead(facts: Mapping[str, Any]) -> str:
     return f"{of}: no problem that stops training, and {shortcut} is flagged."
 
 
+def _copied(facts: Mapping[str, Any]) -> str:
+    """What the copies do, where they do harm."""
+    unit, counts = facts["unit"], facts["copies"]
+    words = {"label_conflict": "with different labels", "across_groups": f"in several {unit}"}
+    harm = [f"{counts[kind]} {word}" for kind, word in words.items() if counts[kind]]
+    one = len(harm) == 1 and harm[0].startswith("1 ")
+    there = (
+        f"There {'is a cluster' if one else 'are clusters'} of the same or nearly the same image"
+    )
+    return f"{there}: {' and '.join(harm)}." if harm else ""
+
+
 # -------------------------------------------------------------------------------------- charts
 
 
 def _charts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Charts of each part of the page."""
     classes = facts["classes"][:MOST_CLASSES]
-    names, images = [c["name"] for c in classes], [c["images"] for c in classes]
+    names, unit = [c["name"] for c in classes], facts["unit"]
     charts: dict[str, Any] = {
-        "images": draw_bars(
+        kind: draw_bars(
             names,
-            [images, [c["groups"] for c in classes]],
-            series=["images", facts["unit"]],
-            title=f"Images and {facts['unit']} of each class",
-            alt=f"Bars of each class; the numbers are in the table of classes: {', '.join(names)}.",
-            x_label="count",
+            [c[kind] for c in classes],
+            title=f"{title} of each class",
+            alt=", ".join(f"{c['name']} {c[kind]}" for c in classes) + ".",
+            x_label=title.lower(),
         )
+        for kind, title in (("images", "Images"), ("groups", unit.capitalize()))
     }
     for part, statistics in CHARTS.items():
         drawn = (facts["statistics"].get(name) for name in statistics)
@@ -209,10 +223,10 @@ def _probe(probe: Mapping[str, Any]) -> dict[str, Any]:
     flags = {(flag["statistics"], flag["class"]) for flag in probe["flags"]}
     rows = {"all": {**probe, "title": "all together"}, **probe["groups"]}
     estimates = [
-        Estimate(of["title"], of["value"], *(of["ci95"] or (None, None)),
-                 emphasis=(key, None) in flags)
+        Estimate(of["title"], of["value"], low, high, emphasis=(key, None) in flags)
         for key, of in rows.items()
-    ]  # fmt: skip
+        for low, high in [of["ci95"] or (None, None)]
+    ]
     parts = [f"{of['title']} {of['value']:.2f}" for of in rows.values()]
     over = "the classes, each against the rest" if len(probe["classes"]) > 2 else "the class"
     shown_as: dict[str, Any] = {
@@ -228,9 +242,10 @@ def _probe(probe: Mapping[str, Any]) -> dict[str, Any]:
         "rows": [
             [of["title"], f"{of['value']:.2f}", _interval(of["ci95"]),
              "flagged" if (key, None) in flags else "no",
-             ", ".join(of.get("statistics", [])) or "all of these", of["note"]]
+             _measured(of)]
             for key, of in rows.items()
         ],
+        "flags": [_flag(flag, rows) for flag in probe["flags"][:MOST_FLAGS]],
         "alone": [of["title"] for of in probe["groups"].values()],
         "pairs": [
             [" against ".join(of["classes"]), f"{of['value']:.2f}", _interval(of["ci95"]),
@@ -302,6 +317,19 @@ def _tables(facts: Mapping[str, Any]) -> dict[str, Any]:
             for one in facts["statistics"].values()
         ],
     }  # fmt: skip
+
+
+def _measured(probe: Mapping[str, Any]) -> str:
+    """What a probe takes, and its note."""
+    taken = ", ".join(probe.get("statistics", [])) or "all of these"
+    return f"{taken}; {probe['note']}" if probe["note"] else taken
+
+
+def _flag(flag: Mapping[str, Any], probes: Mapping[str, Any]) -> str:
+    """What was flagged: `blur, class sclerosed: 0.86 (0.67 to 0.95)`."""
+    what = f", class {flag['class']} against the rest" if flag["class"] is not None else ""
+    value = f"{flag['value']:.2f} ({_interval(flag['ci95'])})"
+    return f"{probes[flag['statistics']]['title']}{what}: {value}"
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

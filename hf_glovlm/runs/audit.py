@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["DataAudit", "audit_dataset"]
 
 KIND = "data_audit"
-BINS = 20
+BINS = (6, 20)  # of a histogram
 KINDS = 12  # ways in which files are stored that are listed
 EXAMPLES = 8  # pictures a class
 CLUSTERS = 12  # of copies that are shown
@@ -204,6 +204,7 @@ def _describe(
 ) -> dict[str, dict[str, Any]]:
     """Quartiles and histogram of each number among the statistics, by class."""
     described = {}
+    n_bins = int(np.clip(np.sqrt(len(labels) / max(len(names), 1)), *BINS))
     for name in statistics.names:
         values, row = statistics[name], STATISTICS[name]
         seen = values[np.isfinite(values)]
@@ -212,7 +213,7 @@ def _describe(
         own = [values[(labels == k) & np.isfinite(values)] for k in range(len(names))]
         low, high = np.quantile(seen, (0.005, 0.995))
         alike = bool(np.ptp(seen) <= 1e-9 * (1 + abs(seen[0])))
-        edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+        edges = np.linspace(low, high if high > low else low + 1, n_bins + 1)
         described[name] = {
             "title": row.title,
             "unit": row.unit,
@@ -341,7 +342,7 @@ def _advise_origin(
     advice = []
     for k, row in enumerate(classes):
         held = np.flatnonzero(counts[k])
-        if len(held) == 1:
+        if len(held) == 1 and row["images"] >= FEW:
             advice.append(
                 f"Every image of class {row['name']} is of {name} {of['names'][held[0]]}: a model "
                 f"may learn the {name} in place of the class."

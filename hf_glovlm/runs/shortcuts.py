@@ -283,6 +283,8 @@ def describe_probe(probe: Mapping[str, Any]) -> str:
     what = "the class" if best["class"] is None else f"the class {best['class']}"
     words = [probe["groups"][group]["title"] for group in probe["carriers"]]
     carried = f"; carried by {', '.join(words)}" if words else ""
+    if probe["pairs"] and (pair := probe["pairs"][0])["value"] > LIMIT:
+        carried += f"; best parted are {' and '.join(pair['classes'])} ({pair['value']:.2f})"
     return (
         f"A shortcut is flagged: file statistics alone predict {what} with an AUC of "
         f"{best['value']:.2f} [{best['ci95'][0]:.2f}, {best['ci95'][1]:.2f}] on groups that were "
