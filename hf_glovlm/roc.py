@@ -1,23 +1,29 @@
-"""Areas under ROC curves under many weightings of the groups, without sorting anew.
+"""Areas under ROC and precision-recall curves under many weightings of the groups.
 
-Images are ranked once. Where that is cheaper (`is_counting_cheaper`), wins are counted once for
-every pair of groups, and a weighting is a product of matrices; else each weighting cumulates along
-the ranks. Both give one number: wins are halves, multiplicities whole.
+Images are ranked once and never sorted anew. For the ROC curve, where that is cheaper
+(`is_counting_cheaper`), wins are counted once for every pair of groups, and a weighting is a
+product of matrices; else each weighting cumulates along the ranks. Both give one number: wins are
+halves, multiplicities whole. Precision is no sum over pairs of groups, so that its average always
+cumulates, along the thresholds of the positives alone.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import sparse
 
 __all__ = [
     "FEW_IMAGES",
     "Ranks",
+    "Thresholds",
     "compare_pairs",
     "count_wins",
     "is_counting_cheaper",
     "rank_class",
+    "threshold_class",
     "weigh_ranks",
+    "weigh_thresholds",
 ]
 
 Floats = NDArray[np.float64]
@@ -107,3 +113,51 @@ def count_wins(ranks: Ranks, n_groups: int) -> Floats:
         rows = (below[ranks.below] + below[ranks.not_above]) / 2
         np.add.at(wins[:, columns[0] : columns[-1] + 1], ranks.positive, rows)
     return wins
+
+
+class Thresholds(NamedTuple):
+    """Thresholds of one class, the different scores of its images, from the highest down.
+
+    Counts of images whose score reaches a threshold and not the one above it, `[T, G]`.
+    """
+
+    positive: sparse.csr_array  # of the class
+    every: sparse.csr_array  # of any class
+
+
+def threshold_class(
+    scores: Floats, own: NDArray[np.bool_], group: Ints, n_groups: int
+) -> Thresholds:
+    """Count the images between the thresholds of a class.
+
+    Args:
+        scores: Probability of the class, `[n]`.
+        own: Whether the class is the image's, `[n]`.
+        group: Number of each image's group, `[n]`.
+        n_groups: G.
+    """
+    levels = np.unique(scores[own])
+    place = len(levels) - np.searchsorted(levels, scores, side="right")  # T: below all of them
+    reached, shape = place < len(levels), (len(levels), n_groups)
+
+    def count(rows: NDArray[np.bool_]) -> sparse.csr_array:
+        ones = np.ones(int(rows.sum()))
+        return sparse.csr_array((ones, (place[rows], group[rows])), shape=shape)
+
+    return Thresholds(count(own), count(reached))
+
+
+def weigh_thresholds(thresholds: Thresholds, weights: Floats) -> Floats:
+    """Weighted average precision `[R]` of multiplicities `[G, R]`; NaN without a positive.
+
+    The sum over thresholds of precision times the gain in recall; images of one score enter
+    together, and nothing is interpolated (Davis and Goadrich 2006 on why).
+    """
+    positive = np.asarray(thresholds.positive @ weights)
+    named = np.asarray(thresholds.every @ weights)
+    np.cumsum(named, axis=0, out=named)
+    precision = np.cumsum(positive, axis=0)
+    total = precision[-1].copy() if len(precision) else np.zeros(weights.shape[1])
+    precision /= np.maximum(named, 1, out=named)  # none named, none right: 0
+    gained = np.einsum("tr,tr->r", positive, precision)
+    return np.asarray(np.divide(gained, total, out=np.full_like(total, np.nan), where=total > 0))

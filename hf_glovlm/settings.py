@@ -675,6 +675,8 @@ def from_mapping(cls: type[T], raw: object, where: str) -> T:
 
 
 def _typed(hint: Any, value: object, where: str) -> object:
+    if get_origin(hint) is UnionType:  # of a key that may be left out
+        hint = get_args(hint)[0]
     if hint in (bool, int) and type(value) is hint:
         return value
     if get_origin(hint) in (dict, list) and isinstance(value, get_origin(hint)) and value:

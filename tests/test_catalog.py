@@ -19,6 +19,8 @@ from hf_glovlm.data.catalog import (
     catalog_entries,
     catalog_entry,
     describe_source,
+    find_grades,
+    list_grades,
     load_classes,
     read_entry,
 )
@@ -581,3 +583,45 @@ def test_every_label_gets_its_own_prompt_in_order(labels):
     assert all(info.prompts and info.display_name for info in classes)
     prompts = [p.casefold() for info in classes for p in info.prompts]
     assert len(set(prompts)) == len(prompts)
+
+
+# Grades ----------------------------------------------------------------------------------------
+
+
+def test_sets_of_grades_state_their_order():
+    graded = {e.name: list_grades(e.classes) for e in catalog_entries()}
+    assert {name: grades for name, grades in graded.items() if grades} == {
+        "databiox": [1, 2, 3],
+        "panda": [0, 1, 2, 3, 4, 5],
+        "prostate_gleason": [0, 3, 4, 5],
+        "sicap_v2": [0, 3, 4, 5],
+    }
+    for entry in catalog_entries():  # who says that the classes are ordered gives the grades
+        assert bool(graded[entry.name]) == any("classes are ordered" in n for n in entry.notes)
+    assert find_grades(["G5", "G3", "NC"]) == [5, 3, 0]
+    assert find_grades(["viable", "sclerosed"]) is None
+
+
+def test_own_grades_are_read_and_kept_beside_those_of_the_catalogue(tmp_path):
+    write_classes(tmp_path / "classes.yaml", {"mild": {"grade": 1}, "none": {"grade": 0}})
+    classes = load_classes(["mild", "none"], source=tmp_path)
+    assert list_grades(classes) == [1, 0]
+    assert classes[0].to_dict()["grade"] == 1
+    write_classes(tmp_path / "classes.yaml", {"G3": {"display_name": "Pattern 3"}})
+    assert list_grades(load_classes(["NC", "G3"], source=tmp_path)) == [0, 3]
+    assert "grade" not in load_classes(["mild", "none"])[0].to_dict()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({"mild": {"grade": 1}}, "class 'none' has the grade none; give every class its own"),
+        ({"mild": {"grade": 1}, "none": {"grade": 1}}, "has the grade 1 like another"),
+        ({"mild": {"grade": "low"}}, "'grade': expected a whole number, found 'low'"),
+        ({"mild": {"grade": True}}, "'grade': expected a whole number"),
+    ],
+)
+def test_half_an_order_is_refused(tmp_path, classes, message):
+    write_classes(tmp_path / "classes.yaml", classes)
+    with pytest.raises(GloVLMError, match=message):
+        load_classes(["mild", "none"], source=tmp_path)

@@ -59,6 +59,23 @@ def plain_aucs(y, p):
     return [reference.roc_auc_score(y == c, p[:, c]) for c in present if len(present) > 1]
 
 
+def plain_precisions(y, p):
+    present = np.unique(y)
+    return [reference.average_precision_score(y == c, p[:, c]) for c in present if len(present) > 1]
+
+
+def grades_of(p):
+    """Grades whose order is not that of the classes."""
+    return np.roll(np.arange(p.shape[1]), 1)
+
+
+def plain_kappa(y, p):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 0 / 0 where all is of one grade
+        rows = (grades_of(p)[of] for of in (y, p.argmax(1)))
+        return reference.cohen_kappa_score(*rows, labels=range(p.shape[1]), weights="quadratic")
+
+
 def plain_balanced_accuracy(y, p):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # predicted classes without labels
@@ -89,13 +106,18 @@ REFERENCES = {
     "macro_f1": lambda y, p, cosines: reference.f1_score(
         y, p.argmax(1), average="macro", labels=range(p.shape[1]), zero_division=0
     ),
+    "auprc": lambda y, p, cosines: float(np.mean(plain_precisions(y, p) or [np.nan])),
     "ece": lambda y, p, cosines: plain_ece(y, p),
+    "nll": lambda y, p, cosines: reference.log_loss(y, p, labels=range(p.shape[1])),
+    "quadratic_kappa": lambda y, p, cosines: plain_kappa(y, p),
     "brier": lambda y, p, cosines: plain_brier(y, p),
     "boundary_margin": lambda y, p, cosines: np.mean(np.diff(np.sort(p, axis=1))[:, -1]),
     "alignment": lambda y, p, cosines: plain_alignment(y, cosines),
     "similarity_gap": lambda y, p, cosines: plain_gap(y, cosines),
 }
-OF_PROBABILITIES = [name for name, row in m.METRICS.items() if not row.of_similarities]
+OF_PROBABILITIES = [
+    name for name, row in m.METRICS.items() if not (row.of_similarities or row.of_grades)
+]
 OVER_CLASSES = [name for name, row in m.METRICS.items() if row.over_classes]
 
 
@@ -128,9 +150,10 @@ def test_every_metric_says_how_to_read_it():
 @given(seed=seeds)
 def test_every_metric_equals_its_restatement(seed):
     y, p, cosines, _ = draw_table(seed)
-    result = m.compute_metrics(y, p, similarities=cosines, n_resamples=0)
+    result = m.compute_metrics(y, p, similarities=cosines, grades=grades_of(p), n_resamples=0)
     assert values(result) == pytest.approx(restated(y, p, cosines), abs=1e-12)
     assert set(result["metrics"]) == set(m.METRICS)
+    assert result["not_computed"] == {}
     confusion = reference.confusion_matrix(y, p.argmax(1), labels=range(p.shape[1]))
     assert result["confusion_matrix"] == confusion.tolist()
 
@@ -237,11 +260,11 @@ def slow_resamples(y, p, cosines, groups, n_resamples, seed):
     return rows
 
 
-def plain_interval(value, resampled, shares, low=0.0, high=1.0):
-    """Student's t on log-odds, or on the scale itself where values can be below 0."""
+def plain_interval(value, resampled, shares, low, high, plain):
+    """Student's t on log-odds, or on the scale itself."""
     groups = 1 / sum(share**2 for share in shares)
     t = stats.t.ppf(0.975, groups - 1)
-    if low < 0:
+    if plain:
         error = np.std(resampled) * (groups / (groups - 1)) ** 0.5
         return [max(value - t * error, low), min(value + t * error, high)]
     v = (value - low) / (high - low)
@@ -269,7 +292,9 @@ def test_intervals_equal_those_of_a_slow_loop(seed, unit_groups):
     y[y == 2] = 0
     y[:3] = 2  # a rare class, so that some resamples lose it
     groups = [f"{i:03}" for i in range(30)] if unit_groups else groups
-    result = m.compute_metrics(y, p, groups=groups, similarities=cosines, n_resamples=60, seed=seed)
+    result = m.compute_metrics(
+        y, p, groups=groups, similarities=cosines, grades=grades_of(p), n_resamples=60, seed=seed
+    )
     slow = slow_resamples(y, p, cosines, groups, 60, seed)
     entries = dict(result["metrics"])
     for c, row in result["per_class"].items():
@@ -287,7 +312,8 @@ def test_intervals_equal_those_of_a_slow_loop(seed, unit_groups):
         elif key not in m.METRICS:
             name, c = key
             shares = of_class[c] if name == "recall" else plain_shares(group, y != c)
-        expected = plain_interval(entry["value"], defined, shares, *bounds)
+        plain = key in m.METRICS and m.METRICS[key].scale == "plain"
+        expected = plain_interval(entry["value"], defined, shares, *bounds, plain)
         if key == "ece":
             expected = None
         assert entry["ci95"] == pytest.approx(expected), key
@@ -332,15 +358,65 @@ def test_order_of_images_does_not_matter(seed):
 
 @few_examples
 @given(seed=seeds)
+def test_the_average_precision_of_equal_scores_is_the_prevalence(seed):
+    y, p, _, groups = draw_table(seed, n_classes=3)
+    result = m.compute_metrics(y, np.full_like(p, 1 / 3), groups=groups, n_resamples=0)
+    for name, row in result["per_class"].items():
+        defined = 0 < row["n"] < len(y)
+        expected = pytest.approx(result["prior"][name]) if defined else None
+        assert row["auprc"]["value"] == expected
+
+
+def test_of_grades_the_order_counts_and_two_steps_count_four_times():
+    p = np.eye(4)
+    near, far = [1, 1, 2, 3], [2, 1, 2, 3]  # label of the first image, which is named 0
+
+    def kappa(labels, grades):
+        result = m.compute_metrics(labels, p, grades=grades, n_resamples=0)
+        return result["metrics"]["quadratic_kappa"]["value"]
+
+    for labels in (near, far):
+        assert kappa(labels, [0, 1, 2, 3]) == kappa(labels, [1, 30, 31, 900])
+        expected = reference.cohen_kappa_score(labels, range(4), weights="quadratic")
+        assert kappa(labels, [3, 2, 1, 0]) == pytest.approx(expected)
+    assert kappa([0, 1, 2, 3], [0, 1, 2, 3]) == 1
+    one = m.compute_metrics([1, 1], [[0, 1], [0, 1]], grades=[0, 1], n_resamples=9)
+    assert one["metrics"]["quadratic_kappa"]["value"] is None
+
+
+def test_without_grades_and_cosines_the_results_state_what_is_not_computed():
+    y, p, *_ = draw_table(1)
+    result = m.compute_metrics(y, p, n_resamples=0)
+    assert set(result["metrics"]) | set(result["not_computed"]) == set(m.METRICS)
+    assert "order of the classes" in result["not_computed"]["quadratic_kappa"]
+    for grades in ([0], [0] * p.shape[1]):
+        with pytest.raises(GloVLMError, match="different grades, one for each class"):
+            m.compute_metrics(y, p, grades=grades)
+    runs = [m.PairedRun(0, y, ["a"] * len(y), p, p)]
+    with pytest.raises(GloVLMError, match="one of grades"):
+        m.paired_differences(runs, ["quadratic_kappa"])
+
+
+def test_a_label_of_probability_zero_is_finite_and_noted():
+    result = m.compute_metrics([0, 1, 1], [[1, 0], [1, 0], [0.5, 0.5]], n_resamples=20)
+    entry = result["metrics"]["nll"]
+    assert entry["value"] == pytest.approx((-np.log(2.0**-52) + np.log(2)) / 3)
+    assert "1 of the labels had a probability below 2.2e-16" in entry["note"]
+    assert entry["ci95"][1] <= m.METRICS["nll"].bounds[1]
+
+
+@few_examples
+@given(seed=seeds)
 def test_a_weight_is_a_number_of_copies(seed):
     y, p, cosines, groups = draw_table(seed)
     ids, group = np.unique(groups, return_inverse=True)
     times = np.random.default_rng(seed).integers(1, 4, size=len(ids))
     functions = {name: row.function for name, row in m.METRICS.items()}
-    sample = m.Sample(y, p, group, len(ids), cosines)
+    sample = m.Sample(y, p, group, len(ids), cosines, grades=grades_of(p))
     weighted = resamples.statistics(functions, sample, times[:, None].astype(float))
     copies = np.repeat(np.arange(len(y)), times[group])
-    repeated = m.Sample(y[copies], p[copies], group[copies], len(ids), cosines[copies])
+    copied = y[copies], p[copies], group[copies], len(ids), cosines[copies]
+    repeated = m.Sample(*copied, grades=grades_of(p))
     for name, value in resamples.statistics(functions, repeated, np.ones((len(ids), 1))).items():
         np.testing.assert_allclose(weighted[name], value, atol=1e-12, err_msg=name)
 
@@ -349,7 +425,9 @@ def test_a_weight_is_a_number_of_copies(seed):
 @given(seed=seeds)
 def test_intervals_are_ordered_and_in_range(seed):
     y, p, cosines, groups = draw_table(seed)
-    result = m.compute_metrics(y, p, groups=groups, similarities=cosines, n_resamples=60)
+    result = m.compute_metrics(
+        y, p, groups=groups, similarities=cosines, grades=grades_of(p), n_resamples=60
+    )
     for name, entry in result["metrics"].items():
         if entry["ci95"] is None:
             assert entry["value"] is None or entry["undefined_resamples"] == 60 or name == "ece"
@@ -501,7 +579,7 @@ def test_paired_differences_equal_a_double_loop(seed):
             shares += np.mean([h / h.sum() for h in held if h.sum()], axis=0) / len(runs)
         most = 2 if name == "brier" else 1
         defined = [mean for mean in means[name] if not np.isnan(mean)]
-        expected = plain_interval(row["value"], defined, shares, -most, most)
+        expected = plain_interval(row["value"], defined, shares, -most, most, True)
         assert row["ci95"] == pytest.approx(expected)
         assert (row["n_groups"], row["n_draws"]) == (len(union), 4)
     assert left_out["macro_auc"] > left_out["brier"]
@@ -683,7 +761,9 @@ def test_evaluate_metric_gives_the_same_number(evaluate, name):
     metric = m.evaluate_metric(name)
     assert isinstance(metric, evaluate.Metric)
     assert metric.name == name
-    result = m.compute_metrics(y, p, groups=groups, similarities=cosines, n_resamples=50)
+    result = m.compute_metrics(
+        y, p, groups=groups, similarities=cosines, grades=range(3), n_resamples=50
+    )
     expected = result["metrics"][name]
     predictions = cosines if m.METRICS[name].of_similarities else p
     observed = metric.compute(predictions=predictions, references=y)
@@ -745,7 +825,7 @@ def test_counted_wins_ranks_and_weights_drawn_anew_give_the_very_intervals(monke
         m.PairedRun(i, y[i::2], groups[i::2], p[i::2], np.roll(p[i::2], 1, axis=1))
         for i in range(2)
     ]
-    names = [name for name in m.METRICS if m.METRICS[name].higher_is_better is not None]
+    names = [name for name in OF_PROBABILITIES if m.METRICS[name].higher_is_better is not None]
     names.remove("ece")
     ways = []
     for counted, kept, few in ((True, 8_000_000, 300), (True, 8_000_000, 0), (False, 0, 0)):

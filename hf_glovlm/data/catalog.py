@@ -33,11 +33,19 @@ class ClassInfo:
         name: The label as the data have it (the folder name).
         display_name: For tables and cards.
         prompts: One or more texts for the class; their embeddings are averaged.
+        grade: Where the classes are grades, such as Gleason patterns, which one this is; of these
+            numbers only the order counts. `None` where no order is stated.
     """
 
     name: str
     display_name: str
     prompts: tuple[str, ...]
+    grade: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as results hold them; the grade where there is one."""
+        values = {"name": self.name, "display_name": self.display_name, "prompts": self.prompts}
+        return values if self.grade is None else values | {"grade": self.grade}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +187,9 @@ def read_entry(path: Path) -> CatalogEntry:
         for key in ("display_name", "prompts"):
             if not getattr(text, key):
                 raise GloVLMError(f"{path.name}: class '{label}': the key '{key}' is missing.")
-    classes = tuple(ClassInfo(x, t.display_name, _distinct(t.prompts)) for x, t in texts.items())
+    classes = tuple(
+        ClassInfo(x, t.display_name, _distinct(t.prompts), t.grade) for x, t in texts.items()
+    )
     entry = from_mapping(CatalogEntry, {**raw, "classes": classes}, path.name)
     if entry.name != path.stem:
         raise GloVLMError(
@@ -191,6 +201,7 @@ def read_entry(path: Path) -> CatalogEntry:
     if len({match_key(info.name) for info in classes}) < len(classes):
         raise GloVLMError(f"{path.name}: two classes differ in spelling only.")
     _check_prompts(classes, f"{path.name}: ")
+    _check_grades(classes, f"{path.name}: ")
     return entry
 
 
@@ -214,10 +225,11 @@ def load_classes(
        include all the labels (at least two; spelling such as `viable_glomeruli` aside);
     4. "A pathology image of {display name}".
 
-    `classes.yaml` may name only some classes, and a prompt list, a display name or both for each:
+    `classes.yaml` may name only some classes, and a prompt list, a display name or both for each;
+    classes that are grades state which, all of them:
 
         classes:
-          sclerosed: {display_name: Sclerosed, prompts: [A pathology image of ...]}
+          sclerosed: {display_name: Sclerosed, prompts: [A pathology image of ...], grade: 2}
 
     Args:
         label_names: The labels, in the order of the data's ids; at least one, all different.
@@ -252,9 +264,26 @@ def load_classes(
         display = text.display_name or (known or _undescribed(label)).display_name
         ours = from_terms.get(label) or (known.prompts if known else (_TEMPLATE.format(display),))
         chosen = text.prompts or visible_prompts(ours, outline, outline_of)
-        classes.append(ClassInfo(label, display, _distinct(chosen)))
+        grade = text.grade if text.grade is not None or known is None else known.grade
+        classes.append(ClassInfo(label, display, _distinct(chosen), grade))
+    if any(text.grade is not None for text in own.values()):
+        _check_grades(classes, "classes.yaml: ")
     _check_prompts(classes, "")
     return classes
+
+
+def find_grades(labels: Sequence[str]) -> list[int] | None:
+    """Grades of classes by the catalogue; `None` where no set of it has them as grades."""
+    entry = _matching_entry(list(labels))
+    known = {match_key(info.name): info for info in entry.classes} if entry else {}
+    return list_grades([known.get(match_key(label)) for label in labels])
+
+
+def list_grades(classes: Iterable[ClassInfo | None]) -> list[int] | None:
+    """Grade of each class, as `compute_metrics` takes them; `None` where no order is stated."""
+    grades = [None if info is None else info.grade for info in classes]
+    known = [grade for grade in grades if grade is not None]
+    return known if len(known) == len(grades) else None
 
 
 # ------------------------------------------------------------------------------- the sources
@@ -266,6 +295,7 @@ class _ClassText:
 
     display_name: str = ""
     prompts: tuple[str, ...] = ()
+    grade: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +307,7 @@ class _Templates:
 class _NamedClass:
     display_name: str
     names: tuple[str, ...]
+    grade: int | None = None
 
 
 def _class_text(raw: object, where: str) -> _ClassText:
@@ -291,11 +322,12 @@ def _fill_templates(templates: object, given: dict[str, Any], file: str) -> dict
     for template in top.templates:
         if template.count("{}") != 1:
             raise GloVLMError(f"{file}: the template '{template}' must hold {{}} once.")
-    filled = {}
+    filled: dict[str, dict[str, Any]] = {}
     for label, value in given.items():
         named = from_mapping(_NamedClass, value, f"{file}: class '{label}'")
         prompts = [t.format(name) for name in named.names for t in top.templates]
         filled[label] = {"display_name": named.display_name, "prompts": prompts}
+        filled[label] |= {} if named.grade is None else {"grade": named.grade}
     return filled
 
 
@@ -445,6 +477,20 @@ def _check_prompts(classes: Iterable[ClassInfo], where: str) -> None:
                     f"{where}The classes '{other}' and '{info.name}' share the prompt '{prompt}', "
                     "so no text distinguishes them; give each its own (your data: classes.yaml)."
                 )
+
+
+def _check_grades(classes: Sequence[ClassInfo], where: str) -> None:
+    """Refuse grades of some classes only, and one grade for two classes."""
+    grades = [info.grade for info in classes]
+    if not any(grade is not None for grade in grades):
+        return
+    for info in classes:
+        if info.grade is None or grades.count(info.grade) > 1:
+            least = "none" if info.grade is None else f"{info.grade} like another"
+            raise GloVLMError(
+                f"{where}class '{info.name}' has the grade {least}; give every class its own "
+                "'grade' (whole numbers, from the least to the most severe), or none."
+            )
 
 
 @lru_cache(maxsize=1)

@@ -104,6 +104,8 @@ def compare_methods(
             raise GloVLMError(f"Expected a metric that ranks methods, '{name}' only describes.")
         if METRICS[name].of_similarities:
             raise GloVLMError(f"Expected a metric of probabilities, '{name}' is one of cosines.")
+        if METRICS[name].of_grades:
+            raise GloVLMError(f"Expected a metric of any classes, '{name}' is one of grades.")
         if METRICS[name].scale == "none":
             raise GloVLMError(
                 f"Expected a metric that has an interval, '{name}' has none: its bootstrap is "

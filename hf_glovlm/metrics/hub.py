@@ -17,7 +17,8 @@ def evaluate_metric(name: str, **options: Any) -> Any:
 
     `compute(predictions=probabilities, references=labels)` returns `{name: value}`; with
     `n_resamples=2000` (and `groups=[...]`) also `<name>_ci95`, `<name>_note` and
-    `<name>_undefined_resamples`. `alignment` and `similarity_gap` take cosines as predictions.
+    `<name>_undefined_resamples`. `alignment` and `similarity_gap` take cosines as predictions; of
+    `quadratic_kappa` the class indices are the grades, or `grades=[...]` states those.
 
     Args:
         name: A name in `METRICS`.
@@ -57,6 +58,8 @@ def _evaluate_class(name: str, row: Metric) -> type[Any]:
             cosines = check_cosines(predictions)
             arguments["similarities"] = cosines
             predictions = np.full(cosines.shape, 1 / cosines.shape[1])
+        if row.of_grades:
+            arguments = {"grades": range(np.shape(predictions)[1])} | arguments
         entry = compute_metrics(references, predictions, **arguments)["metrics"][name]
         if arguments["n_resamples"] == 0:
             return {name: entry["value"]}

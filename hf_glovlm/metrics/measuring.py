@@ -10,7 +10,7 @@ from .. import intervals
 from ..arrays import check_cosines, check_groups, check_labels, check_predictions
 from ..errors import GloVLMError
 from .resamples import Floats, Ints, Sample, resample_groups, statistics
-from .table import ECE_BINS, METRICS, PER_CLASS, confidence_bins
+from .table import ECE_BINS, METRICS, PER_CLASS, Metric, confidence_bins
 
 MIN_GROUPS = 10
 MIN_GROUPS_PER_CLASS = 5
@@ -23,6 +23,7 @@ def compute_metrics(
     groups: Sequence[str] | None = None,
     class_names: Sequence[str] | None = None,
     similarities: ArrayLike | None = None,
+    grades: Sequence[int] | None = None,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -36,12 +37,15 @@ def compute_metrics(
         class_names: `[K]`; without it the class numbers.
         similarities: Cosines of images and class texts, `[n, K]`; adds `alignment` and
             `similarity_gap` (Glo-VLMs, arXiv 2511.11984).
+        grades: Grade of each class, `[K]` different whole numbers from the least to the most
+            severe, where the classes are grades; adds `quadratic_kappa`. Only their order counts.
         n_resamples: Bootstrap resamples; 0 gives values without intervals.
         seed: Seed of the bootstrap. With groups the order of the images does not matter.
 
     Returns:
         `metrics` (name -> `value`, `ci95`, `note`, `undefined_resamples`), `per_class` (class ->
-        `recall`, `specificity`, `auc`, `n`, `groups`), `confusion_matrix` (rows are labels),
+        `recall`, `specificity`, `auc`, `auprc`, `n`, `groups`), `not_computed` (metric -> why it is
+        not among them), `confusion_matrix` (rows are labels),
         `reliability` (ECE bins with counts), `prior` (class fractions of the labels), `threshold`,
         `n`, `n_groups`, `bootstrap`: plain Python values, None where a number is undefined. The
         predicted class is the argmax of the probabilities as given, the first one on a tie. The
@@ -64,8 +68,9 @@ def compute_metrics(
     ids = np.arange(len(y)) if groups is None else check_groups(groups, len(y))
     group_ids, group = np.unique(ids, return_inverse=True)
     n_groups = len(group_ids)
-    sample = Sample(y, p, group, n_groups, cosines, n_resamples)
-    rows = {k: row for k, row in METRICS.items() if cosines is not None or not row.of_similarities}
+    sample = Sample(y, p, group, n_groups, cosines, n_resamples, _ranked(grades, len(names)))
+    not_computed = {name: why for name, row in METRICS.items() if (why := _missing(row, sample))}
+    rows = {name: row for name, row in METRICS.items() if name not in not_computed}
     functions = {name: row.function for name, row in rows.items()} | PER_CLASS
     value = statistics(functions, sample, np.ones((n_groups, 1)))
     drawn = {key: f for key, f in functions.items() if key not in rows or rows[key].scale != "none"}
@@ -85,12 +90,15 @@ def compute_metrics(
 
     def entry(key: str, at: int, share: Floats, holding: int, note: str = "") -> dict[str, Any]:
         point, row = float(value[key][at, 0]), rows.get(key)
+        caveat = row.caveat(sample) if row and row.caveat else ""
         bounds, plain = (row.bounds, row.scale == "plain") if row else ((0.0, 1.0), False)
         if key not in resampled:
             absent = "no interval: resampling overstates it" if n_resamples else ""
-            return make_entry(point, np.empty(0), share, bounds, plain, note, absent)
+            return make_entry(point, np.empty(0), share, bounds, plain, note, absent, caveat)
         few = note_few(n_groups, holding) if n_resamples else ""
-        return make_entry(point, resampled[key][at], share, bounds, plain, note, unknown, few)
+        return make_entry(
+            point, resampled[key][at], share, bounds, plain, note, unknown, few, caveat
+        )
 
     def of_class(key: str, at: int, share: Floats, holding: int) -> dict[str, Any]:
         return entry(f"{key} of a class", at, share, holding)
@@ -121,11 +129,18 @@ def compute_metrics(
                     (shares[:, c] + other_shares[:, c]) / 2,
                     min(holders[c], other_holders[c]),
                 ),
+                "auprc": of_class(
+                    "auprc",
+                    c,
+                    (shares[:, c] + other_shares[:, c]) / 2,
+                    min(holders[c], other_holders[c]),
+                ),
                 "n": int(counts[c]),
                 "groups": int(holders[c]),
             }
             for c, name in enumerate(names)
         },
+        "not_computed": not_computed,
         "confusion_matrix": confusion.tolist(),
         "reliability": {"bins": _reliability(y, p)},
         "prior": {name: float(n / len(y)) for name, n in zip(names, counts, strict=True)},
@@ -141,6 +156,26 @@ def compute_metrics(
             "note": unknown,
         },
     }
+
+
+def _ranked(grades: Sequence[int] | None, n_classes: int) -> Ints | None:
+    """Grades as 0 ... K-1."""
+    if grades is None:
+        return None
+    if len(grades) != n_classes or len(set(grades)) < n_classes:
+        raise GloVLMError(
+            f"Expected {n_classes} different grades, one for each class, found {list(grades)}."
+        )
+    return np.argsort(np.argsort(np.asarray(grades)))
+
+
+def _missing(row: Metric, sample: Sample) -> str:
+    """Why a metric cannot be computed of a sample; empty where it can."""
+    if row.of_similarities and sample.similarities is None:
+        return "there are no cosines of images and class texts"
+    if row.of_grades and sample.grades is None:
+        return "no order of the classes is stated, such as that of grades"
+    return ""
 
 
 def compute_subgroups(

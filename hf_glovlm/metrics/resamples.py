@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 from ..roc import (
     FEW_IMAGES,
     Ranks,
+    Thresholds,
     compare_pairs,
     count_wins,
     is_counting_cheaper,
     rank_class,
+    threshold_class,
     weigh_ranks,
+    weigh_thresholds,
 )
 
 Floats = NDArray[np.float64]
@@ -40,8 +43,10 @@ class Sample:
         group: Number of each image's group, `[n]` in 0 ... G-1.
         n_groups: G.
         similarities: Cosines of images and class texts, `[n, K]`, where there are some.
+        grades: Grade of each class, 0 ... K-1 from the least to the most, where they are grades.
         n_resamples: How many weightings of the groups are to come.
-        right: Whether the most probable class (the first one on a tie) is the label, `[n, 1]`.
+        top: Most probable class (the first one on a tie), `[n]`.
+        right: Whether that is the label, `[n, 1]`.
         actual: Images of each class, `[G, K]`.
         hits: Images of each class that are classified right, `[G, K]`.
         predicted: Images that are classified as each class, `[G, K]`.
@@ -53,10 +58,12 @@ class Sample:
     n_groups: int
     similarities: Floats | None = None
     n_resamples: int = 0
+    grades: Ints | None = None
 
     def __post_init__(self) -> None:
         top = self.probabilities.argmax(1)
         right = top == self.labels
+        self.top: Ints = top
         self.right: NDArray[np.bool_] = right[:, None]
         self.actual = self._count(self.labels, self.group)
         self.hits = self._count(self.labels[right], self.group[right])
@@ -90,6 +97,15 @@ class Sample:
         """Each class against the others."""
         columns = enumerate(self.probabilities.T)
         return [rank_class(scores, self.labels == c, self.group) for c, scores in columns]
+
+    @cached_property
+    def thresholds(self) -> list[Thresholds]:
+        """Each class against the others, by its own scores."""
+        columns = enumerate(self.probabilities.T)
+        return [
+            threshold_class(scores, self.labels == c, self.group, self.n_groups)
+            for c, scores in columns
+        ]
 
     @cached_property
     def wins(self) -> Floats | None:
@@ -157,6 +173,12 @@ class Resamples:
         pairs = self.actual * (self.n - self.actual)
         areas: Floats = np.divide(wins, pairs, out=np.full_like(wins, np.nan), where=pairs > 0)
         return areas
+
+    @cached_property
+    def average_precision(self) -> Floats:
+        """Area under the precision-recall curve of each class against the others, `[K, R]`."""
+        areas = np.stack([weigh_thresholds(one, self.weights) for one in self.sample.thresholds])
+        return np.where(self.n > self.actual, areas, np.nan)  # of others there must be some
 
 
 PerImage = Callable[[Sample], Floats]

@@ -5,6 +5,7 @@ a resample where a class of the labels vanished, because the mean over the remai
 another quantity. Such resamples are left out of the interval and counted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ import numpy as np
 from .resamples import Floats, Ints, Resamples, Sample, Statistic, mean_of
 
 ECE_BINS = 15
+SMALLEST = float(np.finfo(np.float64).eps)  # probability of the log loss; scikit-learn's, too
 
 
 def _bin_gaps(sample: Sample) -> Floats:
@@ -43,6 +45,33 @@ def _macro_f1(resamples: Resamples) -> Floats:
     return np.where(vanished, np.nan, f1.mean(0))
 
 
+def _log_loss(sample: Sample) -> Floats:
+    own = np.take_along_axis(sample.probabilities, sample.labels[:, None], axis=1)[:, 0]
+    loss: Floats = -np.log(np.maximum(own, SMALLEST))
+    return loss
+
+
+def _note_clipped(sample: Sample) -> str:
+    own = np.take_along_axis(sample.probabilities, sample.labels[:, None], axis=1)
+    clipped = int((own < SMALLEST).sum())
+    return f"{clipped} of the labels had a probability below {SMALLEST:.2g}" if clipped else ""
+
+
+def _squared_steps(sample: Sample) -> Floats:
+    assert sample.grades is not None  # rows of grades are left out without
+    steps: Floats = (sample.grades[sample.labels] - sample.grades[sample.top]).astype(np.float64)
+    return steps**2
+
+
+def _quadratic_kappa(resamples: Resamples) -> Floats:
+    grades = resamples.sample.grades
+    assert grades is not None
+    steps = (grades[:, None] - grades).astype(np.float64) ** 2
+    chance = np.einsum("ar,ap,pr->r", resamples.actual, steps, resamples.predicted, optimize=True)
+    kappa: Floats = 1 - resamples.total(_squared_steps)[0] * resamples.n / chance
+    return kappa  # all of one grade, labels and predictions: 0 / 0
+
+
 @dataclass(frozen=True)
 class Metric:
     """A row of `METRICS`: all that is known of a metric, so that a row is all it takes to add one.
@@ -56,9 +85,11 @@ class Metric:
         interval: On `log-odds`, for a fraction of its range; on the `plain` scale; or `none`, where
             its bootstrap is biased. By default log-odds from 0 to 1, else plain.
         of_similarities: Whether it needs cosines of images and class texts; else it is left out.
+        of_grades: Whether it needs classes that are grades; else it is left out.
         over_classes: Whether it is a mean over classes; its note then names those without labels.
         summarised: Whether the report of a study has a column for it.
         hub_name: What the Hub calls it, if otherwise.
+        caveat: From the sample to what its note adds; empty for nothing.
         reading: How to read it, for a pathologist: range, what is good, what it hides.
     """
 
@@ -69,9 +100,11 @@ class Metric:
     bounds: tuple[float, float] = (0.0, 1.0)
     interval: Literal["log-odds", "plain", "none"] | None = None
     of_similarities: bool = False
+    of_grades: bool = False
     over_classes: bool = False
     summarised: bool = True
     hub_name: str | None = None
+    caveat: Callable[[Sample], str] | None = None
     reading: str = ""
 
     @property
@@ -116,6 +149,20 @@ METRICS: dict[str, Metric] = {
         "hides wrong thresholds, wrong probabilities and the many false alarms of a rare "
         "class.",
     ),
+    "auprc": Metric(
+        "AUPRC",
+        "Mean over the classes present in the labels of the one-vs-rest average precision (no "
+        "interpolation; images of one score enter together).",
+        True,
+        lambda r: r.average_precision[r.present].mean(0),
+        over_classes=True,
+        hub_name="average_precision",
+        reading="Of the images that are named as a class, the share that is right (precision), "
+        "averaged along the way from the surest to the least sure; 1 is best. Guessing "
+        "gives the share of the class among the images (its prevalence), and not one "
+        "half: 0.3 is good for a lesion in 2 of 100 images and poor for one in 30. So "
+        "compare it between methods on the same images and never between data sets.",
+    ),
     "macro_f1": Metric(
         "Macro-F1",
         "Mean F1 over all classes of the task; an absent class counts 0.",
@@ -153,6 +200,20 @@ METRICS: dict[str, Metric] = {
         "1/K. It rewards order and honest certainty together, so it does not say which of "
         "the two is at fault.",
     ),
+    "nll": Metric(
+        "NLL",
+        "Mean negative log-likelihood of the right class, in nats; a probability below 2.2e-16 "
+        "counts as that.",
+        False,
+        mean_of(_log_loss),
+        bounds=(0.0, float(-np.log(SMALLEST))),
+        summarised=False,
+        caveat=_note_clipped,
+        reading="How surprised the model is by the right class, on average; 0 is best, and "
+        "stating 1/K for each of K classes gives log K (0.69 for two, 1.61 for five). One "
+        "image that is surely wrong can decide it. It rewards order and honest certainty "
+        "together, and punishes being sure and wrong harder than the Brier score does.",
+    ),
     "boundary_margin": Metric(
         "Boundary margin",
         "Mean of the largest minus the second largest probability.",
@@ -162,6 +223,20 @@ METRICS: dict[str, Metric] = {
         reading="How far the first class lies ahead of the second, in probability, on average; 0 "
         "is undecided, 1 is sure. It describes the model's certainty and not whether it "
         "is right.",
+    ),
+    "quadratic_kappa": Metric(
+        "Quadratic kappa",
+        "Cohen's kappa of label and top class with the squared number of grades between as weight "
+        "(Cohen 1968), for classes that are grades.",
+        True,
+        _quadratic_kappa,
+        bounds=(-1.0, 1.0),
+        of_grades=True,
+        summarised=False,
+        reading="Agreement on grades beyond chance, where a mistake of two grades counts four "
+        "times one of a single grade; 1 is perfect, 0 is chance, below 0 is worse. It "
+        "depends on how common the grades are, and a model that always stays near the "
+        "middle can look good. See the confusion matrix for which grades are confused.",
     ),
     "alignment": Metric(
         "Alignment",
@@ -194,6 +269,7 @@ PER_CLASS: dict[str, Statistic] = {
     "recall of a class": lambda r: r.hits / r.actual,
     "specificity of a class": lambda r: (r.n - r.actual - r.predicted + r.hits) / (r.n - r.actual),
     "auc of a class": lambda r: r.auc,
+    "auprc of a class": lambda r: r.average_precision,
 }
 
 

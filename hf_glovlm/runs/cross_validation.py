@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.catalog import find_grades, list_grades
 from ..data.folder import column
 from ..data.groups import differing_spellings, in_quotes
 from ..data.looks import look_at
@@ -131,7 +132,10 @@ def leave_patients_out(
         probabilities[left], logits[left] = predictions.probabilities, predictions.logits
         if on_patient is not None:
             on_patient(k + 1, len(order))
-    results = compute_metrics(labels, probabilities, groups=patients, class_names=names, seed=seed)
+    grades = find_grades(names) if classes is None else list_grades(classes)
+    results = compute_metrics(
+        labels, probabilities, groups=patients, class_names=names, grades=grades, seed=seed
+    )
     known = "file_name" in rows.column_names
     predictions = Predictions(
         probabilities=probabilities,

@@ -157,7 +157,7 @@ def evaluate(
             "mpp": scale.input_mpp,
             "stain": list_stains(read_stains(rows)) or None,
         },
-        **measure(predictions, n_resamples=n_resamples),
+        **measure(predictions, grades=_grades_of(run, known), n_resamples=n_resamples),
         "notes": [
             groups.note,
             count_unlike(predictions),
@@ -181,6 +181,7 @@ def measure(
     *,
     learned: Collection[str] = (),
     images: Collection[str] = (),
+    grades: Sequence[int] | None = None,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -191,6 +192,7 @@ def measure(
         learned: Hashes of the groups that the model learned from, see `hash_groups`, and of their
             images.
         images: Hashes of the measured images, see `Looks.hashes`.
+        grades: Of the classes, where they are grades.
         n_resamples: Bootstrap resamples.
         seed: Of the bootstrap.
 
@@ -207,6 +209,7 @@ def measure(
         groups=predictions.groups,
         class_names=predictions.class_names,
         similarities=predictions.similarities,
+        grades=grades,
         n_resamples=n_resamples,
         seed=seed,
     )
@@ -334,6 +337,20 @@ def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
             f"{nearest(unknown, known)}"
         )
     return known
+
+
+def _grades_of(run: Mapping[str, Any] | None, names: Sequence[str]) -> list[int] | None:
+    """Grades of a model's classes: as its run states them, else by the catalogue."""
+    from ..data.catalog import find_grades
+
+    stated = {
+        one["name"]: one.get("grade")
+        for one in (run or {}).get("data", {}).get("classes", ())
+        if isinstance(one, Mapping)
+    }
+    grades = [stated.get(name) for name in names]
+    known = [grade for grade in grades if grade is not None]
+    return known if len(known) == len(names) else find_grades(names)
 
 
 def list_images(places: Sequence[Path]) -> tuple[dict[str, Path], list[str], list[str]]:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +137,7 @@ def describe_inputs(
     return {
         "code": CODE_VERSION,
         **data,
-        "classes": digest_value([asdict(c) for c in classes]),
+        "classes": digest_value([c.to_dict() for c in classes]),
         "episodes": episodes,
         "backbone": loader.describe_backbone(config.backbone or MINI),
     }

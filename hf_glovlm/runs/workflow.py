@@ -27,6 +27,7 @@ from ..calibration import (
     prior_shift,
 )
 from ..calibration.inputs import softmax
+from ..data.catalog import list_grades
 from ..data.columns import LOOK, MASK
 from ..data.stains import STAIN, contradictions, list_stains, read_stains, state_stains
 from ..environment import check_tracker, describe_environment, peak_memory
@@ -157,6 +158,7 @@ def _run(
             predictions,
             learned=task.learned(),
             images=task.images("test"),
+            grades=list_grades(task.classes),
             n_resamples=config.n_resamples,
             seed=config.seed,
         )
@@ -172,7 +174,7 @@ def _run(
             **measured,
             **_describe_adapted(adapted, task),
             **further,
-            **_subgroups(predictions, test, config),
+            **_subgroups(predictions, test, task),
             **({"calibration": facts} if facts else {}),
             "notes": _notes(adapted, task, calibrated),
             "synthetic": adapted.model.config.synthetic,
@@ -388,9 +390,7 @@ def _write_run(
     save_episodes(work / "episodes.json", [task.episode], task.rows, named, groups=task.grouping)
 
 
-def _subgroups(
-    predictions: Predictions, test: "Dataset", config: TrainConfig
-) -> dict[str, dict[str, Any]]:
+def _subgroups(predictions: Predictions, test: "Dataset", task: _Task) -> dict[str, dict[str, Any]]:
     """The metrics within each stain and each scanner, where the data name more than one."""
     from ..data.folder import column
     from ..metrics import compute_subgroups
@@ -403,8 +403,9 @@ def _subgroups(
         columns,
         groups=predictions.groups,
         class_names=predictions.class_names,
-        n_resamples=config.n_resamples,
-        seed=config.seed,
+        grades=list_grades(task.classes),
+        n_resamples=task.config.n_resamples,
+        seed=task.config.seed,
     )
     return {"subgroups": subgroups} if subgroups else {}
 
@@ -650,7 +651,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
         "hub_id": config.hub_id,
         "stain": list_stains(read_stains(task.rows)) or None,
         "fingerprint": task.report.fingerprint,
-        "classes": [asdict(c) | {"prompts": list(c.prompts)} for c in classes],
+        "classes": [c.to_dict() | {"prompts": list(c.prompts)} for c in classes],
         "counts": {
             side: {c.name: sum(1 for i in index if labels[i] == k) for k, c in enumerate(classes)}
             for side, index in sides.items()

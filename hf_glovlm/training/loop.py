@@ -246,7 +246,7 @@ def describe_inputs(
     return {
         "labelled images": support,
         "validation images": validation,
-        "classes": digest_value([asdict(c) for c in classes]),
+        "classes": digest_value([c.to_dict() for c in classes]),
         "backbone": describe_weights(model, processor),
         "method": method,
         "settings": {k: v for k, v in settings.items() if k not in _INCIDENTAL},

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor, nn
 
+from ...data.catalog import find_grades
 from ...environment import describe_environment
 from ...files import digest_value, write_json, write_table, write_text
 from ...methods import Recipe
@@ -131,6 +132,7 @@ def _train_mil(
             np.array([list(predictions[i][1].probabilities.values()) for i in tested]),
             groups=[cohort.groups[i] for i in tested],
             class_names=cohort.classes,
+            grades=find_grades(cohort.classes),
             n_resamples=config.n_resamples,
             seed=config.seed,
         )
