@@ -37,6 +37,7 @@ from hf_glovlm.runs import OWN_FILES, run
 from hf_glovlm.runs.config import TrainConfig
 
 OF_COSINES = {name for name, row in METRICS.items() if row.of_similarities}
+OF_GRADES = {name for name, row in METRICS.items() if row.of_grades}
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,9 @@ def test_results_say_what_the_contract_says(method: str, images: Path, tmp_path:
     trained = {} if isinstance(METHODS[method], FeatureMethod) else {"epochs": 1}
     results = run(make(images, tmp_path / "run", method=method, shots=shots, **trained))
     head = json.loads((tmp_path / "run" / "model" / "config.json").read_text())["head"]
-    assert set(results["metrics"]) == set(METRICS) - (set() if head.get("cosine") else OF_COSINES)
+    absent = OF_GRADES if head.get("cosine") else OF_GRADES | OF_COSINES
+    assert set(results["not_computed"]) == absent
+    assert set(results["metrics"]) == set(METRICS) - absent
     if METHODS[method].transductive:
         assert results["transductive"]["query_images"] == results["n"]
     for metric in results["metrics"].values():
