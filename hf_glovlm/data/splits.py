@@ -29,8 +29,9 @@ ShotsFrom = Literal["spread", "random", "one_group"]
 Indices = NDArray[np.int64]
 
 EPISODES = "a file of frozen episodes"
-# Streams of random numbers, so that no draw depends on how many numbers another one used.
-_SPLIT, _SUPPORT, _RESERVE, _VALIDATION, _CALIBRATION = range(5)
+# Streams of random numbers, so that no draw depends on how many numbers another one used. Further
+# ones are in `protocols`.
+SPLIT, _SUPPORT, _RESERVE, _VALIDATION, _CALIBRATION = range(5)
 _TRIES = 256
 
 
@@ -140,7 +141,7 @@ def split_groups(
             puts every class on both sides.
     """
     labels = np.asarray(labels, dtype=np.int64)
-    rng = _rng(seed)
+    rng = random_stream(seed)
     if not 0 < test_fraction < 1:
         raise GloVLMError(f"expected a test fraction between 0 and 1, found {test_fraction}.")
     present = np.unique(labels)
@@ -256,7 +257,8 @@ def _search(
     return in_test if in_test.any() and not in_test.all() else None
 
 
-def _rng(seed: int | Sequence[int]) -> np.random.Generator:
+def random_stream(seed: int | Sequence[int]) -> np.random.Generator:
+    """Random numbers of a seed, or of several that name one use of it."""
     numbers = [seed] if isinstance(seed, int | np.integer) else list(seed)
     if any(number < 0 for number in numbers):
         raise GloVLMError(f"expected seeds and draws of 0 or more, found {min(numbers)}.")
@@ -375,9 +377,9 @@ def draw_episode(
     labels = np.asarray(column(rows, "label"), dtype=np.int64)
     groups = groups or group_rows(rows)
     present = set(np.unique(labels).tolist())
-    requested = _per_class(shots, names, present)
+    requested = shots_per_class(shots, names, present)
     ids = np.asarray(groups.ids, dtype=object)
-    sampler = _Sampler(labels, ids, names, seed, draw, allow_fewer, pooled)
+    sampler = Sampler(labels, ids, names, seed, draw, allow_fewer, pooled)
     if "split" in rows.column_names:
         given = np.asarray(column(rows, "split"))
         pool, reserve, test = (np.flatnonzero(given == side) for side in SPLIT_ORDER)
@@ -385,7 +387,7 @@ def draw_episode(
         if len(present) < 2:
             raise GloVLMError("expected images of at least two classes, found 1; add another.")
     else:
-        pool, test = sampler.split(np.arange(len(labels)), _SPLIT, test_fraction)
+        pool, test = sampler.split(np.arange(len(labels)), SPLIT, test_fraction)
         reserve = np.empty(0, dtype=np.int64)
     pool, reserve = sampler.for_validation(pool, reserve, validation_shots)
     pool, calibration = sampler.for_calibration(pool, calibration_groups, requested, shots_from)
@@ -456,7 +458,7 @@ def reserve_calibration(
             "or draw an episode that sets calibration groups aside."
         )
     labels = np.asarray(column(rows, "label"), dtype=np.int64)[unused_rows]
-    rng = _rng((seed, episode.draw, _CALIBRATION))
+    rng = random_stream((seed, episode.draw, _CALIBRATION))
     none_needed = np.zeros(len(rows.features["label"].names), dtype=np.int64)
     aside = _set_aside(labels, ids[unused_rows], n_groups, none_needed, False, rng)
     calibration = tuple(unused_rows[aside].tolist())
@@ -504,9 +506,10 @@ def _set_aside(
     return best[group_of]
 
 
-def _per_class(
+def shots_per_class(
     shots: int | Mapping[str, int], names: Sequence[str], present: set[int]
 ) -> dict[str, int]:
+    """Images asked for of each class; of one without images none, where one number is for all."""
     if isinstance(shots, Mapping):
         requested = dict(shots)
         for name in requested:
@@ -545,7 +548,7 @@ def _ordering(
 
 
 @dataclass(frozen=True)
-class _Sampler:
+class Sampler:
     """Sampler of one draw over labelled, grouped rows."""
 
     labels: Indices
@@ -605,7 +608,7 @@ class _Sampler:
         needed = np.array([max(shots[name], 1) for name in self.names])
         needed = (needed - np.bincount(self.labels[learned], minlength=len(needed))).clip(min=0)
         one_group = shots_from == "one_group"
-        rng = _rng((self.seed, self.draw, _CALIBRATION))
+        rng = random_stream((self.seed, self.draw, _CALIBRATION))
         aside = _set_aside(self.labels[pool], ids, n, needed, one_group, rng)
         return np.sort(np.concatenate([pool[~aside], learned])), pool[aside]
 
@@ -614,7 +617,7 @@ class _Sampler:
     ) -> list[int]:
         """First n rows of class k on a side, in the order drawn."""
         here = side[self.labels[side] == k]
-        rng = _rng((self.seed, self.draw, stream, k))
+        rng = random_stream((self.seed, self.draw, stream, k))
         order = _ordering(here, self.ids[here], shots_from, rng)
         if len(order) < n:
             short = f"class {self.names[k]}: {where} holds {len(order)} images, {n} were asked for"

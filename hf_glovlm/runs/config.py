@@ -75,6 +75,13 @@ class TrainConfig(LearningSettings, Columns):
     shots_from: Literal["spread", "random", "one_group"] = setting(
         "spread", help="How a class's images are spread over groups.", group="Labels"
     )
+    protocol: Literal["strict", "glo_vlms"] = setting(
+        "strict",
+        help="How splits and supports are drawn: `strict` (a split for each draw), or `glo_vlms` "
+        "as published (one split for ten draws, disjoint supports up to 4 shots, pools of 32, and "
+        "all images of the validation groups, whose labels count).",
+        group="Labels",
+    )
     allow_fewer: bool = setting(
         False,
         help="Take what there is where a class has fewer images than shots.",
@@ -215,8 +222,31 @@ class TrainConfig(LearningSettings, Columns):
                 f"found cross_validate and validation_shots {self.validation_shots}."
             )
         self._check_calibration(method)
+        self._check_protocol()
         super().check()
         self.adaptation(self.output_dir).check_method(method)
+
+    def _check_protocol(self) -> None:
+        if self.protocol == "strict":
+            return
+        from ..data.protocols import check_glo_vlms
+
+        shots = self.shots.values() if isinstance(self.shots, dict) else [self.shots]
+        check_glo_vlms(max(shots), self.draw)
+        table = declarations(type(self))
+        reasons = {
+            "episodes": "a frozen episode has its own split and support",
+            "validation_shots": "it takes all images of the validation groups",
+            "cross_validate": "it chooses on the validation groups",
+            "calibration_groups": "it sets none aside",
+            "shots_from": "it draws a class's images whatever their groups",
+        }
+        for name, reason in reasons.items():
+            if getattr(self, name) != table[name].default:
+                raise GloVLMError(
+                    f"protocol {self.protocol} and {name} exclude each other: {reason}. Leave one "
+                    "of the two out."
+                )
 
     def _check_calibration(self, method: "Method") -> None:
         needing = [n for n in ("conformal", "max_risk") if getattr(self, n) is not None]

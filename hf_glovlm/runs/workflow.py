@@ -29,6 +29,7 @@ from ..calibration import (
 from ..calibration.inputs import softmax
 from ..data.catalog import list_grades
 from ..data.columns import LOOK, MASK
+from ..data.protocols import GLO_VLMS, draw_glo_vlms, protocol_notes
 from ..data.stains import STAIN, contradictions, list_stains, read_stains, state_stains
 from ..environment import check_tracker, describe_environment, peak_memory
 from ..files import digest_value, write_json, write_text
@@ -574,6 +575,10 @@ def _choose_episode(
     assert groups is not None  # the data have no problem, so every image was decoded
     if config.episodes is None:
         drawing = {name: getattr(config, name) for name in DRAWING}
+        if config.protocol == GLO_VLMS:
+            kept = ("shots", "seed", "draw", "allow_fewer", "test_fraction")
+            drawing = {name: drawing[name] for name in kept}
+            return draw_glo_vlms(rows, groups=groups, pooled=learned(groups), **drawing), groups
         return draw_episode(rows, groups=groups, pooled=learned(groups), **drawing), groups
     episode = load_episode(config.episodes, config.draw, rows, looks=report.looks)
     if groups.column != episode.group_column:
@@ -600,6 +605,7 @@ def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> lis
     """Every sentence that belongs beside the numbers."""
     return [
         *episode_notes(task.episode),
+        *protocol_notes(task.episode),
         *(f"{note[0].upper()}{note[1:]}." for note in task.reading.notes),
         *task.stated,
         *contradictions(task.rows),
