@@ -194,6 +194,12 @@ class TrainConfig(LearningSettings, Columns):
         above=0,
         most=10**5,
     )
+    controls: bool = setting(
+        False,
+        help="Also measure what predicts the labels without showing the lesion: size and file "
+        "alone, pictures with the outlined inside hidden, permuted labels.",
+        group="Output",
+    )
     save_model: bool = setting(
         True,
         help="Whether `model/` and `adapter/` are written; a study keeps results only.",

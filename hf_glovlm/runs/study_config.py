@@ -31,7 +31,7 @@ COMPARED = ("macro_auc", "balanced_accuracy")
 MOST_CELLS = 100_000
 RECORDED = "reference_logistic_regression"  # what a file of frozen episodes may hold per draw
 _OF_CELL = {"data", "output_dir", "backbone", "method", "shots", "draw"}
-_OF_CELL |= {"overwrite", "resume", "save_model"}
+_OF_CELL |= {"overwrite", "resume", "save_model", "controls"}
 _SETTINGS = {f.name for f in fields(TrainConfig)} - _OF_CELL
 
 

@@ -43,6 +43,7 @@ from ..publish.card import SUBGROUPS, render_card
 from ..publish.identifiers import write_identifiers
 from ..training import Adapted, adapt
 from .config import DRAWING, MINI, TrainConfig, choose_backbone
+from .controls import Draw, measure_controls, read_tables
 from .evaluation import check_unlearned, measure
 from .folder import RunFolder, make_accelerator
 from .loading import Loader, describe_inputs, task_classes
@@ -140,8 +141,13 @@ def _run(
     move_model(model, processes.device)
     clock.lap("load")
 
-    report("stage", {"name": f"adapting: {config.method}"})
     with folder.unfinished(made_from) as work:
+        controls = {}
+        if config.controls:  # by the backbone as it came
+            report("stage", {"name": "measuring the negative controls"})
+            controls = {"controls": _measure_controls(model, processor, task, processes)}
+            clock.lap("controls")
+        report("stage", {"name": f"adapting: {config.method}"})
         processes.start_trackers()
         on_epoch = partial(report, "epoch")
         adapted = _adapt(model, processor, task, processes, work, made_from, on_epoch)
@@ -177,6 +183,7 @@ def _run(
             **further,
             **_subgroups(predictions, test, task),
             **({"calibration": facts} if facts else {}),
+            **controls,
             "notes": _notes(adapted, task, calibrated),
             "synthetic": adapted.model.config.synthetic,
             "timing": clock.report(),
@@ -338,6 +345,25 @@ def _adapt(
     about.image_scale = support_scale(support)
     about.synthetic = bool(about.synthetic or is_synthetic(config.data))
     return adapted
+
+
+def _measure_controls(
+    model: Any, processor: Any, task: _Task, processes: "_Processes"
+) -> dict[str, dict[str, Any]]:
+    """Negative controls on the split and the labels of the task."""
+    embed = partial(embed_images, model, processor, device=processes.device, cache=processes.cache)
+    draw = Draw(task.episode.support, task.episode.test, task.config.seed)
+    looks = task.report.looks
+    tables = read_tables(task.rows, [*draw.support, *draw.test], embed, looks)
+    return measure_controls(
+        tables,
+        [draw],
+        task.labels,
+        task.groups,
+        len(task.classes),
+        n_resamples=task.config.n_resamples,
+        seed=task.config.seed,
+    )
 
 
 def _unlabelled(rows: "Dataset") -> "Dataset":
