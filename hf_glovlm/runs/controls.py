@@ -36,6 +36,7 @@ Embed = Callable[["Dataset"], NDArray[Any]]
 METRIC = "macro_auc"
 CHANCE = 0.5
 PERMUTATIONS = 20  # at least, over all draws
+STAYING = 0.1  # share of labels that may stay in place beyond those that stay among all
 _CHUNK = 256  # pictures that are held at once
 
 
@@ -225,7 +226,7 @@ def _predict(
     how = "within groups"
     if not all(within):
         rest = "" if not any(within) else f" in {within.count(False)} of them"
-        how = f"among all labelled images{rest}, since few groups hold two classes"
+        how = f"among all labelled images{rest}, since groups hardly mix classes"
     return runs, f"The mean of {len(runs)} permutations, {how}."
 
 
@@ -243,8 +244,9 @@ def permute_labels(
 ) -> tuple[NDArray[np.int64], bool]:
     """Labels permuted within groups, or among all where groups hardly mix classes.
 
-    Within groups, what a whole group looks like still tells its classes. Where fewer than half of
-    the images lie in a group of two classes or more, that would permute little.
+    Within a group of one class every label stays, and a classifier would still learn the truth. So
+    labels stay within groups only where hardly more of them keep their place, on average, than
+    among all (`STAYING`).
 
     Args:
         labels: Class of each image, `[n]`.
@@ -256,8 +258,12 @@ def permute_labels(
     """
     ids = np.asarray(groups, dtype=object)
     members = [np.flatnonzero(ids == group) for group in sorted({*groups})]
-    mixed = sum(len(rows) for rows in members if len({*labels[rows].tolist()}) > 1)
-    if 2 * mixed < len(labels):
+
+    def staying(parts: Sequence[NDArray[np.int64]]) -> float:
+        counts = [np.unique(labels[rows], return_counts=True)[1] for rows in parts]
+        return float(sum((n**2).sum() / n.sum() for n in counts)) / len(labels)
+
+    if staying(members) > staying([np.arange(len(labels))]) + STAYING:
         return rng.permutation(labels), False
     permuted = labels.copy()
     for rows in members:

@@ -37,6 +37,7 @@ from .study_config import (
     check_names,
     short_name,
 )
+from .study_controls import write_controls
 from .study_report import Outcome, no_collection, render_report, report_cells, write_report
 from .workflow import run
 
@@ -133,6 +134,7 @@ def _run_study(
     write_maps(
         output, {name: config.train_config(c, output) for name, c in finished_of.items()}, loader
     )
+    write_controls(config, output, loader)
     with no_collection():
         return report_cells(config, output, cells, finished)
 

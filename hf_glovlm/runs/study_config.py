@@ -122,6 +122,11 @@ class StudyConfig(Settings):
         group="Method",
         form="a list of goals",
     )
+    controls: bool = setting(
+        False,
+        help="Also measure the negative controls, over the draws of the reference method.",
+        group="Output",
+    )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "StudyConfig":
@@ -131,8 +136,8 @@ class StudyConfig(Settings):
             values: `data`, `methods` (names, or mappings of `name`, a `label` for the report,
                 `draws` and fields of `TrainConfig`), `backbones`, `shots` (one or a list), `draws`
                 (a number or a list; by default all of the episodes file, else 10), `reference`,
-                `goals` (mappings of the fields of `StudyGoal`), and fields of `TrainConfig` for
-                every cell.
+                `goals` (mappings of the fields of `StudyGoal`), `controls`, and fields of
+                `TrainConfig` for every cell.
 
         Raises:
             GloVLMError: A key is unknown or missing, a value is wrong, a name comes twice.
@@ -163,13 +168,16 @@ class StudyConfig(Settings):
                 f"The reference '{reference}' is none of the methods {', '.join(names)}."
                 f"{nearest(reference, names)}"
             )
+        controls = own.pop("controls", False)
         goals = tuple(
             _read_goal(given, names, reference, shots, [short_name(str(b)) for b in backbones])
             for given in _listed(own.pop("goals", None) or [])
         )
         known = {"data", "methods", "backbones", "shots", "draws", "reference", "goals"}
-        settings = _settings(own, known)
-        study = cls(data, lines, tuple(backbones), tuple(shots), reference, settings, goals)
+        settings = _settings(own, known | {"controls"})
+        study = cls(
+            data, lines, tuple(backbones), tuple(shots), reference, settings, goals, controls
+        )
         for device in {study.train_config(cell, "").device for cell in study.extremes()}:
             resolve_device(device)
         if not named:

@@ -39,6 +39,7 @@ from .study_config import (
     read_frozen,
     short_name,
 )
+from .study_controls import read_controls
 from .study_tables import write_tables
 
 __all__ = ["Outcome", "no_collection", "render_report", "report_cells", "write_report"]
@@ -212,6 +213,7 @@ def report_cells(
         "comparisons": _adjust(sections),
         "cells": [*_cells(outcomes)],
         "maps": [{k: v for k, v in m.items() if k != "made_from"} for m in read_maps(output)],
+        "controls": read_controls(output),
     }
     write_json(output / "report.json", report)
     write_tables(output, report)

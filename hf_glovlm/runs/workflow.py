@@ -124,7 +124,7 @@ def _run(
     report = on_event or (lambda kind, what: None)
     clock = _Clock()
     report("stage", {"name": "checking the data"})
-    task = _read_task(config, loader)
+    task = read_task(config, loader)
     backbone = choose_backbone(config.backbone, config.data)
     report("episode", task.summary)
     clock.lap("data")
@@ -197,7 +197,7 @@ def _run(
 
 
 @dataclass(frozen=True)
-class _Task:
+class Task:
     """Task of a run: its data, read, checked and split.
 
     Attributes:
@@ -268,7 +268,7 @@ class _Task:
         return own if self.former is None else own.after(self.former)
 
 
-def _read_task(config: TrainConfig, loader: Loader) -> _Task:
+def read_task(config: TrainConfig, loader: Loader) -> Task:
     """Read and split the data, and refuse what cannot be done before a backbone is loaded."""
     from ..data.folder import column
 
@@ -288,7 +288,7 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
     shift = None
     if config.prior is not None and not isinstance(config.prior, str):
         shift = prior_shift(declared_prior(config.prior, names)).tolist()
-    task = _Task(
+    task = Task(
         config=config,
         method=get_method(config.method),
         report=report,
@@ -313,7 +313,7 @@ def _read_task(config: TrainConfig, loader: Loader) -> _Task:
 def _adapt(
     model: Any,
     processor: Any,
-    task: _Task,
+    task: Task,
     processes: "_Processes",
     work: Path,
     made_from: Mapping[str, Any],
@@ -348,7 +348,7 @@ def _adapt(
 
 
 def _measure_controls(
-    model: Any, processor: Any, task: _Task, processes: "_Processes"
+    model: Any, processor: Any, task: Task, processes: "_Processes"
 ) -> dict[str, dict[str, Any]]:
     """Negative controls on the split and the labels of the task."""
     embed = partial(embed_images, model, processor, device=processes.device, cache=processes.cache)
@@ -372,7 +372,7 @@ def _unlabelled(rows: "Dataset") -> "Dataset":
     return rows.select_columns([name for name in kept if name in rows.column_names])
 
 
-def _describe_adapted(adapted: Adapted, task: _Task) -> dict[str, Any]:
+def _describe_adapted(adapted: Adapted, task: Task) -> dict[str, Any]:
     """Method, backbone and training, as the results state them."""
     model = adapted.model.config
     chain = task.former.chain if task.former is not None else ()
@@ -400,7 +400,7 @@ def _describe_adapted(adapted: Adapted, task: _Task) -> dict[str, Any]:
 
 
 def _write_run(
-    work: Path, adapted: Adapted, predictions: Predictions, results: dict[str, Any], task: _Task
+    work: Path, adapted: Adapted, predictions: Predictions, results: dict[str, Any], task: Task
 ) -> None:
     """Write model, if it is to be kept, predictions, card, results and the split."""
     from ..data import save_episodes
@@ -417,7 +417,7 @@ def _write_run(
     save_episodes(work / "episodes.json", [task.episode], task.rows, named, groups=task.grouping)
 
 
-def _subgroups(predictions: Predictions, test: "Dataset", task: _Task) -> dict[str, dict[str, Any]]:
+def _subgroups(predictions: Predictions, test: "Dataset", task: Task) -> dict[str, dict[str, Any]]:
     """The metrics within each stain and each scanner, where the data name more than one."""
     from ..data.folder import column
     from ..metrics import compute_subgroups
@@ -437,7 +437,7 @@ def _subgroups(predictions: Predictions, test: "Dataset", task: _Task) -> dict[s
     return {"subgroups": subgroups} if subgroups else {}
 
 
-def _calibrate(adapted: Adapted, task: _Task, processes: "_Processes") -> Calibration | None:
+def _calibrate(adapted: Adapted, task: Task, processes: "_Processes") -> Calibration | None:
     """Fit temperature, sets and abstention on groups that the method never saw, if there are any.
 
     The model keeps these, and what a declared prevalence adds.
@@ -627,7 +627,7 @@ def episode_notes(episode: "Episode") -> list[str]:
     return notes
 
 
-def _notes(adapted: Adapted, task: _Task, calibrated: Calibration | None) -> list[str]:
+def _notes(adapted: Adapted, task: Task, calibrated: Calibration | None) -> list[str]:
     """Every sentence that belongs beside the numbers."""
     return [
         *episode_notes(task.episode),
@@ -664,7 +664,7 @@ def _pretraining_notes(adapted: Adapted, config: TrainConfig, rows: "Dataset") -
     return list(dict.fromkeys(notes))
 
 
-def _describe_data(task: _Task) -> dict[str, Any]:
+def _describe_data(task: Task) -> dict[str, Any]:
     """Where the rows come from and how they are split, as the results state it."""
     from ..data import split_hash
 
@@ -700,7 +700,7 @@ def _describe_data(task: _Task) -> dict[str, Any]:
     }
 
 
-def _digest_split(task: _Task) -> str:
+def _digest_split(task: Task) -> str:
     """Digest of the side on which each row stands."""
     from ..data.folder import column
 
