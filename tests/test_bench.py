@@ -48,10 +48,10 @@ def test_the_loop_computes_what_the_bootstrap_does() -> None:
     probabilities = rng.dirichlet(np.ones(3), size=80)
     plain = plain_metrics(labels, probabilities)
     ours = compute_metrics(labels, probabilities, n_resamples=0)
-    for name in ("accuracy", "balanced_accuracy", "macro_auc", "macro_f1", "brier"):
+    for name in ("accuracy", "balanced_accuracy", "macro_auc", "auprc", "macro_f1", "brier", "nll"):
         assert plain[name] == pytest.approx(ours["metrics"][name]["value"])
     for k in range(3):
-        for name in ("recall", "specificity", "auc"):
+        for name in ("recall", "specificity", "auc", "auprc"):
             assert plain[f"{name}_{k}"] == pytest.approx(ours["per_class"][str(k)][name]["value"])
 
 

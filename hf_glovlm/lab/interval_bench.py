@@ -32,6 +32,7 @@ TUNED = {
     "balanced_accuracy": (
         *("accuracy", "balanced_accuracy", "macro_f1"),
         *("brier", "boundary_margin", "alignment", "similarity_gap"),
+        *("auprc", "nll", "quadratic_kappa"),
     ),
     "macro_auc": ("macro_auc",),
 }
@@ -81,6 +82,7 @@ def _measure(cohort: Cohort, signal: float, n_resamples: int = 0) -> dict[str, A
         _softmax(scores),
         groups=[f"{g:06}" for g in cohort.group] if n_resamples else None,
         similarities=np.clip(0.25 + 0.02 * scores, -1, 1),
+        grades=range(scores.shape[1]),
         n_resamples=n_resamples,
     )["metrics"]
     return measured

@@ -91,6 +91,7 @@ def _stage(stage: Path, run: Run, repo_id: str, what: Part, reason: str | None) 
     write_json(stage / "results.json", results, ensure_ascii=False)
     classes = {
         c["name"]: {"display_name": c["display_name"], "prompts": list(c["prompts"])}
+        | ({"grade": c["grade"]} if isinstance(c.get("grade"), int) else {})
         for c in results["data"]["classes"]
     }
     text = yaml.safe_dump({"classes": classes}, sort_keys=False, allow_unicode=True)

@@ -141,8 +141,8 @@ def plain_metrics(
         probabilities: `[n, K]`.
 
     Returns:
-        `accuracy`, `balanced_accuracy`, `macro_auc`, `macro_f1`, `brier`, and `recall_k`,
-        `specificity_k`, `auc_k` of every class k.
+        `accuracy`, `balanced_accuracy`, `macro_auc`, `auprc`, `macro_f1`, `brier`, `nll`, and
+        `recall_k`, `specificity_k`, `auc_k`, `auprc_k` of every class k.
     """
     try:
         from sklearn import metrics
@@ -158,13 +158,17 @@ def plain_metrics(
     hit, actual, called = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     recall, specificity = hit / actual, 1 - (called - hit) / (len(labels) - actual)
     auc = [metrics.roc_auc_score(labels == k, probabilities[:, k]) for k in classes]
+    precision = [metrics.average_precision_score(labels == k, probabilities[:, k]) for k in classes]
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
         "balanced_accuracy": float(metrics.balanced_accuracy_score(labels, predicted)),
         "macro_auc": float(np.mean(auc)),
+        "auprc": float(np.mean(precision)),
         "macro_f1": float(metrics.f1_score(labels, predicted, average="macro")),
         "brier": float(((probabilities - np.eye(len(classes))[labels]) ** 2).sum(1).mean()),
+        "nll": float(metrics.log_loss(labels, probabilities, labels=list(classes))),
         **{f"recall_{k}": float(recall[k]) for k in classes},
         **{f"specificity_{k}": float(specificity[k]) for k in classes},
         **{f"auc_{k}": float(auc[k]) for k in classes},
+        **{f"auprc_{k}": float(precision[k]) for k in classes},
     }
