@@ -29,7 +29,7 @@ FLOORS = {
         "roc",
         "runtimes",
     },
-    2: {"backbones", "calibration", "metrics", "settings", "tables"},
+    2: {"backbones", "calibration", "curves", "metrics", "settings", "tables"},
     3: {"data", "rendering"},
     4: {"charts", "methods"},
     5: {"inference"},
@@ -44,6 +44,7 @@ NEIGHBOURS |= {room: {"errors"} for room in ("arrays", "environment", "files")}
 ONLY: dict[str, set[str]] = {  # stricter than the floor
     "backbones": {"errors", "files", "model"},
     "calibration": {"errors", "intervals"},
+    "curves": {"arrays", "errors", "intervals"},
     "data": {"errors", "files", "lazy", "settings", "tables"},
     "metrics": {"arrays", "errors", "intervals", "roc"},
     "settings": {"errors", "files"},

@@ -11,10 +11,11 @@ from tiny import CLASSES, tiny_clip, tiny_images, tiny_pair
 from transformers import AutoModelForImageClassification
 
 from hf_glovlm.cli import app
+from hf_glovlm.curves import choose_thresholds
 from hf_glovlm.data import all_rows, load_dataset, save_episodes
 from hf_glovlm.data.splits import draw_episode, reserve_calibration
 from hf_glovlm.errors import GloVLMError
-from hf_glovlm.inference import Predictions
+from hf_glovlm.inference import Predictions, load_classifier, predict
 from hf_glovlm.runs import run
 from hf_glovlm.runs.config import TrainConfig
 
@@ -50,9 +51,25 @@ def test_a_calibrated_run_keeps_what_it_fitted_on_groups_of_its_own(
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model")
     assert model.config.temperature != 1.0
     assert model.config.calibration["conformal"]["method"] == "aps"
+    points = results["operating_points"]
+    assert points["chosen_on"] == "36 calibration images of 3 groups"
+    drawn = results["data"]["drawn"]
+    assert sorted(map(sum, drawn["calibration"])) == [12, 12, 12]
+    assert [len(groups) for groups in drawn.values()] == list(results["data"]["groups"].values())
+    # chosen on probabilities as the model states them: the very ones that it predicts
+    episodes = json.loads((tmp_path / "run" / "episodes.json").read_text())
+    held = episodes["draws"][0]["calibration"]
+    rows = all_rows(load_dataset(images))
+    rows = rows.select([i for i, name in enumerate(rows["file_name"]) if name in held])
+    answers = predict(*load_classifier(tmp_path / "run")[:2], rows)
+    chosen = choose_thresholds(rows["label"], answers.probabilities, CLASSES)
+    stated = {name: row["threshold"] for name, row in points["classes"].items()}
+    assert stated == pytest.approx(chosen, abs=1e-5)
     plain = run(make(images, tmp_path / "plain"))
     assert "calibration" not in plain
     assert plain["abstention"].keys() == {"aurc"}
+    assert plain["operating_points"]["classes"] is None
+    assert "--calibration-groups" in plain["operating_points"]["why_not"]
 
 
 def test_predict_gives_sets_and_says_where_it_abstains(
@@ -116,6 +133,7 @@ def test_a_transductive_run_is_measured_on_its_queries_and_says_so(
 ) -> None:
     results = run(make(images, tmp_path / "run", method="transclip"))
     assert results["transductive"]["query_images"] == results["n"]
+    assert "all test images together" in results["operating_points"]["why_not"]
     assert "macro_auc" in results["transductive"]["saved_model_alone"]
     assert any("no longer transductive" in note for note in results["notes"])
     stored = Predictions.load(tmp_path / "run" / "predictions.parquet")
@@ -171,6 +189,8 @@ def test_how_settings_came_about_is_said(
         settings = {**settings, "backbone": tiny_pair()}
     results = run(make(images, tmp_path / "run", **settings))
     assert any(sentence in note for note in results["notes"])
+    if "validation_shots" in settings:
+        assert results["operating_points"]["chosen_on"].startswith("6 validation images")
     if "max_steps" in settings:
         assert results["training"]["recipe"]["steps"] == 3
 

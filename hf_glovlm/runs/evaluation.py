@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from ..data import Columns, Groups
 
+NO_THRESHOLDS = "The model's run chose no threshold, or its results do not lie beside it."
+
 
 class Evaluation(RunResult):
     """Results of an evaluation: what `glovlm evaluate` writes, and the predictions.
@@ -134,6 +136,7 @@ def evaluate(
     synthetic = classifier.config.synthetic or is_synthetic(data)
     base = classifier.config.backbone_name
     pretrained = contamination_notes(base, name, rows, synthetic=synthetic)
+    thresholds, chosen_on, why_not = _thresholds_of_run(run, known)
     results = {
         "kind": "evaluation",
         "config": {
@@ -158,6 +161,9 @@ def evaluate(
             "stain": list_stains(read_stains(rows)) or None,
         },
         **measure(predictions, grades=_grades_of(run, known), n_resamples=n_resamples),
+        "operating_points": measure_thresholds(
+            predictions, thresholds, chosen_on, why_not=why_not, n_resamples=n_resamples
+        ),
         "notes": [
             groups.note,
             count_unlike(predictions),
@@ -199,20 +205,72 @@ def measure(
     Raises:
         GloVLMError: The model learned from one of the groups or images.
     """
+    from ..curves import compute_curves, count_by_group
     from ..metrics import compute_metrics
 
     assert predictions.labels is not None  # callers predict labelled rows
     check_unlearned(learned, predictions.groups or (), images)
-    return compute_metrics(
-        predictions.labels,
-        predictions.probabilities,
-        groups=predictions.groups,
-        class_names=predictions.class_names,
-        similarities=predictions.similarities,
-        grades=grades,
-        n_resamples=n_resamples,
-        seed=seed,
+    answers = (predictions.labels, predictions.probabilities)
+    options: dict[str, Any] = {"groups": predictions.groups, "n_resamples": n_resamples}
+    options |= {"class_names": predictions.class_names, "seed": seed}
+    measured = compute_metrics(
+        *answers, similarities=predictions.similarities, grades=grades, **options
     )
+    measured["curves"] = compute_curves(*answers, **options)
+    if predictions.groups is not None:
+        measured["per_group"] = count_by_group(*answers, predictions.groups)
+    return measured
+
+
+def measure_thresholds(
+    predictions: Predictions,
+    thresholds: Mapping[str, float | None] | None,
+    chosen_on: str | None,
+    *,
+    why_not: str = "",
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Sensitivity and specificity of labelled predictions at thresholds chosen without them.
+
+    Args:
+        predictions: Of labelled images.
+        thresholds: Of each class, see `curves.choose_thresholds`; `None` where none were chosen.
+        chosen_on: On which images, in words.
+        why_not: Why none were chosen, in a sentence.
+        n_resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Returns:
+        `operating_points` of results: `rule`, `chosen_on`, `why_not`, `classes`.
+    """
+    from .. import curves
+
+    classes = None
+    if thresholds is not None:
+        assert predictions.labels is not None  # callers predict labelled rows
+        classes = curves.measure_thresholds(
+            predictions.labels,
+            predictions.probabilities,
+            thresholds,
+            groups=predictions.groups,
+            class_names=predictions.class_names,
+            n_resamples=n_resamples,
+            seed=seed,
+        )
+    return {"rule": curves.RULE, "chosen_on": chosen_on, "why_not": why_not, "classes": classes}
+
+
+def _thresholds_of_run(
+    run: Mapping[str, Any] | None, names: Sequence[str]
+) -> tuple[dict[str, float | None] | None, str | None, str]:
+    """Thresholds that a model's run chose, on which images, and why there are none."""
+    stated: Mapping[str, Any] = (run or {}).get("operating_points") or {}
+    classes: Mapping[str, Any] = stated.get("classes") or {}
+    if {*names} - {*classes}:
+        return None, None, NO_THRESHOLDS
+    chosen = {name: classes[name]["threshold"] for name in names}
+    return chosen, f"{stated['chosen_on']}, in the model's run", ""
 
 
 # --------------------------------------------------------------------------- what was learned from

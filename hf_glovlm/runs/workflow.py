@@ -27,6 +27,7 @@ from ..calibration import (
     prior_shift,
 )
 from ..calibration.inputs import softmax
+from ..curves import choose_thresholds
 from ..data.catalog import list_grades
 from ..data.columns import LOOK, MASK
 from ..data.protocols import GLO_VLMS, draw_glo_vlms, protocol_notes
@@ -44,7 +45,7 @@ from ..publish.identifiers import write_identifiers
 from ..training import Adapted, adapt
 from .config import DRAWING, MINI, TrainConfig, choose_backbone
 from .controls import Draw, measure_controls, read_tables
-from .evaluation import check_unlearned, measure
+from .evaluation import check_unlearned, measure, measure_thresholds
 from .folder import RunFolder, make_accelerator
 from .loading import Loader, describe_inputs, task_classes
 from .provenance import (
@@ -71,6 +72,7 @@ OWN_FILES = (  # in the order in which they are put in place
     "model", "adapter", "predictions.parquet", "config.yaml", "episodes.json", "identifiers.json",
     "log.jsonl", "README.md", "manifest.json", "results.json",
 )  # fmt: skip
+REPORT = "report.html"  # written afterwards, from the files of the run alone
 SYNTHETIC_BACKBONE = (
     "The backbone, mini, has seen synthetic images only, and these are photographs: the numbers "
     "test the software and say nothing about tissue. Name another backbone to learn something."
@@ -106,7 +108,8 @@ def run(
     processes = _Processes(config, get_method(config.method), loader)
     output = Path(config.output_dir).expanduser()
     accelerator = processes.accelerator
-    folder = RunFolder(output, config, "adaptation", OWN_FILES, _INCIDENTAL, accelerator)
+    names = (REPORT, *OWN_FILES)  # that of a former run goes with it
+    folder = RunFolder(output, config, "adaptation", names, _INCIDENTAL, accelerator)
     folder.check()
     results = _run(config, loader, folder, processes, on_event)
     processes.wait()
@@ -154,7 +157,8 @@ def _run(
         clock.lap("adapt")
 
         report("stage", {"name": "predicting the test images"})
-        calibrated = _calibrate(adapted, task, processes)
+        calibrated, held = _calibrate(adapted, task, processes)
+        thresholds = _choose_thresholds(adapted, task, processes, held)
         test, groups = task.side("test")
         predictions = processes.predict(adapted, test, groups)
         further = _further_results(adapted, predictions, test, processes.cache_for(adapted), config)
@@ -182,6 +186,9 @@ def _run(
             **_describe_adapted(adapted, task),
             **further,
             **_subgroups(predictions, test, task),
+            "operating_points": measure_thresholds(
+                predictions, **thresholds, n_resamples=config.n_resamples, seed=config.seed
+            ),
             **({"calibration": facts} if facts else {}),
             **controls,
             "notes": _notes(adapted, task, calibrated),
@@ -437,12 +444,17 @@ def _subgroups(predictions: Predictions, test: "Dataset", task: Task) -> dict[st
     return {"subgroups": subgroups} if subgroups else {}
 
 
-def _calibrate(adapted: Adapted, task: Task, processes: "_Processes") -> Calibration | None:
+def _calibrate(
+    adapted: Adapted, task: Task, processes: "_Processes"
+) -> tuple[Calibration | None, Predictions | None]:
     """Fit temperature, sets and abstention on groups that the method never saw, if there are any.
 
     The model keeps these, and what a declared prevalence adds.
+
+    Returns:
+        The calibration, and the predictions that it was fitted on, as it then corrects them.
     """
-    config, model, calibration = task.config, adapted.model.config, None
+    config, model, calibration, predictions = task.config, adapted.model.config, None, None
     if task.episode.calibration:
         rows, groups = task.side("calibration")
         check_unlearned(task.learned(calibrated=False), groups, task.images("calibration"))
@@ -462,9 +474,44 @@ def _calibrate(adapted: Adapted, task: Task, processes: "_Processes") -> Calibra
         )
         model.temperature = calibration.temperature
         model.calibration = calibration.to_dict()
+        shift = 0.0 if task.shift is None else np.asarray(task.shift)
+        corrected = predictions.logits / calibration.temperature + shift
+        _replace_logits(predictions, corrected.astype(np.float32))
     if task.shift is not None:
         model.prior_shift = task.shift
-    return calibration
+    return calibration, predictions
+
+
+def _choose_thresholds(
+    adapted: Adapted, task: Task, processes: "_Processes", held: Predictions | None
+) -> dict[str, Any]:
+    """Choose a threshold a class on the calibration or the validation groups, never on the test.
+
+    Args:
+        adapted: The model as it predicts the test images.
+        task: What to do.
+        processes: They predict.
+        held: Predictions of the calibration images.
+    """
+    none: dict[str, Any] = {"thresholds": None, "chosen_on": None}
+    if adapted.query_logits is not None or task.config.prior == "em":
+        why = "No threshold was chosen: the predictions depend on all test images together."
+        return none | {"why_not": why}
+    side = "calibration"
+    if held is None and task.episode.validation:
+        side = "validation"
+        held = processes.predict(adapted, *task.side(side))
+    if held is None:
+        why = (
+            "No threshold was chosen: there are no calibration or validation groups, and the test "
+            "images must not choose it. Give --calibration-groups or --validation-shots."
+        )
+        return none | {"why_not": why}
+    assert held.labels is not None  # rows of a labelled set
+    assert held.groups is not None  # `predict` was given them
+    thresholds = choose_thresholds(held.labels, held.probabilities, held.class_names)
+    where = f"{len(held.labels)} {side} images of {len({*held.groups})} groups"
+    return {"thresholds": thresholds, "chosen_on": where, "why_not": ""}
 
 
 def _further_results(
@@ -689,6 +736,7 @@ def _describe_data(task: Task) -> dict[str, Any]:
             for side, index in sides.items()
         },
         "groups": {side: len({groups[i] for i in index}) for side, index in sides.items()},
+        "drawn": {side: _images_by_group(task, index) for side, index in sides.items()},
         "group_column": episode.group_column,
         "split_hash": split_hash(task.rows, episode),
         "shots": episode.shots,
@@ -698,6 +746,14 @@ def _describe_data(task: Task) -> dict[str, Any]:
         "learned_from": task.provenance().to_dict(),
         "notes": [note for note in task.report.notes if note not in read],
     }
+
+
+def _images_by_group(task: Task, rows: Sequence[int]) -> list[list[int]]:
+    """Images of each class in every group of some rows, the largest first, without its name."""
+    held: dict[str, list[int]] = {}
+    for row in rows:
+        held.setdefault(task.groups[row], [0] * len(task.classes))[task.labels[row]] += 1
+    return sorted(held.values(), key=lambda counts: (-sum(counts), counts))
 
 
 def _digest_split(task: Task) -> str:
