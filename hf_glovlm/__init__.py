@@ -54,6 +54,7 @@ _MODULES = {  # public names, by the module that holds them; for type checkers i
     "publish.staging": ("check_identifiers",),
     "publish.onnx_graph": ("export_model",),
     "publish.upload": ("push",),
+    "reports": ("write_report",),
     "runs": ("RunResult", "TrainConfig", "run"),
     "runs.comparison": ("compare_runs",),
     "runs.cross_validation": ("frozen_methods", "leave_patients_out"),

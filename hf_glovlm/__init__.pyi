@@ -43,6 +43,7 @@ from .publish.licences import check_publishing as check_publishing
 from .publish.onnx_graph import export_model as export_model
 from .publish.staging import check_identifiers as check_identifiers
 from .publish.upload import push as push
+from .reports import write_report as write_report
 from .runs import RunResult as RunResult
 from .runs import TrainConfig as TrainConfig
 from .runs import run as run

@@ -354,6 +354,8 @@ def test_train_says_what_it_did(glovlm: Glovlm, data: Path, tmp_path: Path) -> N
     assert "synthetic" not in done.out
     assert str(folder) in done.err
     assert "Not for diagnosis" in (folder / "README.md").read_text()
+    report = (folder / "report.html").read_text("utf-8")
+    assert f"On {results['n']} images of {results['n_groups']} patients" in report
     assert (folder / "model" / "config.json").is_file()
 
 

@@ -63,6 +63,7 @@ from .options import (
     options_of,
 )
 from .publish import card, explain, explain_check, export, push
+from .reports import REPORTS, write_beside
 from .slides import caption, correct, crops, get, mil, slide
 
 app = typer.Typer()
@@ -152,6 +153,7 @@ def train(checked: TrainConfig, as_json: JsonFlag = False) -> None:
         return
     print_metrics(results, as_json)
     note(f"model, results and card are in {checked.output_dir}")
+    write_beside(checked.output_dir)
 
 
 @app.command()
@@ -211,7 +213,7 @@ def evaluate(
     print_metrics(results, as_json)
     if as_json and UNKNOWN in results["notes"]:
         note(UNKNOWN)
-    note(f"results are in {output}")
+    note(f"results are in {output}; for a page of them: glovlm report {output}")
 
 
 @app.command()
@@ -342,6 +344,7 @@ def study(
 
 
 ELSEWHERE: list[Callable[..., None]] = [
+    *REPORTS,
     compare,
     slide,
     correct,

@@ -33,6 +33,7 @@ from ..rendering import (
     number,
     render,
 )
+from .identifiers import PRIVATE
 from .licences import Part
 
 __all__ = ["SUBGROUPS", "Publication", "render_backbone_card", "render_card", "write_card"]
@@ -50,11 +51,6 @@ _FRONT = 2**16  # characters of front matter at most
 _SHOWN = 3  # classes that it misses, pairs that it confuses
 _TAGS = ("few-shot", "vision-language", "not-for-diagnosis")
 SUBGROUPS = ("stain", "scanner", "kidney")  # an institution or a reader is somebody's name
-# Absolute paths of any system, file names of images: what no sentence of a card may hold.
-_PRIVATE = re.compile(
-    r"(?<![\w.:/])(?:~?/|[A-Za-z]:[\\/]|\\\\)\S|\w\.(?:png|jpe?g|tiff?|bmp|svs|ndpi|mrxs|scn)\b",
-    re.I,
-)
 # Settings of a run that its card shows in another section, and those that name places or machines.
 NOT_IN_SETTINGS = {
     *("data", "output_dir", "backbone", "episodes", "prompts", "stain", "shots", "tracker"),
@@ -226,7 +222,7 @@ def _card_values(results: Mapping[str, Any], publication: Publication | None) ->
         "seen": _describe_outline(results["training"]),
         "hidden": hidden,
         "notes": [
-            note for note in results["notes"] if note not in hidden and not _PRIVATE.search(note)
+            note for note in results["notes"] if note not in hidden and not PRIVATE.search(note)
         ],
         "licence": _licence(results),
         "prior": named(results["prior"]),
@@ -356,7 +352,7 @@ def _hidden(results: Mapping[str, Any]) -> list[str]:
     """What the model cannot judge, since its outline hides where that is seen."""
     training, names = results["training"], [row["name"] for row in results["data"]["classes"]]
     seen = training.get("outline", "ignore"), training.get("outline_of")
-    return [sentence for sentence in hidden_classes(names, *seen) if not _PRIVATE.search(sentence)]
+    return [sentence for sentence in hidden_classes(names, *seen) if not PRIVATE.search(sentence)]
 
 
 def _licence(results: Mapping[str, Any]) -> dict[str, Any]:

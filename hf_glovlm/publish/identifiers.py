@@ -69,6 +69,12 @@ _SHAPES = {
     ),
     "a record number": r"(?<![\d.,])\d{7,}(?![\d.,])",
 }
+# Absolute paths of any system, file names of images: what no sentence of a card or report may hold.
+PRIVATE = re.compile(
+    r"(?<![\w.:/])(?:~?/|[A-Za-z]:[\\/]|\\\\)\S|\w\.(?:png|jpe?g|tiff?|bmp|svs|ndpi|mrxs|scn)\b",
+    re.I,
+)
+WITHHELD = "[withheld: it names a patient, a file or a place]"
 _ANYWHERE = ("a path", "a TCGA barcode")
 
 
@@ -364,6 +370,40 @@ def refuse_named(file: str, texts: Iterable[Text], forbidden: Identifiers) -> No
                 f"Nothing was published: {file} holds what looks like {shape}{place}. "
                 "Rename the class, the prompt or the text that holds it, and train again."
             )
+
+
+def without_names(value: Any, forbidden: Identifiers, name: str = "", by_hand: bool = False) -> Any:
+    """Plain values in which `WITHHELD` stands in place of each text that names somebody.
+
+    Args:
+        value: Plain values, as `texts_of` takes them.
+        forbidden: The identifiers.
+        name: Of the field that holds them.
+        by_hand: Whether a person wrote them.
+
+    Raises:
+        GloVLMError: A key, such as the name of a class, names somebody.
+    """
+    if isinstance(value, dict):
+        kept = {}
+        for key, part in value.items():
+            field_name = f"{name}.{key}" if name else str(key)
+            if isinstance(key, str) and forbidden.find(key, by_hand=by_hand):
+                raise GloVLMError(
+                    f"The name '{key}' in '{name}' is one of a patient, a file or a folder of the "
+                    "run, which no report may hold: rename the class and train again."
+                )
+            written = by_hand or key in _BY_HAND or field_name in _BY_HAND_FIELDS
+            kept[key] = without_names(part, forbidden, field_name, written)
+        return kept
+    if isinstance(value, list | tuple):
+        return [
+            without_names(part, forbidden, f"{name}.{i}", by_hand) for i, part in enumerate(value)
+        ]
+    if not isinstance(value, str):
+        return value
+    named = PRIVATE.search(value) or find_shape(value) or forbidden.find(value, by_hand=by_hand)
+    return WITHHELD if named else value
 
 
 def write_identifiers(folder: Path, rows: "Dataset") -> None:

@@ -1,1 +1,5 @@
-"""Reports: pages for people, made from the files of results alone."""
+"""Reports: pages of finished work, from its result files alone."""
+
+from .writing import write_report
+
+__all__ = ["write_report"]
