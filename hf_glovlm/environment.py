@@ -9,7 +9,7 @@ from .errors import GloVLMError, nearest
 
 
 def describe_environment(device: Any, num_processes: int = 1) -> dict[str, Any]:
-    """Software versions and hardware, for `results.json` and `glovlm env`."""
+    """Software versions and hardware, for `results.json`."""
     import platform
 
     import torch

@@ -662,8 +662,6 @@ def test_zero_glomeruli_are_a_sheet_without_percentages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("slides", "rows", "told"),
     [
-        ({"s": made(N)}, [*rows_of("s"), {"slide_id": "t", "case_id": "B2"}],
-         {"B2": "no results of it are given"}),
         ({"s": made(N), "t": made(N)}, rows_of("s"), {"slide t": "has no row for it"}),
         ({"s": made(N), "t": made(N)}, [*rows_of("s"), {"slide_id": "t", "stain": "PAS"}],
          {"slide t": "names no case"}),
@@ -687,6 +685,13 @@ def test_bad_input_fails_alone_and_says_why(
     assert [*failed] == [*told]
     for name, text in told.items():
         assert text in failed[name]
+
+
+def test_cases_of_which_nothing_was_classified_are_a_note(tmp_path: Path) -> None:
+    rows = [*rows_of("s"), {"slide_id": "t", "case_id": "B2"}, {"slide_id": "u", "stain": "PAS"}]
+    done = describe(tmp_path, {"s": made(N)}, (N, G), rows)
+    assert ([*done.sheets], done.failed) == (["B1"], {})
+    assert "1 case has no results here, and no sheet: B2." in done.notes
 
 
 def test_a_failed_section_beside_others_is_named(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ to the error stream.
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from .. import __version__
 from ..environment import quiet_libraries
 from ..errors import GloVLMError
 from ..lab.pretraining_config import PretrainConfig
+from ..progress import is_main
 from ..runs.config import TrainConfig
 from ..settings import SEEDS, read_yaml
 from .benches import LISTED, bench
@@ -30,20 +31,20 @@ from .console import (
     INTERRUPTED,
     TERMINATED,
     Notes,
-    cell,
     check_output,
     explain_failure,
     fail,
-    is_main,
     note,
     print_json,
     print_metrics,
+    print_predictions,
     print_rows,
     print_table,
     show_progress,
     until_terminated,
 )
 from .data import data_app
+from .doctor import doctor
 from .finder import find_app
 from .options import (
     BatchFlag,
@@ -187,26 +188,26 @@ def evaluate(
     from ..runs.provenance import UNKNOWN
 
     quiet_libraries()
-    results = measure(
-        model,
-        data,
-        columns=Columns(
-            image_column=image_column,
-            label_column=label_column,
-            group_column=group_column,
-            group_from=group_from,
-        ),
-        split=split,
-        stain=stain,
-        allow_seen=allow_seen,
-        allow_scale=allow_scale,
-        batch_size=batch_size,
-        device=device,
-        precision=precision,
-        runtime=runtime,
-        n_resamples=n_resamples,
-        progress=sys.stderr.isatty(),
-    )
+    with show_progress():
+        results = measure(
+            model,
+            data,
+            columns=Columns(
+                image_column=image_column,
+                label_column=label_column,
+                group_column=group_column,
+                group_from=group_from,
+            ),
+            split=split,
+            stain=stain,
+            allow_seen=allow_seen,
+            allow_scale=allow_scale,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            runtime=runtime,
+            n_resamples=n_resamples,
+        )
     if predictions is not None:
         results.predictions.save(predictions)
     write_json(output, results.to_dict())
@@ -253,7 +254,6 @@ def predict(
     quiet_libraries()
     place = engine_device(device, runtime, precision)
     options: dict[str, Any] = {"batch_size": batch_size, "cache": FeatureCache()}
-    options |= {"progress": sys.stderr.isatty()}
     loaded = load_model(model, exported=True)[:2]
     rows_of_images, stated = state_stains(image_rows(places, mpp), stain)
     readable = places
@@ -269,18 +269,19 @@ def predict(
         *loaded, precision=precision, runtime=runtime, device=place, images=seen,
         workload=len(rows_of_images), on_note=note,
     )  # fmt: skip
-    try:
-        predictions = classify(*loaded, rows_of_images, **options)
-    except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone
-        readable, unreadable = readable_images(places, loaded[0].config.outline)
-        for sentence in unreadable:
-            note(sentence)
-        if not unreadable:
-            raise
-        if not readable:
-            raise GloVLMError(f"None of the {len(places)} images can be read.") from None
-        rows_of_images, _ = state_stains(image_rows(readable, mpp), stain)
-        predictions = classify(*loaded, rows_of_images, **options)
+    with show_progress():
+        try:
+            predictions = classify(*loaded, rows_of_images, **options)
+        except GloVLMError:  # perhaps an image: only then is it worth decoding each one alone
+            readable, unreadable = readable_images(places, loaded[0].config.outline)
+            for sentence in unreadable:
+                note(sentence)
+            if not unreadable:
+                raise
+            if not readable:
+                raise GloVLMError(f"None of the {len(places)} images can be read.") from None
+            rows_of_images, _ = state_stains(image_rows(readable, mpp), stain)
+            predictions = classify(*loaded, rows_of_images, **options)
     about = loaded[0].config
     hidden = [*hidden_notes(about), *outline_notes(about, rows_of_images)]
     for sentence in [*hidden, *predictions.notes]:
@@ -302,7 +303,7 @@ def predict(
     if as_json:
         print_json([dict(zip(header, row, strict=True)) for row in rows])
     elif output is None:
-        print_table(title, header, [[*map(str, row)] for row in rows])
+        print_predictions(title, predictions, answers)
     else:
         counts = [[k, str(predictions.predicted.count(k))] for k in predictions.class_names]
         print_table(title, ["predicted", "images"], counts)
@@ -327,17 +328,22 @@ def study(
     from ..reports.study import write_study
     from ..runs.study import StudyConfig, render_report, run_study
 
-    def report_cell(kind: str, what: Mapping[str, Any]) -> None:
-        error = f" ({what['error']})" if what.get("error") else ""
-        note(f"{what['name']}: {what['status']}{error}")
+    ended = Counter[str]()
+
+    def follow(kind: str, what: Mapping[str, Any]) -> None:
+        ended[what["status"]] += 1
+        if what["status"] == "failed":
+            note(f"{what['name']}: failed ({what['error']})")
 
     grid = StudyConfig.from_mapping(read_yaml(config))
     quiet_libraries()
-    report = run_study(grid, output_dir, workers=workers, on_event=report_cell)
+    with show_progress():
+        report = run_study(grid, output_dir, workers=workers, on_event=follow)
     if as_json:
         print_json(report)
     else:
         typer.echo(render_report(report))
+    note("cells: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
     note(f"the report and its cells are in {output_dir}; as a page: {write_study(output_dir)}")
     if report["failures"]:
         raise typer.Exit(1)
@@ -403,7 +409,6 @@ def pretrain(checked: PretrainConfig, as_json: JsonFlag = False) -> None:
     with show_progress() as on_event:
         facts = train_mini(
             checked,
-            on_epoch=partial(on_event, "epoch"),
             on_stage=lambda name: on_event("stage", {"name": name}),
         )
     if as_json and is_main():
@@ -439,7 +444,7 @@ def backbones(context: typer.Context, as_json: JsonFlag = False) -> None:
         asdict(row) | {"page": row.page, "restrictions": row.restrictions}
         for row in BACKBONES.values()
     ]
-    shown = ("name", "hub_id", "kind", "image_size", "magnification", "stains", "license", "gated")
+    shown = ("name", "hub_id", "kind", "image_size", "license", "gated")
     print_rows("Backbones", rows, shown, as_json)
 
 
@@ -455,7 +460,9 @@ def backbones_convert(
     from ..backbones import convert_backbone
 
     quiet_libraries()
-    report = convert_backbone(checkpoint, output_dir, kind=kind, revision=revision)
+    with show_progress() as on_event:
+        on_event("stage", {"name": f"converting {checkpoint}"})
+        report = convert_backbone(checkpoint, output_dir, kind=kind, revision=revision)
     for sentence in report.notes:
         note(sentence)
     if as_json:
@@ -527,36 +534,7 @@ def cache_clear(
 
 
 app.command(epilog=LISTED)(bench)
-
-
-@app.command()
-def env(as_json: JsonFlag = False) -> None:
-    """Print what a bug report needs: versions, devices, the cache."""
-    from importlib.metadata import distributions
-
-    import torch
-
-    from ..environment import describe_environment
-    from ..inference import FeatureCache, resolve_device
-    from ..lab.benches.document import find_commit
-
-    facts = describe_environment(resolve_device("auto"))
-    installed = {package.name: package.version for package in distributions()}
-    cache = FeatureCache()
-    facts |= {name: installed.get(name) for name in ("evaluate", "gradio", "open_clip_torch")}
-    facts |= {
-        "hf_glovlm": __version__,
-        "commit": find_commit(),
-        "devices": ["cpu", *map(torch.cuda.get_device_name, range(torch.cuda.device_count()))],
-        "cpus": os.cpu_count(),
-        "cache": str(cache.folder),
-        "cache_megabytes": round(sum(entry.size for entry in cache.entries()) / 1e6, 1),
-    }
-    del facts["num_processes"]
-    if as_json:
-        print_json(facts)
-    else:
-        print_table("Environment", ["", ""], [[name, cell(v)] for name, v in facts.items()])
+app.command()(doctor)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .console import note, print_json, print_table
+from .console import note, print_failures, print_json, print_table, show_progress
 from .options import JsonFlag, Text
 
 __all__ = ["sheet"]
@@ -44,15 +44,16 @@ def sheet(
     """
     from ..slides.sheet import write_sheets
 
-    done = write_sheets(
-        cases,
-        slides,
-        output_dir,
-        corrections=corrections,
-        finder=finder,
-        images=images or (),
-        signed_by=signed_by,
-    )
+    with show_progress():
+        done = write_sheets(
+            cases,
+            slides,
+            output_dir,
+            corrections=corrections,
+            finder=finder,
+            images=images or (),
+            signed_by=signed_by,
+        )
     if as_json:
         print_json(done)
     else:
@@ -67,9 +68,9 @@ def sheet(
             ]
             for one in done["sheets"]
         ]
-        rows += [[one["case"], "failed", "-", "-", "-", one["why"]] for one in done["failed"]]
         header = ["case", "status", "glomeruli (confirmed)", "globally sclerotic", "adequacy"]
         print_table("Biopsies. Research use only, not for diagnosis", [*header, "notes"], rows)
+    print_failures("case", [(one["case"], one["why"]) for one in done["failed"]], as_json)
     for sentence in done["notes"]:
         note(sentence)
     for one in done["earlier"]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,11 +14,17 @@ import typer
 
 from ..errors import GloVLMError
 from ..files import disk_reason, short_path
+from ..progress import Lines, is_main, showing
+from .layout import lay_out, printable, text_width, wrap
 
 if TYPE_CHECKING:
     import threading
 
+    from ..inference import Predictions
+
 logger = logging.getLogger("hf_glovlm")
+
+_FEW = 4  # classes whose probabilities have a column each
 
 
 def synthetic_mark(data: str) -> str:
@@ -169,23 +176,30 @@ def explain_failure(error: Exception) -> str | None:
     )
 
 
-def is_main() -> bool:
-    """Whether this is the process that prints, under `accelerate launch`."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def note(text: str) -> None:
-    """Print a note on the error stream, in one line."""
+    """Print a note on the error stream: in one line, or wrapped on a terminal."""
     if is_main():
-        typer.echo(" ".join(text.splitlines()), err=True)
+        typer.echo("\n".join(_wrapped(" ".join(text.splitlines()))), err=True)
 
 
 def fail(sentence: str) -> int:
-    """Print an error in one line and return the exit code 2."""
+    """Print an error, in one line or wrapped on a terminal, and return the exit code 2."""
     if is_main():
-        word = typer.style("error:", fg="red", bold=True) if sys.stderr.isatty() else "error:"
-        typer.echo(f"{word} {' '.join(sentence.split())}", err=True)
+        first, *more = _wrapped(f"error: {' '.join(sentence.split())}")
+        if sys.stderr.isatty():
+            first = first.replace("error:", _styled("error:", fg="red", bold=True), 1)
+        typer.echo("\n".join([first, *more]), err=True)
     return 2
+
+
+def _wrapped(line: str) -> list[str]:
+    """Lines of a sentence: wrapped on a terminal; in a log, where lines are searched, one."""
+    return wrap(line, text_width()) if sys.stderr.isatty() else [line]
+
+
+def _styled(text: str, **style: Any) -> str:
+    """Text in a style, unless `NO_COLOR` is set (https://no-color.org)."""
+    return text if os.environ.get("NO_COLOR") else typer.style(text, **style)
 
 
 class Notes(logging.Handler):
@@ -199,58 +213,15 @@ class Notes(logging.Handler):
 
 
 @contextmanager
-def show_progress() -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """Progress display: a bar on a terminal, else lines, about ten for a training."""
-    if not sys.stderr.isatty() or not is_main():
+def show_progress() -> Iterator[Callable[[str, Mapping[str, Any]], None]]:
+    """Progress display of a command: bars on a terminal, else a line every ten seconds.
 
-        def show_line(kind: str, what: dict[str, Any]) -> None:
-            due = kind != "epoch" or what["epoch"] == what["epochs"]
-            if due or what["epoch"] % max(what["epochs"] // 10, 1) == 0:
-                note(event_text(kind, what))
-
-        yield show_line
-        return
-
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-
-        def show(kind: str, what: dict[str, Any]) -> None:
-            text = event_text(kind, what)
-            if kind == "epoch":
-                count = {"completed": what["epoch"], "total": what["epochs"]}
-                bar.update(bar.task_ids[-1], description=text, **count)
-            elif kind == "stage":
-                for task in bar.task_ids:
-                    bar.remove_task(task)
-                bar.add_task(text, total=None)
-            else:
-                bar.console.print(text, highlight=False, markup=False)
-
-        yield show
-
-
-def follow_slides(batch_size: int) -> Callable[[str, Mapping[str, Any]], None]:
-    """Progress over slides: a note a stage and a slide, and about ten within a slide.
-
-    Args:
-        batch_size: Pieces of a slide that are done at a time.
+    Yields:
+        A function that takes the events of `run`.
     """
-
-    def show(kind: str, what: Mapping[str, Any]) -> None:
-        if kind == "slide":
-            error = f" ({what['error']})" if what.get("error") else ""
-            note(f"{what['slide']}: {what['status']}{error}")
-        elif kind == "stage":
-            note(f"{what['name']} ...")
-        else:  # what a slide is cut into: tiles, windows
-            ten = max(what["total"] // 10, 1)
-            if what["done"] == what["total"] or what["done"] % ten < batch_size:
-                note(f"{what['slide']}: {what['done']} of {what['total']} {kind}")
-
-    return show
+    display = None if sys.stderr.isatty() else Lines(note)
+    with showing(True, display) as event:
+        yield event
 
 
 def note_once(sentences: Iterable[tuple[str, str]]) -> None:
@@ -264,18 +235,6 @@ def note_once(sentences: Iterable[tuple[str, str]]) -> None:
         places.setdefault(sentence, []).append(slide)
     for sentence, slides in places.items():
         note(f"{slides[0] if len(slides) == 1 else f'{len(slides)} slides'}: {sentence}")
-
-
-def event_text(kind: str, what: Mapping[str, Any]) -> str:
-    """One line for an event of `runs.run`."""
-    if kind == "epoch":
-        return f"epoch {what['epoch']}/{what['epochs']}, loss {what['loss']:.4f}"
-    if kind == "episode":
-        groups, counts = what["groups_per_class"], what["labels_per_class"].items()
-        return "labels: " + ", ".join(
-            f"{n} {name} (of {groups[name]} groups)" for name, n in counts
-        )
-    return f"{what['name']} ..." if kind == "stage" else f"method {what['name']}"
 
 
 def print_metrics(results: Mapping[str, Any], as_json: bool) -> None:
@@ -314,29 +273,96 @@ def cell(value: Any) -> str:
     """Text of a value in a table."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return three_digits(value)
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return "" if value is None else str(value)
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table for a terminal, or aligned text that other programs can read."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.table import Table
+    """A table in the width of the terminal, or in 80 columns; see `layout.lay_out`.
 
-        table = Table(*map(escape, header), title=escape(title), title_justify="left")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (header, *rows)
-    ]
-    typer.echo("\n".join([title, *lines, ""]))
+    Args:
+        title: Stands above it.
+        header: Names of the columns; a table of facts has none but empty ones.
+        rows: Cells of each row.
+    """
+    width, drawn = text_width(), sys.stdout.isatty()
+    lines = wrap(printable(title), width)
+    if drawn:
+        lines = [_styled(line, bold=True) for line in lines]
+    blocks = lay_out(header, rows, width)
+    for head, body in blocks if any(header) else [([], body) for _, body in blocks]:
+        long = max(map(len, [*head, *body]), default=0)
+        rule = [_styled("\N{BOX DRAWINGS LIGHT HORIZONTAL}" * min(long, width), dim=True)]
+        lines += [*head, *(rule if drawn else []), *body, ""]
+    typer.echo("\n".join(lines))
+
+
+def print_predictions(
+    title: str, predictions: "Predictions", answers: Mapping[str, Sequence[Any]]
+) -> None:
+    """Table of predictions: all probabilities of up to four classes, else the largest.
+
+    Args:
+        title: Stands above it.
+        predictions: From `predict`.
+        answers: Further columns, see `calibration_columns`.
+    """
+    from ..rendering import number
+
+    names = predictions.class_names
+    few = len(names) <= _FEW
+    rows = []
+    each = (predictions.file_names, predictions.predicted, predictions.probabilities.tolist())
+    for file, label, p, *more in zip(*each, *answers.values(), strict=True):
+        of = dict(zip(names, p, strict=True))
+        shares = [*map(number, p)] if few else [most_probable(of)]
+        further = (number(v) if isinstance(v, float) else str(v) for v in more)
+        rows.append([file, label, *shares, *further])
+    shown = [f"p_{name}" for name in names] if few else ["most probable"]
+    print_table(title, ["file_name", "predicted", *shown, *answers], rows)
+
+
+def three_digits(value: float) -> str:
+    """A measured value as tables have it: three decimals up to 1, three digits above."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:g}"
+    size = abs(value)
+    if size < 0.0005:
+        return f"{value:.2e}"
+    return f"{value:.3f}" if size <= 1 else f"{value:.3g}" if size < 99.95 else f"{value:,.0f}"
+
+
+def print_failures(what: str, reasons: Sequence[tuple[str, str]], as_json: bool = False) -> None:
+    """The last table of a command: what failed, and why; nothing where nothing did.
+
+    Args:
+        what: A piece of the work, such as `slide`.
+        reasons: Of each that failed its name, and the reason.
+        as_json: Notes in place of a table, beside JSON.
+    """
+    if as_json:
+        for name, reason in reasons:
+            note(f"{name}: failed ({reason})")
+    elif reasons:
+        n = len(reasons)
+        title = f"Failed: {n} {what}" + ("s" if n > 1 else "")
+        print_table(title, [what, "reason"], reasons)
+
+
+def failed_slides(entries: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """Names of the slides in `results.json` that failed, and why."""
+    return [(str(one["slide"]), str(one["error"])) for one in entries if one.get("error")]
+
+
+def most_probable(probabilities: Mapping[str, float], most: int = 3) -> str:
+    """The most probable classes in words: `viable 0.912, sclerosed 0.061, 28 more`."""
+    ranked = sorted(probabilities.items(), key=lambda item: -item[1])
+    shown = [f"{name} {value:.3f}" for name, value in ranked[:most]]
+    more = len(ranked) - len(shown)
+    return ", ".join([*shown, *([f"{more} more"] if more else [])])
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,15 @@ import typer
 
 from ..environment import quiet_libraries
 from ..slides.finder.config import FindConfig, FindTrainConfig
-from .console import follow_slides, note, note_once, print_json, print_table, show_progress
+from .console import (
+    failed_slides,
+    note,
+    note_once,
+    print_failures,
+    print_json,
+    print_table,
+    show_progress,
+)
 from .options import JsonFlag, options_of
 
 find_app = typer.Typer(help="Find glomeruli on slides, by a few outlined regions.")
@@ -81,7 +89,8 @@ def find_run(checked: FindConfig, as_json: JsonFlag = False) -> None:
 
     quiet_libraries()
 
-    results = find_on_slides(checked, on_event=follow_slides(checked.batch_size))
+    with show_progress() as on_event:
+        results = find_on_slides(checked, on_event=on_event)
     if as_json:
         print_json(results)
     else:
@@ -91,13 +100,13 @@ def find_run(checked: FindConfig, as_json: JsonFlag = False) -> None:
                 entry["status"],
                 str(entry.get("n", "")),
                 str(entry.get("cut_by_border", "")),
-                str(entry.get("error") or ""),
             ]
             for entry in results["slides"]
         ]
         mark = " (the finder learned from synthetic images)" if results["synthetic"] else ""
-        header = ["slide", "status", "glomeruli", "cut by the border", "why it failed"]
+        header = ["slide", "status", "glomeruli", "cut by the border"]
         print_table(f"Outlines, provisional{mark}. Research use only", header, rows)
+    print_failures("slide", failed_slides(results["slides"]), as_json)
     note_once((entry["slide"], text) for entry in results["slides"] for text in entry["notes"])
     note(
         f"outlines are in {checked.output_dir}: look at them in QuPath, or give that folder to "

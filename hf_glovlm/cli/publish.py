@@ -7,7 +7,7 @@ from typer import Argument, Option
 
 from ..environment import quiet_libraries
 from ..errors import GloVLMError
-from .console import note, print_json, print_rows, print_table
+from .console import note, print_json, print_rows, print_table, show_progress
 from .options import DeviceFlag, JsonFlag, ModelArgument, Text, Texts
 
 __all__ = ["card", "explain", "explain_check", "export", "push"]
@@ -42,17 +42,18 @@ def push(
     from ..publish.upload import push as send
 
     quiet_libraries()
-    done = send(
-        run,
-        repo_id,
-        private=private,
-        adapter_only=adapter_only,
-        merge=merge,
-        dry_run=dry_run,
-        reason=reason,
-        branch=branch,
-        on_progress=note,
-    )
+    with show_progress():
+        done = send(
+            run,
+            repo_id,
+            private=private,
+            adapter_only=adapter_only,
+            merge=merge,
+            dry_run=dry_run,
+            reason=reason,
+            branch=branch,
+            on_progress=note,
+        )
     if as_json:
         print_json(vars(done))
     else:
@@ -100,16 +101,17 @@ def export(
         from ..lab.phantoms import render_dataset
 
         rows = render_dataset(list(config.label2id))
-    done = export_model(
-        run,
-        output_dir,
-        format=form,
-        data=rows,
-        data_name=Path(data).name if data else "synthetic images",
-        synthetic=data is None,
-        reason=reason,
-        on_stage=note,
-    )
+    with show_progress():
+        done = export_model(
+            run,
+            output_dir,
+            format=form,
+            data=rows,
+            data_name=Path(data).name if data else "synthetic images",
+            synthetic=data is None,
+            reason=reason,
+            on_stage=note,
+        )
     if as_json:
         print_json(done.describe())
         return
@@ -148,19 +150,19 @@ def explain(
     quiet_libraries()
     classifier, processor, _ = load_model(model)
     classifier.to(resolve_device(device))
-    rows = explain_files(
-        classifier,
-        processor,
-        images,
-        output_dir,
-        method=method,
-        target=target,
-        text=text,
-        masks=load_masks(masks, images) if masks else None,
-        window=window,
-        opacity=opacity,
-        on_image=lambda done, total: note(f"{done} of {total} images"),
-    )
+    with show_progress():
+        rows = explain_files(
+            classifier,
+            processor,
+            images,
+            output_dir,
+            method=method,
+            target=target,
+            text=text,
+            masks=load_masks(masks, images) if masks else None,
+            window=window,
+            opacity=opacity,
+        )
     columns = ("file_name", "target", "score", "glomerulus_blanked", "context_blanked")
     shown = [name for name in columns if name in rows[0]]
     print_rows("Heat maps. Research use only, not for diagnosis", rows, shown, as_json)
@@ -196,17 +198,17 @@ def explain_check(
     for sentence in sentences:
         note(sentence)
     rows = rows.select(kept)
-    measured = evaluate_maps(
-        classifier,
-        processor,
-        column(rows, "image"),
-        load_masks(masks, column(rows, "file_name")),
-        [groups.ids[i] for i in kept],
-        methods=methods,
-        curves=curves,
-        window=window,
-        on_image=lambda done, total: note(f"{done} of {total} images"),
-    )
+    with show_progress():
+        measured = evaluate_maps(
+            classifier,
+            processor,
+            column(rows, "image"),
+            load_masks(masks, column(rows, "file_name")),
+            [groups.ids[i] for i in kept],
+            methods=methods,
+            curves=curves,
+            window=window,
+        )
     if as_json:
         print_json(measured)
         return

@@ -1,6 +1,5 @@
 """Commands for slides: labels, counts, multiple-instance learning, captions, crops."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +9,15 @@ import typer
 from typer import Argument, Option
 
 from ..environment import quiet_libraries
+from ..progress import is_main
 from ..slides.config import SlideConfig
 from ..slides.mil.config import MilConfig
 from .console import (
-    follow_slides,
-    is_main,
+    failed_slides,
+    most_probable,
     note,
     note_once,
+    print_failures,
     print_json,
     print_metrics,
     print_table,
@@ -47,7 +48,8 @@ def slide(checked: SlideConfig, as_json: JsonFlag = False) -> None:
 
     quiet_libraries()
 
-    results = classify_slides(checked, on_event=follow_slides(checked.batch_size))
+    with show_progress() as on_event:
+        results = classify_slides(checked, on_event=on_event)
     if as_json:
         print_json(results)
     else:
@@ -56,21 +58,46 @@ def slide(checked: SlideConfig, as_json: JsonFlag = False) -> None:
                 str(entry["slide"]),
                 entry["status"],
                 str(entry.get("label") or ""),
-                entry.get("error")
-                or "  ".join(f"{k} {p:.3f}" for k, p in (entry.get("probabilities") or {}).items()),
+                most_probable(entry.get("probabilities") or {}),
             ]
             for entry in results["slides"]
         ]
         mark = " (the model learned from synthetic images)" if results["synthetic"] else ""
-        reasons = ", or why it failed" if results["failed"] else ""
-        header = ["slide", "status", "label", f"probabilities{reasons}"]
+        header = ["slide", "status", "label", "probabilities"]
         print_table(f"Slides{mark}. Research use only, not for diagnosis", header, rows)
-    for entry in results["slides"]:
-        for sentence in [*entry.get("flags", ()), *entry.get("notes", ())]:
-            note(f"{entry['slide']}: {sentence}")
+        _print_object_counts(results, mark)
+    print_failures("slide", failed_slides(results["slides"]), as_json)
+    note_once(
+        (entry["slide"], sentence)
+        for entry in results["slides"]
+        for sentence in [*entry.get("flags", ()), *entry.get("notes", ())]
+    )
     note(f"tables, heat maps and GeoJSON are in {checked.output_dir}")
     if results["failed"]:
         raise typer.Exit(1)
+
+
+def _print_object_counts(results: Mapping[str, Any], mark: str) -> None:
+    """Table of the outlined objects by class: of each slide, and of cases of several slides."""
+    from ..slides.report import describe_share
+
+    slides = Counter(entry["case"] for entry in results["slides"])
+    entries = [(str(entry["slide"]), entry.get("counts")) for entry in results["slides"]]
+    entries += [
+        (f"case {one['case']}", one["counts"])
+        for one in results["cases"]
+        if slides[one["case"]] > 1
+    ]
+    counted = [(name, of) for name, of in entries if of and of["unit"] == "objects"]
+    if not counted:
+        return
+    names = results["class_names"]
+    rows = [
+        [name, str(of["n"]), *(describe_share(of["classes"][label]) for label in names)]
+        for name, of in counted
+    ]
+    title = f"Counts of outlined objects (%, 95% interval){mark}"
+    print_table(f"{title}. Research use only, not for diagnosis", ["", "objects", *names], rows)
 
 
 def correct(
@@ -109,17 +136,18 @@ def correct(
     """
     from ..slides.corrections import correct_results
 
-    done = correct_results(
-        results,
-        corrected,
-        reader,
-        output_dir,
-        all_read=all_read,
-        classes=classes or (),
-        date=date,
-        run=run,
-        cases=cases,
-    )
+    with show_progress():
+        done = correct_results(
+            results,
+            corrected,
+            reader,
+            output_dir,
+            all_read=all_read,
+            classes=classes or (),
+            date=date,
+            run=run,
+            cases=cases,
+        )
     if as_json:
         print_json(done)
     else:
@@ -130,6 +158,7 @@ def correct(
         ]
         print_table(f"Corrections of {reader}", ["slide", *kinds, "on"], rows)
         _print_counts(done)
+    print_failures("slide", [*done["failed"].items()], as_json)
     for name, one in done["slides"].items():
         for sentence in one["notes"]:
             note(f"{name}: {sentence}")
@@ -149,8 +178,6 @@ def correct(
             output_dir / reader / "cases.csv", **done["split"]
         ))  # fmt: skip
     note(f"what {reader} corrected is in {output_dir / reader}")
-    for name, error in done["failed"].items():
-        note(f"{name}: failed ({error})")
     if done["failed"]:
         raise typer.Exit(1)
 
@@ -205,17 +232,17 @@ def caption(
     from ..inference.captioning import QUESTION, write_captions
 
     quiet_libraries()
-    done = write_captions(
-        data,
-        model=model,
-        question=question or QUESTION,
-        output=output,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        device=resolve_device(device),
-        overwrite=overwrite,
-        on_progress=_count("captions"),
-    )
+    with show_progress():
+        done = write_captions(
+            data,
+            model=model,
+            question=question or QUESTION,
+            output=output,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            device=resolve_device(device),
+            overwrite=overwrite,
+        )
     note(f"{done.written} captions written, {done.kept} kept, by {done.model} ({done.kind})")
     if done.empty:
         note(f"about {done.empty} images the model wrote nothing")
@@ -273,58 +300,51 @@ def crops(
     table = None if cases is None else read_case_table(cases)
     for sentence in [] if table is None else table.notes:
         note(sentence)
-    outcomes = cut_slides(
-        slide,
-        annotations,
-        output_dir,
-        cases=table,
-        mpp=mpp,
-        scene=scene,
-        margin=margin,
-        label_property=label_property,
-        classes=classes or (),
-        exclude=exclude or (),
-        origin=origin,
-        colours=parse_colours(colours) if colours else None,
-        outline_of=outline_of,
-        slide_id=slide_id,
-        patient_id=patient_id,
-        keep_flagged=not drop_flagged,
-        min_extent=min_extent,
-        allow_scale=allow_scale,
-        on_slide=_show_crops,
-        on_progress=None if os.path.isdir(slide) else _count("crops"),
-    )
+    with show_progress():
+        outcomes = cut_slides(
+            slide,
+            annotations,
+            output_dir,
+            cases=table,
+            mpp=mpp,
+            scene=scene,
+            margin=margin,
+            label_property=label_property,
+            classes=classes or (),
+            exclude=exclude or (),
+            origin=origin,
+            colours=parse_colours(colours) if colours else None,
+            outline_of=outline_of,
+            slide_id=slide_id,
+            patient_id=patient_id,
+            keep_flagged=not drop_flagged,
+            min_extent=min_extent,
+            allow_scale=allow_scale,
+        )
     done = [one.summary for one in outcomes if one.summary is not None]
     names = sorted({name for summary in done for name in summary.counts})
     rows = []
     for one in outcomes:
         counts = one.summary.counts if one.summary else {}
-        unlabelled = len(one.summary.unlabelled) if one.summary else 0
-        numbers = [*(counts.get(name, 0) for name in names), unlabelled]
-        rows.append([one.slide, *map(str, numbers), one.error or one.reason or ""])
-    print_table("Crops", ["slide", *names, "without a class", "not cut, since"], rows)
-    _summarise_crops(done)
-    without = sum(len(summary.unlabelled) for summary in done)
+        numbers = [*(counts.get(name, 0) for name in names)]
+        numbers.append(len(one.summary.unlabelled) if one.summary else 0)
+        rows.append([one.slide, *map(str, numbers)])
+    print_table("Crops", ["slide", *names, "without a class"], rows)
+    without = [(one.slide, one.reason) for one in outcomes if one.reason is not None]
     if without:
+        print_table("Not cut", ["slide", "reason"], without)
+    failed = [(one.slide, one.error) for one in outcomes if one.error is not None]
+    print_failures("slide", failed)
+    _summarise_crops(done)
+    unlabelled = sum(len(summary.unlabelled) for summary in done)
+    if unlabelled:
         note(
-            f"{without} objects have no class and lie in unlabelled/: fill in the column label of "
-            f"{output_dir / 'metadata.csv'}; rows without a label are left out of training"
+            f"{unlabelled} objects have no class and lie in unlabelled/: fill in the column "
+            f"label of {output_dir / 'metadata.csv'}; rows without a label are left out of training"
         )
     note(f"the crops are in {output_dir}")
-    failed = [one.slide for one in outcomes if one.error is not None]
     if failed or not done:
         raise typer.Exit(1)
-
-
-def _show_crops(outcome: Any) -> None:
-    """Progress: what became of a slide."""
-    if outcome.error is not None:
-        note(f"{outcome.slide}: failed ({outcome.error})")
-    elif outcome.summary is None:
-        note(f"{outcome.slide}: no crops ({outcome.reason})")
-    else:
-        note(f"{outcome.slide}: {outcome.summary.total} crops")
 
 
 def _summarise_crops(done: Sequence["CropSummary"]) -> None:
@@ -353,13 +373,3 @@ def get(name: Annotated[str, Argument(help="A name of `glovlm datasets`.")]) -> 
     from ..data.catalog import describe_source
 
     typer.echo(describe_source(name))
-
-
-def _count(what: str) -> Any:
-    """Progress: prints how many are done, about ten times."""
-
-    def show(done: int, total: int) -> None:
-        if done == total or done % max(total // 10, 1) == 0:
-            note(f"{done} of {total} {what}")
-
-    return show

@@ -20,6 +20,7 @@ from PIL import __version__ as pillow
 
 from ..errors import GloVLMError
 from ..files import digest_value
+from ..progress import counting
 from .columns import LOOK
 from .file_statistics import IN_FILES, measure_file
 from .folder import (
@@ -233,32 +234,36 @@ def look_at(
     key = f"looks-{digest_value([_VERSION, pillow, features.version('jpg')])}"
     known = store.known(key) if store is not None and decode else set()
 
-    def see(among: Sequence[int], skipped: set[bytes]) -> list[int]:
+    def see(among: Sequence[int], skipped: set[bytes], step: int) -> list[int]:
         """Look at some rows, without decoding those whose key is skipped; the decoded ones."""
-        seen = in_threads(
-            lambda row: _look_at(images[row], masks[row], looks[row], decode, skipped), among
-        )
-        for row, look in zip(among, seen, strict=True):
+
+        def look_at_row(row: int) -> _Look:
+            look = _look_at(images[row], masks[row], looks[row], decode, skipped)
+            count.advance(step)
+            return look
+
+        for row, look in zip(among, in_threads(look_at_row, among), strict=True):
             looks[row] = look
         return [row for row in among if looks[row].seen is not None]
 
-    for start in range(0, len(looks), _ROWS):
-        part = range(start, min(start + _ROWS, len(looks)))
-        fresh = see(part, known)
-        if store is None or not decode:
-            continue
-        rest = [row for row in part if looks[row].seen is None and not looks[row].error]
-        stored = store.get(key, [looks[row].key for row in rest]) if rest else {}
-        for row in rest:
-            one = stored.get(looks[row].key)
-            if one is not None and one.dtype == np.uint8 and len(one) == _SEEN.itemsize:
-                looks[row] = replace(looks[row], seen=one.view(_SEEN)[0])
-        # Damaged, or removed by another process since.
-        fresh += see([row for row in rest if looks[row].seen is None], set())
-        new = {looks[row].key: looks[row].seen for row in fresh}
-        if new:
-            arrays = np.array([*new.values()], _SEEN).view(np.uint8).reshape(len(new), -1)
-            store.put(key, [*new], arrays, "what images look like")
+    with counting("images read", len(looks)) as count:
+        for start in range(0, len(looks), _ROWS):
+            part = range(start, min(start + _ROWS, len(looks)))
+            fresh = see(part, known, 1)
+            if store is None or not decode:
+                continue
+            rest = [row for row in part if looks[row].seen is None and not looks[row].error]
+            stored = store.get(key, [looks[row].key for row in rest]) if rest else {}
+            for row in rest:
+                one = stored.get(looks[row].key)
+                if one is not None and one.dtype == np.uint8 and len(one) == _SEEN.itemsize:
+                    looks[row] = replace(looks[row], seen=one.view(_SEEN)[0])
+            # Damaged, or removed by another process since.
+            fresh += see([row for row in rest if looks[row].seen is None], set(), 0)
+            new = {looks[row].key: looks[row].seen for row in fresh}
+            if new:
+                arrays = np.array([*new.values()], _SEEN).view(np.uint8).reshape(len(new), -1)
+                store.put(key, [*new], arrays, "what images look like")
     return Looks(looks)
 
 

@@ -5,7 +5,7 @@ area, and maps of the same model with its weights shuffled (arXiv 1810.03292).
 """
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..data.folder import ImageValue
 from ..errors import GloVLMError
 from ..inference import evaluation_mode
 from ..intervals import count_effective_groups, mean_interval
+from ..progress import counted
 from .maps import HEAT_MAPS, ExplainedImage, HeatMap, explain, prepare_image
 
 BOUNDS = {"heat": (0.0, 1.0), "area": (0.0, 1.0), "excess": (-1.0, 1.0)}
@@ -159,7 +160,6 @@ def measure_maps(
     window: int = 1,
     steps: int = 16,
     seed: int = 0,
-    on_image: Callable[[int, int], None] | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Measure the maps of many images with their masks, a row an image and method.
 
@@ -174,14 +174,14 @@ def measure_maps(
         window: For `occlusion`: side of the blank in patches.
         steps: See `measure_faithfulness`.
         seed: Draws random orders.
-        on_image: Called with the number of images done, and of all.
 
     Returns:
         Rows for `summarise_maps`, and per method that does not apply to this model, why.
     """
     rows: list[dict[str, Any]] = []
     refused: dict[str, str] = {}
-    for number, (image, mask) in enumerate(zip(images, masks, strict=True)):
+    pieces = enumerate(zip(images, masks, strict=True))
+    for number, (image, mask) in counted(pieces, "images", total=len(images)):
         target = None if targets is None else targets[number]
         with evaluation_mode(model):
             case = prepare_image(model, processor, image, target=target, mask=mask, window=window)
@@ -207,8 +207,6 @@ def measure_maps(
                 if random is not None:
                     row |= _follow(case, heat, random, seed + number).areas()
                 rows.append(row)
-        if on_image is not None:
-            on_image(number + 1, len(images))
     return rows, refused
 
 

@@ -1,6 +1,6 @@
 """Heat maps as pictures: overlays, figures with their scores, and a folder of both."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -14,6 +14,7 @@ from ..data.listing import SUFFIXES
 from ..data.outlines import open_outlined
 from ..errors import GloVLMError, nearest
 from ..files import check_target, read_json, replacing, write_json
+from ..progress import counted
 from ..rendering import figure_text
 from .maps import HEAT_MAPS, HeatMap, explain
 
@@ -170,7 +171,6 @@ def explain_files(
     window: int = 1,
     opacity: float = 0.5,
     colormap: str = COLORMAP,
-    on_image: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Explain image files into a folder.
 
@@ -188,7 +188,6 @@ def explain_files(
         window: See `explain`.
         opacity: See `overlay`.
         colormap: See `overlay`.
-        on_image: Called with the number of images done, and of all.
 
     Returns:
         Per image what the JSON file holds.
@@ -205,7 +204,8 @@ def explain_files(
     names = [f"{_free_name(Path(path).stem, taken)}.{method}.png" for path in images]
     _check_folder(folder, [*names, f"{method}.json"], images)
     rows = []
-    for number, (path, mask, name) in enumerate(zip(images, given, names, strict=True)):
+    pieces = zip(images, given, names, strict=True)
+    for path, mask, name in counted(pieces, "images", total=len(images)):
         picture = Path(path)
         heat = explain(
             model,
@@ -219,8 +219,6 @@ def explain_files(
         )
         figure = save_figure(folder / name, picture, heat, opacity=opacity, colormap=colormap)
         rows.append({"file_name": Path(path).name, "figure": figure.name, **heat.describe()})
-        if on_image is not None:
-            on_image(number + 1, len(images))
     about = {
         "method": HEAT_MAPS[method].title,
         "unit": HEAT_MAPS[method].unit,

@@ -43,6 +43,7 @@ from ..files import (
     write_table,
     write_text,
 )
+from ..progress import counting
 from ..tables import column_name, read_table
 
 QUESTION = "Can you provide a concise description of the histopathology image shown?"
@@ -269,14 +270,17 @@ def write_captions(
         done = journal.read(table)
         uncaptioned = [name for name in table.names if not known.get(name)]
         todo = [name for name in uncaptioned if name not in done]
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            images = [open_image(table.images[name]) for name in batch]
-            texts = dict(zip(batch, captioner.describe(images, max_new_tokens), strict=True))
-            journal.append({name: (table.digest(name), text) for name, text in texts.items()})
-            done |= texts
-            if on_progress is not None:
-                on_progress(len(uncaptioned) - len(todo) + start + len(batch), len(uncaptioned))
+        before = len(uncaptioned) - len(todo)
+        with counting("images", len(uncaptioned), done=before) as count:
+            for start in range(0, len(todo), batch_size):
+                batch = todo[start : start + batch_size]
+                images = [open_image(table.images[name]) for name in batch]
+                texts = dict(zip(batch, captioner.describe(images, max_new_tokens), strict=True))
+                journal.append({name: (table.digest(name), text) for name, text in texts.items()})
+                done |= texts
+                count.reach(before + start + len(batch))
+                if on_progress is not None:
+                    on_progress(count.done, len(uncaptioned))
         captions = {name: known.get(name) or done[name] for name in table.names}
         table.write(captions)
         summary = _summarise(target, model, captioner, captions, uncaptioned)

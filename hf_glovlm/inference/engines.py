@@ -387,7 +387,7 @@ def _check(example: _Example, choice: Choice, pool: Pool) -> float:
         raise GloVLMError(
             f"{runtime} in {precision} does not compute this vision tower (least cosine with "
             f"PyTorch {cosine:.3f}, largest relative difference {difference:.2g}): use the runtime "
-            "torch, and please report `glovlm env` and the backbone."
+            "torch, and please report `glovlm doctor --json` and the backbone."
         )
     return cosine
 

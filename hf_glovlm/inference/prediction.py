@@ -4,9 +4,9 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,7 @@ from ..data.stains import contradictions, read_stains
 from ..errors import GloVLMError, nearest
 from ..files import model_folder, read_json, results_kind, write_table
 from ..model.outlines import draw_centre
+from ..progress import counting, showing
 from .cache import FeatureCache
 from .exported import Answers, ExportedClassifier, is_export, load_export
 from .frozen import encoder_key
@@ -121,7 +122,7 @@ def embed_images(
         batch_size: Images at a time.
         device: Where to compute (the model is moved there); by default where the model is.
         cache: Where pooled vectors are looked up and stored.
-        progress: Whether to show a progress bar on the terminal.
+        progress: Whether to show how far it is.
         project: Whether the projection is applied; it is cheap and never cached.
         views: How many augmented views of each image to encode in its place; cached too.
         seed: Of the views.
@@ -174,7 +175,7 @@ def embed_twice(
         batch_size: Images at a time.
         device: Where to compute; by default where the model is.
         cache: Where these vectors are looked up and stored.
-        progress: Whether to show a progress bar on the terminal.
+        progress: Whether to show how far it is.
         views: How many augmented views of each image to encode in its place.
         seed: Of the views.
         engine: What computes the tower.
@@ -210,14 +211,15 @@ def embed_twice(
         unstored.clear()
         stored_at = time.monotonic()
 
-    with exact_inference(model), _bar("Encoding images", len(missing), progress) as advance:
+    shown = showing(True) if progress else nullcontext()
+    with shown, exact_inference(model), counting("images", len(missing)) as count:
         selected = [row for _, row in missing]
         try:
             for batch, pooled in _encode(model, processor, rows, selected, batch_size, engine):
                 encoded = [digests[row] for row in batch]
                 vectors.update(zip(encoded, pooled, strict=True))
                 unstored += encoded
-                advance(len(batch))
+                count.advance(len(batch))
                 late = time.monotonic() - stored_at >= STORE_SECONDS
                 if late or len(unstored) >= SHARD_ROWS:
                     store()
@@ -487,20 +489,6 @@ def exact_inference(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _bar(text: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Progress bar on the error stream, or nothing."""
-    if not shown or total == 0:
-        yield lambda step: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(text, total=total)
-        yield lambda step: bar.advance(task, step)
-
-
 # --------------------------------------------------------------------------------- predictions
 
 
@@ -738,7 +726,7 @@ def predict(
         batch_size: Images at a time.
         device: Where to compute; by default where the model is.
         cache: Where pooled vectors are looked up and stored.
-        progress: Whether to show a progress bar.
+        progress: Whether to show how far it is.
         groups: Patient, case or slide of each row.
         engine: What computes the tower, see `open_engine`; by default PyTorch in fp32.
 

@@ -72,7 +72,8 @@ def run_demo(
     if difference > 1e-4:
         raise GloVLMError(
             f"The reloaded model's logits differ from the saved predictions by {difference:.2g} "
-            "(expected at most 1e-4): the installation is broken; please report `glovlm env`."
+            "(expected at most 1e-4): the installation is broken; please report `glovlm doctor "
+            "--json`."
         )
     figure = draw_figure(folder, cohort, runs)
     return {"runs": runs, "reload_difference": difference, "figure": str(figure)}

@@ -226,8 +226,8 @@ def export_classifier(
         if not difference <= tolerance:
             raise GloVLMError(
                 f"The exported graph differs from the model by {difference:.2g} in a logit, at "
-                f"most {tolerance:g} is allowed: nothing was kept. Please report `glovlm env` and "
-                "the method."
+                f"most {tolerance:g} is allowed: nothing was kept. Please report `glovlm doctor "
+                "--json` and the method."
             )
         shown = [name for name in names if name in (_OUTPUT, _DISTANCE)]
         file, compared = plain, _of_module(module, shown)

@@ -88,7 +88,7 @@ def evaluate(
         runtime: What computes it; not `auto`.
         n_resamples: Bootstrap resamples, 1 or more.
         cache: Whether features are looked up and stored.
-        progress: Whether to show a progress bar on the terminal.
+        progress: Whether to show how far it is.
 
     Returns:
         A mapping like a run's results (`kind` is `evaluation`; `metrics`, `per_class`, `data`,

@@ -26,6 +26,7 @@ from ..files import (
     remove_below,
     write_json,
 )
+from ..progress import counted, showing
 from .config import TrainConfig
 from .feature_map import write_maps
 from .loading import Loader
@@ -64,6 +65,7 @@ def run_study(
     *,
     workers: int = 1,
     on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Run the unfinished cells of a study, then write `report.json` and `report.md`.
 
@@ -75,6 +77,7 @@ def run_study(
         workers: Processes; each runs cells with its share of the CPU cores.
         on_event: Called with `("cell", {"name", "status", "done", "total", "seconds", "error"})`
             for every cell; the status is `done`, `skipped` or `failed`.
+        progress: Whether to show how far it is; by default in a notebook.
 
     Returns:
         The report; `failures` is empty if every cell is there.
@@ -88,7 +91,7 @@ def run_study(
     cells = config.cells()
     check_names(cells)
     _check_place(output)
-    with one_writer(output):
+    with one_writer(output), showing(progress):
         _check_place(output)
         return _run_study(config, output, cells, workers, on_event)
 
@@ -127,7 +130,8 @@ def _run_study(
         loader.data(todo[0][1])  # what is wrong with it is wrong for every cell
         write_json(output / "study.json", asdict(config))
     failed = set[str]()
-    for cell, error, seconds in _run_cells(todo, workers, loader, output / "cells"):
+    outcomes = _run_cells(todo, workers, loader, output / "cells")
+    for cell, error, seconds in counted(outcomes, "cells", total=len(todo)):
         failed |= {cell.name} if error else set()
         notify(cell, "failed" if error else "done", error, seconds)
     finished_of = {short_name(c.backbone): c for c in reversed(cells) if c.name not in failed}

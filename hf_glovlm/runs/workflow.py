@@ -40,6 +40,7 @@ from ..inference.prediction import move_model
 from ..inference.scale import describe_scale, known_scale, support_scale
 from ..inference.stains import check_stains, unseen_stains
 from ..methods import FeatureMethod, Method, get_method
+from ..progress import showing
 from ..publish.card import SUBGROUPS, render_card
 from ..publish.identifiers import write_identifiers
 from ..training import Adapted, adapt
@@ -85,6 +86,7 @@ def run(
     *,
     on_event: Callable[[str, dict[str, Any]], None] | None = None,
     loader: Loader | None = None,
+    progress: bool | None = None,
 ) -> RunResult:
     """Run one adaptation: load, split, draw, adapt, predict, measure, save.
 
@@ -92,6 +94,7 @@ def run(
         config: What to do.
         on_event: Called with `("stage", {"name"})`, `("episode", summary)`, `("epoch", row)`.
         loader: Where data and backbone come from; a study passes one that keeps them.
+        progress: Whether to show how far it is; by default in a notebook.
 
     Returns:
         The results. Under `accelerate launch` every process returns them; only the main one writes.
@@ -111,7 +114,8 @@ def run(
     names = (REPORT, *OWN_FILES)  # that of a former run goes with it
     folder = RunFolder(output, config, "adaptation", names, _INCIDENTAL, accelerator)
     folder.check()
-    results = _run(config, loader, folder, processes, on_event)
+    with showing(progress) as show:
+        results = _run(config, loader, folder, processes, on_event or show)
     processes.wait()
     return RunResult(results, output)
 
@@ -121,10 +125,9 @@ def _run(
     loader: Loader,
     folder: RunFolder,
     processes: "_Processes",
-    on_event: Callable[[str, dict[str, Any]], None] | None,
+    report: Callable[[str, dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Run one adaptation into a folder, and return its results."""
-    report = on_event or (lambda kind, what: None)
     clock = _Clock()
     report("stage", {"name": "checking the data"})
     task = read_task(config, loader)

@@ -14,6 +14,7 @@ from ..data.listing import few
 from ..data.stains import is_same_stain, name_stain
 from ..data.terminology import declared_system
 from ..errors import GloVLMError, describe_error
+from ..progress import counted
 from .biopsy_lesions import Biopsy, describe_lesions
 from .biopsy_rules import chance_to_miss, judge_adequacy, limits_of
 from .files.annotations import SlideObject
@@ -82,7 +83,7 @@ def describe_biopsies(
     for row in table.rows.values():
         if row.counted_as is not None:
             by_case.setdefault(row.counted_as, []).append(row)
-        else:
+        elif row.slide in known:
             result.failed[f"slide {row.slide}"] = (
                 f"{table.path.name} names no case of it: fill in case_id."
             )
@@ -94,7 +95,13 @@ def describe_biopsies(
             if numbered
             else ": add one, with its case."
         )
-    for case, rows in by_case.items():
+    # A table of the whole archive may serve: of what nothing was classified there is no sheet.
+    absent = [case for case, rows in by_case.items() if known.isdisjoint(r.slide for r in rows)]
+    if absent:
+        those = "case has" if len(absent) == 1 else "cases have"
+        result.notes.append(f"{len(absent)} {those} no results here, and no sheet: {few(absent)}.")
+    described = {case: rows for case, rows in by_case.items() if case not in absent}
+    for case, rows in counted([*described.items()], "cases"):
         try:
             sheet, objects = _describe(case, rows, table, folders, readings, recall)
         except Exception as error:  # what is wrong with one biopsy stays with it

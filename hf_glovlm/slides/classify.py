@@ -45,6 +45,7 @@ from ..inference import load_classifier
 from ..inference.engines import Engine, engine_device
 from ..inference.outlines import hidden_notes
 from ..inference.prediction import class_names
+from ..progress import counting, showing
 from .cases import count_cases
 from .config import SlideConfig
 from .counting import count_classes
@@ -134,7 +135,9 @@ class _Run:
         return self.class_names if self.aggregator is None else self.aggregator.classes
 
 
-def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> dict[str, Any]:
+def classify_slides(
+    config: SlideConfig, *, on_event: Event | None = None, progress: bool | None = None
+) -> dict[str, Any]:
     """Slide classification: encode, label and count slides, and write the results into a folder.
 
     `O/features/NAME.h5`; `O/slides/NAME/` with `tiles.parquet`, `heatmap.png`, `tiles.geojson`, and
@@ -145,6 +148,7 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
         config: What to do.
         on_event: Progress: `("stage", {"name"})`, `("tiles", {"slide", "done", "total"})`,
             `("slide", {"slide", "status", "error"})`.
+        progress: Whether to show how far it is; by default in a notebook.
 
     Returns:
         The content of `results.json`: `slides` (each with `status` `done` or `failed`, `error`,
@@ -158,10 +162,10 @@ def classify_slides(config: SlideConfig, *, on_event: Event | None = None) -> di
             name. What is wrong with one slide stands in the results.
     """
     output = Path(config.output_dir).expanduser()
-    with one_writer(output):
+    with one_writer(output), showing(progress) as show:
         finish_move(output / UNFINISHED, output)
         remove(output / UNFINISHED)
-        return _classify_all(config, output, on_event or (lambda kind, what: None))
+        return _classify_all(config, output, on_event or show)
 
 
 def _classify_all(config: SlideConfig, output: Path, notify: Event) -> dict[str, Any]:
@@ -184,9 +188,11 @@ def _classify_all(config: SlideConfig, output: Path, notify: Event) -> dict[str,
     def finish(task: _Task, outcome: Outcome) -> None:
         entries[task.name] = entry = _classify(task, outcome, run)
         notify("slide", {name: entry.get(name) for name in ("slide", "status", "error")})
+        count.advance()
 
     try:
-        _encode(todo, run, finish)
+        with counting("slides", len(tasks), done=len(tasks) - len(todo)) as count:
+            _encode(todo, run, finish)
     except KeyboardInterrupt:
         done = sum(entry is not None for entry in entries.values())
         logger.warning(

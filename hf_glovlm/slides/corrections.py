@@ -36,6 +36,7 @@ from ..files import (
     write_csv,
     write_json,
 )
+from ..progress import counted
 from .cases import join_sections
 from .counting import NOT_A_SCORE, count_classes
 from .differences import Correction, Difference, compare_objects, corrected_object, read_all
@@ -173,7 +174,7 @@ def correct_results(
         tested = {name for name, side in split.sides.items() if side == TEST} if split else set()
         reading = _Reading(reader, all_read, date, names, tested, content, source)
         records, rows, failed = dict(mine["slides"]), {}, {}
-        for name, path in files.items():
+        for name, path in counted([*files.items()], "slides"):
             try:
                 before = mine["slides"].get(name, {})
                 records[name], rows[name] = _correct_slide(name, path, reading, before, work)

@@ -34,6 +34,7 @@ from ..inference.exported import is_export
 from ..inference.prediction import class_names, to_array
 from ..inference.scale import MAX_RATIO, describe_scale, input_mpp
 from ..inference.stains import find_centres
+from ..progress import counting
 from .files.bags import BagWriter, read_attributes
 from .files.tile_attributes import DEFAULT_ENGINE
 from .files.tiles import TileGrid, lay_tiles
@@ -188,13 +189,15 @@ def encode_slide(
             resumed_at = _rows_to_keep(writer, grid, batch_size)
             notify = on_progress or (lambda done, total: None)
             notify(resumed_at, len(grid))
+            counted = counting("tiles", len(grid), name=name or slide.name, done=resumed_at)
             batches = _batches(slide, grid, processor, resumed_at, batch_size, reading_threads)
             # Closed before the slide is: its threads may still be reading.
-            with closing(batches), exact_inference(model):
+            with closing(batches), exact_inference(model), counted as count:
                 for rows, inputs in batches:
                     features, scores = _encode(model, engine, inputs, bool(classes), stain)
                     writer.append(features, grid.coords[rows], scores)
                     notify(writer.rows, len(grid))
+                    count.reach(writer.rows)
             writer.complete()
         return Encoded(
             path=writer.path,

@@ -19,6 +19,7 @@ from ..files import write_table
 from ..inference import predict
 from ..inference.scale import ImageScale, compare_scale
 from ..inference.sentences import calibration_columns
+from ..progress import counting
 from .files.annotations import Colour, SlideObject, class_colours, find_repeats, write_geojson
 from .files.coordinates import LEVEL0, Origin
 from .files.crop_image import (
@@ -232,27 +233,29 @@ def classify_objects(
     calibration = model.config.calibration or {}
     chosen = np.flatnonzero(once)
     outlined = processor.outline not in ("ignore", "centre")
-    for start in range(0, len(chosen), batch_size):
-        crops = [
-            read_crop(
-                slide,
-                boxes[i].tolist(),
-                partial(fill, objects[i].polygons) if outlined else None,
-                structure=outline_of,
-            )
-            for i in chosen[start : start + batch_size].tolist()
-        ]
-        both = zip(chosen[start:].tolist(), crops, strict=False)
-        specks += [objects[i].id for i, crop in both if is_speck(crop)]
-        rows = _image_rows(crops, stain)
-        predictions = predict(model, processor, rows, batch_size=batch_size, engine=engine)
-        parts.append(predictions.probabilities)
-        for name, values in _limits_of(predictions, calibration).items():
-            limits.setdefault(name, []).extend(values)
-        if predictions.unlike_support is not None:
-            unlike += int(predictions.unlike_support.sum())
-        if on_progress is not None:
-            on_progress(min(start + batch_size, len(chosen)), len(chosen))
+    with counting("objects", len(chosen)) as count:
+        for start in range(0, len(chosen), batch_size):
+            crops = [
+                read_crop(
+                    slide,
+                    boxes[i].tolist(),
+                    partial(fill, objects[i].polygons) if outlined else None,
+                    structure=outline_of,
+                )
+                for i in chosen[start : start + batch_size].tolist()
+            ]
+            both = zip(chosen[start:].tolist(), crops, strict=False)
+            specks += [objects[i].id for i, crop in both if is_speck(crop)]
+            rows = _image_rows(crops, stain)
+            predictions = predict(model, processor, rows, batch_size=batch_size, engine=engine)
+            parts.append(predictions.probabilities)
+            for name, values in _limits_of(predictions, calibration).items():
+                limits.setdefault(name, []).extend(values)
+            if predictions.unlike_support is not None:
+                unlike += int(predictions.unlike_support.sum())
+            count.advance(len(crops))
+            if on_progress is not None:
+                on_progress(count.done, len(chosen))
     probabilities = np.empty((len(objects), parts[0].shape[1]))
     probabilities[chosen] = np.concatenate(parts)
     probabilities = probabilities[first]

@@ -394,15 +394,15 @@ def _level_values(
         "name": level,
         "header": [level, "n", *names],
         "rows": [
-            [name, f"{of['n']} {of['unit']}", *(_share(of["classes"][label]) for label in names)]
+            [name, f"{of['n']} {of['unit']}", *(describe_share(of["classes"][k]) for k in names)]
             for name, of in counted
         ],
         "notes": list(notes),
     }
 
 
-def _share(entry: Mapping[str, Any]) -> str:
-    """`5 (21.7%, 9.7 to 41.9)`, and the corrected percentage where there is one."""
+def describe_share(entry: Mapping[str, Any]) -> str:
+    """Share in words: `5 (21.7%, 9.7 to 41.9)`, and the corrected percentage where there is one."""
     if entry["percent"] is None:
         return str(entry["count"])
     low, high = entry["ci95"]

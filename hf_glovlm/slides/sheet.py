@@ -30,6 +30,7 @@ from ..files import (
     write_json,
     write_text,
 )
+from ..progress import counted
 from ..reports.biopsy import Picture, render_index, render_sheet
 from .biopsy import describe_biopsies
 from .files.annotations import SlideObject
@@ -95,7 +96,7 @@ def write_sheets(
         scenes = _Scenes(results, [Path(path).expanduser() for path in images])
         folders = _name_folders([*described.sheets], former, output)
         lines, places = [], []
-        for case, facts in described.sheets.items():
+        for case, facts in counted([*described.sheets.items()], "sheets"):
             pictures, sentences = scenes.draw(facts["glomeruli"], described.objects)
             sheet = {**facts, "pictures": {"sentences": sentences}}
             _write_sheet(work / folders[case], sheet, pictures)

@@ -16,6 +16,7 @@ from ..errors import GloVLMError
 from ..files import changed_inputs, digest_tensors, digest_value, replacing, write_text
 from ..inference.views import reframe
 from ..methods import Recipe
+from ..progress import counting
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -324,64 +325,67 @@ def fit(
     done = len(log) * math.ceil(n / recipe.batch_size)
     if begin is not None:
         begin(steps)
-    for epoch in range(len(log), epochs):
-        if state.stale >= recipe.patience:
-            break
-        started, seen = time.perf_counter(), 0
-        order = draw_order(recipe, source.labels, seed, epoch)
-        seed_everything(seed, epoch, rank)
-        if isinstance(source, ViewSource):
-            source.epoch = epoch
-        if in_slices:
-            rows = source.arrange(order).to(accelerator.device)  # type: ignore[attr-defined]
-            labels = source.labels[order].to(accelerator.device)
-        step.train()
-        total_loss = 0.0
-        for first in range(0, n, recipe.batch_size):
-            if done == steps:
+    with counting("epochs", epochs, done=len(log)) as count:
+        for epoch in range(len(log), epochs):
+            if state.stale >= recipe.patience:
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, group["base_lr"], epoch, epochs, done, steps)
-            part = slice(first, min(first + recipe.batch_size, n))
+            started, seen = time.perf_counter(), 0
+            order = draw_order(recipe, source.labels, seed, epoch)
+            seed_everything(seed, epoch, rank)
+            if isinstance(source, ViewSource):
+                source.epoch = epoch
             if in_slices:
-                batch_loss = _backward_slice(step, rows[part], labels[part], accelerator)
-            else:
-                batch = order[part].tolist()
-                batch_loss = _backward(
-                    wrapped, source, batch, accelerator, accumulate, rank, processes, takes_rows
-                )
-            if not math.isfinite(batch_loss):
-                raise GloVLMError(
-                    f"The loss became {batch_loss} in epoch {epoch + 1}: the learning rate "
-                    f"({recipe.lr:g}) is too high for these images, or an input is broken. "
-                    "Lower --lr or give --clip-norm 1.0."
-                )
-            if clip_norm is not None:
-                accelerator.clip_grad_norm_([p for g in groups for p in g["params"]], clip_norm)
-            optimizer.step()
-            done, size = done + 1, part.stop - first
-            if after_step is not None:  # before the gradients go: AdaLoRA reads them
-                after_step(done)
-            optimizer.zero_grad(set_to_none=True)
-            seen += size
-            total_loss += batch_loss * size
-        row: dict[str, Any] = {
-            "epoch": epoch + 1,
-            "epochs": epochs,
-            "loss": total_loss / seen,
-            "lr": optimizer.param_groups[0]["lr"],
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        if validate is not None:
-            row["validation_macro_auc"] = validate()
-        log.append(row)
-        # Short epochs by the hundred need not all go to disk.
-        due = epoch + 1 == epochs or (epoch + 1) % max(1, epochs // 100) == 0
-        state.after_epoch(row, log, recipe, write=due)
-        if accelerator.trackers:
-            accelerator.log({k: v for k, v in row.items() if k != "epochs"}, step=epoch + 1)
-        if on_epoch is not None and rank == 0:
-            on_epoch(row)
+                rows = source.arrange(order).to(accelerator.device)  # type: ignore[attr-defined]
+                labels = source.labels[order].to(accelerator.device)
+            step.train()
+            total_loss = 0.0
+            for first in range(0, n, recipe.batch_size):
+                if done == steps:
+                    break
+                for group in optimizer.param_groups:
+                    base = group["base_lr"]
+                    group["lr"] = learning_rate(recipe, base, epoch, epochs, done, steps)
+                part = slice(first, min(first + recipe.batch_size, n))
+                if in_slices:
+                    batch_loss = _backward_slice(step, rows[part], labels[part], accelerator)
+                else:
+                    batch = order[part].tolist()
+                    batch_loss = _backward(
+                        wrapped, source, batch, accelerator, accumulate, rank, processes, takes_rows
+                    )
+                if not math.isfinite(batch_loss):
+                    raise GloVLMError(
+                        f"The loss became {batch_loss} in epoch {epoch + 1}: the learning rate "
+                        f"({recipe.lr:g}) is too high for these images, or an input is broken. "
+                        "Lower --lr or give --clip-norm 1.0."
+                    )
+                if clip_norm is not None:
+                    accelerator.clip_grad_norm_([p for g in groups for p in g["params"]], clip_norm)
+                optimizer.step()
+                done, size = done + 1, part.stop - first
+                if after_step is not None:  # before the gradients go: AdaLoRA reads them
+                    after_step(done)
+                optimizer.zero_grad(set_to_none=True)
+                seen += size
+                total_loss += batch_loss * size
+            row: dict[str, Any] = {
+                "epoch": epoch + 1,
+                "epochs": epochs,
+                "loss": total_loss / seen,
+                "lr": optimizer.param_groups[0]["lr"],
+                "seconds": round(time.perf_counter() - started, 3),
+            }
+            if validate is not None:
+                row["validation_macro_auc"] = validate()
+            log.append(row)
+            # Short epochs by the hundred need not all go to disk.
+            due = epoch + 1 == epochs or (epoch + 1) % max(1, epochs // 100) == 0
+            state.after_epoch(row, log, recipe, write=due)
+            if accelerator.trackers:
+                accelerator.log({k: v for k, v in row.items() if k != "epochs"}, step=epoch + 1)
+            if on_epoch is not None and rank == 0:
+                on_epoch(row)
+            count.reach(epoch + 1, f"loss {row['loss']:.3g}")
     if state.write_to is not None and log:
         write_text(state.write_to / "log.jsonl", "".join(json.dumps(r) + "\n" for r in log))
     state.restore_best()

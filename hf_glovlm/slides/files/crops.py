@@ -38,6 +38,7 @@ from ...files import (
     write_csv,
     write_json,
 )
+from ...progress import counted
 from ...tables import read_table
 from .annotations import NoObject, find_repeats, read_outlines
 from .case_table import OF_CROPS, CaseRow, CaseTable, agreed
@@ -299,7 +300,8 @@ def cut_crops(
         about = {"patient_id": patient_id, "case_id": case_id, "stain": stain, OUTLINE: outline_of}
         about |= {name: (stated or {}).get(name) for name in OF_CROPS}
         rows = []
-        for number, item in enumerate(candidates, start=1):
+        pieces = counted(candidates, "crops", name=summary.slide)
+        for number, item in enumerate(pieces, start=1):
             row = _about(item, about, earlier)
             rows.append(
                 row | _cut(opened, item, number, work, summary, margin, max_side, row[OUTLINE])
@@ -338,7 +340,6 @@ def cut_slides(
     mpp: float | None = None,
     scene: str | None = None,
     patient_id: str | None = None,
-    on_slide: Callable[[CropOutcome], None] | None = None,
     **options: Any,
 ) -> list[CropOutcome]:
     """Cut the objects of every slide in a folder; the error of one slide stays with it.
@@ -354,7 +355,6 @@ def cut_slides(
         mpp: Of every slide, as for `cut_crops`.
         scene: Of every slide.
         patient_id: Of every slide.
-        on_slide: Called with each outcome as it comes.
         **options: Of `cut_crops`.
 
     Returns:
@@ -379,7 +379,7 @@ def cut_slides(
         with _adding_to(output_dir):
             pass  # what is wrong with the folder is wrong for every slide
     outcomes = []
-    for path in paths:
+    for path in counted(paths, "slides"):
         name = slide_name(path)
         if path not in outlined.files:
             outcome = CropOutcome(name, reason=f"{annotations} holds no outlines of this name")
@@ -410,8 +410,6 @@ def cut_slides(
                     raise
                 outcome = CropOutcome(name, error=describe_error(error))
         outcomes.append(outcome)
-        if on_slide is not None:
-            on_slide(outcome)
     if outlined.unused and outcomes:
         logger.warning(
             "%d files of outlines are of no slide in %s (%s).",

@@ -16,6 +16,7 @@ from ...data.listing import few
 from ...data.stains import name_stain
 from ...errors import GloVLMError
 from ...files import digest_file, digest_value
+from ...progress import counted
 from ..files.annotations import NoObject, find_repeats, read_outlines
 from ..files.case_table import CaseRow, CaseTable, agreed, read_case_table
 from ..files.coordinates import parse_origin
@@ -83,7 +84,7 @@ def read_regions(config: FindTrainConfig) -> OutlinedRegions:
     sentences: dict[str, list[str]] = {}  # a sentence, and the pictures that it is about
     groups = []
     total = 0
-    for path in paths:
+    for path in counted(paths, "regions read"):
         name = slide_name(path)
         if path not in outlined.files:
             read.left_out[name] = "it has no file of outlines"

@@ -41,6 +41,7 @@ from ...files import (
 )
 from ...inference import resolve_device
 from ...inference.scale import MAX_RATIO
+from ...progress import counted, counting, showing
 from ...tables import spelling
 from ..encoding import load_encoder
 from ..files.annotations import SlideObject, make_collection, polygon_object, write_collection
@@ -111,7 +112,9 @@ class _Run:
         return {"version": VERSION, "finder": self.fingerprint, **settings}
 
 
-def find_on_slides(config: FindConfig, *, on_event: Event | None = None) -> dict[str, Any]:
+def find_on_slides(
+    config: FindConfig, *, on_event: Event | None = None, progress: bool | None = None
+) -> dict[str, Any]:
     """Find glomeruli on slides and write their outlines into a folder.
 
     `O/NAME.geojson` for each slide, as `glovlm slide --objects O` and QuPath take it; over all
@@ -121,6 +124,7 @@ def find_on_slides(config: FindConfig, *, on_event: Event | None = None) -> dict
         config: What to do.
         on_event: Progress: `("stage", {"name"})`, `("windows", {"slide", "done", "total"})`,
             `("slide", {"slide", "status", "error", "n"})`.
+        progress: Whether to show how far it is; by default in a notebook.
 
     Returns:
         The content of `results.json`: `kind`, `research_use_only`, `synthetic`, `finder`
@@ -134,15 +138,15 @@ def find_on_slides(config: FindConfig, *, on_event: Event | None = None) -> dict
             holds something else. What is wrong with one slide stands in the results.
     """
     output = Path(config.output_dir).expanduser()
-    with one_writer(output):
+    with one_writer(output), showing(progress) as show:
         finish_move(output / UNFINISHED, output)
         remove(output / UNFINISHED)
         _check_output(config, output)
         tasks = _plan(config)
-        run = _prepare(config, output, on_event or (lambda kind, what: None))
+        run = _prepare(config, output, on_event or show)
         entries: dict[str, dict[str, Any]] = {}
         try:
-            for task in tasks:
+            for task in counted(tasks, "slides"):
                 entries[task.name] = entry = _find(task, run)
                 shown = ("slide", "status", "error", "n")
                 run.notify("slide", {name: entry.get(name) for name in shown})
@@ -371,7 +375,8 @@ def _read_windows(
             batch_size=run.config.batch_size,
             start=len(seen),
         )
-        with kept.open("a", encoding="utf-8") as file, closing(batches):
+        count = counting("windows", total, name=task.name, done=len(seen))
+        with kept.open("a", encoding="utf-8") as file, closing(batches), count as windows:
             for rows, pictures in batches:
                 for box, picture, detections in zip(
                     grid.boxes[rows],
@@ -385,6 +390,7 @@ def _read_windows(
                     file.write(json.dumps([part.describe() for part in parts]) + "\n")
                 file.flush()
                 run.notify("windows", {"slide": task.name, "done": len(seen), "total": total})
+                windows.reach(len(seen))
     return [part for parts in seen for part in parts]
 
 

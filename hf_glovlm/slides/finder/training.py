@@ -22,6 +22,7 @@ from ...files import (
     write_manifest,
 )
 from ...inference import resolve_device
+from ...progress import showing
 from ..encoding import encoder_fingerprint, load_encoder
 from .config import FindTrainConfig
 from .folder import CONFIG, FINDER_FILES, KIND, WEIGHTS
@@ -33,12 +34,15 @@ VERSION = 1  # of what a finder is made of
 Event = Callable[[str, dict[str, Any]], None]
 
 
-def train_finder(config: FindTrainConfig, *, on_event: Event | None = None) -> dict[str, Any]:
+def train_finder(
+    config: FindTrainConfig, *, on_event: Event | None = None, progress: bool | None = None
+) -> dict[str, Any]:
     """Train a finder on outlined regions, measure it on groups left out, and save it.
 
     Args:
         config: What to do.
         on_event: Progress: `("stage", {"name"})`.
+        progress: Whether to show how far it is; by default in a notebook.
 
     Returns:
         What was learned from and how well it finds: `kind`, `research_use_only`, `synthetic`,
@@ -50,9 +54,9 @@ def train_finder(config: FindTrainConfig, *, on_event: Event | None = None) -> d
         GloVLMError: The input is bad, or the output folder holds something else; nothing has been
             written then.
     """
-    notify = on_event or (lambda kind, what: None)
     output = Path(config.output_dir).expanduser()
-    with one_writer(output):
+    with one_writer(output), showing(progress) as show:
+        notify = on_event or show
         finish_move(output / UNFINISHED, output)
         remove(output / UNFINISHED)
         _check_output(config, output)

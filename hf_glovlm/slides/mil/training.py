@@ -18,6 +18,7 @@ from ...environment import describe_environment
 from ...files import digest_value, write_json, write_table, write_text
 from ...methods import Recipe
 from ...metrics import compute_metrics
+from ...progress import showing
 from ...rendering import (
     CLASS_HEADER,
     METRIC_HEADER,
@@ -71,7 +72,10 @@ class BagStep(nn.Module):
 
 
 def train_mil(
-    config: MilConfig, *, on_event: Callable[[str, dict[str, Any]], None] | None = None
+    config: MilConfig,
+    *,
+    on_event: Callable[[str, dict[str, Any]], None] | None = None,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Train a slide classifier on bags of tile features, test it on other patients, save the run.
 
@@ -81,6 +85,7 @@ def train_mil(
     Args:
         config: What to do.
         on_event: Called with the progress: `("stage", {"name"})`, `("epoch", row)`.
+        progress: Whether to show how far it is; by default in a notebook.
 
     Returns:
         The content of `results.json`; every process returns it, only the main one writes.
@@ -92,7 +97,8 @@ def train_mil(
     output = Path(config.output_dir).expanduser()
     folder = RunFolder(output, config, "mil", OWN_FILES, _INCIDENTAL, accelerator)
     folder.check()
-    results = _train_mil(config, folder, accelerator, on_event or (lambda kind, what: None))
+    with showing(progress) as show:
+        results = _train_mil(config, folder, accelerator, on_event or show)
     accelerator.wait_for_everyone()
     return results
 
