@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, Protocol, TypeVar
 
 __all__ = [
@@ -429,12 +430,11 @@ class NotebookBars:
             self._draw()
 
     def _draw(self) -> None:
-        from IPython.display import HTML, display
-
+        shown = import_module("IPython.display")  # which is there, in a notebook
         self._drawn = self.clock()
-        page = HTML(self.render())
+        page = shown.HTML(self.render())
         if self._handle is None:
-            self._handle = display(page, display_id=True)
+            self._handle = shown.display(page, display_id=True)
         else:
             self._handle.update(page)
 

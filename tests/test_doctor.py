@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from command_line import Glovlm
 
-from hf_glovlm.cli import doctor as doctor_module
-from hf_glovlm.cli.doctor import Machine, Need, Place, examine, judge, read_extras
+from hf_glovlm.cli import installation
+from hf_glovlm.cli.installation import Machine, Need, Place, examine, judge, read_extras
 
 GPU = {"name": "H", "memory": 8e10, "bf16": True}
 FINE = Machine(
@@ -85,7 +85,7 @@ def test_nothing_is_said_of_what_is_fine(changes: dict[str, Any]) -> None:
     ],
 )
 def test_precisions_are_those_with_instructions(changes: dict[str, Any], sentence: str) -> None:
-    assert sentence in doctor_module.sensible_precisions(replace(FINE, **changes))
+    assert sentence in installation.sensible_precisions(replace(FINE, **changes))
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_extras_are_read_off_the_declaration(tmp_path: Path) -> None:
 
 
 def test_the_clone_declares_what_is_for_something() -> None:
-    declared = read_extras(Path(doctor_module.__file__).parents[2])
-    assert set(declared) <= set(doctor_module.EXTRAS)
+    declared = read_extras(Path(installation.__file__).parents[2])
+    assert set(declared) <= set(installation.EXTRAS)
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -170,7 +170,7 @@ def test_it_fails_by_what_was_asked_for(
     code: int,
     printed: str,
 ) -> None:
-    monkeypatch.setattr(doctor_module, "examine", lambda *, online: FINE)
+    monkeypatch.setattr(installation, "examine", lambda *, online: FINE)
     done = glovlm("doctor", *arguments)
     assert done.code == code
     assert printed in done.out + done.err

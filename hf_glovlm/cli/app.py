@@ -44,8 +44,8 @@ from .console import (
     until_terminated,
 )
 from .data import data_app
-from .doctor import doctor
 from .finder import find_app
+from .installation import doctor
 from .options import (
     BatchFlag,
     DeviceFlag,

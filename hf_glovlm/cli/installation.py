@@ -142,23 +142,23 @@ def judge(machine: Machine, extras: Sequence[str] = ()) -> list[Finding]:
     Returns:
         What was asked for first.
     """
-    found = [
+    findings = [
         *_judge_extras(machine, extras),
         *_judge_hub(machine),
         *_judge_devices(machine),
         *_judge_threads(machine),
         *_judge_places(machine),
     ]
-    return sorted(found, key=lambda finding: not finding.asked)
+    return sorted(findings, key=lambda finding: not finding.asked)
 
 
 def _judge_extras(machine: Machine, asked: Sequence[str]) -> list[Finding]:
-    found = []
+    findings = []
     for name in asked:
         missing = [need.in_words for need in machine.extras.get(name, ()) if not need.is_met]
         if missing:
             what = EXTRAS.get(name)
-            found.append(
+            findings.append(
                 Finding(
                     f"extra {name}",
                     f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
@@ -167,7 +167,7 @@ def _judge_extras(machine: Machine, asked: Sequence[str]) -> list[Finding]:
                     asked=True,
                 )
             )
-    return found
+    return findings
 
 
 def install_command(machine: Machine, extra: str) -> str:
@@ -177,9 +177,9 @@ def install_command(machine: Machine, extra: str) -> str:
 
 
 def _judge_hub(machine: Machine) -> list[Finding]:
-    found = []
+    findings = []
     if machine.offline and not machine.cached:
-        found.append(
+        findings.append(
             Finding(
                 "Hub",
                 f"{', '.join(machine.offline)} is set, and no known backbone lies in the cache: "
@@ -192,8 +192,8 @@ def _judge_hub(machine: Machine) -> list[Finding]:
         if answer != "yes":
             remedy = _hub_remedy(machine, question, answer)
             asked = question == _REACHED
-            found.append(Finding("Hub", f"{question}: {answer}.", remedy, asked))
-    return found
+            findings.append(Finding("Hub", f"{question}: {answer}.", remedy, asked))
+    return findings
 
 
 def _hub_remedy(machine: Machine, question: str, answer: str) -> str:
@@ -243,13 +243,13 @@ def _judge_threads(machine: Machine) -> list[Finding]:
 
 
 def _judge_places(machine: Machine) -> list[Finding]:
-    found = []
+    findings = []
     for place in machine.places:
         elsewhere = (
             f"set {place.variable} to a folder" if place.variable else "give another --output-dir"
         )
         if not place.writable:
-            found.append(
+            findings.append(
                 Finding(
                     "disk",
                     f"The {place.what} {place.path} cannot be written.",
@@ -257,7 +257,7 @@ def _judge_places(machine: Machine) -> list[Finding]:
                 )
             )
         elif place.free is not None and place.free < LEAST_DISK:
-            found.append(
+            findings.append(
                 Finding(
                     "disk",
                     f"The {place.what} {place.path} has {size_in_words(place.free)} left; a large "
@@ -266,7 +266,7 @@ def _judge_places(machine: Machine) -> list[Finding]:
                 )
             )
     if machine.memory is not None and machine.memory < LEAST_MEMORY:
-        found.append(
+        findings.append(
             Finding(
                 "memory",
                 f"{size_in_words(machine.memory)} of memory are free; a backbone with its images "
@@ -274,7 +274,7 @@ def _judge_places(machine: Machine) -> list[Finding]:
                 "Close other programs, or give --batch-size 4 and --workers 1.",
             )
         )
-    return found
+    return findings
 
 
 def sensible_precisions(machine: Machine) -> str:
@@ -529,19 +529,19 @@ def doctor(
             raise GloVLMError(
                 f"There is no extra '{name}': expected {', '.join(known)}.{nearest(name, known)}"
             )
-    found = judge(machine, asked)
+    findings = judge(machine, asked)
     if as_json:
         facts = asdict(machine) | {"precision": sensible_precisions(machine)}
-        print_json(facts | {"findings": [asdict(finding) for finding in found]})
+        print_json(facts | {"findings": [asdict(finding) for finding in findings]})
     else:
-        _print(machine, found)
-    if any(finding.asked for finding in found):
+        _print(machine, findings)
+    if any(finding.asked for finding in findings):
         raise typer.Exit(1)
-    if not found:
+    if not findings:
         note("nothing stands in the way")
 
 
-def _print(machine: Machine, found: Sequence[Finding]) -> None:
+def _print(machine: Machine, findings: Sequence[Finding]) -> None:
     of = f" ({machine.commit})" if machine.commit else ""
     versions = [["python", machine.python]]
     versions += [[name, str(value or "-")] for name, value in machine.versions.items()]
@@ -562,8 +562,8 @@ def _print(machine: Machine, found: Sequence[Finding]) -> None:
     print_table("Extras", ["extra", "for", "lacks"], rows)
     if commands:  # not in the table, where they would be wrapped
         typer.echo("\n".join(["To get them", *commands, ""]))
-    if found:
-        advice = [[finding.about, finding.sentence, finding.remedy] for finding in found]
+    if findings:
+        advice = [[finding.about, finding.sentence, finding.remedy] for finding in findings]
         print_table("To look at", ["", "found", "what to do"], advice)
 
 
