@@ -34,6 +34,7 @@ __all__ = [
 
 EVERY = 10.0  # seconds between two lines in a log
 _BRIEF = 0.2  # seconds between two drawings in a notebook
+_FEW = 2  # pieces below which a count says nothing
 _NAME = 28  # characters of a slide's name beside a bar
 
 Event = Callable[[str, Mapping[str, Any]], None]
@@ -138,7 +139,7 @@ def counting(what: str, total: int | None, *, name: str = "", done: int = 0) -> 
         done: Those that an earlier run did.
     """
     display = _current()
-    if display is None or total == 0:
+    if display is None or (total is not None and total < _FEW):
         yield Count(what, total, name, done)
         return
     count = Count(what, total, name, done, display.change, display.clock)

@@ -1,7 +1,6 @@
 """The command `glovlm bench`; which benches there are stands in `lab.benches.BENCHES`."""
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from typer import Argument, Option
 from ..environment import quiet_libraries
 from ..errors import GloVLMError
 from ..files import write_json
-from ..lab.benches import BENCHES, choose_benches, load_function, run_benches, takers
+from ..lab.benches import BENCHES, Finished, choose_benches, load_function, run_benches, takers
 from .console import check_output, note, print_json, print_rows
 from .options import JsonFlag, Text, Texts, Whole
 
@@ -54,9 +53,9 @@ def bench(
         raise GloVLMError(f"`bench {chosen[0]}` has no ratios to compare: leave --compare out.")
     before = read_document(compare) if compare is not None else None
     document, skipped = new_document(), []
-    options |= {"progress": sys.stderr.isatty(), "on_row": _note_row}
+    options |= {"progress": True, "on_row": _note_row}
     try:
-        for done in run_benches(chosen, options):
+        for done in _run_announced(chosen, options):
             if done.failure is not None and BENCHES[done.bench].alone:
                 raise GloVLMError(done.failure)
             add_finished(document, done)
@@ -80,6 +79,13 @@ def bench(
         raise typer.Exit(1)
 
 
+def _run_announced(chosen: list[str], options: Mapping[str, Any]) -> Iterator[Finished]:
+    """Run benches, each after a note of its name: a bar would take time from what is timed."""
+    for number, name in enumerate(chosen, start=1):
+        note(f"{name}, {number} of {len(chosen)} ...")
+        yield from run_benches([name], options)
+
+
 def _note_row(row: Mapping[str, Any]) -> None:
     note("{metric}, {groups} groups: {coverage:.3f}".format(**row))
 
@@ -92,7 +98,7 @@ def _print(document: Mapping[str, Any], chosen: list[str], as_json: bool) -> Non
     if as_json:
         print_json(document)
     elif not rows:
-        return
+        note("nothing was measured")
     elif "before" in document:
         table = comparison_rows(rows)
         print_rows("Benches", table, tuple(table[0]), as_json)

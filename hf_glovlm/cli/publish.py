@@ -101,7 +101,7 @@ def export(
         from ..lab.phantoms import render_dataset
 
         rows = render_dataset(list(config.label2id))
-    with show_progress():
+    with show_progress() as on_event:
         done = export_model(
             run,
             output_dir,
@@ -110,7 +110,7 @@ def export(
             data_name=Path(data).name if data else "synthetic images",
             synthetic=data is None,
             reason=reason,
-            on_stage=note,
+            on_stage=lambda name: on_event("stage", {"name": name}),
         )
     if as_json:
         print_json(done.describe())

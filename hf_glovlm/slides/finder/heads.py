@@ -16,6 +16,7 @@ from scipy import ndimage
 from skimage.transform import resize
 
 from ...errors import GloVLMError, nearest
+from ...progress import counted
 from .agreement import is_cut
 from .candidates import (
     FINER,
@@ -233,7 +234,7 @@ class PlainHead(Head):
     ) -> None:
         maps = [
             _encode(encoder, region.picture, scale)
-            for region, scale in zip(regions, scales, strict=True)
+            for region, scale in counted([*zip(regions, scales, strict=True)], "regions")
         ]
         rows = [one.rows for one in maps]
         inside = [
@@ -325,7 +326,7 @@ class CandidateHead(Head):
     ) -> None:
         maps = [
             _encode(encoder, region.picture, scale, self.depths)
-            for region, scale in zip(regions, scales, strict=True)
+            for region, scale in counted([*zip(regions, scales, strict=True)], "regions")
         ]
         rows = [one.rows for one in maps]
         inside = [

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from ...errors import GloVLMError
 from ...files import read_json, write_json
+from ...progress import counted
 from ..encoding import encoder_fingerprint
 from .agreement import IOU, Agreement, measure_region
 from .folder import CONFIG, KIND, WEIGHTS
@@ -363,7 +364,7 @@ def leave_groups_out(
     made = make_head(head)
     tried = list(thresholds or made.thresholds) or [made.threshold]
     total = {threshold: Agreement() for threshold in tried}
-    for fold in folds:
+    for fold in counted(folds, "parts left out"):
         rest = [region for region in regions if region.group not in fold]
         fitted, scale, mpp = _fit_head(encoder, rest, head, seed)
         for region in regions:

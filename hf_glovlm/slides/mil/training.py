@@ -18,7 +18,7 @@ from ...environment import describe_environment
 from ...files import digest_value, write_json, write_table, write_text
 from ...methods import Recipe
 from ...metrics import compute_metrics
-from ...progress import showing
+from ...progress import counted, showing
 from ...rendering import (
     CLASS_HEADER,
     METRIC_HEADER,
@@ -122,7 +122,7 @@ def _train_mil(
     with folder.unfinished(made_from) as work:
         predictions: dict[int, tuple[int, SlidePrediction]] = {}
         logs: list[list[dict[str, Any]]] = []
-        for k, sides in enumerate(parts):
+        for k, sides in counted([*enumerate(parts)], "trainings"):
             part = f" ({k + 1} of {len(parts)})" if len(parts) > 1 else ""
             notify("stage", {"name": f"training {config.aggregator}{part}"})
             place = work / "training" / str(k)
