@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from ..environment import quiet_libraries
 from ..settings import SEEDS
-from .console import check_output, note, print_json, print_table
+from .console import check_output, note, print_json, print_table, show_progress
 from .options import JsonFlag
 
 
@@ -43,10 +43,12 @@ def compare(
     from ..runs.study_config import COMPARED
 
     quiet_libraries()
-    compared = compare_runs(
-        *sources, names=name, metrics=metric or COMPARED, shared=shared,
-        n_resamples=n_resamples, seed=seed,
-    )  # fmt: skip
+    with show_progress() as on_event:
+        on_event("stage", {"name": "comparing"})
+        compared = compare_runs(
+            *sources, names=name, metrics=metric or COMPARED, shared=shared,
+            n_resamples=n_resamples, seed=seed,
+        )  # fmt: skip
     if as_json:
         print_json(compared.to_dict())
     else:

@@ -10,7 +10,7 @@ from typer import Argument, Option
 from ..errors import GloVLMError
 from ..runs.config import DRAWING, TrainConfig
 from ..settings import SEEDS, declarations
-from .console import check_output, note, print_json, print_table, synthetic_mark
+from .console import check_output, note, print_json, print_table, show_progress, synthetic_mark
 from .options import (
     GroupColumn,
     GroupFrom,
@@ -71,8 +71,12 @@ def check(
     drawing = {name: table[name].default for name in DRAWING}
     drawing |= {name: table[name].read(v) for name, v in given.items() if v is not None}
     loaded = load_dataset(data, columns=columns)
-    report = check_dataset(loaded, drawing=drawing, source=data, cache=FeatureCache())
-    facts = None if page is None else _write_audit(loaded, report, page, with_images=with_images)
+    with show_progress() as on_event:
+        report = check_dataset(loaded, drawing=drawing, source=data, cache=FeatureCache())
+        facts = None
+        if page is not None:
+            on_event("stage", {"name": "writing the audit"})
+            facts = _write_audit(loaded, report, page, with_images=with_images)
     if as_json:
         print_json(report.to_dict() | ({} if facts is None else {"audit": facts}))
     else:
