@@ -611,6 +611,7 @@ def test_subfolders_that_look_like_patients_are_proposed(tmp_path: Path, glovlm:
     )
     assert report["groups"] == {"all": 3}
     assert not any("look like patients" in note for note in report["notes"])
+    assert any("patients are read from folders" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("shape", NAMED)

@@ -226,6 +226,9 @@ def test_tables_and_page_say_the_same(tmp_path: Path) -> None:
     assert "- s2: s2 is broken." in page
     assert "Tiles of 224 pixels at 0.5 micrometres per pixel, overlap 0.25; " in page
     assert "synthetic" not in page
+    for entry in (*content["slides"], *content["cases"]):
+        entry["flags"] = ["The scale is not known."]
+    assert "- s1, s2, case c1: The scale is not known.\n" in report.render_summary(content)
     assert "synthetic images" in report.render_summary(content | {"synthetic": True})
 
 

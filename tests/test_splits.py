@@ -392,8 +392,15 @@ def test_unbalanced_shots() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"shots": 50}, r"class ischemic: the support pool holds 12 images, 50 were asked for"),
-        ({"shots": 4, "shots_from": "one_group"}, r"largest group of the support pool holds 3"),
+        (
+            {"shots": 50},
+            r"class ischemic: the support pool holds 12 images, 50 were asked for; "
+            r"ask for 12 at most \(--shots 12\)",
+        ),
+        (
+            {"shots": 4, "shots_from": "one_group"},
+            r"largest group of the support pool holds 3.*\(--shots 3\)",
+        ),
         ({"shots": 4, "shots_from": "spred"}, r"unknown shots_from 'spred'.*Did you mean 'spread'"),
         ({"shots": -1}, r"0 or more shots, found -1"),
         ({"shots": 1, "seed": -3}, r"seeds and draws of 0 or more, found -3"),
@@ -401,7 +408,10 @@ def test_unbalanced_shots() -> None:
         ({"shots": {"vable": 1}}, r"unknown class 'vable'.*Did you mean 'viable'\?"),
         ({"shots": {"viable": 1, "ischemic": 1, "sclerotic": 1.5}}, r"found 1\.5 for sclerotic"),
         ({"shots": 1, "validation_shots": -1}, r"0 or more validation shots"),
-        ({"shots": 1, "validation_shots": 9}, r"the validation pool holds 3 images"),
+        (
+            {"shots": 1, "validation_shots": 9},
+            r"the validation pool holds 3 images.*validation-shots 3\)",
+        ),
     ],
 )
 def test_impossible_episodes(options: dict[str, Any], sentence: str) -> None:

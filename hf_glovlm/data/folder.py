@@ -27,6 +27,7 @@ from ..errors import GloVLMError, nearest
 from ..files import finish_interrupted
 from .columns import CAPTION, FLOAT_COLUMNS, GROUP_IDS, MANIFEST, MASK, OUTLINE, Columns
 from .listing import (
+    PARENT,
     SPLIT_NAMES,
     few,
     groups_from,
@@ -263,7 +264,8 @@ def _set_groups(tables: list[RawRows], columns: Columns, reading: Reading) -> No
     ids = iter(groups_from(columns.group_from, names, labels))
     for table in tables:
         table.extra["patient_id"] = [next(ids) for _ in table.file_names]
-    reading.notes.append("patients are read from file names")
+    where = "folders" if columns.group_from == PARENT else "file names"
+    reading.notes.append(f"patients are read from {where}")
     if "patient_id" in known:
         reading.notes.append("the column patient_id is not read, since group_from takes its place")
 

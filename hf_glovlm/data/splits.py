@@ -622,9 +622,18 @@ class Sampler:
         if len(order) < n:
             short = f"class {self.names[k]}: {where} holds {len(order)} images, {n} were asked for"
             if not self.allow_fewer:
-                raise GloVLMError(f"{short}; ask for fewer shots, or allow fewer (--allow-fewer).")
+                raise GloVLMError(f"{short}; {self.ask_for(side, shots_from, stream)}.")
             logger.warning("%s: all of them are taken.", short)
         return order[:n]
+
+    def ask_for(self, side: Indices, shots_from: ShotsFrom, stream: int) -> str:
+        """What to do where a side has too few images of a class: how many each class has."""
+        option = "--validation-shots" if stream == _VALIDATION else "--shots"
+        held = {k: side[self.labels[side] == k] for k in sorted(set(self.labels.tolist()))}
+        rng = np.random.default_rng(0)  # how many there are depends on no draw
+        most = min(len(_ordering(rows, self.ids[rows], shots_from, rng)) for rows in held.values())
+        fewer = f"ask for {most} at most ({option} {most})" if most else "add images of this class"
+        return f"{fewer}, or allow fewer of the classes that have no more (--allow-fewer)"
 
 
 def split_hash(rows: "Dataset", episode: Episode) -> str:

@@ -374,13 +374,20 @@ def render_summary(results: Mapping[str, Any]) -> str:
             _level_values("slide", done, results["class_names"]),
             _level_values("case", results["cases"], results["class_names"]),
         ],
-        "flags": [
-            *((entry["slide"], flag) for entry in results["slides"] for flag in entry["flags"]),
-            *((f"case {of['case']}", flag) for of in results["cases"] for flag in of["flags"]),
-        ],
+        "flags": _flags_once(results),
         "failed": [entry for entry in results["slides"] if entry["status"] != "done"],
     }
     return render("slide_report.md.j2", values)
+
+
+def _flags_once(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Flags, and of which slides and cases each is: what several share stands once."""
+    places: dict[str, list[str]] = {}
+    for kind, before in (("slide", ""), ("case", "case ")):
+        for entry in results[f"{kind}s"]:
+            for flag in entry["flags"]:
+                places.setdefault(flag, []).append(f"{before}{entry[kind]}")
+    return [(", ".join(names), flag) for flag, names in places.items()]
 
 
 def _level_values(

@@ -158,7 +158,9 @@ class _Region:
         self.name, self.mpp, self.bounds = slide_name(path), mpp, None
         self.flags: list[str] = []
         if mpp is None:
-            self.flags.append("The scale is not known; give the micrometres per pixel.")
+            self.flags.append(
+                "The scale is not known; give the micrometres per pixel (--mpp, or mpp in --cases)."
+            )
         self._image = open_image(path)
         self.size = self._image.size
 
