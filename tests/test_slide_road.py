@@ -70,7 +70,7 @@ def test_the_page_leads_from_qupath_and_back_and_every_glomerulus_counts_once(
             for what in ("Region*", "Ignore*", "Artery"):
                 assert what in done.out + done.err
     assert walked == [
-        *("data crops", "data check", "train", "slide", "correct"),
+        *("data crops", "data check", "train", "report", "slide", "correct"),
         *("data crops", "data crops", "data check", "train"),
     ]
 
