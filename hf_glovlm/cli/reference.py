@@ -1,7 +1,10 @@
-"""Reference of all settings, `docs/settings.md`: made of their declarations by `make docs`."""
+"""What `make docs` makes from the code: `docs/settings.md`, and the tables of pages beside it.
+
+The tables of backbones and methods stand between two comments of a page that a person writes.
+"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..files import write_text
@@ -63,5 +66,68 @@ def _rows(table: dict[str, Declared]) -> Iterator[list[str]]:
         yield [f"`{name}`", declared.expected, default, declared.bounds, declared.help]
 
 
+def render_backbones() -> str:
+    """Render the known backbones as a Markdown table, with a link to the page of each."""
+    from ..backbones import BACKBONES
+    from ..rendering import Markdown, table
+
+    header = ("name", "what", "input", "scale", "pretrained on", "stains", "licence", "access")
+    whats = {"dual": "image and text", "vision": "image; pair it with a text", "text": "text"}
+    rows = []
+    for row in BACKBONES.values():
+        stains = row.stains if isinstance(row.stains, str) else ", ".join(row.stains)
+        restrictions = ", ".join(row.restrictions)
+        at = f", {row.mpp:g} micrometres a pixel" if row.mpp is not None else ""
+        rows.append([
+            Markdown(f"[`{row.name}`]({row.page})" if row.page else f"`{row.name}`"),
+            whats[row.kind],
+            f"{row.image_size} px" if row.image_size else "",
+            "" if row.kind == "text" else f"{row.magnification}{at}",
+            row.pretrained_on,
+            "" if row.kind == "text" else stains or "none",
+            row.license + (f" ({restrictions})" if restrictions else ""),
+            "ask on its page" if row.gated else "in the package" if row.page is None else "open",
+        ])  # fmt: skip
+    return str(table(rows, header))
+
+
+def render_methods() -> str:
+    """Render the methods as a Markdown table: what each learns, needs and may choose by labels."""
+    from ..methods import METHODS
+    from ..rendering import table
+
+    header = ("method", "family", "learns", "class texts", "validation can", "source")
+    chooses = {"none": "", "search": "search a setting", "early stopping": "stop early"}
+    rows = [
+        [
+            f"`{method.name}`",
+            method.family + (", transductive" if method.transductive else ""),
+            method.trains,
+            "needed" if method.needs_text else "",
+            chooses[method.validation],
+            method.citation,
+        ]
+        for method in METHODS.values()
+    ]
+    return str(table(rows, header))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "backbones.md": render_backbones,
+    "choosing-a-method.md": render_methods,
+}
+_BEGIN, _END = "<!-- made by make docs -->", "<!-- end of what is made -->"
+
+
+def fill_page(text: str, made: str) -> str:
+    """Put a table in the place of the one between a page's two comments."""
+    before, _, rest = text.partition(_BEGIN)
+    _, _, after = rest.partition(_END)
+    return f"{before}{_BEGIN}\n\n{made}\n\n{_END}{after}"
+
+
 if __name__ == "__main__":
     write_text(Path(sys.argv[1]), render_reference())
+    for name, render in TABLES.items():
+        page = Path(sys.argv[1]).parent / name
+        write_text(page, fill_page(page.read_text(encoding="utf-8"), render()))
