@@ -59,10 +59,10 @@ def draw_picture(seed: int = 42) -> str:
     counts = count_classes(probabilities, names)["all"]["classes"]
     shown = sorted(names, key=lambda name: -counts[name]["count"])
     calls = [names[max(range(len(names)), key=row.__getitem__)] for row in probabilities]
-    return render_page("road.svg.j2", _values(biopsy, calls, probabilities, shown, counts))
+    return render_page("road.svg.j2", values_of(biopsy, calls, probabilities, shown, counts))
 
 
-def _values(
+def values_of(
     biopsy: Sequence[SyntheticImage],
     calls: Sequence[str],
     probabilities: Sequence[Sequence[float]],
