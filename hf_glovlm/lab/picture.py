@@ -1,7 +1,7 @@
 """Picture of the README: from outlined glomeruli to counts, on synthetic images alone.
 
-`python -m hf_glovlm.lab.picture docs/pictures/road.svg` draws it: a synthetic biopsy, the class that
-a model of eight labels a class gives each glomerulus, and the counts with their 95% intervals.
+`python -m hf_glovlm.lab.picture docs/pictures/road.svg` draws it: a synthetic biopsy, the class
+that a model of eight labels a class gives each glomerulus, and the counts with their intervals.
 """
 
 import base64
@@ -78,13 +78,18 @@ def values_of(
     return {
         "sheet": base64.b64encode(stream.getvalue()).decode("ascii"),
         "glomeruli": [
-            {"column": i % COLUMNS, "row": i // COLUMNS, "series": shown.index(call) + 1, "p": max(row)}
+            {
+                "column": i % COLUMNS,
+                "row": i // COLUMNS,
+                "series": shown.index(call) + 1,
+                "p": max(row),
+            }
             for i, (call, row) in enumerate(zip(calls, probabilities, strict=True))
         ],
         "classes": [{"name": name.replace("_", " "), **counts[name]} for name in shown],
         "n": len(biopsy),
         "shots": SHOTS,
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

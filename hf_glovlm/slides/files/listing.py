@@ -35,8 +35,8 @@ def list_slides(given: Iterable[Path | str]) -> list[Path]:
         if not inside:
             raise GloVLMError(
                 f"The folder {path} holds no slide ({', '.join(sorted(SUFFIXES))}): correct the "
-                "path. Pictures such as PNG and JPEG are cut by `glovlm data crops` and classified by "
-                "`glovlm predict`."
+                "path. Pictures such as PNG and JPEG are cut by `glovlm data crops` and "
+                "classified by `glovlm predict`."
             )
         for slide in inside:
             series = read_series(slide) if _may_be_dicom(slide) else None
