@@ -6,12 +6,16 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import hf_glovlm
 from hf_glovlm.cli.reference import TABLES, fill_page
+from hf_glovlm.errors import GloVLMError
 from hf_glovlm.lab import picture
+from hf_glovlm.metrics import compute_metrics
 from hf_glovlm.rendering import THEME
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,3 +126,54 @@ def test_the_picture_is_synthetic_in_words_light_and_dark(made: bool) -> None:
         assert "a&b" in words
         assert "3 of 4" in words
         assert len(root.findall(f"{SVG}circle[@stroke-dasharray]")) == 1
+
+
+# --------------------------------------------------------------------------------------- adding
+
+
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)\n```", text_of("docs/adding.md"), re.DOTALL)
+
+
+def test_the_examples_of_what_can_be_added_work(tmp_path: Path) -> None:
+    """Each is executed where the page says that it would stand."""
+    from hf_glovlm.backbones import table
+    from hf_glovlm.data.catalog import read_entry
+    from hf_glovlm.methods import METHODS
+    from hf_glovlm.metrics import METRICS
+    from hf_glovlm.metrics import table as metrics_table
+
+    backbone, method, metric, setting = examples()
+    row = eval(backbone, dict(vars(table)))
+    assert (row.page, row.restrictions) == (
+        "https://huggingface.co/my-group/my-clip",
+        ["non-commercial"],
+    )
+    try:
+        exec(method, {"__name__": "hf_glovlm.methods.added", "__package__": "hf_glovlm.methods"})
+        exec(metric, dict(vars(metrics_table)))
+        rng = np.random.default_rng(0)
+        labels = np.arange(12) % 3
+        features = np.eye(3)[labels] + rng.normal(0, 0.1, (12, 3))
+        fitted = hf_glovlm.adapt_features("median_prototype", features, labels)
+        assert fitted.predict_logits(np.eye(3)).argmax(1).tolist() == [0, 1, 2]
+        with pytest.raises(
+            GloVLMError, match="'text_weight' of method 'median_prototype' must be 0 or more"
+        ):
+            METHODS["median_prototype"].configure({"text_weight": -1})
+        probabilities = np.array([[0.9, 0.1], [0.4, 0.6]])
+        measured = compute_metrics(np.array([0, 0]), probabilities, groups=["a", "b"])
+        assert measured["metrics"]["mean_confidence"]["value"] == pytest.approx(0.75)
+    finally:
+        METHODS.pop("median_prototype", None)
+        METRICS.pop("mean_confidence", None)
+    scope: dict[str, Any] = {"__name__": "hf_glovlm.runs.added", "__package__": "hf_glovlm.runs"}
+    exec(setting, scope)
+    assert scope["__annotations__"] == {"jitter": float}
+
+    text = re.findall(r"```yaml\n(.*?)\n```", text_of("docs/adding.md"), re.DOTALL)[0]
+    (tmp_path / "my_glomeruli.yaml").write_text(text)
+    assert [one.label for one in read_entry(tmp_path / "my_glomeruli.yaml").classes] == [
+        "sclerosed",
+        "viable",
+    ]
