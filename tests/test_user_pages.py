@@ -173,7 +173,7 @@ def test_the_examples_of_what_can_be_added_work(tmp_path: Path) -> None:
 
     text = re.findall(r"```yaml\n(.*?)\n```", text_of("docs/adding.md"), re.DOTALL)[0]
     (tmp_path / "my_glomeruli.yaml").write_text(text)
-    assert [one.label for one in read_entry(tmp_path / "my_glomeruli.yaml").classes] == [
+    assert [one.name for one in read_entry(tmp_path / "my_glomeruli.yaml").classes] == [
         "sclerosed",
         "viable",
     ]
