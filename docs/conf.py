@@ -1,0 +1,79 @@
+"""The documentation as a site: `make docs` builds it into build/docs, without any network.
+
+Nothing on a page comes from another host: no font, no script, no inventory of another project.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# A build on the way of a release, or of a test, is of the package beside it.
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
+)
+# Kernels of the notebooks inherit these: no Hub, no progress line that differs between builds.
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from hf_glovlm import __version__  # noqa: E402
+
+project = "hf-glovlm"
+author = "The hf-glovlm authors"
+project_copyright = "The hf-glovlm authors. Apache-2.0. Research use only, not for diagnosis."
+version = release = __version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+source_suffix = {".md": "myst-nb"}
+exclude_patterns = ["_build", "**/.ipynb_checkpoints"]
+nitpicky = False
+default_role = "code"
+suppress_warnings = ["toc.empty_glob"]  # pages that are not written yet
+highlight_language = "text"
+
+# ------------------------------------------------------------------------------------ Markdown
+myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist"]
+myst_heading_anchors = 4
+myst_url_schemes = ("http", "https", "mailto")
+
+# ------------------------------------------------------------------------------------ notebooks
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+nb_ipywidgets_js = {}  # they would be fetched from another host
+
+# ------------------------------------------------------------------------------------ reference
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+# ------------------------------------------------------------------------------------ pages
+html_theme = "furo"
+html_title = f"hf-glovlm {__version__}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_favicon = "_static/mark.svg"
+html_theme_options = {
+    "announcement": "Research use only. Not for diagnosis.",
+    "navigation_with_keys": False,
+    "light_css_variables": {"color-brand-primary": "#7a1f4b", "color-brand-content": "#7a1f4b"},
+    "dark_css_variables": {"color-brand-primary": "#f0a3c4", "color-brand-content": "#f0a3c4"},
+}
+pygments_style = "a11y-high-contrast-light"
+pygments_dark_style = "a11y-high-contrast-dark"
+copybutton_exclude = ".linenos, .gp, .go"
