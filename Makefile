@@ -35,8 +35,10 @@ lint: $(READY)  ## style and types
 	@$(RUN) ruff format --check
 	@$(RUN) mypy
 
-docs: $(READY)  ## docs/settings.md, from the declarations in the code
+docs: $(READY)  ## docs/settings.md from the code, then the site, with its notebooks, in build/docs
 	@$(RUN) hf_glovlm.cli.reference docs/settings.md
+	@$(RUN) sphinx -q -W --keep-going -d build/doctrees docs build/docs
+	@echo "Open build/docs/index.html."
 
 # The page is tested in a real browser. Without one those tests say so and are skipped.
 browser:
