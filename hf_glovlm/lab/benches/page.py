@@ -119,7 +119,7 @@ _TOP = """# Performance
 Made of documents that `glovlm bench --output FILE` wrote; where several runs were put together,
 `commit` says which:
 
-```
+```bash
 python -m hf_glovlm.lab.benches.page docs/performance/after.json{before} > docs/performance.md
 ```
 
