@@ -27,6 +27,7 @@ version = release = __version__
 
 extensions = [
     "myst_nb",
+    "house",
     "public_names",
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
@@ -62,6 +63,7 @@ html_theme = "furo"
 html_title = f"hf-glovlm {__version__}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
@@ -89,5 +91,14 @@ def leave_out_unwritten(app, docname: str, source: list[str]) -> None:
         )
 
 
+def give_captions_a_level(app, page: str, template: str, context: dict, doctree: object) -> None:
+    """Captions of the sidebar are headings without a level, which readers aloud need."""
+    tree = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = tree.replace(
+        'role="heading"', 'role="heading" aria-level="2"'
+    )
+
+
 def setup(app) -> None:
     app.connect("source-read", leave_out_unwritten)
+    app.connect("html-page-context", give_captions_a_level, priority=900)  # after the theme

@@ -33,17 +33,18 @@ def find_definition(name: str) -> Definition:
     """The definition of a public name, `run` or `explain.HeatMap`."""
     *given, last = name.split(".")
     room = PACKAGE.joinpath(*(given or rooms()[last].split(".")))
-    files = sorted(room.glob("*.py")) if room.is_dir() else [room.with_suffix(".py")]
-    found = [
-        node
-        for text in (file.read_text("utf-8") for file in files)
-        if f"def {last}(" in text or f"class {last}" in text
-        for node in ast.parse(text).body
-        if isinstance(node, Definition) and node.name == last
-    ]
-    if len(found) != 1:
-        raise LookupError(f"{name} is defined {len(found)} times in {room}")
-    return found[0]
+    for place in (room, room.parent):  # a room may bring in what a file beside it defines
+        files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        found = [
+            node
+            for text in (file.read_text("utf-8") for file in files)
+            if f"def {last}(" in text or f"class {last}" in text
+            for node in ast.parse(text).body
+            if isinstance(node, Definition) and node.name == last
+        ]
+        if len(found) == 1:
+            return found[0]
+    raise LookupError(f"{name} is defined {len(found)} times in {room}")
 
 
 def signature(node: Definition) -> str:

@@ -16,7 +16,7 @@ from markdown_it.token import Token
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 # What a fence may be besides code: parts of the site.
-DIRECTIVES = ("{toctree}", "{eval-rst}")
+DIRECTIVES = ("{toctree}", "{eval-rst}", "{include}", "{house}")
 NOTEBOOK = "%run -m hf_glovlm "
 
 
