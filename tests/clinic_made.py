@@ -6,7 +6,6 @@ patients to learn from, `new` and `new_outlines` of those to come, and `cases.cs
 
 import csv
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from slides_made import write_slide
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
 SCALE = 0.5  # micrometres per pixel
 
 
@@ -116,14 +114,3 @@ def write_clinic(
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as stream:
         return list(csv.DictReader(stream))
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The commands of a page of the documentation, in order, with the stand-in for a backbone."""
-    blocks = page.read_text(encoding="utf-8").split("```")[1::2]
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [
-        ["mini" if word == "vinid/plip" else word for word in shlex.split(line)[1:]]
-        for line in lines
-        if line.startswith("glovlm ")
-    ]

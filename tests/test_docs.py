@@ -1,6 +1,9 @@
 """Every code block and command of the README and the documentation.
 
-Commands are read by the real command line and made into the settings that it would run with.
+Commands are read by the real command line and made into the settings that it would run with. Those
+of the pages for users are run, too, one after another in one folder, on synthetic images and
+`mini`; `NOT_RUN` says which are not. Pages that lead from slides to a sheet (qupath, road, sheet)
+have tests of their own, and cells of notebooks are executed when the site is built.
 """
 
 import ast
@@ -9,15 +12,25 @@ import shutil
 import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 import yaml
-from doc_pages import DOCS, NOTEBOOK, ROOT, Block, blocks, commands, name_of, pages
-from doc_pages import shell_lines, spans  # fmt: skip
+from clinic_made import Layout, write_clinic
+from command_line import Glovlm
+from doc_pages import (
+    NOTEBOOK,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    name_of,
+    pages,
+    shell_lines,
+    spans,
+)
 
 import hf_glovlm
 from hf_glovlm.cli.app import app
@@ -206,3 +219,83 @@ def test_each_command_in_a_sentence_is_one_of_ours(page: Path) -> None:
                 check_python_block(Block(name_of(page), 0, "python", text))
         except Exception as error:
             raise AssertionError(f"{text}: {error or type(error).__name__}") from error
+
+
+# ------------------------------------------------------------------------------------- run for true
+
+# Why a command of these pages is not run, by how it begins; all others are.
+NOT_RUN = {
+    "demo": "takes half a minute and has tests of its own",
+    "doctor": "looks at the machine, and has tests of its own",
+    "push run lab/glo-vlm": "needs the Hub, unless it ends in --dry-run",
+    "find": "is run by the tests of the page on the whole road",
+    "study": "a study is run by a notebook",
+}
+WALKED = ["README.md", "docs/get-started.md"]
+LONGER = [
+    *("choosing-a-method", "runs", "outline", "outlines", "slides", "exported", "heat-maps"),
+    "publishing",
+]
+SMALL = Layout(size=(420, 340), step=72, sides=(52, 60), margin=24)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages presuppose, by the names that they use; synthetic."""
+    folder = tmp_path_factory.mktemp("world")
+    names = [f"B{i}" for i in range(10)]
+    classes = ("globally sclerosed", "viable")
+    write_clinic(folder, {name: name[1:] for name in names}, names[8:], classes, SMALL)
+    cohort = hf_glovlm.write_cohort(folder / "my_images", 20, 5, seed=1)
+    shutil.copytree(cohort, folder / "biopsies")
+    for name in ("other_images", "other_hospital"):
+        hf_glovlm.write_cohort(folder / name, 6, 5, seed=2)
+    (folder / "new_images").mkdir()
+    for i, picture in enumerate(sorted((folder / "other_images").rglob("*.png"))[:3]):
+        shutil.copy(picture, folder / "new_images" / ("one.png" if i == 0 else f"{i}.png"))
+    shutil.copy(folder / "new_images/one.png", folder / "image.png")
+    shutil.copytree(folder / "biopsies", folder / "more_crops")
+    return folder
+
+
+def quick(words: list[str]) -> list[str]:
+    """A command with fewer resamples, and fewer steps where it trains inside the towers."""
+    more = []
+    if words[0] == "train":
+        more = ["--n-resamples", "50", "--shots", "4"]
+        if "lora" in words:
+            more += ["--max-steps", "1"]
+        if "--calibration-groups" in words:
+            more += ["--calibration-groups", "4", "--alpha", "0.5", "--max-risk", "0.9"]
+    elif words[0] == "evaluate":
+        more = ["--n-resamples", "50"]
+    return [*words, *more]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*WALKED, *(pytest.param(f"docs/{name}.md", marks=pytest.mark.long) for name in LONGER)],
+)
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_commands_of_a_page_run_one_after_another(
+    name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, glovlm: Glovlm
+) -> None:
+    pytest.importorskip("openslide")
+    if not (ROOT / name).is_file():
+        pytest.skip(f"{name} is not written")
+    folder = tmp_path / "world"
+    shutil.copytree(world, folder, copy_function=shutil.copy)
+    monkeypatch.chdir(folder)
+    given = True  # whether `biopsies` is still what a person gave
+    ran = 0
+    for words in commands(ROOT / name, backbone="mini"):
+        line = " ".join(words)
+        if "--dry-run" not in words and any(line.startswith(start) for start in NOT_RUN):
+            continue
+        if words[:2] == ["data", "crops"] and given:
+            shutil.rmtree(folder / "biopsies")
+            given = False
+        done = glovlm(*quick(words))
+        assert done.code == 0, (line, done.err[-2000:])
+        ran += 1
+    assert ran

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import re
-import shlex
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sheet_made
+from doc_pages import DOCS, commands
 from PIL import Image
 from qupath_made import CLASSES, outlines, write_results
 
@@ -469,15 +469,6 @@ def test_the_command_prints_a_line_a_case_and_fails_where_one_failed(
 
 
 # ---------------------------------------------------------------------------------- the commands
-
-DOCS = Path(__file__).resolve().parent.parent / "docs"
-
-
-def commands(path: Path) -> list[list[str]]:
-    """The commands of a page of the documentation, in order."""
-    blocks = path.read_text(encoding="utf-8").split("```")[1::2]
-    lines = [line for block in blocks for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("glovlm ")]
 
 
 def test_the_page_of_the_documentation_leads_from_results_to_a_signed_sheet(

@@ -77,7 +77,7 @@ def test_notebooks_show_what_they_computed(site: Path) -> None:
     for name, text in texts.items():
         assert "ynthetic" in text, name
         assert "Traceback" not in text, name
-        assert text.count("cell_output") >= 2, name
+        assert "cell_output" in text, name
     assert "Read by AB" in texts["outlines-to-sheet"]
     assert "not distinguishable" in texts["compare-methods"]
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from clinic_made import DOCS, commands, outline, read_rows, write_clinic
+from clinic_made import outline, read_rows, write_clinic
+from doc_pages import DOCS, commands
 from qupath_made import CLASSES as QUPATH_CLASSES
 from qupath_made import through_qupath, write_results
 from slide_model import write_outlines
@@ -60,7 +61,7 @@ def test_the_page_leads_from_qupath_and_back_and_every_glomerulus_counts_once(
     old, new = list(truth)[:8], list(truth)[8:]
     read: dict[str, dict[str, str]] = {}
     walked = []
-    for command in commands(DOCS / "qupath.md"):
+    for command in commands(DOCS / "qupath.md", backbone="mini"):
         if command[0] == "correct":
             read = {name: correct_in_qupath(folder, name, truth[name]) for name in new}
         done = glovlm(*command)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clinic_made import DOCS, Layout, commands, write_clinic
+from clinic_made import Layout, write_clinic
 from command_line import Glovlm
+from doc_pages import DOCS, commands
 from slide_model import write_outlines
 
 pytest.importorskip("skimage")
@@ -58,7 +59,7 @@ def test_the_page_leads_from_eight_patients_to_signed_sheets_whose_counts_are_ex
         for name in names[:3]:  # slides that are small enough to be regions, too
             shutil.copy(f"{folder}/{name}.{suffix}", given)
     walked = []
-    for command in commands(DOCS / "road.md"):
+    for command in commands(DOCS / "road.md", backbone="mini"):
         if command[0] == "correct":
             for name in new:
                 read_in_qupath(tmp_path, name, truth[name])
