@@ -88,18 +88,22 @@ def shell_lines(text: str) -> Iterator[list[str]]:
             words = []
 
 
-def commands(page: Path, backbone: str = "") -> list[list[str]]:
-    """The arguments of each `glovlm` of a page, in order.
+def commands_of(block: Block, backbone: str = "") -> list[list[str]]:
+    """The arguments of each `glovlm` of a block, in order.
 
     Args:
-        page: A page.
+        block: A block.
         backbone: What stands in for `vinid/plip`, which is on the Hub.
     """
     found = []
-    for block in blocks(page):
-        if block.language == "bash":
-            found += [words[1:] for words in shell_lines(block.text) if words[0] == "glovlm"]
-        elif block.language == "python":
-            lines = [line for line in block.text.splitlines() if line.startswith(NOTEBOOK)]
-            found += [shlex.split(line.removeprefix(NOTEBOOK)) for line in lines]
+    if block.language == "bash":
+        found = [words[1:] for words in shell_lines(block.text) if words[0] == "glovlm"]
+    elif block.language == "python":
+        lines = [line for line in block.text.splitlines() if line.startswith(NOTEBOOK)]
+        found = [shlex.split(line.removeprefix(NOTEBOOK)) for line in lines]
     return [[backbone if backbone and w == "vinid/plip" else w for w in words] for words in found]
+
+
+def commands(page: Path, backbone: str = "") -> list[list[str]]:
+    """The same of a whole page."""
+    return [words for block in blocks(page) for words in commands_of(block, backbone)]

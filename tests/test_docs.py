@@ -11,6 +11,7 @@ import json
 import shutil
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from doc_pages import (
     ROOT,
     Block,
     blocks,
-    commands,
+    commands_of,
     name_of,
     pages,
     shell_lines,
@@ -63,6 +64,12 @@ TARGETS = {
 }
 
 
+@cache
+def command_line() -> Any:
+    """The command `glovlm` with all that stands below it."""
+    return typer.main.get_command(app)
+
+
 def read_command(words: list[str], *, whole: bool = True) -> dict[str, Any]:
     """Read the arguments of `glovlm` as it reads them, and make its settings of them.
 
@@ -73,7 +80,7 @@ def read_command(words: list[str], *, whole: bool = True) -> dict[str, Any]:
     Returns:
         The command's parameters.
     """
-    command: Any = typer.main.get_command(app)
+    command: Any = command_line()
     rest, path = list(words), []
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         name = rest.pop(0)
@@ -81,7 +88,8 @@ def read_command(words: list[str], *, whole: bool = True) -> dict[str, Any]:
         path.append(name)
         command = command.commands[name]
     if hasattr(command, "commands"):
-        assert not whole or rest, f"'{' '.join(path)}' is not a whole command"
+        alone = command.invoke_without_command
+        assert rest or alone or not whole, f"'{' '.join(path)}' is not a whole command"
         if not rest:
             return {}
     context = command.make_context(" ".join(path), rest, resilient_parsing=not whole)
@@ -247,9 +255,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classes = ("globally sclerosed", "viable")
     write_clinic(folder, {name: name[1:] for name in names}, names[8:], classes, SMALL)
     cohort = hf_glovlm.write_cohort(folder / "my_images", 20, 5, seed=1)
+    others = hf_glovlm.write_cohort(folder / "other_images", 4, 5, seed=2)
+    table = (others / "metadata.csv").read_text().replace(",P0", ",Q0")  # other patients
+    (others / "metadata.csv").write_text(table)
+    shutil.copytree(others, folder / "other_hospital")
     shutil.copytree(cohort, folder / "biopsies")
-    for name in ("other_images", "other_hospital"):
-        hf_glovlm.write_cohort(folder / name, 6, 5, seed=2)
     (folder / "new_images").mkdir()
     for i, picture in enumerate(sorted((folder / "other_images").rglob("*.png"))[:3]):
         shutil.copy(picture, folder / "new_images" / ("one.png" if i == 0 else f"{i}.png"))
@@ -277,25 +287,33 @@ def quick(words: list[str]) -> list[str]:
     [*WALKED, *(pytest.param(f"docs/{name}.md", marks=pytest.mark.long) for name in LONGER)],
 )
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_the_commands_of_a_page_run_one_after_another(
+def test_the_blocks_of_a_page_run_one_after_another(
     name: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, glovlm: Glovlm
 ) -> None:
     pytest.importorskip("openslide")
-    if not (ROOT / name).is_file():
-        pytest.skip(f"{name} is not written")
     folder = tmp_path / "world"
     shutil.copytree(world, folder, copy_function=shutil.copy)
     monkeypatch.chdir(folder)
     given = True  # whether `biopsies` is still what a person gave
-    ran = 0
-    for words in commands(ROOT / name, backbone="mini"):
-        line = " ".join(words)
-        if "--dry-run" not in words and any(line.startswith(start) for start in NOT_RUN):
-            continue
-        if words[:2] == ["data", "crops"] and given:
-            shutil.rmtree(folder / "biopsies")
-            given = False
-        done = glovlm(*quick(words))
-        assert done.code == 0, (line, done.err[-2000:])
-        ran += 1
-    assert ran
+    for block in blocks(ROOT / name):
+        if block.language == "python":
+            before = set(folder.iterdir())
+            exec(block.text.replace("vinid/plip", "mini"), {})
+            for made in set(folder.iterdir()) - before:  # the commands make it again
+                shutil.rmtree(made)
+        for words in commands_of(block, backbone="mini"):
+            line = " ".join(words)
+            if "--dry-run" not in words and any(line.startswith(start) for start in NOT_RUN):
+                continue
+            if words[:2] == ["data", "crops"] and given:
+                shutil.rmtree(folder / "biopsies")
+                given = False
+            done = glovlm(*quick(words))
+            assert done.code == 0, (line, done.err[-2000:])
+
+
+def test_the_block_on_embeddings_of_others_runs() -> None:
+    (block,) = (one for one in blocks(ROOT / "docs/choosing-a-method.md") if one.language == "python")
+    scope: dict[str, Any] = {}
+    exec(block.text, scope)
+    assert scope["logits"].shape == (5, 2)
