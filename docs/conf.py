@@ -15,7 +15,12 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
 )
 # Kernels of the notebooks inherit these: no Hub, no progress line that differs between builds.
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+os.environ |= {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hf_glovlm import __version__  # noqa: E402

@@ -1,4 +1,4 @@
-"""Picture of the house: the floors and rooms of `tests/test_architecture.py`, the highest on top."""
+"""Picture of the house: the floors and rooms of `tests/test_architecture.py`."""
 
 import ast
 from html import escape

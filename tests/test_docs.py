@@ -150,7 +150,9 @@ def check_python(words: list[str]) -> None:
         if words[1] == "hf_glovlm":
             read_command(words[2:])
     elif words[0] == "-m":
-        assert words[1] in ("venv", "pytest", "pip", "sphinx", "http.server"), f"what is {words[1]}?"
+        assert words[1] in ("venv", "pytest", "pip", "sphinx", "http.server"), (
+            f"what is {words[1]}?"
+        )
 
 
 def names_of_package(tree: ast.AST) -> Iterator[str]:
@@ -313,7 +315,9 @@ def test_the_blocks_of_a_page_run_one_after_another(
 
 
 def test_the_block_on_embeddings_of_others_runs() -> None:
-    (block,) = (one for one in blocks(ROOT / "docs/choosing-a-method.md") if one.language == "python")
+    (block,) = (
+        one for one in blocks(ROOT / "docs/choosing-a-method.md") if one.language == "python"
+    )
     scope: dict[str, Any] = {}
     exec(block.text, scope)
     assert scope["logits"].shape == (5, 2)
