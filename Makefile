@@ -13,16 +13,20 @@ PYTEST_ARGS ?=
 RUN := $(VENV)/bin/python -m
 READY := $(VENV)/.ready
 
-.PHONY: help demo docs space test test-long lint browser clean
+.PHONY: help demo docs space space-build test test-long lint browser clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## the main job on synthetic images: no network and no data needed
 	@$(VENV)/bin/glovlm demo
 
 space: $(READY)  ## the page of spaces/glomeruli, on this machine alone, with mini
 	@GLOVLM_ALLOW_FOLDERS=1 $(VENV)/bin/python spaces/glomeruli/app.py
+
+SPACE_FOLDER ?= build/space
+space-build:  ## that page with the package in a folder of its own, to push to the Hub
+	@$(PYTHON) spaces/build.py "$(SPACE_FOLDER)"
 
 test: lint browser  ## the lint, then every test
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(RUN) pytest -q -n 2 --dist worksteal --durations=10 $(PYTEST_ARGS)

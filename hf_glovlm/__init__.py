@@ -17,7 +17,9 @@ _MODULES = {  # public names, by the module that holds them; for type checkers i
     "backbones": ("BACKBONES", "load_backbone"),
     "data": (
         "check_dataset",
+        "describe_reading",
         "draw_episode",
+        "group_rows",
         "load_classes",
         "load_dataset",
         "load_episode",

@@ -4,7 +4,9 @@ from . import explain as explain
 from .backbones import BACKBONES as BACKBONES
 from .backbones import load_backbone as load_backbone
 from .data import check_dataset as check_dataset
+from .data import describe_reading as describe_reading
 from .data import draw_episode as draw_episode
+from .data import group_rows as group_rows
 from .data import load_classes as load_classes
 from .data import load_dataset as load_dataset
 from .data import load_episode as load_episode
@@ -95,6 +97,7 @@ __all__ = [
     "describe_image_scale",
     "describe_limits",
     "describe_predictions",
+    "describe_reading",
     "draw_episode",
     "embed_images",
     "embed_prompts",
@@ -103,6 +106,7 @@ __all__ = [
     "explain",
     "export_model",
     "frozen_methods",
+    "group_rows",
     "leave_patients_out",
     "load_backbone",
     "load_classes",

@@ -1,10 +1,11 @@
-"""The hf-glovlm Space: classify glomeruli, in your words too, adapt, compare, batch.
+"""The hf-glovlm Space: classify glomeruli, in your words too, compare, adapt, batch.
 
 `python app.py` serves it; the environment says what may be used (see README.md). Research use
 only, not for diagnosis.
 """
 
 import atexit
+import logging
 import os
 import shutil
 import signal
@@ -26,8 +27,9 @@ os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(
 
 import gradio as gr
 import pages
-from desk import MOST_PROBABLE, Desk, Session, show_errors
+from desk import MIN_BOXES, MOST_PROBABLE, NO_SECOND, WORDS, Desk, Session, show_errors
 from gate import Gate
+from labelled_sets import IMAGES
 from shelf import Settings
 from starlette.middleware import Middleware
 from uploads import MAX_BATCH, MAX_FILE, sweep
@@ -39,11 +41,36 @@ FOLDER = Path(os.environ["GRADIO_TEMP_DIR"])
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 OFFERED = 600  # seconds that a file may lie there, such as a model that can be downloaded
 KEPT = 1800  # seconds that a page's images stay in memory after it was last used
-TYPES = [".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"]
+TYPES = list(IMAGES)
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")
 MONO = ("ui-monospace", "Menlo", "Consolas", "monospace")
+LOOKS = {  # contrasts of 4.5 and more in light and dark, labels as plain text
+    "block_title_background_fill": "none", "block_title_background_fill_dark": "none",
+    "block_title_text_color": "*neutral_800", "block_title_text_color_dark": "*neutral_100",
+    "block_title_padding": "0", "block_label_background_fill": "none",
+    "block_label_background_fill_dark": "none", "block_label_text_color": "*neutral_800",
+    "block_label_text_color_dark": "*neutral_100", "block_label_shadow": "none",
+    "block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300",
+    "body_text_color_subdued": "*neutral_600", "body_text_color_subdued_dark": "*neutral_300",
+    "button_primary_background_fill": "*primary_700",
+    "button_primary_background_fill_dark": "*primary_700",
+    "button_primary_background_fill_hover": "*primary_800",
+    "button_primary_background_fill_hover_dark": "*primary_600",
+    "checkbox_label_background_fill_selected": "*primary_700",
+    "checkbox_label_background_fill_selected_dark": "*primary_700",
+    "input_border_color": "*neutral_300", "input_border_width": "1px", "input_shadow": "none",
+    "input_placeholder_color": "*neutral_500", "layout_gap": "*spacing_lg",
+    "block_border_width": "1px", "block_border_color": "*neutral_200",
+    "block_border_color_dark": "*neutral_700", "block_shadow": "none",
+}  # fmt: skip
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_id": "adapt", "concurrency_limit": 1}
+PICK = """
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-example]");
+  if (button) trigger("click", { example: button.dataset.example });
+});
+"""
 
 
 def build(settings: Settings | None = None) -> gr.Blocks:
@@ -54,162 +81,217 @@ def build(settings: Settings | None = None) -> gr.Blocks:
         title="Glomeruli and words", analytics_enabled=False, delete_cache=(60, OFFERED)
     ) as page:
         session = gr.State(Session(), time_to_live=KEPT)
-        gr.Markdown(pages.HEADER)
+        gr.HTML(pages.HEADER, elem_id="header")
         where = "Hub id, backbone or folder" if desk.settings.folders else "Hub id or backbone"
-        model = gr.Dropdown(
-            choices, value=desk.settings.model, allow_custom_value=True, label="Model",
-            info=f"{where}; type another and press Enter.", elem_id="model",
-        )  # fmt: skip
-        about = gr.HTML(elem_id="about-model")
-        drop = gr.File(
-            label="Images of single glomeruli", file_count="multiple", file_types=TYPES,
-            height=165, elem_id="images",
-        )  # fmt: skip
-        with gr.Row():
-            examples = gr.Button("Add synthetic examples", elem_id="examples")
-            remove = gr.Button("Remove images", elem_id="remove")
-        tray = gr.HTML(pages.show_tray([]), elem_id="tray")
-
+        with gr.Row(elem_classes="two"):
+            model = gr.Dropdown(
+                choices, value=desk.settings.model, allow_custom_value=True, label="Model",
+                info=f"{where}; type another and press Enter.", elem_id="model",
+            )  # fmt: skip
+            about = gr.HTML(elem_id="about-model")
         with gr.Tabs(overflow_behavior="wrap"):
             with gr.Tab("Classify", id="classify"):
-                mpp = gr.Textbox(
-                    label="Micrometres per pixel, if known", placeholder="0.25", elem_id="mpp"
-                )
-                ask = gr.Button("Classify", variant="primary", elem_id="classify")
-                answers = gr.HTML(elem_id="answers")
-                with gr.Accordion("Prompts and definitions", open=False, elem_id="words-open"):
-                    words = gr.HTML(elem_id="words")
-                with gr.Accordion("Heat map", open=False, elem_id="heat-open"):
-                    with gr.Row():
-                        image = gr.Dropdown([], label="Image", elem_id="heat-image")
-                        titles = [(m.title, name) for name, m in explain.HEAT_MAPS.items()]
-                        method = gr.Dropdown(
-                            titles, value="gradient", label="Method", elem_id="heat-method"
-                        )
-                        target = gr.Dropdown(
-                            [MOST_PROBABLE],
-                            value=MOST_PROBABLE,
-                            label="Class",
-                            elem_id="heat-class",
-                        )
-                    draw = gr.Button("Draw heat map", elem_id="heat-draw")
-                    opacity = gr.Slider(0, 1, 0.5, step=0.05, label="Opacity", elem_id="opacity")
-                    heat = gr.HTML(elem_id="heat")
-            with gr.Tab("Your own words", id="own-words"):
-                gr.Markdown(
-                    "One line a class: its name, a colon, and its prompts with `|` between them. "
-                    "Needs a model whose image and text towers share a space."
-                )
-                lines = gr.Textbox(
-                    label="Classes and prompts", lines=6, max_lines=20, elem_id="own-lines"
-                )
-                own_words_button = gr.Button(
-                    "Classify with these words", variant="primary", elem_id="own-ask"
-                )
-                own_words_answers = gr.HTML(elem_id="own-answers")
+                one = _lay_out_classify(choices)
             with gr.Tab("Adapt", id="adapt"):
-                parts = _lay_out_adapt()
-            with gr.Tab("Compare", id="compare"):
-                other = gr.Dropdown(
-                    choices, value=choices[-1], allow_custom_value=True, elem_id="other",
-                    label="Second model, beside the one above",
-                )  # fmt: skip
-                compare_button = gr.Button("Compare", variant="primary", elem_id="compare")
-                pairs = gr.HTML(elem_id="pairs")
-            with gr.Tab("Batch", id="batch"):
-                many = gr.File(
-                    label=f"Up to {MAX_BATCH} images", file_count="multiple", file_types=TYPES,
-                    height=165, elem_id="batch-images",
-                )  # fmt: skip
-                batch_button = gr.Button("Classify all", variant="primary", elem_id="batch-run")
-                counts = gr.HTML(elem_id="batch-counts")
-                table = gr.DownloadButton("Download CSV", interactive=False, elem_id="batch-csv")
+                two = _lay_out_adapt()
+            with gr.Tab("Batch", id="batch"), gr.Row(elem_classes="two"):
+                with gr.Column():
+                    many = gr.File(
+                        label=f"Up to {MAX_BATCH} images", file_count="multiple", file_types=TYPES,
+                        height=150, elem_id="batch-images",
+                    )  # fmt: skip
+                    run = gr.Button("Classify all", variant="primary", elem_id="batch-run")
+                    table = gr.DownloadButton(
+                        "Download CSV", interactive=False, elem_id="batch-csv"
+                    )
+                with gr.Column(elem_classes="answer"):
+                    counts = gr.HTML(pages.show_empty("batch"), elem_id="batch-counts")
             with gr.Tab("About", id="about"):
-                gr.Markdown(pages.ABOUT)
+                gr.Markdown(pages.read_card(), elem_id="card")
         # Opened at the start, so that nobody waits while `auto` measures.
-        gr.HTML(pages.show_engine(desk.shelf.engine), elem_id="engine")
+        gr.HTML(pages.show_footer(desk.shelf.engine), elem_id="foot")
 
         # First of all, so that the names are theirs.
         for name in ("describe", "classify", "own_words", "compare", "batch", "heat_map"):
             gr.api(show_errors(getattr(desk, f"api_{name}")), api_name=name)
         gr.api(show_errors(desk.api_adapt), api_name="adapt", **ONE_AT_A_TIME)
 
-        def on(event: Any, function: Any, inputs: Any, outputs: Any, **more: Any) -> None:
+        def on(
+            event: Any, function: Any, inputs: Any, outputs: Any, reveal: str = "", **more: Any
+        ) -> None:
             # Not preprocessed: Gradio would keep an empty file for every upload.
-            event(show_errors(function), inputs, outputs, preprocess=False, **PRIVATE, **more)
+            step = event(show_errors(function), inputs, outputs, preprocess=False, **PRIVATE, **more)
+            if reveal:
+                step.success(None, None, None, js=f"() => reveal('{reveal}')", **PRIVATE)
 
-        described = [about, words, target, lines]
+        described = [about, one["words"], one["target"], one["lines"]]
         on(page.load, desk.choose_model, [model, session], described)
         on(model.input, desk.choose_model, [model, session], described)
-        on(drop.upload, desk.add_images, [drop, session], [drop, session, tray, image])
-        on(examples.click, desk.add_examples, [session], [session, tray, image])
-        on(remove.click, desk.remove_images, [session], [session, tray, image])
-        on(ask.click, desk.classify, [model, mpp, session], answers)
-        on(draw.click, desk.heat, [model, image, method, target, session], heat)
-        opacity.input(
-            None, opacity, None, **PRIVATE,
-            js="(v) => { document.documentElement.style.setProperty('--heat', v); return [] }",
+        on(
+            run.click, desk.batch, [model, many, session], [many, counts, table],
+            reveal="#batch-counts",
         )  # fmt: skip
-        on(own_words_button.click, desk.own_words, [model, lines, session], own_words_answers)
-        on(compare_button.click, desk.compare, [model, other, session], pairs)
-        on(batch_button.click, desk.batch, [model, many, session], [many, counts, table])
-        on(parts["use"].click, desk.use_adapted, [session], [model, *described])
-        _connect_adapt(desk, on, parts, model, other, session)
+        on(two["use"].click, desk.use_adapted, [session], [model, *described])
+        _connect_classify(desk, on, one, model, session)
+        _connect_adapt(desk, on, two, model, one["other"], session)
     # The queue is finite: whoever comes when it is full gets an error at once.
     return page.queue(max_size=64, default_concurrency_limit=2)
 
 
+def _lay_out_classify(choices: list[str]) -> dict[str, Any]:
+    """The tab Classify: images, words and a second model; answers and a heat map."""
+    with gr.Row(elem_classes="two"):
+        with gr.Column():
+            drop = gr.File(
+                label="Images of single glomeruli", file_count="multiple", file_types=TYPES,
+                height=130, elem_id="images",
+            )  # fmt: skip
+            gallery = gr.HTML(pages.show_gallery(), js_on_load=PICK, elem_id="examples")
+            tray = gr.HTML(pages.show_tray([]), elem_id="tray")
+            with gr.Accordion("Options: second model, words, scale", open=False, elem_id="options"):
+                other = gr.Dropdown(
+                    [NO_SECOND, *choices], value=NO_SECOND, allow_custom_value=True,
+                    elem_id="other", label="Second model, to compare",
+                    info="Both answer, side by side.",
+                )  # fmt: skip
+                which = gr.Radio(
+                    list(WORDS), value=WORDS[0], label="Classes and their words",
+                    elem_id="which-words",
+                )  # fmt: skip
+                lines = gr.Textbox(
+                    label="Your classes and prompts", lines=6, max_lines=20, visible=False,
+                    elem_id="own-lines",
+                    info="A line a class: its name, a colon, its prompts with | between them. Needs "
+                    "a model whose image and text towers share a space.",
+                )  # fmt: skip
+                mpp = gr.Textbox(
+                    label="Micrometres per pixel, if known", placeholder="0.25", elem_id="mpp"
+                )
+            with gr.Row(elem_classes="buttons"):
+                ask = gr.Button("Classify", variant="primary", elem_id="classify")
+                remove = gr.Button("Remove all", elem_id="remove")
+        with gr.Column(elem_classes="answer"):
+            answers = gr.HTML(pages.show_empty("answers"), elem_id="answers")
+            with gr.Accordion("Heat map", open=False, elem_id="heat-open"):
+                with gr.Row(elem_classes="three"):
+                    image = gr.Dropdown([], label="Image", elem_id="heat-image")
+                    titles = [(m.title, name) for name, m in explain.HEAT_MAPS.items()]
+                    method = gr.Dropdown(
+                        titles, value="gradient", label="Method", elem_id="heat-method"
+                    )
+                    target = gr.Dropdown(
+                        [MOST_PROBABLE], value=MOST_PROBABLE, label="Class", elem_id="heat-class"
+                    )
+                draw = gr.Button("Draw heat map", elem_id="heat-draw")
+                heat = gr.HTML(elem_id="heat")
+                opacity = gr.Slider(
+                    0, 1, 0.5, step=0.05, label="Opacity of the map", elem_id="opacity",
+                    visible=False,
+                )  # fmt: skip
+            with gr.Accordion("Prompts and definitions", open=False, elem_id="words-open"):
+                words = gr.HTML(elem_id="words")
+    return {
+        "drop": drop, "gallery": gallery, "tray": tray, "ask": ask, "remove": remove,
+        "other": other, "which": which, "lines": lines, "mpp": mpp, "words": words,
+        "answers": answers, "image": image, "method": method, "target": target, "draw": draw,
+        "heat": heat, "opacity": opacity,
+    }  # fmt: skip
+
+
+def _connect_classify(
+    desk: Desk, on: Any, parts: dict[str, Any], model: Any, session: Any
+) -> None:
+    tray, image, which, lines = (parts[name] for name in ("tray", "image", "which", "lines"))
+    asked = [model, parts["other"], which, lines, parts["mpp"], session]
+    on(
+        parts["drop"].upload, desk.add_images, [parts["drop"], session],
+        [parts["drop"], session, tray, image],
+    )  # fmt: skip
+    on(
+        parts["gallery"].click, desk.pick_example, asked, [session, tray, image, parts["answers"]],
+        reveal="#answers",
+    )  # fmt: skip
+    on(parts["remove"].click, desk.remove_images, [session], [session, tray, image])
+    on(parts["ask"].click, desk.classify, asked, parts["answers"], reveal="#answers")
+    which.change(
+        lambda chosen: gr.Textbox(visible=chosen == WORDS[1]), which, lines, preprocess=False,
+        **PRIVATE,
+    )  # fmt: skip
+    on(
+        parts["draw"].click, desk.heat, [model, image, parts["method"], parts["target"], session],
+        [parts["heat"], parts["opacity"]], reveal="#heat",
+    )  # fmt: skip
+    parts["opacity"].input(
+        None, parts["opacity"], None, **PRIVATE,
+        js="(v) => { document.documentElement.style.setProperty('--heat', v); return [] }",
+    )  # fmt: skip
+
+
 def _lay_out_adapt() -> dict[str, Any]:
     """The boxes and buttons of the tab Adapt."""
-    gr.Markdown(
-        "Name each class and drop a few images of it. With the patient of every image, each "
-        "patient is predicted by a model that did not learn from that patient; without, no "
-        "performance is estimated."
-    )
-    with gr.Row():
-        fill = gr.Button("Fill with synthetic examples", elem_id="support-fill")
-        clear = gr.Button("Empty the boxes", elem_id="support-clear")
-    names, boxes, trays = [], [], []
-    for k in range(MAX_CLASSES):
-        with gr.Accordion(f"Class {k + 1}", open=k < 2, elem_id=f"class-{k}"):
-            names.append(gr.Textbox(label=f"Name of class {k + 1}", elem_id=f"class-name-{k}"))
-            boxes.append(
-                gr.File(
-                    label=f"Images of class {k + 1}",
-                    file_count="multiple",
-                    file_types=TYPES,
-                    height=165,
-                    elem_id=f"class-images-{k}",
+    with gr.Row(elem_classes="two"):
+        with gr.Column():
+            gr.HTML(pages.ADAPTING)
+            pack = gr.File(
+                label="A ZIP of images with a table, or with one folder per class",
+                file_types=[".zip"], height=130, elem_id="set-zip",
+            )  # fmt: skip
+            with gr.Row(elem_classes="buttons"):
+                folder = gr.UploadButton(
+                    "Choose a folder", file_count="directory", elem_id="set-folder"
                 )
-            )
-            trays.append(gr.HTML(pages.show_tray([]), elem_id=f"class-tray-{k}"))
-    with gr.Accordion("Patients", open=False, elem_id="patients-open"):
-        by_name = gr.Checkbox(
-            label="File names begin with the patient and an underscore (P012_3.png)",
-            elem_id="patients-by-name",
-        )
-        table = gr.File(
-            label="Or a table: file_name,patient_id (CSV)", file_types=[".csv"], height=165,
-            elem_id="patients-table",
-        )  # fmt: skip
-    methods = [(f"{name}: trains {what}", name) for name, what in frozen_methods().items()]
-    method = gr.Dropdown(
-        methods, value="linear_probe", label="Method", info="All leave the towers as they are.",
-        elem_id="adapt-method",
-    )  # fmt: skip
-    outline = gr.Dropdown(
-        [(title, name) for name, title in OUTLINES.items()], value="ignore",
-        label="What the model sees", elem_id="adapt-outline",
-        info="An outline hides what lies outside of it; the limits above the result say what.",
-    )  # fmt: skip
-    start = gr.Button("Adapt", variant="primary", elem_id="adapt-start")
-    result = gr.HTML(elem_id="adapt-result", min_height=60)
-    download = gr.DownloadButton("Download the model", interactive=False, elem_id="adapt-zip")
-    use = gr.Button("Use this model above", elem_id="adapt-use")
+                fill = gr.Button("Synthetic examples", elem_id="support-fill")
+                clear = gr.Button("Empty all", elem_id="support-clear")
+            read = gr.HTML(elem_id="set-read")
+            names, boxes, trays, folds = [], [], [], []
+            for k in range(MAX_CLASSES):
+                with gr.Accordion(
+                    f"Class {k + 1}", visible=k < MIN_BOXES, elem_id=f"class-{k}"
+                ) as fold:
+                    folds.append(fold)
+                    names.append(
+                        gr.Textbox(label=f"Name of class {k + 1}", elem_id=f"class-name-{k}")
+                    )
+                    boxes.append(
+                        gr.File(
+                            label=f"Images of class {k + 1}", file_count="multiple",
+                            file_types=TYPES, height=120, elem_id=f"class-images-{k}",
+                        )
+                    )  # fmt: skip
+                    trays.append(gr.HTML(pages.show_tray([]), elem_id=f"class-tray-{k}"))
+            more = gr.Button("One more class", elem_id="more-classes")
+            with gr.Accordion("Patients of dropped images", open=False, elem_id="patients-open"):
+                by_name = gr.Checkbox(
+                    label="File names begin with the patient and an underscore (P012_3.png)",
+                    elem_id="patients-by-name",
+                )
+                table = gr.File(
+                    label="Or a table: file_name, patient_id (CSV)", file_types=[".csv"],
+                    height=120, elem_id="patients-table",
+                )  # fmt: skip
+            methods = [(f"{name}: trains {what}", name) for name, what in frozen_methods().items()]
+            method = gr.Dropdown(
+                methods, value="linear_probe", label="Method",
+                info="All leave the towers as they are.", elem_id="adapt-method",
+            )  # fmt: skip
+            outline = gr.Dropdown(
+                [(title, name) for name, title in OUTLINES.items()], value="ignore",
+                label="What the model sees", elem_id="adapt-outline",
+                info="What lies outside is hidden; the limits beside the result say what that is.",
+            )  # fmt: skip
+            start = gr.Button("Adapt", variant="primary", elem_id="adapt-start")
+        with gr.Column(elem_classes="answer"):
+            result = gr.HTML(pages.show_empty("adapt"), elem_id="adapt-result", min_height=60)
+            with gr.Row(elem_classes="buttons"):
+                download = gr.DownloadButton(
+                    "Download the model", interactive=False, elem_id="adapt-zip"
+                )
+                use = gr.Button("Use this model above", elem_id="adapt-use", interactive=False)
     return {
-        "fill": fill, "clear": clear, "names": names, "boxes": boxes, "trays": trays,
-        "by_name": by_name, "table": table, "method": method, "outline": outline,
-        "start": start, "result": result, "download": download, "use": use,
+        "pack": pack, "folder": folder, "read": read, "fill": fill, "clear": clear,
+        "names": names, "boxes": boxes, "trays": trays, "folds": folds, "more": more, "by_name": by_name,
+        "table": table, "method": method, "outline": outline, "start": start, "result": result,
+        "download": download, "use": use,
     }  # fmt: skip
 
 
@@ -217,8 +299,12 @@ def _connect_adapt(
     desk: Desk, on: Any, parts: dict[str, Any], model: Any, other: Any, session: Any
 ) -> None:
     names, trays = parts["names"], parts["trays"]
-    on(parts["fill"].click, desk.fill_support, [session], [session, *names, *trays])
-    on(parts["clear"].click, desk.clear_support, [session], [session, *names, *trays])
+    filled = [session, parts["read"], *names, *trays, *parts["folds"]]
+    on(parts["fill"].click, desk.fill_support, [session], filled)
+    on(parts["clear"].click, desk.clear_support, [session], filled)
+    on(parts["more"].click, desk.add_box, [session], [session, *parts["folds"]])
+    for box in (parts["pack"], parts["folder"]):
+        on(box.upload, desk.read_support, [box, session], [box, *filled])
     for k, (box, tray) in enumerate(zip(parts["boxes"], trays, strict=True)):
 
         def add(files: Any, held: Session, place: int = k) -> tuple[Any, ...]:
@@ -229,17 +315,15 @@ def _connect_adapt(
         parts["start"].click,
         desk.adapt,
         [
-            model,
-            parts["method"],
-            parts["outline"],
-            parts["by_name"],
-            parts["table"],
-            session,
+            model, parts["method"], parts["outline"], parts["by_name"], parts["table"], session,
             *names,
         ],
-        [session, parts["table"], parts["result"], parts["download"], model, other],
+        [
+            session, parts["table"], parts["result"], parts["download"], parts["use"], model, other,
+        ],
+        reveal="#adapt-result",
         **ONE_AT_A_TIME,
-    )
+    )  # fmt: skip
 
 
 def forget(page: gr.Blocks, age: float) -> None:
@@ -264,13 +348,18 @@ def launch(page: gr.Blocks, **options: Any) -> Any:
             time.sleep(60)
             forget(page, KEPT)
 
+    # Warnings of the package name files and patients, which are strangers' here.
+    logging.getLogger("hf_glovlm").setLevel(logging.ERROR)
     # Gradio deletes only the files that it has handled itself.
     Thread(target=keep_clean, daemon=True).start()
-    theme = gr.themes.Soft(primary_hue="violet", font=FONTS, font_mono=MONO)
+    here = Path(__file__).parent
+    script = (here / "page.js").read_text(encoding="utf-8")
+    theme = gr.themes.Soft(primary_hue="violet", font=FONTS, font_mono=MONO).set(**LOOKS)
     return page.launch(
         **{
             "theme": theme,
-            "css_paths": Path(__file__).with_name("style.css"),
+            "css_paths": here / "style.css",
+            "head": f"<script>{script}</script>",
             "max_file_size": MAX_FILE,
             "state_session_capacity": 200,
             "run_history": False,

@@ -3,7 +3,7 @@
 import html
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 import gradio as gr
 import pages
+from labelled_sets import MAX_SET, read_set
 from shelf import Loaded, Settings, Shelf
 from uploads import MAX_BATCH, Upload, make_examples, read_patients, read_uploads, take_files
 from work import (
+    BATCH,
     MAX_CLASSES,
     AdaptedModel,
     adapt_classifier,
@@ -31,7 +33,10 @@ from hf_glovlm import GloVLMError, describe_classes, describe_limits
 Files = list[dict[str, Any]] | None  # as Gradio hands them on, not preprocessed
 ADAPTED = "adapted here"
 MOST_PROBABLE = "the most probable class"
-CHUNK = 32  # images of a batch between two signs of progress
+MIN_BOXES = 2  # of classes
+NO_SECOND = "none"  # in place of a second model
+WORDS = ("the model's own", "mine")  # whose classes are asked for
+CHUNK = BATCH  # images of a batch between two signs of progress
 
 
 class Session:
@@ -40,6 +45,7 @@ class Session:
     def __init__(self) -> None:
         self.images: list[Upload] = []
         self.support: dict[int, list[Upload]] = {}
+        self.boxes = MIN_BOXES  # of classes that are shown
         self.adapted: AdaptedModel | None = None
 
 
@@ -98,12 +104,18 @@ class Desk:
         session.images, refused = read_uploads(take_files(files), session.images)
         return None, session, *self._tray(session, refused)
 
-    def add_examples(self, session: Session) -> tuple[Any, ...]:
-        """Put a synthetic image of each class into the tray."""
+    def pick_example(
+        self, name: str, other: str, which: str, words: str, mpp: str, session: Session,
+        event: gr.EventData,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """Put the synthetic drawing that was clicked into the tray, and classify it."""
+        picked = [d for d in pages.first_examples() if d.name == event.example]
+        if not picked:
+            raise GloVLMError("There is no such drawing.")
         there = {image.name for image in session.images}
-        examples = make_examples()[:5]
-        session.images = [*session.images, *(d for d in examples if d.name not in there)]
-        return session, *self._tray(session)
+        session.images = [*session.images, *(d for d in picked if d.name not in there)]
+        answers = self.classify(name, other, which, words, mpp, session)
+        return session, *self._tray(session), answers
 
     def remove_images(self, session: Session) -> tuple[Any, ...]:
         """Forget the tray."""
@@ -115,30 +127,32 @@ class Desk:
         choice = gr.Dropdown(choices=names, value=names[0] if names else None)
         return pages.show_tray(session.images, refused or []), choice
 
-    def classify(self, name: str, mpp: str, session: Session) -> str:
-        """Classify the tray."""
-        result = classify(self.find(name, session), session.images, _number(mpp))
+    def classify(
+        self, name: str, other: str, which: str, words: str, mpp: str, session: Session
+    ) -> str:
+        """Classify the tray: with one model or two, in the model's words or someone's own."""
+        pixel = _number(mpp)
+        names = [name] if other in (NO_SECOND, "", None) else [name, other]
+        models = [self.find(one, session) for one in names]
+        if which == WORDS[1]:
+            prompts = read_words(words)
+            models = [ask_in_words(loaded, prompts) for loaded in models]
+        results = [classify(loaded, session.images, pixel) for loaded in models]
+        if len(results) > 1:
+            return pages.show_pair([loaded.name for loaded in models], results, session.images)
         support = session.adapted.support if name == ADAPTED and session.adapted else []
-        return pages.show_answers(result, session.images, support)
+        return pages.show_answers(results[0], session.images, support)
 
-    def heat(self, name: str, image: str, method: str, target: str, session: Session) -> str:
+    def heat(
+        self, name: str, image: str, method: str, target: str, session: Session
+    ) -> tuple[Any, ...]:
         """Draw a heat map of one image of the tray."""
         chosen = next((i for i in session.images if i.name == image), None)
         if chosen is None:
             raise GloVLMError("Choose one of the images above for a heat map.")
         asked = None if target == MOST_PROBABLE else target
-        return pages.show_heat(draw_heat(self.find(name, session), chosen, method, asked))
-
-    def own_words(self, name: str, words: str, session: Session) -> str:
-        """Classify the tray with other classes and prompts."""
-        loaded = ask_in_words(self.find(name, session), read_words(words))
-        return pages.show_answers(classify(loaded, session.images), session.images)
-
-    def compare(self, name: str, other: str, session: Session) -> str:
-        """Classify the tray with two models."""
-        both = [self.find(name, session), self.find(other, session)]
-        result = [classify(loaded, session.images) for loaded in both]
-        return pages.show_pair([loaded.name for loaded in both], result, session.images)
+        heat = draw_heat(self.find(name, session), chosen, method, asked)
+        return pages.show_heat(heat), gr.Slider(visible=True)
 
     def batch(
         self, name: str, files: Files, session: Session,
@@ -149,7 +163,7 @@ class Desk:
         images, refused = read_uploads(take_files(files), limit=MAX_BATCH)
         rows: list[dict[str, Any]] = []
         for start in range(0, len(images), CHUNK):
-            progress(start / len(images), f"{start} of {len(images)} images")
+            progress((start, len(images)), f"{images[start].name}", unit="images")
             rows += to_table(classify(loaded, images[start : start + CHUNK]))
         if not rows and not refused:
             raise GloVLMError("There are no images yet: drop some into the box of this tab.")
@@ -167,16 +181,47 @@ class Desk:
     def fill_support(self, session: Session) -> tuple[Any, ...]:
         """Fill the boxes with images of four synthetic patients."""
         labels = list(dict.fromkeys(d.label for d in make_examples()))
-        by_class = {x: [d for d in make_examples() if d.label == x] for x in labels}
-        session.support = dict(enumerate(by_class.values()))
-        names = [*labels, *[""] * (MAX_CLASSES - len(labels))]
-        trays = [pages.show_tray(session.support.get(k, [])) for k in range(MAX_CLASSES)]
-        return session, *names, *trays
+        support = {x: [d for d in make_examples() if d.label == x] for x in labels}
+        note = "Synthetic drawings of four invented patients."
+        return self._fill(session, support, pages.show_set(support, [note], []))
+
+    def read_support(self, files: Files, session: Session) -> tuple[Any, ...]:
+        """Fill the boxes from a ZIP or a folder with a table."""
+        read = read_set(take_files(files))
+        if len(read.support) > MAX_CLASSES:
+            raise GloVLMError(
+                f"The set has {len(read.support)} classes, at most {MAX_CLASSES} are taken here: "
+                "leave some out, or use `glovlm train` on your own machine."
+            )
+        shown = pages.show_set(read.support, read.notes, read.refused)
+        return None, *self._fill(session, read.support, shown)
 
     def clear_support(self, session: Session) -> tuple[Any, ...]:
         """Empty the boxes."""
-        session.support = {}
-        return session, *[""] * MAX_CLASSES, *[pages.show_tray([])] * MAX_CLASSES
+        return self._fill(session, {}, "")
+
+    def add_box(self, session: Session) -> tuple[Any, ...]:
+        """Show the box of one more class."""
+        session.boxes = min(session.boxes + 1, MAX_CLASSES)
+        return session, *(gr.Accordion(visible=k < session.boxes) for k in range(MAX_CLASSES))
+
+    def _fill(
+        self, session: Session, support: Mapping[str, Sequence[Upload]], shown: str
+    ) -> tuple[Any, ...]:
+        """The session, what was read, then names, trays and folds of all boxes."""
+        session.support = dict(enumerate(list(part) for part in support.values()))
+        names = [*support, *[""] * (MAX_CLASSES - len(support))]
+        trays = [pages.show_tray(session.support.get(k, [])) for k in range(MAX_CLASSES)]
+        session.boxes = max(MIN_BOXES, len(support))
+        folds = [
+            gr.Accordion(
+                label=f"Class {k + 1}: {name}" if name else f"Class {k + 1}",
+                open=not support,
+                visible=k < session.boxes,
+            )
+            for k, name in enumerate(names)
+        ]
+        return session, shown, *names, *trays, *folds
 
     def adapt(
         self, name: str, method: str, outline: str, by_name: bool, table: Files,
@@ -207,7 +252,10 @@ class Desk:
             session.adapted.estimate, session.adapted.results, session.adapted.notes, limits
         )
         choices = [*self.settings.choices, ADAPTED]
-        return session, None, shown, download, *[gr.Dropdown(choices=choices)] * 2
+        return (
+            session, None, shown, download, gr.Button(interactive=True),
+            gr.Dropdown(choices=choices), gr.Dropdown(choices=[NO_SECOND, *choices]),
+        )  # fmt: skip
 
     # ----------------------------------------------------------------------- the endpoints
 
@@ -322,7 +370,7 @@ class Desk:
             model: A Hub id or a known backbone; the page's own when empty.
             outline: What the model sees: ignore (the whole image), centre, blank, pool, blank+pool.
         """
-        images, refused = read_uploads(take_files(files), limit=MAX_CLASSES * 24)
+        images, refused = read_uploads(take_files(files), limit=MAX_SET)
         if refused or len(labels) != len(images) or len(patients or labels) != len(images):
             raise GloVLMError(" ".join(refused) or "Give one label, and one patient, an image.")
         if patients:

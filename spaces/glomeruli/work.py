@@ -44,7 +44,7 @@ from hf_glovlm import (
 BATCH = 8  # images decoded at a time
 SHOWN = 512  # pixels of a heat map on the page
 EXPLAINED = 1024  # pixels of the longer side of an image before a heat map
-MAX_CLASSES = 6
+MAX_CLASSES = 8
 OUTLINES = {  # what a model may learn to see, for the page
     "ignore": "the whole image",
     "centre": "a circle in the middle of the image",
@@ -150,12 +150,20 @@ class Heat:
     Args:
         image: The picture as a `data:` address.
         colours: The map's colours, as large.
+        title: The method.
+        legend: What a colour stands for.
+        low: Value of the first colour.
+        high: Value of the last.
         sentences: What belongs below it.
         about: Scores and settings, and the values `[rows][columns]`.
     """
 
     image: str
     colours: str
+    title: str
+    legend: str
+    low: float
+    high: float
     sentences: list[str]
     about: dict[str, Any]
 
@@ -178,8 +186,7 @@ def draw_heat(loaded: Loaded, image: Upload, method: str, target: str | None = N
     about = heat.describe()
     name = heat.target.replace("_", " ")
     sentences = [
-        f"{explain.HEAT_MAPS[method].title}, dark blue for the lowest value and yellow for the "
-        f"highest. A value is: {explain.HEAT_MAPS[method].unit}.",
+        f"A value is: {explain.HEAT_MAPS[method].unit}.",
         f"Probability of {name}: {heat.score:.2f}; with the glomerulus blanked "
         f"{about['glomerulus_blanked']:.2f}; with its surroundings blanked "
         f"{about['context_blanked']:.2f} ({GLOMERULUS[heat.mask]}).",
@@ -189,8 +196,12 @@ def draw_heat(loaded: Loaded, image: Upload, method: str, target: str | None = N
     for part in (picture, colours):
         part.thumbnail((SHOWN, SHOWN))
         shown.append(to_address(part))
-    values = heat.values.astype(float).round(6).tolist()
-    return Heat(shown[0], shown[1], sentences, {**about, "values": values})
+    values = heat.values.astype(float)
+    return Heat(
+        shown[0], shown[1], explain.HEAT_MAPS[method].title, heat.legend.replace("_", " "),
+        float(values.min()), float(values.max()), sentences,
+        {**about, "values": values.round(6).tolist()},
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- adapting
@@ -277,6 +288,7 @@ def adapt_classifier(
     adapted = adapt(
         copy_sharing_weights(base), method, rows,
         processor=processor, classes=classes, config=config, cache=cache, on_epoch=show,
+        groups=known if all(known) else None,  # what its guard leaves out, one at a time
     )  # fmt: skip
     adapted.model.config.synthetic = all(image.synthetic for image in images)
     validation = leave_patients_out(
@@ -429,6 +441,9 @@ def to_table(result: Classification) -> list[dict[str, Any]]:
             row["set"] = " or ".join(answer.classes) or "none"
         if answer.answered is not None:
             row["answers"] = "yes" if answer.answered else "no"
+        if answer.support_distance is not None:
+            row["unlike_support"] = "yes" if answer.support_distance > 1 else "no"
+            row["support_distance"] = round(answer.support_distance, 3)
         rows.append(row)
     return rows
 
@@ -438,13 +453,14 @@ def to_csv(rows: Sequence[Mapping[str, Any]], refused: Sequence[str], limits: Se
 
     A spreadsheet would run a name that begins like a formula, so such names get an apostrophe.
     """
-    header = list(rows[0]) if rows else ["file_name"]
+    # A model without a limit of confidence answers or not only where an image is unlike.
+    header = list(dict.fromkeys(name for row in rows for name in row)) or ["file_name"]
     note = " ".join(limits)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow([*header, "note"])
     for row in rows:
-        writer.writerow([*(_plain(row[key]) for key in header), note])
+        writer.writerow([*(_plain(row.get(key, "")) for key in header), note])
     for sentence in refused:
         writer.writerow([*[""] * len(header), _plain(f"refused: {sentence}")])
     return stream.getvalue()
