@@ -156,7 +156,7 @@ def _compare(
     points = np.empty((len(methods), len(metrics), len(runs)))
     total, defined = np.zeros((2, len(methods), len(metrics), n_resamples))
     each = np.empty((1 + len(methods), len(metrics), len(runs)))  # of a, then of every b
-    each_total, each_defined = np.zeros((2, 1 + len(methods), len(metrics), n_resamples))
+    of_a_total, of_a_defined = np.zeros((2, len(metrics), n_resamples))
     most = max(len(labels) for labels, *_ in checked)
     # run by run, so that the tables of one are held at a time; all runs share the groups drawn
     draw = partial(resample_groups, len(union), n_resamples, most)
@@ -173,26 +173,28 @@ def _compare(
         points[:, :, at] = each[1:, :, at] - each[0, :, at]
         for columns, weights in kept or draw(deepcopy(rng)):
             weights = weights if len(own) == len(union) else weights[place]
-            values, sums = _values([of_a, *of_b], metrics, weights), (each_total, each_defined)
+            values = _values([of_a, *of_b], metrics, weights)
             for rows, (above, below) in (
                 (values[1:] - values[0], (total, defined)),
-                (values, sums),
+                (values[0], (of_a_total, of_a_defined)),
             ):
                 undefined = np.isnan(rows)
                 times = np.where(undefined, 0, drawn[at, columns])
-                above[:, :, columns] += np.where(undefined, 0, rows) * times
-                below[:, :, columns] += times
-    resampled, of_each = (
+                above[..., columns] += np.where(undefined, 0, rows) * times
+                below[..., columns] += times
+    resampled, of_a_alone = (
         np.divide(above, below, out=np.full_like(above, np.nan), where=below > 0)
-        for above, below in ((total, defined), (each_total, each_defined))
+        for above, below in ((total, defined), (of_a_total, of_a_defined))
     )
 
     def alone(of: int, i: int, name: str) -> dict[str, Any]:
         mean = summarise_draws(each[of, i].tolist())["mean"]
         over, plain = METRICS[name].over_classes, METRICS[name].scale == "plain"
+        # the labels are the same, so b is undefined where a is, and b is a and their difference
+        drawn_values = of_a_alone[i] if of == 0 else of_a_alone[i] + resampled[of - 1, i]
         row = make_entry(
             np.nan if mean is None else mean,
-            of_each[of, i],
+            drawn_values,
             shares[int(over)],
             METRICS[name].bounds,
             plain,

@@ -237,15 +237,15 @@ def _goal(goal: Mapping[str, Any]) -> dict[str, Any]:
         "most": f"at most {goal['most']}",
         "gain": f"a gain of {goal['gain']} or more, its interval without 0",
     }[kind]
-    found = "not measured"
+    measured = "not measured"
     if goal["value"] is not None:
         sign = "+" if kind == "gain" else ""
-        found = f"{goal['value']:{sign}.3f} {_bounds(goal['ci95'], sign)}".strip()
+        measured = f"{goal['value']:{sign}.3f} {_bounds(goal['ci95'], sign)}".strip()
     what = f"{metric_title(goal['metric'])}, {goal['method']}, {goal['backbone']}"
     return {
         "row": [
             f"{what}, {goal['shots']} labels a class",
-            found,
+            measured,
             limit,
             {True: "met", False: "missed", None: "not measured"}[goal["met"]],
         ],

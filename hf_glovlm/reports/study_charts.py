@@ -62,11 +62,11 @@ def draw_curves(
     last = {m["name"]: m for m in sections[-1]["methods"]}
     for part, of in _parts(others, MOST_LINES):
         drawn = [name for name in names if name in of or name == reference]
-        said = "; ".join(_words(last[name], metric) for name in drawn if name in last)
+        words = "; ".join(_words(last[name], metric) for name in drawn if name in last)
         yield draw_lines(
             [_line(name, sections, metric) for name in drawn],
             title=f"{title} by labels, {place}{part}",
-            alt=f"Learning curves of {title}. At {_labels(shots[-1])}: {said}.",
+            alt=f"Learning curves of {title}. At {_labels(shots[-1])}: {words}.",
             x_label="labelled images of each class",
             y_label=title,
             x_ticks=shots,
@@ -128,11 +128,11 @@ def draw_differences(
         for part, of in _parts(rows, MOST_ESTIMATES):
             listed = ", ".join(map(str, shots)) if len(shots) > 1 else _labels(shots[0])
             at = f"{listed} labels a class" if len(shots) > 1 else listed
-            said = "; ".join(f"{one.label} {one.value:+.3f}" for one in of)
+            words = "; ".join(f"{one.label} {one.value:+.3f}" for one in of)
             yield draw_forest(
                 of,
                 title=f"{title} less that of {reference}, {at}, {place}{part}",
-                alt=f"Paired differences of {title} from {reference}, {at}: {said}.",
+                alt=f"Paired differences of {title} from {reference}, {at}: {words}.",
                 x_label=f"difference in {title}; p by Holm",
             )
 
@@ -164,7 +164,7 @@ def draw_cost(sections: Sequence[Section], metric: str, cost: str, place: str) -
         "trainable_parameters": ("trainable parameters", "trainable parameters (1: none)"),
         "labels": ("labels", "labels of a draw, of all classes (1: none)"),
     }[cost]
-    groups, said = [], []
+    groups, words = [], []
     for name in _names(sections):
         points = []
         for section in sections if cost == "labels" else sections[-1:]:
@@ -179,7 +179,7 @@ def draw_cost(sections: Sequence[Section], metric: str, cost: str, place: str) -
             x, y, low, high = zip(*points, strict=True)
             plain = cost == "labels"
             groups.append(Points(name, x, y, None, *((None, None) if plain else (low, high))))
-            said.append(f"{name} {_plain(x[-1])}, {number(y[-1])}")
+            words.append(f"{name} {_plain(x[-1])}, {number(y[-1])}")
     if not groups:
         return None
     title = METRICS[metric].title
@@ -188,7 +188,7 @@ def draw_cost(sections: Sequence[Section], metric: str, cost: str, place: str) -
     return draw_points(
         groups,
         title=f"{title}{at} against {short}, {place}",
-        alt=f"{label} and {title}: " + "; ".join(said),
+        alt=f"{label} and {title}: " + "; ".join(words),
         x_label=label,
         y_label=title,
         log_x=max(every) > 20 * min(every),

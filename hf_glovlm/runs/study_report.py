@@ -1,6 +1,7 @@
 """Report of a study: summaries of its finished cells, and their paired comparison."""
 
 import gc
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +24,6 @@ from ..files import (
     read_json,
     read_manifest,
     read_undamaged,
-    write_json,
     write_text,
 )
 from ..inference import Predictions
@@ -215,10 +215,20 @@ def report_cells(
         "maps": [{k: v for k, v in m.items() if k != "made_from"} for m in read_maps(output)],
         "controls": read_controls(output),
     }
-    write_json(output / "report.json", report)
+    write_text(output / "report.json", _as_json(report))
     write_tables(output, report)
     write_text(output / "report.md", render_report(report))
     return report
+
+
+def _as_json(report: Mapping[str, Any]) -> str:
+    """JSON as `write_json` writes it, but for what has many rows: one line each, after the rest."""
+    many = ("cells", "maps")
+    text = json.dumps({k: v for k, v in report.items() if k not in many}, indent=1)
+    for key in many:
+        rows = ",\n".join(f"  {json.dumps(row)}" for row in report[key])
+        text = text.removesuffix("\n}") + f',\n "{key}": [\n{rows}\n ]\n}}'
+    return text + "\n"
 
 
 def _refuse_mixture(output: Path, outcomes: Sequence[tuple[Cell, Outcome]]) -> None:
