@@ -94,7 +94,7 @@ def render_study(report: Mapping[str, Any]) -> str:
             if (rows := _differences(sections, m, reference))
         ],
         "DIFFERENCES": DIFFERENCES,
-        "comparisons": report.get("comparisons"),
+        "comparisons": {metric_title(k): n for k, n in report.get("comparisons", {}).items()},
         "costs": [
             chart
             for b in of

@@ -134,10 +134,9 @@ def _run_study(
     for cell, error, seconds in counted(outcomes, "cells", total=len(todo)):
         failed |= {cell.name} if error else set()
         notify(cell, "failed" if error else "done", error, seconds)
-    finished_of = {short_name(c.backbone): c for c in reversed(cells) if c.name not in failed}
-    write_maps(
-        output, {name: config.train_config(c, output) for name, c in finished_of.items()}, loader
-    )
+    shown = {c.backbone: c for c in reversed(cells) if c.name not in failed}
+    of = {short_name(name): config.train_config(c, output) for name, c in shown.items()}
+    write_maps(output, of, loader)
     write_controls(config, output, loader)
     with no_collection():
         return report_cells(config, output, cells, finished)

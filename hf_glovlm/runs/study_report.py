@@ -364,11 +364,12 @@ def _judge(config: StudyConfig, sections: Sequence[Mapping[str, Any]]) -> list[d
 
 def _cells(outcomes: Sequence[tuple[Cell, Outcome]]) -> Iterator[dict[str, Any]]:
     """Every finished cell with its values."""
+    names = {backbone: short_name(backbone) for backbone in {c.backbone for c, _ in outcomes}}
     for cell, outcome in outcomes:
         results = outcome.results
         timing, support = results["timing"], results["data"]["support"]
         yield {
-            "backbone": short_name(cell.backbone),
+            "backbone": names[cell.backbone],
             "method": cell.method.name,
             "shots": cell.shots,
             "draw": cell.draw,
