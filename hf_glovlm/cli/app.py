@@ -325,7 +325,6 @@ def study(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare methods, paired, over label draws. Exit code 1 if a cell failed."""
-    from ..reports.study import write_study
     from ..runs.study import StudyConfig, render_report, run_study
 
     ended = Counter[str]()
@@ -344,7 +343,8 @@ def study(
     else:
         typer.echo(render_report(report))
     note("cells: " + ", ".join(f"{n} {status}" for status, n in ended.items()))
-    note(f"the report and its cells are in {output_dir}; as a page: {write_study(output_dir)}")
+    note(f"the report and its cells are in {output_dir}")
+    write_beside(output_dir)
     if report["failures"]:
         raise typer.Exit(1)
 

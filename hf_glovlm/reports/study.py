@@ -89,11 +89,10 @@ def render_study(report: Mapping[str, Any]) -> str:
         ],
         "reference": reference,
         "differences": [
-            (metric_title(m), rows)
+            (metric_title(m), _narrow(DIFFERENCES, rows))
             for m in metrics
             if (rows := _differences(sections, m, reference))
         ],
-        "DIFFERENCES": DIFFERENCES,
         "comparisons": {metric_title(k): n for k, n in report.get("comparisons", {}).items()},
         "costs": [
             chart
@@ -333,7 +332,7 @@ def _summary(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             )
     titles = map(metric_title, metrics)
     header = ["method", "backbone", "shots", "draws", *titles, "labels", "trainable parameters"]
-    return {"header": [*header, "seconds a cell", "MiB at most"], "rows": rows}
+    return _narrow([*header, "seconds a cell", "MiB at most"], rows)
 
 
 def _spread(row: Mapping[str, Any] | None) -> str:
@@ -363,33 +362,49 @@ def _cell_table(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ]
         for cell in cells
     ]
-    return {"header": [*header, *map(metric_title, metrics)], "rows": rows}
+    return _narrow([*header, *map(metric_title, metrics)], rows)
 
 
-def _controls(report: Mapping[str, Any], names: Iterable[str]) -> list[dict[str, Any]]:
-    shown = []
-    for one in report.get("controls", ()):
-        place = (one["backbone"], one["shots"])
-        section = next(
-            (s for s in report["sections"] if (s["backbone"], s["shots"]) == place), None
-        )
-        rows = [
-            [
-                c["title"],
-                metric_title(c["metric"]),
-                "not computed" if c["value"] is None else number(c["value"]),
-                interval(c["ci95"]),
-                f"{c['chance']:g}",
-                "above chance" if c["flagged"] else "",
-                without_names(c["note"], names),
-            ]
-            for c in one["controls"].values()
+def _controls(report: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
+    """Charts of the controls, one table of all, and what each is, once."""
+    every = report.get("controls", ())
+    if not every:
+        return None
+    of = {(s["backbone"], s["shots"]): s for s in report["sections"]}
+    places = [(one, (one["backbone"], one["shots"])) for one in every]
+    drawn = (charts.draw_controls(one, of.get(p), report["reference"]) for one, p in places)
+    rows = [
+        [
+            c["title"],
+            *place,
+            metric_title(c["metric"]),
+            "not computed" if c["value"] is None else number(c["value"]),
+            interval(c["ci95"]),
+            f"{c['chance']:g}",
+            "above chance" if c["flagged"] else "",
         ]
-        chart = charts.draw_controls(one, section, report["reference"])
-        caption = f"Controls, {one['backbone']}, {one['shots']} labels a class"
-        note = without_names(one.get("note", ""), names)
-        shown.append({"chart": chart, "rows": rows, "caption": caption, "note": note})
-    return shown
+        for one, place in places
+        for c in one["controls"].values()
+    ]
+    notes = [
+        *(f"{c['title']}: {c['note']}" for one in every for c in one["controls"].values()),
+        *(one["note"] for one in every if one.get("note")),
+    ]
+    header = ["control", "backbone", "shots", "metric", "value", "95% interval", "chance", "flag"]
+    return {
+        "charts": [chart for chart in drawn if chart],
+        "table": _narrow(header, rows),
+        "notes": [*dict.fromkeys(without_names(note, names) for note in notes)],
+    }
+
+
+def _narrow(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """A table without the column of backbones, if there is one alone."""
+    place = header.index("backbone")
+    if len({row[place] for row in rows}) > 1:
+        return {"header": header, "rows": rows}
+    kept = [[*row[:place], *row[place + 1 :]] for row in (header, *rows)]
+    return {"header": kept[0], "rows": kept[1:]}
 
 
 _VERSIONS = ("hf_glovlm", "python", "torch", "transformers", "numpy", "platform", "device")
