@@ -1,5 +1,8 @@
 """A study as `run_study` leaves it, of predictions made by hand: no run, no image, no backbone."""
 
+import html
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +138,43 @@ def made_map(backbone: str, classes: tuple[str, ...] = CLASSES, n: int = 40) -> 
         ],
         "note": "",
     }
+
+
+# ------------------------------------------------------------------------- what a page states
+
+
+def numbers_of_page(page: str) -> set[str]:
+    """Numbers that a page states of its results: not its style, its axes and how it is read."""
+    text = page[page.index("<main>") : page.index("<script>")]
+    text = re.sub(r"<details.*?</details>|<dl>.*?</dl>|<footer>.*?</footer>", " ", text, flags=re.S)
+    words = re.findall(r'aria-label="([^"]*)"', text)  # of charts, too
+    text = re.sub(r"<svg.*?</svg>", " ", text, flags=re.DOTALL)
+    text = html.unescape(re.sub(r"<[^>]*>", " ", text) + " ".join(words))
+    return set(re.findall(r"(?<![\w.])[-+]?\d[\d,.]*\d|(?<![\w.])\d", text))
+
+
+def numbers_of_results(results: Any) -> set[str]:
+    """Numbers of results in every form in which a page may state them."""
+    forms = ("{:.3f}", "{:+.3f}", "{:.1f}", "{:g}", "{:,.0f}", "{:.3g}", "{:.2f}", "{}")
+    known = {"95", "001", "0.001", "1"}  # the level; "p < .001"; the place of what costs nothing
+    for value in leaves(results):
+        if isinstance(value, bool) or value is None:
+            continue
+        if isinstance(value, int | float):
+            known |= {form.format(value) for form in forms} | {f"{value:.0%}"[:-1]}
+        else:
+            known |= set(re.findall(r"\d[\d,.]*\d|\d", str(value)))
+    return known | {sign + n for n in known for sign in "+-"}
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Names and values of JSON."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield key
+            yield from leaves(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from leaves(part)
+    else:
+        yield value

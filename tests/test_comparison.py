@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pages import check_page
 from scipy.stats import binomtest, t
-from study_made import made_outcome
+from study_made import made_outcome, numbers_of_page, numbers_of_results
 
 from hf_glovlm import compare_runs
 from hf_glovlm.cli.app import main
@@ -167,7 +167,7 @@ def test_the_order_of_classes_and_images_does_not_matter(tmp_path: Path) -> None
     turned = part(b, [*range(len(b.file_names))][::-1])
     turned = replace(
         turned, probabilities=turned.probabilities[:, ::-1], logits=turned.logits[:, ::-1],
-        class_names=b.class_names[::-1], labels=2 - turned.labels,  # type: ignore[operator]
+        class_names=b.class_names[::-1], labels=2 - np.asarray(turned.labels),
     )  # fmt: skip
     plain, other = (
         compare_runs(*saved(tmp_path, a=a, b=one), n_resamples=50)["lines"] for one in (b, turned)
@@ -270,6 +270,9 @@ def test_the_table_fits_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture
     low, high = row["ci95"]
     assert f"{row['value']:+.3f} [{low:+.3f}, {high:+.3f}]" in printed
     assert page.read_text() == render_comparison(comparison)
+    numbers = numbers_of_page(page.read_text())
+    assert len(numbers) > 15
+    assert numbers <= numbers_of_results(comparison.to_dict())
     assert main([*command[:-2], "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(comparison.to_dict()))
     notes = tmp_path / "notes.html"
