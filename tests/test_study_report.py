@@ -3,6 +3,7 @@
 import copy
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,16 @@ def test_a_map_shows_the_directions_of_most_variance() -> None:
     assert alone.tolist() == [[0.0, 0.0]]
     assert none.tolist() == [0.0, 0.0]
     assert len(CLASSES) == 3
+
+
+def test_backbones_stand_beside_each_other_at_one_number_of_labels(tmp_path: Path) -> None:
+    report = made_study(tmp_path, backbones=("one", "two"), shots=(8,), draws=1, n_resamples=10)
+    page = render_study(report)
+    assert "Macro-AUC by backbone" in page
+    assert "Macro-AUC at 8 labels a class, two" in page
+    alt = re.search(r'aria-label="(Macro-AUC of methods[^"]*)"', page)
+    assert alt
+    for section in report["sections"]:
+        best = max(section["methods"], key=lambda m: m["metrics"]["macro_auc"]["mean"])
+        value = best["metrics"]["macro_auc"]["mean"]
+        assert f"{section['backbone']}: {best['name']} {value:.3f}" in alt[1]

@@ -275,11 +275,12 @@ def _grids(
         title = metric_title(metric)
         if all(len(own) == 1 for own in of.values()) and len(of) > 1:
             sections = [own[0] for own in of.values()]
-            yield charts.draw_grid(sections, metric, [*of], f"{title} by backbone")
+            yield charts.draw_grid(sections, metric, [*of], f"{title} by backbone", "backbone")
         for backbone, own in of.items():
             if len(own) > 1:
                 shots = [str(section["shots"]) for section in own]
-                yield charts.draw_grid(own, metric, shots, f"{title} by labels, {backbone}")
+                named, label = f"{title} by labels, {backbone}", "labelled images of each class"
+                yield charts.draw_grid(own, metric, shots, named, label)
 
 
 def _differences(

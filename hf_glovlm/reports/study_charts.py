@@ -75,7 +75,7 @@ def draw_curves(
 
 
 def draw_grid(
-    sections: Sequence[Section], metric: str, columns: Sequence[str], title: str
+    sections: Sequence[Section], metric: str, columns: Sequence[str], title: str, column_label: str
 ) -> Chart:
     """Methods by shots (or by backbones), shaded; the best of each column has a frame.
 
@@ -84,6 +84,7 @@ def draw_grid(
         metric: Name of the metric.
         columns: Their names.
         title: What stands above.
+        column_label: What the columns are.
     """
     names = _names(sections)
     of = [{m["name"]: _value(m, metric) for m in section["methods"]} for section in sections]
@@ -99,7 +100,7 @@ def draw_grid(
     return draw_matrix(
         values, names, columns, title=title,
         alt=f"{METRICS[metric].title} of methods. Best of each column: " + "; ".join(best),
-        row_label="method", column_label="labelled images of each class", marked=marked,
+        row_label="method", column_label=column_label, marked=marked,
         texts=[["" if math.isnan(v) else f"{v:.3f}" for v in row] for row in values],
     )  # fmt: skip
 
