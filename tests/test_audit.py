@@ -1,4 +1,4 @@
-"""The data audit as a page: every planted fault is on it, its numbers are the file's, and no name."""
+"""The data audit as a page: all planted faults, the numbers of its file, and no name."""
 
 import csv
 import html
@@ -95,7 +95,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     files = {"bare": root / "audit.html", "shown": root / "shown.html"}
     read = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     facts = {n: json.loads(p.with_suffix(".json").read_text()) for n, p in files.items()}
-    yield {"files": files, "text": read, "facts": facts}
+    return {"files": files, "text": read, "facts": facts}
 
 
 def words(page: str) -> str:

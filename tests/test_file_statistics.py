@@ -1,4 +1,4 @@
-"""File statistics and the shortcut probe: what they measure, what they flag, and what they do not."""
+"""File statistics and the shortcut probe: what they measure, flag, and leave alone."""
 
 import io
 from typing import Any
