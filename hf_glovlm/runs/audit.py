@@ -299,8 +299,9 @@ def _advise(facts: Mapping[str, Any], origins: Mapping[str, Sequence[str | None]
             "result looks better than it is. Add a column patient_id, or --group-from."
         )
     elif not facts["patients_known"]:
+        own = "as given in group_id" if facts["group_column"] == "group_id" else unit
         advice.append(
-            f"Patients are unknown: groups are {unit}, and one patient may have several. Intervals "
+            f"Patients are unknown: groups are {own}, and one patient may have several. Intervals "
             f"over {unit} may be too narrow."
         )
     for row in classes:
