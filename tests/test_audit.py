@@ -79,7 +79,7 @@ SEEN = {
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The page without pictures and the one with, by the command."""
     from hf_glovlm.cli import app
 

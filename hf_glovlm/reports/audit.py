@@ -16,7 +16,7 @@ __all__ = ["AuditPicture", "render_audit"]
 TITLE = "Data audit"
 MOST_LINES = 5  # classes that histograms are drawn of; of more, the quartiles
 MOST_FLAGS = 12  # that are listed, the others are framed
-MOST_CLASSES = 40  # that a chart names
+MOST_CLASSES = 24  # that a chart names
 CHARTS = {  # of each part of the page
     "files": ("width", "height", "aspect", "bytes_per_pixel", "blockiness", "mpp"),
     "pixels": (
@@ -171,11 +171,12 @@ def _charts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Charts of each part of the page."""
     classes = facts["classes"][:MOST_CLASSES]
     names, unit = [c["name"] for c in classes], facts["unit"]
+    first = f", the first {MOST_CLASSES}" if len(facts["classes"]) > MOST_CLASSES else ""
     charts: dict[str, Any] = {
         kind: draw_bars(
             names,
             [c[kind] for c in classes],
-            title=f"{title} of each class",
+            title=f"{title} of each class{first}",
             alt=", ".join(f"{c['name']} {c[kind]}" for c in classes) + ".",
             x_label=title.lower(),
         )

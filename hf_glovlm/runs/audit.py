@@ -32,6 +32,7 @@ CLUSTERS = 12  # of copies that are shown
 COPIES = 4  # pictures of each
 FEW = 5  # groups of a class, up to which that is pointed out
 MOST = 0.5  # share of a class in one group, from which that is pointed out
+ADVICE = 20  # sentences at most
 UNEVEN = 5  # ratio of the largest class to the smallest, likewise
 
 
@@ -290,10 +291,11 @@ def _spread(rows: NDArray[Any], ids: NDArray[Any]) -> list[int]:
 
 def _advise(facts: Mapping[str, Any], origins: Mapping[str, Sequence[str | None]]) -> list[str]:
     """Sentences on what the counts allow."""
-    unit, classes = facts["unit"], facts["classes"]
+    near = facts["group_column"] == NEAR_DUPLICATE
+    unit, classes = "images" if near else facts["unit"], facts["classes"]
     one = unit.removesuffix("s")
     advice = []
-    if facts["group_column"] == NEAR_DUPLICATE:
+    if near:
         advice.append(
             "Patients are unknown: images of one patient may be in training and test, and every "
             "result looks better than it is. Add a column patient_id, or --group-from."
@@ -315,7 +317,7 @@ def _advise(facts: Mapping[str, Any], origins: Mapping[str, Sequence[str | None]
                 f"Class {row['name']} lies in {n} {unit}: at most {n - 1} can teach and 1 test."
             )
         share = row["largest_share"] or 0
-        if n > 1 and share >= MOST:
+        if n > 1 and share >= MOST and row["images"] >= FEW:
             advice.append(
                 f"One {one} holds {row['largest_group']} of the {row['images']} images of class "
                 f"{row['name']} ({share:.0%}): a result on it is mostly a result on that {one}."
@@ -330,7 +332,8 @@ def _advise(facts: Mapping[str, Any], origins: Mapping[str, Sequence[str | None]
         advice += _advise_origin(name, of, classes, one)
     if {"stain", "institution"} <= {*origins}:
         advice += _advise_aliased(origins["stain"], origins["institution"])
-    return advice
+    more = len(advice) - ADVICE
+    return advice if more < 1 else [*advice[:ADVICE], f"{more} more like these: see the tables."]
 
 
 def _advise_origin(
