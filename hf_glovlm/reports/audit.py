@@ -115,27 +115,25 @@ def render_audit(
         jinja2.UndefinedError: The facts lack something.
     """
     measured = bool(facts["classes"])
-    return render_page(
-        "audit.html.j2",
-        {
-            "TITLE": TITLE,
-            "HOW": HOW,
-            "COPIES": _COPIES,
-            "STATED": STATED,
-            "facts": facts,
-            "measured": measured,
-            "per_group": {k: shown(v) for k, v in facts["images_per_group"].items()}
-            if measured
-            else {},
-            "lead": _lead(facts),
-            "copied": _copied(facts) if measured else "",
-            "charts": _charts(facts) if measured else {},
-            "probe": _probe(facts["probe"]) if measured else {},
-            "tables": _tables(facts) if measured else {},
-            "examples": examples,
-            "copies": copies,
-        },
-    )
+    values = {
+        "TITLE": TITLE,
+        "HOW": HOW,
+        "COPIES": _COPIES,
+        "STATED": STATED,
+        "facts": facts,
+        "measured": measured,
+        "per_group": {k: shown(v) for k, v in facts["images_per_group"].items()}
+        if measured
+        else {},
+        "lead": _lead(facts),
+        "copied": _copied(facts) if measured else "",
+        "charts": _charts(facts) if measured else {},
+        "probe": _probe(facts["probe"]) if measured else {},
+        "tables": _tables(facts) if measured else {},
+        "examples": examples,
+        "copies": copies,
+    }
+    return render_page("audit.html.j2", values)
 
 
 def _lead(facts: Mapping[str, Any]) -> str:
