@@ -206,17 +206,21 @@ def _frame(grey: NDArray[np.uint8]) -> dict[str, float]:
     drops out of it.
     """
     width = max(round(_FRAME * min(grey.shape)), _LEAST_FRAME)
-    cut = [grey[:width], grey[-width:], grey[:, :width].T, grey[:, -width:].T]
     step = max(width // _LINES, 1)
-    sides = [
-        side[::step].astype(np.float32, order="C") for side in cut if side.shape[1] > _LEAST_FRAME
+    pairs = [
+        np.concatenate([lines[:width:step], lines[-width::step]]).astype(np.float32)
+        for lines in (grey, grey.T)
+        if lines.shape[1] > _LEAST_FRAME
     ]
     names = ("sharpness_1", "sharpness_2", "texture_4", "texture_8")
-    if not sides:
+    if not pairs:
         return dict.fromkeys(("blockiness", *names), math.nan)
-    at = [np.mean([_mean_square(s[:, n:] - s[:, :-n]) for s in sides]) for n in (1, 2, 4, 8, 16)]
+    if len({pair.shape for pair in pairs}) == 1:  # of a square, at once
+        pairs = [np.concatenate(pairs)]
+    at = [np.mean([_mean_square(p[:, n:] - p[:, :-n]) for p in pairs]) for n in (1, 2, 4, 8, 16)]
     ratios = -np.diff(np.log(np.array(at) + _FLAT))
-    return {"blockiness": _blockiness(sides)} | dict(zip(names, ratios.tolist(), strict=True))
+    blocks = float(np.mean([_blockiness(pair) for pair in pairs]))
+    return {"blockiness": blocks} | dict(zip(names, ratios.tolist(), strict=True))
 
 
 def _mean_square(steps: NDArray[np.float32]) -> float:
@@ -224,20 +228,16 @@ def _mean_square(steps: NDArray[np.float32]) -> float:
     return float(flat @ flat) / len(flat)
 
 
-def _blockiness(sides: list[NDArray[np.float32]]) -> float:
+def _blockiness(lines: NDArray[np.float32]) -> float:
     """Steps at every eighth pixel beyond those beside them, as a share of all steps.
 
     JPEG codes blocks of 8 x 8 pixels, and a file that was saved as JPEG before shows them still.
     """
-    beyond, steps = [], []
-    for side in sides:
-        step = np.abs(np.diff(side, axis=1)).mean(axis=0)
-        excess = step[1:-1] - (step[:-2] + step[2:]) / 2
-        edge = np.arange(1, len(step) - 1) % 8 == 7
-        if edge.any():
-            beyond.append(float(excess[edge].mean() - excess[~edge].mean()))
-            steps.append(float(step.mean()))
-    return sum(beyond) / (sum(steps) + 1e-3 * len(steps)) if steps else math.nan
+    step = np.abs(lines[:, 1:] - lines[:, :-1]).mean(axis=0)
+    excess = step[1:-1] - (step[:-2] + step[2:]) / 2
+    at_edge, edges = excess[6::8].sum(), len(excess[6::8])
+    beyond = at_edge / edges - (excess.sum() - at_edge) / (len(excess) - edges)
+    return float(beyond / (step.mean() + 1e-3))
 
 
 def _content(picture: Image.Image, grey: Image.Image) -> dict[str, float]:

@@ -39,7 +39,7 @@ from .outlines import STRUCTURES, UNSEEN, UNSTATED, masks_of, outline_in
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_VERSION = 2  # raise it when the same content gives something else
+_VERSION = 3  # raise it when the same content gives something else
 _ROWS = 2048  # looks are stored at least this often
 _SIDE = 16  # of a thumbnail, in pixels
 _OUTLINES = (None, UNSTATED, *STRUCTURES, UNSEEN)

@@ -113,7 +113,8 @@ def probe_labels(
     Returns:
         `value`, `ci95`, `classes` (of each the same), `groups` (of each group of statistics the
         same, with `title` and `statistics`), `pairs` (of classes, most separated first), `flags`,
-        `flagged`, `carriers` (groups of statistics that predict alone, strongest first), `limit`,
+        `flagged`, `carriers` (groups of statistics that alone predict what is flagged most, the
+        strongest first), `limit`,
         `n`, `n_groups`, `folds`, `left_out` (classes in a single group) and `note`.
     """
     given, ids = np.asarray(labels), np.asarray(groups)
@@ -256,18 +257,20 @@ def _flags(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _carriers(result: Mapping[str, Any]) -> list[str]:
-    """Groups of statistics that predict alone what is flagged, strongest first."""
+    """Groups of statistics that alone predict what is flagged most, strongest first."""
     if not result["flags"]:
         return []
-    flagged = {one["class"] for one in result["flags"]}
+    name = _strongest(result["flags"])["class"]
+    values = {
+        group: (probe if name is None else probe["classes"][name])["value"]
+        for group, probe in result["groups"].items()
+    }
+    return sorted((g for g, value in values.items() if value > LIMIT), key=lambda g: -values[g])
 
-    def strength(group: str) -> float:
-        probe = result["groups"][group]
-        values = [(probe if name is None else probe["classes"][name])["value"] for name in flagged]
-        return max((value for value in values if value is not None), default=0.0)
 
-    strong = {group: strength(group) for group in result["groups"]}
-    return sorted((g for g, value in strong.items() if value > LIMIT), key=lambda g: -strong[g])
+def _strongest(flags: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The flag whose lower bound is highest."""
+    return max(flags, key=lambda flag: float(flag["ci95"][0]))
 
 
 def describe_probe(probe: Mapping[str, Any]) -> str:
@@ -279,7 +282,7 @@ def describe_probe(probe: Mapping[str, Any]) -> str:
             f"No shortcut is flagged: file statistics alone predict the class with an AUC of "
             f"{probe['value']:.2f} (.50 is chance), and no lower bound is above {LIMIT:.2f}."
         )
-    best = max(probe["flags"], key=lambda one: one["ci95"][0])
+    best = _strongest(probe["flags"])
     what = "the class" if best["class"] is None else f"the class {best['class']}"
     words = [probe["groups"][group]["title"] for group in probe["carriers"]]
     carried = f"; carried by {', '.join(words)}" if words else ""
