@@ -38,9 +38,10 @@ HOW = {
     ),
     "matrix": (
         "AUC of each class against all others, by one group of statistics alone. Framed cells "
-        "have a lower bound above .60. Size and compression can hardly be tissue. Blur and texture "
-        "scale are measured in the outer tenth of each side: around a centred object that is "
-        "surroundings, but in a tile it is the tissue itself, and then a flag may be biology."
+        "are flagged: of all together, with a lower bound above .60, for a class of 8 groups or "
+        "more. Size and compression can hardly be tissue. Blur and texture scale are measured in "
+        "the outer tenth of each side: around a centred object that is surroundings, but in a tile "
+        "it is the tissue itself, and then a flag may be biology."
     ),
     "pairs": (
         "The pairs of classes that file statistics part best. Where a pair comes from two sources "

@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 LIMIT = 0.60  # a probe is flagged where the lower bound of its AUC is above
+LEAST_GROUPS = 8  # of a class that is flagged by itself: of fewer, an interval errs too often
 FOLDS = 10
 MAX_PAIRS = 10  # pairs of classes that are named
 _CLIP = 4.0  # standard deviations
@@ -101,7 +102,8 @@ def probe_labels(
 
     One classifier for each group of statistics, and their geometric mean for all together. Ten
     folds; nobody is on both sides of one. Flagged is a probe whose AUC has its lower bound above
-    `LIMIT`: over all classes (macro, one against the rest), or for one class.
+    `LIMIT`: over all classes (macro, one against the rest); and of all statistics together also
+    for one class that lies in `LEAST_GROUPS` groups or more.
 
     Args:
         statistics: Of the images.
@@ -115,7 +117,8 @@ def probe_labels(
         same, with `title` and `statistics`), `pairs` (of classes, most separated first), `flags`,
         `flagged`, `carriers` (groups of statistics that alone predict what is flagged most, the
         strongest first), `limit`,
-        `n`, `n_groups`, `folds`, `left_out` (classes in a single group) and `note`.
+        `n`, `n_groups`, `folds`, `left_out` (classes in a single group), `too_few` (in fewer
+        than `LEAST_GROUPS`) and `note`.
     """
     given, ids = np.asarray(labels), np.asarray(groups)
     held = [len({*ids[given == k]}) for k in range(len(classes))]
@@ -123,7 +126,8 @@ def probe_labels(
     result: dict[str, Any] = {
         "value": None, "ci95": None, "classes": {}, "groups": {}, "pairs": [], "flags": [],
         "flagged": False, "carriers": [], "limit": LIMIT, "n": 0, "n_groups": 0, "folds": 0,
-        "left_out": [classes[k] for k, n in enumerate(held) if n == 1], "note": "",
+        "left_out": [classes[k] for k, n in enumerate(held) if n == 1],
+        "too_few": [classes[k] for k in kept if held[k] < LEAST_GROUPS], "note": "",
     }  # fmt: skip
     if len(kept) < 2:
         result["note"] = (
@@ -246,14 +250,16 @@ def _pair_auc(labels: Ints, logs: Floats, a: int, b: int) -> float:
 
 def _flags(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Probes whose lower bound is above the limit."""
-    probes = {"all": result, **result["groups"]}
-    measured = [
-        {"statistics": of, "class": name, "value": entry["value"], "ci95": entry["ci95"]}
-        for of, probe in probes.items()
-        for name, entry in [(None, probe), *probe["classes"].items()]
-        if not (name is not None and len(probe["classes"]) == 2)  # that is the same number twice
+    single = result["classes"] if len(result["classes"]) > 2 else {}  # of two, the same number
+    tested = [
+        *(("all", name, of) for name, of in single.items() if name not in result["too_few"]),
+        *((group, None, of) for group, of in {"all": result, **result["groups"]}.items()),
     ]
-    return [one for one in measured if one["ci95"] is not None and one["ci95"][0] > LIMIT]
+    return [
+        {"statistics": group, "class": name, "value": of["value"], "ci95": of["ci95"]}
+        for group, name, of in tested
+        if of["ci95"] is not None and of["ci95"][0] > LIMIT
+    ]
 
 
 def _carriers(result: Mapping[str, Any]) -> list[str]:
