@@ -15,8 +15,10 @@ from scipy.special import betaincinv, expit, logit, stdtr, stdtrit
 __all__ = [
     "LEVEL",
     "METHOD",
+    "SCALES",
     "count_effective_groups",
     "fraction_interval",
+    "loss_interval",
     "mean_interval",
     "no_difference",
 ]
@@ -86,6 +88,31 @@ def fraction_interval(
     return low + (high - low) * ends[0], low + (high - low) * ends[1]
 
 
+def loss_interval(
+    value: float,
+    resampled: ArrayLike,
+    groups: float,
+    bounds: tuple[float, float] = (0.0, np.inf),
+) -> tuple[float, float]:
+    """95% interval of a mean negative log-likelihood x: that of the likelihood `exp(-x)`.
+
+    A few images that are surely wrong make the distribution of x skew, and an interval on its own
+    scale ends too low. `exp(-x)`, the geometric mean of the right classes' probabilities, is a
+    fraction; see `fraction_interval`.
+
+    Args:
+        value: x, 0 or more.
+        resampled: Of resampled groups, `[R]`, defined ones only.
+        groups: Effective number of groups.
+        bounds: The interval is cut there.
+    """
+    likelihoods = np.exp(-np.asarray(resampled, np.float64))
+    low, high = fraction_interval(float(np.exp(-value)), likelihoods, groups)
+    with np.errstate(divide="ignore"):
+        ends = -np.log([high, low])
+    return max(float(ends[0]), bounds[0]), min(float(ends[1]), bounds[1])
+
+
 def mean_interval(
     value: float,
     resampled: ArrayLike,
@@ -132,3 +159,6 @@ def no_difference(value: float, resampled: ArrayLike, groups: float) -> float | 
     if error <= _NO_SPREAD:
         return float(2.0 ** (1 - groups))
     return float(2 * stdtr(groups - 1, -abs(value) / error))
+
+
+SCALES = {"log-odds": fraction_interval, "plain": mean_interval, "likelihood": loss_interval}

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hf_glovlm
+from hf_glovlm.intervals import fraction_interval, loss_interval
 from hf_glovlm.metrics import PairedRun, compute_metrics, paired_differences
 
 COHORTS = 300
@@ -142,6 +143,16 @@ def true_difference():
 
 
 DIFFERENCE = true_difference()
+
+
+def test_the_interval_of_a_loss_is_that_of_its_likelihood_and_stays_in_range():
+    values = np.random.default_rng(0).normal(0.5, 0.05, size=400)
+    low, high = loss_interval(0.5, values, 9)
+    ends = fraction_interval(np.exp(-0.5), np.exp(-values), 9)
+    assert (np.exp(-high), np.exp(-low)) == pytest.approx(ends)
+    assert high - 0.5 > 0.5 - low > 0  # skew as the loss is
+    assert loss_interval(0, np.zeros(50), 8) == (0, pytest.approx(-np.log(0.025 ** (1 / 8))))
+    assert loss_interval(0.5, values, 1, (0.0, 36.0)) == (0, 36)
 
 
 @given(seed=st.integers(0, 2**32 - 1))

@@ -260,11 +260,15 @@ def slow_resamples(y, p, cosines, groups, n_resamples, seed):
     return rows
 
 
-def plain_interval(value, resampled, shares, low, high, plain):
-    """Student's t on log-odds, or on the scale itself."""
+def plain_interval(value, resampled, shares, low, high, scale):
+    """Student's t on log-odds, on those of the likelihood, or on the scale itself."""
+    if scale == "likelihood":
+        likelihoods = np.exp(-np.array(resampled))
+        few, many = plain_interval(np.exp(-value), likelihoods, shares, 0.0, 1.0, "log-odds")
+        return [-np.log(many), -np.log(few)]
     groups = 1 / sum(share**2 for share in shares)
     t = stats.t.ppf(0.975, groups - 1)
-    if plain:
+    if scale == "plain":
         error = np.std(resampled) * (groups / (groups - 1)) ** 0.5
         return [max(value - t * error, low), min(value + t * error, high)]
     v = (value - low) / (high - low)
@@ -312,8 +316,8 @@ def test_intervals_equal_those_of_a_slow_loop(seed, unit_groups):
         elif key not in m.METRICS:
             name, c = key
             shares = of_class[c] if name == "recall" else plain_shares(group, y != c)
-        plain = key in m.METRICS and m.METRICS[key].scale == "plain"
-        expected = plain_interval(entry["value"], defined, shares, *bounds, plain)
+        scale = m.METRICS[key].scale if key in m.METRICS else "log-odds"
+        expected = plain_interval(entry["value"], defined, shares, *bounds, scale)
         if key == "ece":
             expected = None
         assert entry["ci95"] == pytest.approx(expected), key
@@ -579,7 +583,7 @@ def test_paired_differences_equal_a_double_loop(seed):
             shares += np.mean([h / h.sum() for h in held if h.sum()], axis=0) / len(runs)
         most = 2 if name == "brier" else 1
         defined = [mean for mean in means[name] if not np.isnan(mean)]
-        expected = plain_interval(row["value"], defined, shares, -most, most, True)
+        expected = plain_interval(row["value"], defined, shares, -most, most, "plain")
         assert row["ci95"] == pytest.approx(expected)
         assert (row["n_groups"], row["n_draws"]) == (len(union), 4)
     assert left_out["macro_auc"] > left_out["brier"]

@@ -189,7 +189,7 @@ def _compare(
 
     def alone(of: int, i: int, name: str) -> dict[str, Any]:
         mean = summarise_draws(each[of, i].tolist())["mean"]
-        over, plain = METRICS[name].over_classes, METRICS[name].scale == "plain"
+        over, scale = METRICS[name].over_classes, METRICS[name].scale
         # the labels are the same, so b is undefined where a is, and b is a and their difference
         drawn_values = of_a_alone[i] if of == 0 else of_a_alone[i] + resampled[of - 1, i]
         row = make_entry(
@@ -197,7 +197,7 @@ def _compare(
             drawn_values,
             shares[int(over)],
             METRICS[name].bounds,
-            plain,
+            scale,
         )
         return {"value": row["value"], "ci95": row["ci95"]}
 
@@ -205,13 +205,14 @@ def _compare(
         spread = summarise_draws(points[of, i].tolist())
         lost = len(runs) - spread["n_draws"]
         low, high = METRICS[name].bounds
+        at_bound = METRICS[name].scale == "log-odds" and abs(spread["mean"] or 0) >= high - low
         row = make_entry(
             np.nan if spread["mean"] is None else spread["mean"],
             resampled[of, i],
             shares[int(METRICS[name].over_classes)],
             (low - high, high - low),
             # at its very bound a difference has no spread, and every group is one trial
-            METRICS[name].scale == "plain" or abs(spread["mean"] or 0) < high - low,
+            "log-odds" if at_bound else "plain",
             f"undefined in {lost} of {len(runs)} draws" if lost else "",
             note_few(len(union), held.sum(0).min()),
         )

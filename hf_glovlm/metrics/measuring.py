@@ -91,13 +91,13 @@ def compute_metrics(
     def entry(key: str, at: int, share: Floats, holding: int, note: str = "") -> dict[str, Any]:
         point, row = float(value[key][at, 0]), rows.get(key)
         caveat = row.caveat(sample) if row and row.caveat else ""
-        bounds, plain = (row.bounds, row.scale == "plain") if row else ((0.0, 1.0), False)
+        bounds, scale = (row.bounds, row.scale) if row else ((0.0, 1.0), "log-odds")
         if key not in resampled:
             absent = "no interval: resampling overstates it" if n_resamples else ""
-            return make_entry(point, np.empty(0), share, bounds, plain, note, absent, caveat)
+            return make_entry(point, np.empty(0), share, bounds, scale, note, absent, caveat)
         few = note_few(n_groups, holding) if n_resamples else ""
         return make_entry(
-            point, resampled[key][at], share, bounds, plain, note, unknown, few, caveat
+            point, resampled[key][at], share, bounds, scale, note, unknown, few, caveat
         )
 
     def of_class(key: str, at: int, share: Floats, holding: int) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def make_entry(
     resampled: Floats,
     shares: Floats,
     bounds: tuple[float, float],
-    plain: bool,
+    scale: str,
     *notes: str,
 ) -> dict[str, Any]:
     """Value with its interval: `value`, `ci95`, `note`, `undefined_resamples`.
@@ -275,14 +275,14 @@ def make_entry(
         resampled: Values under resampled groups, `[R]`, NaN where undefined.
         shares: Weight of each group in the value, `[G]`.
         bounds: Lowest and highest value.
-        plain: Whether the interval is on the plain scale, else on that of log-odds.
+        scale: Of its interval, see `Metric.interval`; `none` has no resampled values.
         *notes: What belongs beside it; empty ones are left out.
     """
     defined = resampled[~np.isnan(resampled)]
     undefined = bool(np.isnan(value))
     ci95 = None
     if len(defined) and not undefined:
-        of = intervals.mean_interval if plain else intervals.fraction_interval
+        of = intervals.SCALES[scale]
         ci95 = list(of(value, defined, intervals.count_effective_groups(shares), bounds))
     notes = ("undefined on these labels" if undefined else "", *notes)
     return {

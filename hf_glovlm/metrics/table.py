@@ -13,6 +13,8 @@ import numpy as np
 
 from .resamples import Floats, Ints, Resamples, Sample, Statistic, mean_of
 
+Scale = Literal["log-odds", "plain", "likelihood", "none"]
+
 ECE_BINS = 15
 SMALLEST = float(np.finfo(np.float64).eps)  # probability of the log loss; scikit-learn's, too
 
@@ -82,8 +84,9 @@ class Metric:
         higher_is_better: None where a metric describes and does not rank.
         function: From resamples to a value each, `[R]`, NaN where undefined; see also `mean_of`.
         bounds: The lowest and the highest value.
-        interval: On `log-odds`, for a fraction of its range; on the `plain` scale; or `none`, where
-            its bootstrap is biased. By default log-odds from 0 to 1, else plain.
+        interval: On `log-odds`, for a fraction of its range; on the `plain` scale; on that of the
+            `likelihood`, for its negative logarithm; or `none`, where its bootstrap is biased. By
+            default log-odds from 0 to 1, else plain.
         of_similarities: Whether it needs cosines of images and class texts; else it is left out.
         of_grades: Whether it needs classes that are grades; else it is left out.
         over_classes: Whether it is a mean over classes; its note then names those without labels.
@@ -98,7 +101,7 @@ class Metric:
     higher_is_better: bool | None
     function: Statistic
     bounds: tuple[float, float] = (0.0, 1.0)
-    interval: Literal["log-odds", "plain", "none"] | None = None
+    interval: Scale | None = None
     of_similarities: bool = False
     of_grades: bool = False
     over_classes: bool = False
@@ -108,7 +111,7 @@ class Metric:
     reading: str = ""
 
     @property
-    def scale(self) -> Literal["log-odds", "plain", "none"]:
+    def scale(self) -> Scale:
         """Scale of its interval, `interval` with the default filled in."""
         return self.interval or ("log-odds" if self.bounds == (0, 1) else "plain")
 
@@ -207,6 +210,7 @@ METRICS: dict[str, Metric] = {
         False,
         mean_of(_log_loss),
         bounds=(0.0, float(-np.log(SMALLEST))),
+        interval="likelihood",
         summarised=False,
         caveat=_note_clipped,
         reading="How surprised the model is by the right class, on average; 0 is best, and "
@@ -231,6 +235,7 @@ METRICS: dict[str, Metric] = {
         True,
         _quadratic_kappa,
         bounds=(-1.0, 1.0),
+        interval="log-odds",
         of_grades=True,
         summarised=False,
         reading="Agreement on grades beyond chance, where a mistake of two grades counts four "
