@@ -26,6 +26,7 @@ from hf_glovlm.data.catalog import (
 )
 from hf_glovlm.data.folder import load_dataset
 from hf_glovlm.errors import GloVLMError
+from hf_glovlm.runs.evaluation import grades_of_run
 from hf_glovlm.slides.files.slide_table import read_slide_table
 
 FOLDER = Path(catalog.__file__).with_name("catalog")
@@ -625,3 +626,10 @@ def test_half_an_order_is_refused(tmp_path, classes, message):
     write_classes(tmp_path / "classes.yaml", classes)
     with pytest.raises(GloVLMError, match=message):
         load_classes(["mild", "none"], source=tmp_path)
+
+
+def test_a_model_is_measured_by_the_grades_that_its_run_states_or_the_catalogue():
+    run = {"data": {"classes": [{"name": "mild", "grade": 2}, {"name": "none", "grade": 1}]}}
+    assert grades_of_run(run, ["none", "mild"]) == [1, 2]
+    assert grades_of_run({"data": {"classes": ["none", "mild"]}}, ["none", "mild"]) is None
+    assert grades_of_run(None, ["G4", "G3"]) == [4, 3]

@@ -8,7 +8,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
+import yaml
 from test_splits import CLASSES, cohort, make_rows
+from tiny import CLASSES as TINY_CLASSES
 from tiny import tiny_clip, tiny_images
 
 from hf_glovlm.data import Episode, draw_episode, group_rows
@@ -162,6 +164,8 @@ def test_settings_that_the_protocol_excludes(settings: dict[str, Any], sentence:
 
 def test_a_run_counts_the_labels_that_choose_and_says_so(tmp_path: Path):
     images = tiny_images(tmp_path / "images", per_class=12, groups=6)
+    grades = {name: {"grade": grade} for grade, name in enumerate(reversed(TINY_CLASSES))}
+    (images / "classes.yaml").write_text(yaml.safe_dump({"classes": grades}))
     results = run(
         TrainConfig(
             data=str(images),
@@ -179,6 +183,10 @@ def test_a_run_counts_the_labels_that_choose_and_says_so(tmp_path: Path):
     assert support["validation_labels"] == chosen > 0
     assert support["label_budget"] == sum(support["labels_per_class"].values()) + chosen
     assert results["data"]["sampler"] == results["config"]["protocol"] == "glo_vlms"
+    assert [one["grade"] for one in results["data"]["classes"]] == [
+        grades[one["name"]]["grade"] for one in results["data"]["classes"]
+    ]
+    assert results["metrics"]["quadratic_kappa"]["value"] is not None
     note = next(note for note in results["notes"] if "arXiv 2511.11984" in note)
     assert f"{chosen} validation labels" in note
     assert f"label budget of {support['label_budget']}" in note

@@ -160,7 +160,7 @@ def evaluate(
             "mpp": scale.input_mpp,
             "stain": list_stains(read_stains(rows)) or None,
         },
-        **measure(predictions, grades=_grades_of(run, known), n_resamples=n_resamples),
+        **measure(predictions, grades=grades_of_run(run, known), n_resamples=n_resamples),
         "operating_points": measure_thresholds(
             predictions, thresholds, chosen_on, why_not=why_not, n_resamples=n_resamples
         ),
@@ -397,7 +397,7 @@ def _check_labels(classifier: Any, rows: "Dataset") -> list[str]:
     return known
 
 
-def _grades_of(run: Mapping[str, Any] | None, names: Sequence[str]) -> list[int] | None:
+def grades_of_run(run: Mapping[str, Any] | None, names: Sequence[str]) -> list[int] | None:
     """Grades of a model's classes: as its run states them, else by the catalogue."""
     from ..data.catalog import find_grades
 
