@@ -10,6 +10,7 @@ from ..files import digest_value, read_json, write_json
 from ..inference import embed_images, resolve_device
 from ..inference.prediction import move_model
 from ..methods import get_method
+from ..progress import counted
 from .config import MINI
 from .controls import Draw, measure_controls, read_tables
 from .loading import Loader
@@ -31,9 +32,10 @@ def write_controls(config: StudyConfig, folder: Path, loader: Loader) -> None:
     """
     if not config.controls:
         return
+    loader = loader if loader.keep else Loader(keep=True)  # all draws are of the same rows
     before = {(one["backbone"], one["shots"]): one for one in read_controls(folder, every=True)}
     measured = []
-    for backbone, shots, cells in _sections(config):
+    for backbone, shots, cells in counted(_sections(config), "controls"):
         name = short_name(backbone)
         made_from = _made_from(config, cells, folder, loader)
         kept = before.get((name, shots))
@@ -45,6 +47,9 @@ def write_controls(config: StudyConfig, folder: Path, loader: Loader) -> None:
                 kept = own | {"controls": {}, "note": f"No controls: {error}"}
             kept |= {"made_from": made_from}
         measured.append(kept)
+        if before.get((name, shots)) != kept:  # a study that is killed goes on here
+            before[name, shots] = kept
+            write_json(folder / FILE, {"kind": "controls", "controls": [*before.values()]})
     if measured != [*before.values()]:
         write_json(folder / FILE, {"kind": "controls", "controls": measured})
 
