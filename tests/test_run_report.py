@@ -164,7 +164,7 @@ def test_charts_are_drawn_from_the_results(drawn: None) -> None:
     shown = page(results)
     assert shown.tags.count("svg") == 5
     words = " ".join(shown.drawn)
-    for part in ("1 - specificity", "precision", "class named", "patients, most errors first"):
+    for part in ("1 - specificity", "precision", "in the data", "patients, most errors first"):
         assert part in words
     for row in results["confusion_matrix"]:
         for count in row:

@@ -54,8 +54,8 @@ def draw_confusion(results: Mapping[str, Any]) -> Chart | None:
         title="Confusion matrix: images by class in the data and class named",
         alt=f"{int(np.trace(counts))} of {int(counts.sum())} images lie on the diagonal. The table "
         "of classes has the recall of each.",
-        row_label="class in the data",
-        column_label="class named",
+        row_label="in the data",
+        column_label="named",
         texts=[[f"{int(n)}" for n in row] for row in counts],
         limits=(0, 1),
         marked=[(k, k) for k in range(len(names))],
