@@ -1,7 +1,7 @@
-"""Draw the pictures of reading-results.md: `python docs/draw_reading.py`, from the repository's root.
+"""Draw the pictures of reading-results.md: `python docs/draw_reading.py` in the repository.
 
-The predictions are simulated, without any image: 240 of 20 patients, who differ, and a model that is
-too sure of itself. The charts are those of a run's report.
+The predictions are simulated, without any image: 240 of 20 patients, who differ, and a model that
+is too sure of itself. The charts are those of a run's report.
 """
 
 from pathlib import Path

@@ -473,7 +473,9 @@ def draw_points(
         if log_x:
             axes.set_xscale("log")
         elif all(float(x).is_integer() for group in groups for x in group.x):
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            from matplotlib.ticker import MaxNLocator
+
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log_y:
             axes.set_yscale("log")
         if x_limits:

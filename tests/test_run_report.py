@@ -345,6 +345,8 @@ def test_a_report_lies_where_it_is_asked_for_and_replaces_nothing_of_others(
     write_json(measured, run_made.results(kind="evaluation"))
     assert glovlm("report", measured).code == 0
     assert RESEARCH in (tmp_path / "new.html").read_text("utf-8")
+    write_json(tmp_path / "study" / "report.json", {"kind": "study"})
+    assert "run `glovlm study` again" in glovlm("report", tmp_path / "study").err
     with pytest.raises(GloVLMError, match="nothing at"):
         write_report(tmp_path / "nowhere")
     with pytest.raises(GloVLMError, match=r"no results\.json"):
@@ -377,6 +379,17 @@ def test_many_classes_and_patients_stay_small(tmp_path: Path) -> None:
     assert shown.tags.count("svg") <= 2 + 2 * 12
     assert "28 are not" in shown.text
     assert "1700 more patients are not drawn" in shown.text
+
+
+def test_the_documentation_explains_each_measure_in_the_same_words() -> None:
+    folder = Path(__file__).resolve().parent.parent / "docs"
+    page = (folder / "reading-results.md").read_text(encoding="utf-8")
+    words = re.sub(r"\s+", " ", page)
+    for text in [*READING.values(), *(f"{m.definition} {m.reading}" for m in METRICS.values())]:
+        assert re.sub(r"\s+", " ", text) in words
+    for name in re.findall(r"\]\((_static/[^)]+)\)", page):
+        assert (folder / name).is_file()
+        assert "simulated" in page[: page.index(name)].splitlines()[-1]
 
 
 @pytest.mark.browser

@@ -153,7 +153,9 @@ def _describe(results: Mapping[str, Any], pictures: Pictures) -> dict[str, Any]:
         "groups": _groups(results, unit),
         "sides": _sides(results),
         "metrics": _metrics(results),
-        "not_computed": results.get("not_computed") or {},
+        "not_computed": {
+            metric_title(name): why for name, why in (results.get("not_computed") or {}).items()
+        },
         "bootstrap": results["bootstrap"],
         "class_table": _class_table(results, unit),
         "confusion": draw_confusion(results),
