@@ -6,7 +6,7 @@ with replacement, and all images of a drawn group stay together.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -235,6 +235,8 @@ def _trace(
 ) -> tuple[Floats, Floats]:
     """Sensitivities at false positive rates and precisions at recalls, `[R, points]` each.
 
+    Resamples without positives or without negatives are left out.
+
     Args:
         ranked: Whether the class is the image's and the number of its group, by descending score;
             where images of one score end.
@@ -244,21 +246,27 @@ def _trace(
     own, group, ends = ranked
     copies = weights[group]
     true, false = (np.cumsum(copies * side[:, None], axis=0)[ends] for side in (own, ~own))
-    sensitivity = np.full((weights.shape[1], len(at[0])), np.nan)
-    precision = np.full((weights.shape[1], len(at[1])), np.nan)
-    for r in range(weights.shape[1]):
-        positives, negatives = true[-1, r], false[-1, r]
-        if not (positives and negatives):
-            continue
-        tpr = np.concatenate([[0.0], true[:, r] / positives])
-        fpr = np.concatenate([[0.0], false[:, r] / negatives])
-        left = np.searchsorted(fpr, at[0], side="right") - 1
-        right = np.minimum(left + 1, len(fpr) - 1)
-        width = np.where(right > left, fpr[right] - fpr[left], 1.0)
-        sensitivity[r] = tpr[left] + (at[0] - fpr[left]) / width * (tpr[right] - tpr[left])
-        first = np.searchsorted(tpr[1:], at[1] - 1e-12, side="left")
-        precision[r] = true[first, r] / (true[first, r] + false[first, r])
-    return sensitivity, precision
+    kept = (true[-1] > 0) & (false[-1] > 0)  # resamples with positives and negatives
+    true, false = true.T[kept], false.T[kept]
+    start = np.zeros((len(true), 1))
+    tpr = np.hstack([start, true / true[:, -1:]])
+    fpr = np.hstack([start, false / false[:, -1:]])
+    left = _places(fpr, at[0], "right") - 1
+    right = np.minimum(left + 1, fpr.shape[1] - 1)
+    before, after = (np.take_along_axis(fpr, i, 1) for i in (left, right))
+    low, high = (np.take_along_axis(tpr, i, 1) for i in (left, right))
+    width = np.where(after > before, after - before, 1.0)
+    first = _places(tpr[:, 1:], at[1] - 1e-12, "left")
+    hits, alarms = (np.take_along_axis(side, first, 1) for side in (true, false))
+    return low + (at[0] - before) / width * (high - low), hits / (hits + alarms)
+
+
+def _places(rows: Floats, at: Floats, side: Literal["left", "right"]) -> Ints:
+    """`np.searchsorted` of the same values, in 0 ... 1, in every ascending row: `[R, points]`."""
+    apart = 2.0 * np.arange(len(rows))[:, None]  # one ascending row of all of them
+    places = np.searchsorted((rows + apart).ravel(), (at + apart).ravel(), side=side)
+    before = rows.shape[1] * np.arange(len(rows))[:, None]
+    return np.asarray(places.reshape(len(rows), len(at)) - before, np.int64)
 
 
 def _band(
@@ -266,15 +274,7 @@ def _band(
 ) -> tuple[Floats | None, Floats | None]:
     """Lower and upper bounds of a curve, pointwise 95%; `None` where there is no resample."""
     drawn = np.concatenate(parts) if parts else np.empty((0, len(curve)))
-    drawn = drawn[~np.isnan(drawn).any(1)]
-    if not len(drawn):
-        return None, None
-    bounds = [
-        intervals.fraction_interval(float(value), drawn[:, i], effective)
-        for i, value in enumerate(curve)
-    ]
-    low, high = np.array(bounds, np.float64).T
-    return low, high
+    return intervals.fraction_band(curve, drawn, effective) if len(drawn) else (None, None)
 
 
 def _rounded(values: Mapping[str, Floats | None]) -> dict[str, list[float] | None]:

@@ -113,6 +113,34 @@ def loss_interval(
     return max(float(ends[0]), bounds[0]), min(float(ends[1]), bounds[1])
 
 
+def fraction_band(values: Floats, resampled: Floats, groups: float) -> tuple[Floats, Floats]:
+    """95% intervals of many values between 0 and 1 at once, each as `fraction_interval` makes it.
+
+    Args:
+        values: The values, `[n]`.
+        resampled: Values under resampled groups, `[R, n]`, defined ones only.
+        groups: Effective number of groups.
+
+    Returns:
+        Lower and upper bounds, `[n]` each.
+    """
+    v = values.clip(0, 1)
+    if groups <= 1 + 1e-9:
+        return np.zeros_like(v), np.ones_like(v)
+    spread = resampled.std(0)
+    plain = (spread > _NO_SPREAD) & (v > 0) & (v < 1)
+    low, high = np.zeros_like(v), np.ones_like(v)
+    some, own = v > 0, v[plain]
+    low[some] = betaincinv(groups * v[some], groups * (1 - v[some]) + 1, _TAIL)
+    some = v < 1
+    high[some] = betaincinv(groups * v[some] + 1, groups * (1 - v[some]), 1 - _TAIL)
+    most = own * (1 - own)
+    variance = spread[plain] ** 2 * groups + PRIOR_GROUPS * most / groups
+    half = stdtrit(groups - 1, 1 - _TAIL) * np.sqrt(variance / (groups - 1 + PRIOR_GROUPS)) / most
+    low[plain], high[plain] = expit(logit(own) - half), expit(logit(own) + half)
+    return low, high
+
+
 def mean_interval(
     value: float,
     resampled: ArrayLike,

@@ -515,13 +515,16 @@ def test_demo(
         runs = {"lora": RunResult(results, folder / "lora")}
         return {"runs": runs, "reload_difference": 1e-7, "figure": figure}
 
+    shown: list[Path] = []
     monkeypatch.setattr("hf_glovlm.lab.demo.run_demo", run_demo)
+    monkeypatch.setattr("hf_glovlm.cli.app.write_beside", shown.append)
     monkeypatch.chdir(tmp_path)
     for arguments in ([], [], ["--output-dir", "other"]):  # the second replaces the first
         done = glovlm("demo", *arguments)
         assert done.code == 0, done.err
         assert "synthetic images" in done.out.splitlines()[0]
         assert "synthetic" in done.err
+    assert [place.name for place in shown] == ["lora"] * 3
     for folder in ("glovlm-demo", "other"):
         assert Path(folder, "lora", "results.json").is_file()
     done = glovlm("demo", "--output-dir", "third", "--json")

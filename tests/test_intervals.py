@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hf_glovlm
+from hf_glovlm import intervals
 from hf_glovlm.intervals import fraction_interval, loss_interval
 from hf_glovlm.metrics import PairedRun, compute_metrics, paired_differences
 
@@ -202,3 +203,15 @@ def test_the_bench_of_intervals_counts_what_they_hold(monkeypatch):
     assert of_auc["least"] == min(of_auc["0.7"], of_auc["0.9"])
     with pytest.raises(GloVLMError, match="two groups or more; found 6 and"):
         interval_bench.bench_intervals(cohorts=6, groups=(1,))
+
+
+@pytest.mark.parametrize("groups", [1.0, 1.4, 8.0, 60.0])
+def test_intervals_of_many_values_at_once_are_those_of_each(groups):
+    rng = np.random.default_rng(2)
+    values = np.array([0.0, 1.0, 0.5, 0.93, 0.31, 0.02])
+    resampled = (values + rng.normal(0, 0.1, (50, 6))).clip(0, 1)
+    resampled[:, 4] = values[4]
+    low, high = intervals.fraction_band(values, resampled, groups)
+    for i, value in enumerate(values):
+        expected = intervals.fraction_interval(value, resampled[:, i], groups)
+        assert (low[i], high[i]) == pytest.approx(expected, abs=1e-12)

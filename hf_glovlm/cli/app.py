@@ -397,6 +397,7 @@ def demo(
     difference = f"{outcome['reload_difference']:.1e}"
     note(f"saved, reloaded: logits of synthetic images differ by {difference} at most")
     note(f"models, results, cards and {Path(outcome['figure']).name} are in {folder}")
+    write_beside(list(outcome["runs"].values())[-1].folder)
 
 
 @app.command()

@@ -93,7 +93,7 @@ def write_run(
     from ..files import write_text
 
     forbidden = Identifiers() if folder is None else identifiers_of(folder)
-    pictures = Pictures()
+    pictures = Pictures() if folder is not None else Pictures(sentences=())
     if with_images:
         from .pictures import collect_pictures
 
@@ -200,7 +200,7 @@ def _without_empty(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> dict
 def _title(results: Mapping[str, Any]) -> str:
     name = results["data"]["name"]
     if results.get("kind") == "evaluation" or "method" not in results:
-        return f"A model measured on {name}"
+        return f"Evaluation on {name}"
     return f"{results['method']['name']} on {name}"
 
 
