@@ -127,4 +127,5 @@ __all__ = [
     "target_modules",
     "train_mil",
     "write_cohort",
+    "write_report",
 ]
