@@ -101,7 +101,7 @@ def test_the_first_words_say_what_was_measured_and_what_it_is_not_for() -> None:
     assert text.index(RESEARCH) < text.index("Synthetic images:") < text.index(sentence)
     worst = results["per_group"][0]
     assert f"the worst has {worst['right']} of {worst['n']} images right." in text
-    assert "Few patients" in text
+    assert "Few patients, in all or of a class" in text
     assert "labels can be guessed without the tissue (Files alone)" in text
     common = max(results["prior"], key=results["prior"].__getitem__)
     assert (
@@ -164,7 +164,7 @@ def test_charts_are_drawn_from_the_results(drawn: None) -> None:
     shown = page(results)
     assert shown.tags.count("svg") == 5
     words = " ".join(shown.drawn)
-    for part in ("1 - specificity", "precision", "in the data", "patients, most errors first"):
+    for part in ("1 - specificity", "precision", "in the data", "patients, the lowest share first"):
         assert part in words
     for row in results["confusion_matrix"]:
         for count in row:

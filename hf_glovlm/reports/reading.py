@@ -23,8 +23,8 @@ READING: dict[str, str] = {
         "learned little, however high its accuracy looks."
     ),
     "per_patient": (
-        "Each dot is one patient, the one with the most errors first; the number of images stands "
-        "in the table. A good mean can hide a patient who is wrong throughout: look there first, "
+        "Each dot is one patient, the lowest share first; the number of images stands in the "
+        "table. A good mean can hide a patient who is wrong throughout: look there first, "
         "for stain, scanner or a label that is wrong."
     ),
     "mistakes": (

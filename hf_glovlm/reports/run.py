@@ -282,7 +282,7 @@ def _warnings(results: Mapping[str, Any], unit: str) -> list[str]:
     if unit == "images":
         sentences.append("Patients are unknown: the intervals are over images, and too narrow.")
     elif any("too few groups" in entry["note"] for entry in results["metrics"].values()):
-        sentences.append(f"Few {unit}: the intervals are wide, and one more may change them.")
+        sentences.append(f"Few {unit}, in all or of a class: the intervals are wide.")
     flagged = [one["title"] for one in (results.get("controls") or {}).values() if one["flagged"]]
     if flagged:
         sentences.append(

@@ -33,7 +33,7 @@ def draw_groups(rows: Sequence[Mapping[str, int]], unit: str) -> Chart:
         [Points(unit, range(1, len(rows) + 1), shares)],
         title=f"Right images of each of the {len(rows)} {unit}",
         alt=f"Share of right images, {unit} in ascending order. {spotless} have no error.",
-        x_label=f"{unit}, most errors first",
+        x_label=f"{unit}, the lowest share first",
         y_label="share of images named right",
         y_limits=(-0.03, 1.03),
     )
