@@ -26,7 +26,7 @@ from hf_glovlm.publish.identifiers import WITHHELD
 from hf_glovlm.rendering import percentage
 from hf_glovlm.reports import run_charts
 from hf_glovlm.reports.reading import READING
-from hf_glovlm.reports.run import HOW_TO_SEE, render_run
+from hf_glovlm.reports.run import HOW_TO_SEE, NO_CURVES, render_run
 
 RESEARCH = "Research use only, not for diagnosis"
 
@@ -205,7 +205,7 @@ def test_the_page_asks_nothing_of_others() -> None:
 
 def test_results_of_an_earlier_version_say_what_they_lack() -> None:
     text = page(run_made.earlier()).text
-    assert "hold no curves" in text
+    assert NO_CURVES in text
     assert "hold no thresholds" in text
     assert "hold no counts by patient" in text
     assert "No negative controls were measured" in text

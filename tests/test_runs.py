@@ -333,6 +333,7 @@ def test_overwriting_replaces_all_of_a_run_and_nothing_else(images: Path, tmp_pa
     output = tmp_path / "run"
     run(make(images, output, method="lora", epochs=1))
     (output / "README.md").write_text("the card of the LoRA run")
+    (output / "report.html").write_text("the report of the LoRA run")
     (output / "notes.txt").write_text("a person's own")
     (output / "model" / "left.bin").write_bytes(b"old")
     run(make(images, output, overwrite=True))
@@ -437,7 +438,8 @@ def test_an_interruption_leaves_the_last_complete_result(images: Path, tmp_path:
 
 
 def test_a_study_may_keep_results_only(images: Path, tmp_path: Path) -> None:
-    run(make(images, tmp_path / "run", method="lora", epochs=1, save_model=False))
+    kept = run(make(images, tmp_path / "run", method="lora", epochs=1, save_model=False))
+    assert "curves" not in kept
     assert not {"model", "adapter"} & held(tmp_path / "run")
     assert "results.json" in held(tmp_path / "run")
 

@@ -39,6 +39,10 @@ SIDES = {
     "test": "measured here",
 }
 AGAIN = "Train again, or measure anew with `glovlm evaluate`, then `glovlm report`."
+NO_CURVES = (
+    "These results hold no curves: an earlier version, a cell of a study and a run that kept no "
+    "model have none."
+)
 HOW_TO_SEE = "Pictures are left out, since reports travel: `glovlm report RUN --with-images`."
 # What of results a page may show; the rest (hashes, curves of abstention, places) is not read.
 _KEYS = (
@@ -403,7 +407,7 @@ def _confused(results: Mapping[str, Any]) -> list[list[Any]]:
 
 def _curves(results: Mapping[str, Any]) -> tuple[list[dict[str, Any]], str]:
     if "curves" not in results:
-        return [], f"These results, of an earlier version, hold no curves. {AGAIN}"
+        return [], f"{NO_CURVES} {AGAIN}"
     drawn = draw_curves(results)
     left = sum(of is not None for of in results["curves"]["classes"].values()) - len(drawn)
     return drawn, (

@@ -188,6 +188,7 @@ def measure(
     learned: Collection[str] = (),
     images: Collection[str] = (),
     grades: Sequence[int] | None = None,
+    curves: bool = True,
     n_resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -199,6 +200,7 @@ def measure(
             images.
         images: Hashes of the measured images, see `Looks.hashes`.
         grades: Of the classes, where they are grades.
+        curves: Whether ROC and precision-recall curves are among the results.
         n_resamples: Bootstrap resamples.
         seed: Of the bootstrap.
 
@@ -216,7 +218,8 @@ def measure(
     measured = compute_metrics(
         *answers, similarities=predictions.similarities, grades=grades, **options
     )
-    measured["curves"] = compute_curves(*answers, **options)
+    if curves:
+        measured["curves"] = compute_curves(*answers, **options)
     if predictions.groups is not None:
         measured["per_group"] = count_by_group(*answers, predictions.groups)
     return measured

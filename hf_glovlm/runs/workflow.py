@@ -172,6 +172,7 @@ def _run(
             predictions,
             learned=task.learned(),
             images=task.images("test"),
+            curves=config.save_model,  # thousands of a study's cells are read again at once
             grades=list_grades(task.classes),
             n_resamples=config.n_resamples,
             seed=config.seed,
