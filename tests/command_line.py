@@ -10,6 +10,11 @@ class Completed(NamedTuple):
     err: str
 
     @property
+    def printed(self) -> str:
+        """The output in one line, as if nothing in a table were wrapped."""
+        return " ".join(self.out.split())
+
+    @property
     def errors(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("error:")]
 

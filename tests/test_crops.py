@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +350,7 @@ def test_a_mask_that_gives_no_crop_is_an_error_that_names_its_colours(
     command = ("data", "crops", tmp_path / "s.png", mask, "--colours", colours)
     done = glovlm(*command, "--output-dir", tmp_path / "out")
     assert done.code == 1, done.err
-    assert sentence in done.out
+    assert sentence in done.printed
     assert not (tmp_path / "out" / "metadata.csv").exists()
 
 
@@ -571,12 +572,10 @@ def test_a_folder_is_cut_with_its_cases_and_an_error_stays_with_its_slide(
     ]
     assert [row["reader"] for row in rows(tmp_path / "out")] == ["", "MK", "MK"]
     assert not {"block", "level", "read"} & {*rows(tmp_path / "out")[0]}  # nothing, or of no image
-    lines = {line.split()[0]: line for line in done.out.splitlines() if line.startswith("S")}
-    assert lines["S1"].split()[1:] == ["1", "0", "1"]
-    assert "is not JSON" in lines["S2"]
-    assert "has no row for the slide S3" in lines["S3"]
-    assert "no outlines of this name" in lines["S4"]
-    assert "S1: 2 crops" in done.err
+    crops, not_cut, failed = re.split("Not cut|Failed: 2 slides", done.printed)
+    assert "S1 1 0 1" in crops
+    assert re.fullmatch(" slide reason S4 .* no outlines of this name ", not_cut)
+    assert re.fullmatch(" slide reason S2 .*not JSON.* S3 .*no row for the slide S3.*", failed)
     assert "(other.geojson)" in done.err
     for name in ("S2", "S3"):
         boxes(outlined / f"{name}.geojson", (50, "a"))

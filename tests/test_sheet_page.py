@@ -462,7 +462,7 @@ def test_the_command_prints_a_line_a_case_and_fails_where_one_failed(
     done = glovlm(*given)
     assert done.code == 1
     assert re.search(r"A +DRAFT, unreviewed +20 \(4\) +4 of 20 +-", done.out)
-    assert re.search(r"B +failed +- +- +- +It has no slide", done.out)
+    assert "Failed: 1 case case reason B It has no slide." in done.printed
     assert RESEARCH in done.out
     assert "The table has a note." in done.err
     assert json.loads(glovlm(*given, "--json").out)["failed"][0]["case"] == "B"

@@ -296,7 +296,7 @@ def test_tissue_is_found_once_a_slide_and_the_pen_is_stated_and_drawn(
     assert read_entry(out) == entry
     done = glovlm(*command, "--no-drop-pen")
     assert done.code == 1
-    assert "other settings (drop_pen: True, now False)" in " ".join(done.err.split())
+    assert "other settings (drop_pen: True, now False)" in done.printed
 
 
 def read_entry(out: Path) -> Any:
