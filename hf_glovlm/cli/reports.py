@@ -8,7 +8,7 @@ from typer import Argument, Option
 
 from ..environment import quiet_libraries
 from ..errors import GloVLMError
-from .console import note
+from .console import note, show_progress
 
 
 def report(
@@ -22,7 +22,10 @@ def report(
     from ..reports import write_report
 
     quiet_libraries()
-    note(f"the report is {write_report(run, with_images=with_images, output=output)}")
+    with show_progress() as on_event:
+        on_event("stage", {"name": "writing the report"})
+        page = write_report(run, with_images=with_images, output=output)
+    note(f"the report is {page}")
 
 
 def write_beside(folder: str | Path) -> None:
