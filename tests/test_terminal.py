@@ -338,6 +338,13 @@ def test_wide_tables_go_on_below(width: int) -> None:
     assert sorted(values) == sorted(value for row in rows for value in row[1:])
 
 
+def test_a_column_without_anything_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table("T", ["", "n", "note"], [["", "3", ""], ["", "4", ""]])
+    assert capsys.readouterr().out == "T\n  n\n  3\n  4\n\n"
+    console.print_table("T", ["class", "note"], [])
+    assert "note" in capsys.readouterr().out
+
+
 def test_what_fits_is_not_wrapped() -> None:
     header, rows = ["class", "images"], [["a b", "8"], ["sclerosed", "1,024"]]
     assert printed_lines(header, rows, 80) == [

@@ -283,6 +283,8 @@ def cell(value: Any) -> str:
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table in the width of the terminal, or in 80 columns; see `layout.lay_out`.
 
+    A column without anything in it, such as notes of which there are none, is left out.
+
     Args:
         title: Stands above it.
         header: Names of the columns; a table of facts has none but empty ones.
@@ -292,6 +294,8 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     lines = wrap(printable(title), width)
     if drawn:
         lines = [_styled(line, bold=True) for line in lines]
+    kept = [i for i in range(len(header)) if not (i and rows) or any(row[i] for row in rows)]
+    header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
     blocks = lay_out(header, rows, width)
     for head, body in blocks if any(header) else [([], body) for _, body in blocks]:
         long = max(map(len, [*head, *body]), default=0)

@@ -54,12 +54,12 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def _break(word: str, width: int) -> list[str]:
-    """Break a word, behind a sign that divides it where there is one in the second half."""
+    """Break a word, behind a sign that divides it where there is one behind its first third."""
     lines = []
     while cell_len(word) > width:
         head = chop_cells(word, width)[0] or word[0]
         cut = max((at for at, sign in enumerate(head, 1) if sign in "/\\_-.:,;="), default=0)
-        cut = cut if cut > len(head) / 2 else len(head)
+        cut = cut if cut > len(head) / 3 else len(head)
         lines.append(word[:cut])
         word = word[cut:]
     return [*lines, word] if word else lines
@@ -83,9 +83,10 @@ def lay_out(
         unless a single number is.
     """
     cells = [[printable(cell) for cell in line] for line in (header, *rows)]
-    # Rows are known by their first cell, which is the last to be broken.
-    words = [max(_NAME, width // 3), *[_NAME] * len(header)]
-    columns = [_Column([line[at] for line in cells], words[at]) for at in range(len(header))]
+    # Rows are known by their first cell: it is broken only where all columns fit by that.
+    columns = [_Column([line[at] for line in cells], _NAME) for at in range(len(header))]
+    if sum(column.least for column in columns) + len(_GAP) * (len(columns) - 1) > width:
+        columns[0] = _Column(columns[0].cells, max(_NAME, width // 3))
     blocks: list[list[int]] = []
     for at in range(len(columns)):
         if blocks:
