@@ -179,6 +179,12 @@ class Display(Protocol):
 
     clock: Callable[[], float]
 
+    def __enter__(self) -> Any:
+        """Begin to show."""
+
+    def __exit__(self, *error: Any) -> None:
+        """Show nothing more."""
+
     def begin(self, count: Count) -> None:
         """Show a count, within those that have begun."""
 
@@ -241,10 +247,7 @@ def showing(progress: bool | None = None, display: Display | None = None) -> Ite
 
     _displays.append((os.getpid(), chosen))
     try:
-        if isinstance(chosen, TerminalBars | NotebookBars):
-            with chosen:
-                yield event
-        else:
+        with chosen:
             yield event
     finally:
         _displays.pop()
@@ -281,7 +284,8 @@ def _write(text: str) -> None:
 class Lines:
     """Display in a log: a line when ten seconds have gone since the last one, and one at the end.
 
-    What takes less than ten seconds leaves no line.
+    What takes less than ten seconds leaves no line. While nothing changes, as where several
+    processes work on a slide each, a thread sees to the lines.
 
     Args:
         write: Takes a line.
@@ -298,20 +302,39 @@ class Lines:
         self.clock, self._print, self._every = clock, write, every
         self._running: list[Count] = []
         self._latest = clock()
+        self._lock, self._ended = threading.Lock(), threading.Event()
+
+    def __enter__(self) -> "Lines":
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._every):
+            self.print_due()
+
+    def print_due(self) -> None:
+        """Print how far all is that runs, if it is time for that."""
+        with self._lock:
+            now = self.clock()
+            if self._running and now - self._latest >= self._every:
+                self._latest = now
+                self._print("; ".join(one.line() for one in self._running))
 
     def begin(self, count: Count) -> None:
-        if not self._running:
-            self._latest = self.clock()
-        self._running.append(count)
+        with self._lock:
+            if not self._running:
+                self._latest = self.clock()
+            self._running.append(count)
 
     def change(self, count: Count) -> None:
-        now = self.clock()
-        if now - self._latest >= self._every and count in self._running:
-            self._latest = now
-            self._print("; ".join(one.line() for one in self._running))
+        self.print_due()
 
     def end(self, count: Count, whole: bool) -> None:
-        self._running.remove(count)
+        with self._lock:
+            self._running.remove(count)
         # Of what lies within something longer, the line of that is enough.
         if whole and not self._running and count.seconds >= self._every:
             self._print(count.finished())

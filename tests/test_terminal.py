@@ -90,6 +90,19 @@ def test_what_lies_within_something_longer_stands_in_its_line(log: Clock) -> Non
     assert sum(" in " in line for line in lines) == 1
 
 
+def test_while_nothing_changes_the_lines_go_on() -> None:
+    clock = Clock()
+    display = Lines(clock.write, clock)
+    with showing(True, display), counting("slides", 3) as count:
+        count.advance()
+        for _ in range(12):  # what the thread of the display does
+            clock.now += 5
+            display.print_due()
+    assert [time for time, _ in clock.lines] == [*range(10, 61, 10), 60]
+    assert clock.lines[5][1] == "1 of 3 slides, 1/min, 2 min left"
+    assert clock.lines[-1][1] == "1 of 3 slides in 1 min"
+
+
 def test_what_is_broken_off_has_no_last_line(log: Clock) -> None:
     def break_off() -> None:
         with counting("images", 3):
