@@ -23,6 +23,7 @@ __all__ = [
     "Lines",
     "NotebookBars",
     "TerminalBars",
+    "announce",
     "counted",
     "counting",
     "event_text",
@@ -169,6 +170,13 @@ def counted(
         for piece in pieces:
             yield piece
             count.advance()
+
+
+def announce(stage: str) -> None:
+    """State what is done now, of which the length is not known, for whoever looks on."""
+    display = _current()
+    if display is not None:
+        display.stage(stage)
 
 
 # -------------------------------------------------------------------------------------- showing

@@ -103,6 +103,11 @@ def test_while_nothing_changes_the_lines_go_on() -> None:
     assert clock.lines[-1][1] == "1 of 3 slides in 1 min"
 
 
+def test_a_stage_within_is_announced(log: Clock) -> None:
+    progress.announce("making the report")
+    assert [line for _, line in log.lines] == ["making the report ..."]
+
+
 def test_what_is_broken_off_has_no_last_line(log: Clock) -> None:
     def break_off() -> None:
         with counting("images", 3):

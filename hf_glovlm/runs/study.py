@@ -26,7 +26,7 @@ from ..files import (
     remove_below,
     write_json,
 )
-from ..progress import counted, showing
+from ..progress import announce, counted, showing
 from .config import TrainConfig
 from .feature_map import write_maps
 from .loading import Loader
@@ -134,6 +134,7 @@ def _run_study(
     for cell, error, seconds in counted(outcomes, "cells", total=len(todo)):
         failed |= {cell.name} if error else set()
         notify(cell, "failed" if error else "done", error, seconds)
+    announce("making the report")
     shown = {c.backbone: c for c in reversed(cells) if c.name not in failed}
     of = {short_name(name): config.train_config(c, output) for name, c in shown.items()}
     write_maps(output, of, loader)
