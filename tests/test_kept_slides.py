@@ -187,7 +187,7 @@ def test_classes_that_were_renamed_are_not_those_of_former_results(
         done = classify(output, slide, code=1)  # its bag is of the former classes
     finally:
         config.write_text(kept)
-    assert "other settings (classes" in done.err
+    assert "other settings (classes" in done.printed
 
 
 def write_bag(path: Path, features: Any) -> None:
@@ -451,7 +451,7 @@ def run_limited(folder: Path, *commands: tuple[object, ...]) -> list[str]:
 def test_a_full_disk_fails_slides_in_a_sentence(tmp_path: Path, run: Path, glovlm: Glovlm) -> None:
     """The finished bag finds no room, then the heat map."""
     slide, output = make_slide(tmp_path / "s1.tiff"), tmp_path / "out"
-    command = ("slide", run, slide, "--tile-size", SIDE, "--output-dir", output)
+    command = ("slide", run, slide, "--tile-size", SIDE, "--output-dir", output, "--json")
     for printed in run_limited(tmp_path, (8000, *command), (25_000, *command)):
         assert "s1: failed ('" in printed
         assert SENTENCE in printed
@@ -477,25 +477,25 @@ def test_a_full_disk_leaves_neither_crops_nor_a_run(tmp_path: Path) -> None:
 
 STOPPED = """
 import os, signal, sys, threading, time
-import hf_glovlm.cli.console as commands
 from hf_glovlm.cli import main
+from hf_glovlm.progress import Count
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
 number = int(sys.argv.pop(1))
-print_note = commands.note
+reach = Count.reach
 
 def interrupt():
     for _ in range(3):  # somebody in a hurry
         os.kill(os.getpid(), number)
         time.sleep(0.002)
 
-def note(text):
-    print_note(text)
-    if ": 8 of" in text:
+def stop(count, done, detail=None):
+    reach(count, done, detail)
+    if count.what == "tiles" and done == 8:
         threading.Thread(target=interrupt).start()
         time.sleep(5)  # no further tile before the first signal
 
-commands.note = note
+Count.reach = stop
 sys.exit(main())
 """
 
