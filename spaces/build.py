@@ -1,7 +1,7 @@
 """Build a Space's folder: `python spaces/build.py FOLDER` writes one to push to the Hub as it is.
 
-The Hub installs `requirements.txt` before the other files of a Space are there, and no index carries
-the package: so the package lies in the folder, and its requirements stand in the file.
+The Hub installs `requirements.txt` before the other files of a Space are there, and no index
+carries the package: so the package lies in the folder, and its requirements stand in the file.
 """
 
 import shutil

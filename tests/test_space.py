@@ -38,9 +38,9 @@ from hf_glovlm import GloVLMError
 from hf_glovlm.runs import cross_validation
 
 from space_page import SPACE, Served, serve  # isort: skip - puts the Space's modules on the path
-import pages
+import markup
 import work
-from desk import Desk
+from desk import Desk, Session
 from gate import MAX_JSON
 from shelf import Settings, Shelf
 from uploads import (
@@ -215,7 +215,7 @@ def test_two_models_stay_and_pairs_say_why(tmp_path: Path) -> None:
     pair = shelf.get(tiny.tiny_pair())
     with pytest.raises(GloVLMError, match="never trained together"):
         pair.ask()
-    assert "never trained together" in pages.show_model(pair)
+    assert "never trained together" in markup.show_model(pair)
     shelf.get(str(tiny.tiny_clip()))
     assert shelf.get("mini") is not mini  # the third has sent it away
     with pytest.raises(GloVLMError):
@@ -238,7 +238,7 @@ def test_what_computes_is_the_owners_choice_and_stated(
     monkeypatch.setenv("GLOVLM_PRECISION", "auto")
     monkeypatch.setattr("shelf.open_engine", choose)
     desk = Desk(replace(Settings.from_environment(), folders=True))
-    foot = pages.show_engine(desk.shelf.engine)
+    foot = markup.show_engine(desk.shelf.engine)
     assert "in bf16 by torch, the fastest here" in foot
     assert "adapted here, in fp32 by torch" in foot
     answer = desk._answer(desk.shelf.get(""), images, [])
@@ -251,7 +251,7 @@ def test_what_computes_is_the_owners_choice_and_stated(
         assert row["probabilities"] == pytest.approx(plain.probabilities, abs=0.05)
     desk.shelf.get(str(tiny.tiny_clip()))
     assert kept == [None, {"precision": "bf16", "runtime": "torch", "measured": {"a": 1}}]
-    assert pages.show_engine(shelf.engine).count("Images are encoded in fp32 by torch.") == 1
+    assert markup.show_engine(shelf.engine).count("Images are encoded in fp32 by torch.") == 1
     monkeypatch.undo()
     with pytest.raises(GloVLMError, match="Unknown precision 'fp8'"):
         _ = Shelf(Settings(precision="fp8")).engine
@@ -276,9 +276,11 @@ def test_answers_are_those_of_the_package(shelf: Shelf) -> None:
     assert [list(words)[k] for k in logits.argmax(1)] == [a.label for a in result.answers]
     for answer in result.answers:
         assert sum(answer.probabilities.values()) == pytest.approx(1)
-    page = pages.show_answers(result, images)
+    page = markup.show_answers(result, images)
     assert html.escape(hf_glovlm.describe_limits(loaded.ask().config)[0]) in page
-    assert "not for diagnosis" in page
+    assert markup.WARNING not in page  # which stands at the top of the page, once
+    assert markup.HEADER.count(markup.WARNING) == 1
+    assert markup.WARNING not in markup.read_card()
 
 
 def work_classes() -> list[str]:
@@ -291,9 +293,86 @@ def test_names_and_sentences_are_escaped(shelf: Shelf) -> None:
     name = "<img src=x onerror=alert(1)>.png"
     image = read_upload(name, png())
     result = work.classify(shelf.get(""), [image])
-    shown = pages.show_tray([image], [name]) + pages.show_answers(result, [image])
+    shown = markup.show_tray([image], [name]) + markup.show_answers(result, [image])
     assert "<img src=x" not in shown
     assert work.to_csv([{"file_name": "=cmd()"}], [], []).splitlines()[1].startswith("'=cmd()")
+
+
+def answer_of(probabilities: dict[str, float], **more: Any) -> Any:
+    about = {
+        "file_name": "a.png", "label": max(probabilities, key=probabilities.__getitem__),
+        "probabilities": probabilities, "classes": None, "answered": None, "sentence": "s",
+        "support_distance": None,
+    }  # fmt: skip
+    return SimpleNamespace(**(about | more))
+
+
+def test_bars_stand_by_size_and_the_first_is_named() -> None:
+    names = [f"class_{k}" for k in range(9)]
+    probabilities = dict(
+        zip(names, [0.01, 0.02, 0.5, 0.03, 0.3, 0.04, 0.05, 0.02, 0.03], strict=True)
+    )
+    result = work.Classification([answer_of(probabilities)], "", [], [])
+    page = markup.show_answers(result, make_examples()[:1])
+    numbers = [float(n) for n in re.findall(r'class="n">([\d.]+)<', page)]
+    assert numbers == sorted(probabilities.values(), reverse=True)
+    assert re.findall(r"<dt>([^<]*) <span class=tag>most probable</span>", page) == ["class 2"]
+    assert "3 further classes, each below 0.03" in page
+
+
+def test_an_image_unlike_the_support_is_named_so() -> None:
+    far = answer_of({"a": 0.9, "b": 0.1}, answered=False, support_distance=2.3)
+    near = answer_of({"a": 0.9, "b": 0.1}, support_distance=0.4)
+    result = work.Classification([far, near], "", [], [])
+    page = markup.show_answers(result, make_examples()[:2])
+    assert page.count("Unlike what this model learned from.") == 1
+    assert "2 images classified, 1 unlike what the model learned from." in page
+    assert "0.4 of the limit" in page
+    assert page.count('class="bars unsure"') == 1
+    rows = work.to_table(result)
+    assert [row["unlike_support"] for row in rows] == ["yes", "no"]
+    table = list(csv.DictReader(io.StringIO(work.to_csv(rows, [], []))))
+    assert [row["answers"] for row in table] == ["no", ""]
+    assert [row["support_distance"] for row in table] == ["2.3", "0.4"]
+    assert "<td>yes</td><td>2.3</td>" in markup.show_batch(rows, [], [])
+
+
+def test_two_models_stand_side_by_side() -> None:
+    one = work.Classification([answer_of({"a": 0.9, "b": 0.1})] * 2, "", ["x", "both"], [])
+    second = [answer_of({"a": 0.9, "b": 0.1}), answer_of({"a": 0.1, "b": 0.9})]
+    other = work.Classification(second, "", ["both"], [])
+    page = markup.show_pair(["<m>", "n"], [one, other], make_examples()[:2])
+    assert "The two name the same class for 1 of 2 images." in page
+    assert page.count("Both name the same class") == page.count("They name different classes") == 1
+    assert page.count("both") == 1
+    assert "&lt;m&gt;: x" in page
+
+
+def test_patients_come_from_names_or_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    desk, session = Desk(Settings()), Session()
+    chosen = [(d, f"{d.patient}_{d.label}.png") for part in support().values() for d in part]
+    for place, label in enumerate(support()):
+        files = [(name, d.content) for d, name in chosen if d.label == label]
+        session.support[place], _ = read_uploads(files)
+    (tmp_path / "t.csv").write_text(
+        "file_name,patient_id\n" + "".join(f"{name},{d.patient}\n" for d, name in chosen)
+    )
+    table = [{"path": str(tmp_path / "t.csv"), "orig_name": "t.csv"}]
+    for by_name, given, expected in (
+        (False, None, "cannot be estimated"),
+        (True, None, "Each of 4"),
+        (False, table, "Each of 4"),
+    ):
+        _, _, shown, *_ = desk.adapt(
+            "mini", "prototype", "ignore", by_name, given, session, *support(), *[""] * 6,
+            progress=lambda *_, **__: None,
+        )  # fmt: skip
+        assert expected in shown
+    assert session.adapted is not None
+    assert session.adapted.loaded.ask().config.guard["groups"] == 4  # patients, not images
 
 
 def test_own_words(shelf: Shelf) -> None:
@@ -317,7 +396,7 @@ def test_heat_maps(shelf: Shelf, method: str) -> None:
     heat = work.draw_heat(shelf.get(""), image, method, "viable")
     assert heat.about["target"] == "viable"
     assert len(heat.about["values"]) == 8
-    assert "data:image/jpeg" in pages.show_heat(heat)
+    assert "data:image/jpeg" in markup.show_heat(heat)
 
 
 def support() -> dict[str, list[Any]]:
@@ -341,7 +420,7 @@ def test_adapting_measures_by_patient_and_can_be_loaded(shelf: Shelf, tmp_path: 
     assert all(weight.requires_grad for weight in loaded.towers.parameters())
     result = work.classify(adapted.loaded, make_examples()[:2])
     assert result.neighbours[0][0][0] == 0  # the nearest support image of the first is itself
-    assert make_examples()[0].name in pages.show_answers(
+    assert make_examples()[0].name in markup.show_answers(
         result, make_examples()[:2], adapted.support
     )
     archive = zipfile.ZipFile(work.zip_model(adapted, tmp_path, Settings()))
@@ -394,7 +473,7 @@ def test_without_patients_no_performance_is_estimated(shelf: Shelf) -> None:
 def test_what_cannot_be_adapted(shelf: Shelf) -> None:
     both = support()
     for given, method, reason in (
-        ({"a": both["viable"]}, "prototype", "2 to 6"),
+        ({"a": both["viable"]}, "prototype", "2 to 8"),
         ({"a": both["viable"], "b": both["viable"]}, "prototype", "one class"),
         (both, "lora", "Unknown method"),
         (both, "transclip", "Unknown method"),
@@ -478,7 +557,7 @@ def test_endpoints_refuse_with_the_same_sentence(client: Client, name: str, tmp_
 
 
 def test_endpoints_read_no_files_of_the_server(client: Client, served: Served) -> None:
-    kept = SPACE / "requirements.txt"
+    kept = SPACE / "README.md"
     with pytest.raises(AppError, match="uploaded files"):
         client.predict([{"path": str(kept)}], api_name="/classify")
     marked = {"path": str(kept), "meta": {"_type": "gradio.FileData"}}
@@ -700,7 +779,7 @@ def test_an_outline_goes_through_the_page(shelf: Shelf, tmp_path: Path) -> None:
     assert abs(shown[inside].mean() - whole[inside].mean()) < 5
     assert shown[~inside].mean() > whole[~inside].mean() + 20
     assert shown[~inside].std() > 10
-    assert "8 images, 8 with an outline" in pages.show_tray(
+    assert "8 images, 8 with an outline" in markup.show_tray(
         [i for p in support.values() for i in p]
     )
     adapted = work.adapt_classifier(shelf.get(""), support, "linear_probe", outline="blank+pool")
@@ -710,8 +789,8 @@ def test_an_outline_goes_through_the_page(shelf: Shelf, tmp_path: Path) -> None:
     hidden = "crescents, adhesions, ischaemia"
     assert hidden in adapted.card
     assert any(hidden in note for note in adapted.notes)
-    assert hidden in pages.show_model(adapted.loaded)
-    assert "inside of the outline" in pages.show_model(adapted.loaded)
+    assert hidden in markup.show_model(adapted.loaded)
+    assert "inside of the outline" in markup.show_model(adapted.loaded)
     images = support["pale"] + support["dark"]
     answers = work.classify(adapted.loaded, images)
     pictures = [hf_glovlm.open_outlined({"bytes": i.content, "path": i.name}) for i in images]
@@ -732,6 +811,6 @@ def test_an_outline_that_is_needed_is_asked_for(shelf: Shelf, tmp_path: Path) ->
     with pytest.raises(GloVLMError, match=r"needs the outline .* 1 of 8 have none"):
         work.adapt_classifier(shelf.get(""), support, "prototype", outline="blank+pool")
     centred = work.adapt_classifier(shelf.get(""), support, "prototype", outline="centre")
-    assert "a circle in the middle" in pages.show_model(centred.loaded)
+    assert "a circle in the middle" in markup.show_model(centred.loaded)
     with pytest.raises(GloVLMError, match="outline"):
         work.adapt_classifier(shelf.get(""), support, "prototype", outline="inside")

@@ -26,7 +26,7 @@ os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(
 )
 
 import gradio as gr
-import pages
+import markup
 from desk import MIN_BOXES, MOST_PROBABLE, NO_SECOND, WORDS, Desk, Session, show_errors
 from gate import Gate
 from labelled_sets import IMAGES
@@ -56,6 +56,7 @@ LOOKS = {  # contrasts of 4.5 and more in light and dark, labels as plain text
     "button_primary_background_fill_dark": "*primary_700",
     "button_primary_background_fill_hover": "*primary_800",
     "button_primary_background_fill_hover_dark": "*primary_600",
+    "button_secondary_background_fill_hover_dark": "*neutral_600",
     "checkbox_label_background_fill_selected": "*primary_700",
     "checkbox_label_background_fill_selected_dark": "*primary_700",
     "input_border_color": "*neutral_300", "input_border_width": "1px", "input_shadow": "none",
@@ -81,7 +82,7 @@ def build(settings: Settings | None = None) -> gr.Blocks:
         title="Glomeruli and words", analytics_enabled=False, delete_cache=(60, OFFERED)
     ) as page:
         session = gr.State(Session(), time_to_live=KEPT)
-        gr.HTML(pages.HEADER, elem_id="header")
+        gr.HTML(markup.HEADER, elem_id="header")
         where = "Hub id, backbone or folder" if desk.settings.folders else "Hub id or backbone"
         with gr.Row(elem_classes="two"):
             model = gr.Dropdown(
@@ -105,11 +106,11 @@ def build(settings: Settings | None = None) -> gr.Blocks:
                         "Download CSV", interactive=False, elem_id="batch-csv"
                     )
                 with gr.Column(elem_classes="answer"):
-                    counts = gr.HTML(pages.show_empty("batch"), elem_id="batch-counts")
+                    counts = gr.HTML(markup.show_empty("batch"), elem_id="batch-counts")
             with gr.Tab("About", id="about"):
-                gr.Markdown(pages.read_card(), elem_id="card")
+                gr.Markdown(markup.read_card(), elem_id="card")
         # Opened at the start, so that nobody waits while `auto` measures.
-        gr.HTML(pages.show_footer(desk.shelf.engine), elem_id="foot")
+        gr.HTML(markup.show_footer(desk.shelf.engine), elem_id="foot")
 
         # First of all, so that the names are theirs.
         for name in ("describe", "classify", "own_words", "compare", "batch", "heat_map"):
@@ -120,7 +121,9 @@ def build(settings: Settings | None = None) -> gr.Blocks:
             event: Any, function: Any, inputs: Any, outputs: Any, reveal: str = "", **more: Any
         ) -> None:
             # Not preprocessed: Gradio would keep an empty file for every upload.
-            step = event(show_errors(function), inputs, outputs, preprocess=False, **PRIVATE, **more)
+            step = event(
+                show_errors(function), inputs, outputs, preprocess=False, **PRIVATE, **more
+            )
             if reveal:
                 step.success(None, None, None, js=f"() => reveal('{reveal}')", **PRIVATE)
 
@@ -146,8 +149,8 @@ def _lay_out_classify(choices: list[str]) -> dict[str, Any]:
                 label="Images of single glomeruli", file_count="multiple", file_types=TYPES,
                 height=130, elem_id="images",
             )  # fmt: skip
-            gallery = gr.HTML(pages.show_gallery(), js_on_load=PICK, elem_id="examples")
-            tray = gr.HTML(pages.show_tray([]), elem_id="tray")
+            gallery = gr.HTML(markup.show_gallery(), js_on_load=PICK, elem_id="examples")
+            tray = gr.HTML(markup.show_tray([]), elem_id="tray")
             with gr.Accordion("Options: second model, words, scale", open=False, elem_id="options"):
                 other = gr.Dropdown(
                     [NO_SECOND, *choices], value=NO_SECOND, allow_custom_value=True,
@@ -161,8 +164,8 @@ def _lay_out_classify(choices: list[str]) -> dict[str, Any]:
                 lines = gr.Textbox(
                     label="Your classes and prompts", lines=6, max_lines=20, visible=False,
                     elem_id="own-lines",
-                    info="A line a class: its name, a colon, its prompts with | between them. Needs "
-                    "a model whose image and text towers share a space.",
+                    info="A line a class: its name, a colon, its prompts with | between them. "
+                    "Needs a model whose image and text towers share a space.",
                 )  # fmt: skip
                 mpp = gr.Textbox(
                     label="Micrometres per pixel, if known", placeholder="0.25", elem_id="mpp"
@@ -171,7 +174,7 @@ def _lay_out_classify(choices: list[str]) -> dict[str, Any]:
                 ask = gr.Button("Classify", variant="primary", elem_id="classify")
                 remove = gr.Button("Remove all", elem_id="remove")
         with gr.Column(elem_classes="answer"):
-            answers = gr.HTML(pages.show_empty("answers"), elem_id="answers")
+            answers = gr.HTML(markup.show_empty("answers"), elem_id="answers")
             with gr.Accordion("Heat map", open=False, elem_id="heat-open"):
                 with gr.Row(elem_classes="three"):
                     image = gr.Dropdown([], label="Image", elem_id="heat-image")
@@ -198,9 +201,7 @@ def _lay_out_classify(choices: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _connect_classify(
-    desk: Desk, on: Any, parts: dict[str, Any], model: Any, session: Any
-) -> None:
+def _connect_classify(desk: Desk, on: Any, parts: dict[str, Any], model: Any, session: Any) -> None:
     tray, image, which, lines = (parts[name] for name in ("tray", "image", "which", "lines"))
     asked = [model, parts["other"], which, lines, parts["mpp"], session]
     on(
@@ -231,7 +232,7 @@ def _lay_out_adapt() -> dict[str, Any]:
     """The boxes and buttons of the tab Adapt."""
     with gr.Row(elem_classes="two"):
         with gr.Column():
-            gr.HTML(pages.ADAPTING)
+            gr.HTML(markup.ADAPTING)
             pack = gr.File(
                 label="A ZIP of images with a table, or with one folder per class",
                 file_types=[".zip"], height=130, elem_id="set-zip",
@@ -258,7 +259,7 @@ def _lay_out_adapt() -> dict[str, Any]:
                             file_types=TYPES, height=120, elem_id=f"class-images-{k}",
                         )
                     )  # fmt: skip
-                    trays.append(gr.HTML(pages.show_tray([]), elem_id=f"class-tray-{k}"))
+                    trays.append(gr.HTML(markup.show_tray([]), elem_id=f"class-tray-{k}"))
             more = gr.Button("One more class", elem_id="more-classes")
             with gr.Accordion("Patients of dropped images", open=False, elem_id="patients-open"):
                 by_name = gr.Checkbox(
@@ -281,7 +282,7 @@ def _lay_out_adapt() -> dict[str, Any]:
             )  # fmt: skip
             start = gr.Button("Adapt", variant="primary", elem_id="adapt-start")
         with gr.Column(elem_classes="answer"):
-            result = gr.HTML(pages.show_empty("adapt"), elem_id="adapt-result", min_height=60)
+            result = gr.HTML(markup.show_empty("adapt"), elem_id="adapt-result", min_height=60)
             with gr.Row(elem_classes="buttons"):
                 download = gr.DownloadButton(
                     "Download the model", interactive=False, elem_id="adapt-zip"
@@ -289,9 +290,9 @@ def _lay_out_adapt() -> dict[str, Any]:
                 use = gr.Button("Use this model above", elem_id="adapt-use", interactive=False)
     return {
         "pack": pack, "folder": folder, "read": read, "fill": fill, "clear": clear,
-        "names": names, "boxes": boxes, "trays": trays, "folds": folds, "more": more, "by_name": by_name,
-        "table": table, "method": method, "outline": outline, "start": start, "result": result,
-        "download": download, "use": use,
+        "names": names, "boxes": boxes, "trays": trays, "folds": folds, "more": more,
+        "by_name": by_name, "table": table, "method": method, "outline": outline, "start": start,
+        "result": result, "download": download, "use": use,
     }  # fmt: skip
 
 
@@ -304,7 +305,7 @@ def _connect_adapt(
     on(parts["clear"].click, desk.clear_support, [session], filled)
     on(parts["more"].click, desk.add_box, [session], [session, *parts["folds"]])
     for box in (parts["pack"], parts["folder"]):
-        on(box.upload, desk.read_support, [box, session], [box, *filled])
+        on(box.upload, desk.read_support, [box, session], [box, parts["outline"], *filled])
     for k, (box, tray) in enumerate(zip(parts["boxes"], trays, strict=True)):
 
         def add(files: Any, held: Session, place: int = k) -> tuple[Any, ...]:

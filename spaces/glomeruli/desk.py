@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import pages
+import markup
 from labelled_sets import MAX_SET, read_set
 from shelf import Loaded, Settings, Shelf
 from uploads import MAX_BATCH, Upload, make_examples, read_patients, read_uploads, take_files
@@ -34,6 +34,7 @@ Files = list[dict[str, Any]] | None  # as Gradio hands them on, not preprocessed
 ADAPTED = "adapted here"
 MOST_PROBABLE = "the most probable class"
 MIN_BOXES = 2  # of classes
+INSIDE = "blank+pool"  # what a model sees of images that all have an outline
 NO_SECOND = "none"  # in place of a second model
 WORDS = ("the model's own", "mine")  # whose classes are asked for
 CHUNK = BATCH  # images of a batch between two signs of progress
@@ -87,13 +88,13 @@ class Desk:
         """Load and describe a model; its classes go to the heat map and to own words."""
         loaded = self.find(name, session)
         if loaded.classifier is None:
-            return pages.show_model(loaded), "", gr.update(), gr.update()
+            return markup.show_model(loaded), "", gr.update(), gr.update()
         config = loaded.classifier.config
         names = [str(label) for label in config.id2label.values()]
         targets = gr.Dropdown(choices=[MOST_PROBABLE, *names], value=MOST_PROBABLE)
         texts = config.prompts or [[name.replace("_", " ")] for name in names]
         words = "\n".join(f"{n}: {' | '.join(t)}" for n, t in zip(names, texts, strict=True))
-        return pages.show_model(loaded), pages.show_words(config), targets, words
+        return markup.show_model(loaded), markup.show_words(config), targets, words
 
     def use_adapted(self, session: Session) -> tuple[Any, ...]:
         """Choose the session's own model."""
@@ -109,7 +110,8 @@ class Desk:
         event: gr.EventData,
     ) -> tuple[Any, ...]:  # fmt: skip
         """Put the synthetic drawing that was clicked into the tray, and classify it."""
-        picked = [d for d in pages.first_examples() if d.name == event.example]
+        name_of = (event._data or {}).get("example")
+        picked = [drawing for drawing in markup.first_examples() if drawing.name == name_of]
         if not picked:
             raise GloVLMError("There is no such drawing.")
         there = {image.name for image in session.images}
@@ -125,7 +127,7 @@ class Desk:
     def _tray(self, session: Session, refused: list[str] | None = None) -> tuple[Any, ...]:
         names = [image.name for image in session.images]
         choice = gr.Dropdown(choices=names, value=names[0] if names else None)
-        return pages.show_tray(session.images, refused or []), choice
+        return markup.show_tray(session.images, refused or []), choice
 
     def classify(
         self, name: str, other: str, which: str, words: str, mpp: str, session: Session
@@ -139,9 +141,9 @@ class Desk:
             models = [ask_in_words(loaded, prompts) for loaded in models]
         results = [classify(loaded, session.images, pixel) for loaded in models]
         if len(results) > 1:
-            return pages.show_pair([loaded.name for loaded in models], results, session.images)
+            return markup.show_pair([loaded.name for loaded in models], results, session.images)
         support = session.adapted.support if name == ADAPTED and session.adapted else []
-        return pages.show_answers(results[0], session.images, support)
+        return markup.show_answers(results[0], session.images, support)
 
     def heat(
         self, name: str, image: str, method: str, target: str, session: Session
@@ -152,7 +154,7 @@ class Desk:
             raise GloVLMError("Choose one of the images above for a heat map.")
         asked = None if target == MOST_PROBABLE else target
         heat = draw_heat(self.find(name, session), chosen, method, asked)
-        return pages.show_heat(heat), gr.Slider(visible=True)
+        return markup.show_heat(heat), gr.Slider(visible=True)
 
     def batch(
         self, name: str, files: Files, session: Session,
@@ -170,31 +172,39 @@ class Desk:
         limits = describe_limits(loaded.ask().config)
         table = to_csv(rows, refused, limits)
         download = gr.DownloadButton(value=str(write_text(table)), interactive=True)
-        return None, pages.show_batch(rows, refused, limits), download
+        return None, markup.show_batch(rows, refused, limits), download
 
     def add_support(self, place: int, files: Files, session: Session) -> tuple[Any, ...]:
         """Put uploads into a class's box."""
         kept = session.support.get(place, ())
         session.support[place], refused = read_uploads(take_files(files), kept)
-        return None, session, pages.show_tray(session.support[place], refused)
+        return None, session, markup.show_tray(session.support[place], refused)
 
     def fill_support(self, session: Session) -> tuple[Any, ...]:
         """Fill the boxes with images of four synthetic patients."""
         labels = list(dict.fromkeys(d.label for d in make_examples()))
         support = {x: [d for d in make_examples() if d.label == x] for x in labels}
         note = "Synthetic drawings of four invented patients."
-        return self._fill(session, support, pages.show_set(support, [note], []))
+        return self._fill(session, support, markup.show_set(support, [note], []))
 
     def read_support(self, files: Files, session: Session) -> tuple[Any, ...]:
         """Fill the boxes from a ZIP or a folder with a table."""
         read = read_set(take_files(files))
+        notes, outline = read.notes, gr.update()
+        if read.support and all(i.outline for part in read.support.values() for i in part):
+            outline = gr.Dropdown(value=INSIDE)
+            notes = [
+                "All images have an outline: the model will see its inside, unless another is "
+                "chosen under 'What the model sees'.",
+                *notes,
+            ]
         if len(read.support) > MAX_CLASSES:
             raise GloVLMError(
                 f"The set has {len(read.support)} classes, at most {MAX_CLASSES} are taken here: "
                 "leave some out, or use `glovlm train` on your own machine."
             )
-        shown = pages.show_set(read.support, read.notes, read.refused)
-        return None, *self._fill(session, read.support, shown)
+        shown = markup.show_set(read.support, notes, read.refused)
+        return None, outline, *self._fill(session, read.support, shown)
 
     def clear_support(self, session: Session) -> tuple[Any, ...]:
         """Empty the boxes."""
@@ -211,7 +221,7 @@ class Desk:
         """The session, what was read, then names, trays and folds of all boxes."""
         session.support = dict(enumerate(list(part) for part in support.values()))
         names = [*support, *[""] * (MAX_CLASSES - len(support))]
-        trays = [pages.show_tray(session.support.get(k, [])) for k in range(MAX_CLASSES)]
+        trays = [markup.show_tray(session.support.get(k, [])) for k in range(MAX_CLASSES)]
         session.boxes = max(MIN_BOXES, len(support))
         folds = [
             gr.Accordion(
@@ -248,7 +258,7 @@ class Desk:
         except GloVLMError as error:
             limits = [str(error), *limits]
             download = gr.DownloadButton(interactive=False)
-        shown = pages.show_adapted(
+        shown = markup.show_adapted(
             session.adapted.estimate, session.adapted.results, session.adapted.notes, limits
         )
         choices = [*self.settings.choices, ADAPTED]

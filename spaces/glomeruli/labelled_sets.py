@@ -86,7 +86,10 @@ def read_set(files: Sequence[tuple[str, bytes]]) -> LabelledSet:
     except GloVLMError as error:
         sentence = str(error).replace(f"{folder}/", "").replace(str(folder), origin)
         raise GloVLMError(sentence) from None
-    except (OSError, UnicodeError) as error:  # two names that this disk takes for one, or one too long for it
+    except (
+        OSError,
+        UnicodeError,
+    ) as error:  # two names that this disk takes for one, or one too long for it
         reason = getattr(error, "strerror", None) or "a name that this disk does not take"
         raise GloVLMError(f"{origin} cannot be unpacked here ({reason}).") from None
     finally:
@@ -139,7 +142,11 @@ def unpack(name: str, content: bytes) -> tuple[dict[str, bytes], list[str]]:
         encrypted = "encrypted" in str(error)
         raise GloVLMError(
             f"{name} is "
-            + ("encrypted: pack it without a password." if encrypted else "no ZIP that can be read.")
+            + (
+                "encrypted: pack it without a password."
+                if encrypted
+                else "no ZIP that can be read."
+            )
         ) from None
     return _choose(members)
 
@@ -250,7 +257,9 @@ def _patients(rows: Any) -> tuple[list[str], list[str]]:
             "of each in a column patient_id."
         ]
     groups = group_rows(rows)
-    notes = [f"{groups.note[:1].upper()}{groups.note[1:]}."] if groups.column != "patient_id" else []
+    notes = (
+        [f"{groups.note[:1].upper()}{groups.note[1:]}."] if groups.column != "patient_id" else []
+    )
     if unknown := known.count(False):
         notes.append(
             f"The patient of {unknown} of {len(rows)} images is not stated, so no performance is "

@@ -17,7 +17,7 @@
   // A folder's files carry their folders in their names, so that class folders can be read.
   document.addEventListener("change", (event) => {
     const box = event.target;
-    if (!(box instanceof HTMLInputElement) || !box.webkitdirectory || event.renamed) return;
+    if (!(box instanceof HTMLInputElement) || !box.webkitdirectory) return;
     const files = new DataTransfer();
     for (const file of [...box.files].slice(0, MOST_FILES)) {
       const path = file.webkitRelativePath || file.name;
@@ -72,6 +72,11 @@
     if (button.ariaExpanded !== open) button.ariaExpanded = open;
   };
   const mend = () => {
+    // A message's head is a button around its button to close.
+    document.querySelectorAll(".toast-header[role]").forEach((head) => {
+      head.removeAttribute("role");
+      head.removeAttribute("tabindex");
+    });
     document.querySelectorAll("table.sortable").forEach(prepare);
     document.querySelectorAll("button.upload-container").forEach(name);
     document.querySelectorAll("button.label-wrap").forEach(fold);

@@ -110,9 +110,25 @@ def classify(loaded: Loaded, images: Sequence[Upload], mpp: float | None = None)
     return Classification(
         describe_predictions(predictions, model.config),
         scale,
-        [*outline_notes(model.config, rows), *describe_limits(model.config)],
+        [
+            *_unused_outlines(model.config, images),
+            *outline_notes(model.config, rows),
+            *describe_limits(model.config),
+        ],
         neighbours,
     )
+
+
+def _unused_outlines(config: Any, images: Sequence[Upload]) -> list[str]:
+    """A sentence where images carry an outline that the model does not ask for."""
+    number = sum(bool(image.outline) for image in images)
+    if not number or config.outline not in ("ignore", "centre"):
+        return []
+    sees = "the whole image" if config.outline == "ignore" else "a circle in its middle"
+    return [
+        f"{number} of {len(images)} images have an outline, which has no part here: this model "
+        f"sees {sees}."
+    ]
 
 
 def ask_in_words(loaded: Loaded, prompts: Mapping[str, Sequence[str]]) -> Loaded:
@@ -297,8 +313,9 @@ def adapt_classifier(
     )  # fmt: skip
     model = Loaded("adapted here", adapted.model.glovlm, processor, adapted.model)
     card = _write_card(loaded.name, model, support, known, method, validation.sentence)
+    notes = [*_unused_outlines(adapted.model.config, images), *adapted.notes]
     return AdaptedModel(
-        model, images, validation.sentence, validation.results, adapted.notes, card,
+        model, images, validation.sentence, validation.results, notes, card,
         frozenset(filter(None, known)),
     )  # fmt: skip
 

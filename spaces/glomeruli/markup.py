@@ -26,9 +26,9 @@ HEADER = f"""
 last click; nothing is stored or sent elsewhere.</p></header>
 """
 ADAPTING = """
-<p class="glo quiet">Give labelled images as a ZIP, as a folder, or by dropping them class by class. A
-table names the file, the class and the patient of each image. With patients, each one is predicted by a
-model that did not learn from that patient; without, no performance is estimated.</p>
+<p class="glo quiet">Give labelled images as a ZIP, as a folder, or by dropping them class by class.
+A table names the file, the class and the patient of each image. With patients, each one is
+predicted by a model that did not learn from that patient; without, no performance is estimated.</p>
 """
 LICENCE = "https://www.apache.org/licenses/LICENSE-2.0"
 EMPTY = {  # what an answer's place shows before there is one
@@ -167,7 +167,9 @@ def show_engine(engine: Mapping[str, Any]) -> str:
 def show_footer(engine: Mapping[str, Any]) -> str:
     """Foot of the page: licence, documentation, cards, and what computes."""
     docs = os.environ.get("GLOVLM_DOCS", "").strip()
-    place = f'href="{escape(docs)}"' if re.match("https?://", docs) else 'href="#card" data-tab="About"'
+    place = (
+        f'href="{escape(docs)}"' if re.match("https?://", docs) else 'href="#card" data-tab="About"'
+    )
     links = [
         f'<a href="{LICENCE}">Licence: Apache-2.0</a>',
         f"<a {place}>Documentation</a>",
@@ -225,9 +227,7 @@ def show_answers(
                 f"{label}, cosine {cosine:.2f}"
                 for row, label, cosine in near
             ]
-            more = (
-                f"<details><summary>Nearest support images</summary>{_list(cases)}</details>"
-            )
+            more = f"<details><summary>Nearest support images</summary>{_list(cases)}</details>"
         cards.append(
             f'<article><img src="{image.thumbnail}" alt="">'
             f"<div><h2>{_name(answer.file_name)}{_origin(image)}</h2>"
@@ -301,9 +301,9 @@ def show_heat(heat: Heat) -> str:
         "</figure>"
         f'<figure><div class="heat"><img src="{heat.image}" alt=""><img src="{heat.colours}" '
         f'alt="Heat map over the image"></div><figcaption>{escape(heat.title)}: '
-        f'{_class(heat.about["target"])}</figcaption></figure></div>'
-        f'<div class="scale"><span>{heat.low:.3g}</span><i role="img" aria-label="Colours from dark '
-        f'blue for {heat.low:.3g} to yellow for {heat.high:.3g}" '
+        f"{_class(heat.about['target'])}</figcaption></figure></div>"
+        f'<div class="scale"><span>{heat.low:.3g}</span><i role="img" aria-label="Colours from '
+        f'dark blue for {heat.low:.3g} to yellow for {heat.high:.3g}" '
         f'style="background:linear-gradient(90deg, {_gradient()})"></i><span>{heat.high:.3g}</span>'
         f'</div><p class="quiet">{escape(heat.legend)}</p>',
         _paragraphs(heat.sentences),
@@ -378,7 +378,8 @@ def show_pair(
         f'<article class="pair"><header><img src="{image.thumbnail}" alt=""><div>'
         f"<h2>{_name(image.name)}{_origin(image)}</h2>"
         f'<p class="{"same" if same else "differ"}">'
-        f"{'Both name the same class' if same else 'They name different classes'}</p></div></header>"
+        f"{'Both name the same class' if same else 'They name different classes'}</p></div>"
+        "</header>"
         + "".join(
             f"<section><h3>{_name(name)}</h3>{_sentence(a)}"
             f"{_bars(a.probabilities, a.answered is False)}</section>"
