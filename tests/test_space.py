@@ -799,6 +799,8 @@ def test_an_outline_goes_through_the_page(shelf: Shelf, tmp_path: Path) -> None:
     actual = [list(answer.probabilities.values()) for answer in answers.answers]
     np.testing.assert_allclose(actual, expected, atol=1e-5)
     assert not any("have no outline" in sentence for sentence in answers.limits)
+    whole = work.classify(shelf.get(""), [images[0], make_examples()[0]])
+    assert whole.limits[0].startswith("1 of 2 images have an outline, which has no part here")
     bare = work.classify(adapted.loaded, [read_upload("bare.png", png()), *images[:1]])
     assert bare.limits[0].startswith("1 of 2 images have no outline")
     heat = work.draw_heat(adapted.loaded, first, "occlusion")

@@ -137,6 +137,12 @@ def test_masks_become_outlines() -> None:
     outlined = hf_glovlm.open_outlined({"bytes": first.content, "path": first.name})
     assert (np.asarray(outlined.getchannel("A")) == np.asarray(mask)).all()
     assert "4 with an outline" in markup.show_set(read.support, [], [])
+    place = Path(os.environ["GRADIO_TEMP_DIR"]) / "set.zip"
+    place.write_bytes(pack({**members, **drawings()}))
+    sent = [{"path": str(place), "orig_name": "set.zip"}]
+    _, chosen, _, shown, *_ = Desk(Settings()).read_support(sent, Session())
+    assert chosen["value"] == "blank+pool"  # the inside, where all have one, and it is stated
+    assert "All images have an outline: the model will see its inside" in shown
 
 
 def lying_zip() -> bytes:

@@ -192,7 +192,7 @@ class Desk:
         read = read_set(take_files(files))
         notes, outline = read.notes, gr.update()
         if read.support and all(i.outline for part in read.support.values() for i in part):
-            outline = gr.Dropdown(value=INSIDE)
+            outline = gr.update(value=INSIDE)
             notes = [
                 "All images have an outline: the model will see its inside, unless another is "
                 "chosen under 'What the model sees'.",
