@@ -210,6 +210,9 @@ def test_adapt_from_a_zip_and_a_folder_then_batch(
     assert "Nothing says whose images these are" in page.inner_text("#set-read")
     page.click("#adapt-start")
     visit.wait("#adapt-result >> text=Performance cannot be estimated from this upload")
+    (tmp_path / "broken.zip").write_bytes(b"no zip")
+    visit.drop("#set-zip", tmp_path / "broken.zip")
+    visit.wait("#set-read .refused >> text=broken.zip is no ZIP that can be read.")
     page.click("#support-clear")
     visit.wait("#set-read table", 0)
     rows = [f"{path.name},{path.stem.split('_', 1)[1]},{path.name[:4]}" for path in chosen]

@@ -58,7 +58,9 @@ def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments, **options)
         except GloVLMError as error:
-            raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
+            raise gr.Error(
+                html.escape(str(error), quote=False), duration=20, print_exception=False
+            ) from None
 
     return call
 
@@ -189,7 +191,16 @@ class Desk:
 
     def read_support(self, files: Files, session: Session) -> tuple[Any, ...]:
         """Fill the boxes from a ZIP or a folder with a table."""
-        read = read_set(take_files(files))
+        try:
+            read = read_set(take_files(files))
+            if len(read.support) > MAX_CLASSES:
+                raise GloVLMError(
+                    f"The set has {len(read.support)} classes, at most {MAX_CLASSES} are taken "
+                    "here: leave some out, or use `glovlm train` on your own machine."
+                )
+        except GloVLMError as error:  # said where its table would stand; the boxes stay
+            same = [gr.update()] * (3 * MAX_CLASSES)
+            return None, gr.update(), session, markup.show_refused([str(error)]), *same
         notes, outline = read.notes, gr.update()
         if read.support and all(i.outline for part in read.support.values() for i in part):
             outline = gr.update(value=INSIDE)
@@ -198,11 +209,6 @@ class Desk:
                 "chosen under 'What the model sees'.",
                 *notes,
             ]
-        if len(read.support) > MAX_CLASSES:
-            raise GloVLMError(
-                f"The set has {len(read.support)} classes, at most {MAX_CLASSES} are taken here: "
-                "leave some out, or use `glovlm train` on your own machine."
-            )
         shown = markup.show_set(read.support, notes, read.refused)
         return None, outline, *self._fill(session, read.support, shown)
 

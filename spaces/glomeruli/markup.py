@@ -78,6 +78,11 @@ def _refused(sentences: Sequence[str]) -> str:
     return _mark(sentences, "refused", "Further files that were not taken")
 
 
+def show_refused(sentences: Sequence[str]) -> str:
+    """Why something was not taken."""
+    return _wrap('<div role="alert">', _refused(sentences), "</div>")
+
+
 def _status(text: str) -> str:
     return f'<p class="quiet" role="status">{escape(text)}</p>'
 

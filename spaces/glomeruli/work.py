@@ -79,7 +79,7 @@ class Classification:
 def make_rows(images: Sequence[Upload], mpp: float | None = None) -> Dataset:
     """Images as a data set in memory."""
     if not images:
-        raise GloVLMError("There are no images yet: drop some, or add the examples.")
+        raise GloVLMError("There are no images yet: drop some, or click a drawing.")
     if mpp is not None and not 0 < mpp < 100:
         raise GloVLMError(f"Expected micrometres per pixel between 0 and 100, found {mpp:g}.")
     columns: dict[str, list[Any]] = {
