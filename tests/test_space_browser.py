@@ -282,7 +282,10 @@ def test_a_calibrated_model_shows_sets_and_abstains(served: Served, tmp_path: Pa
         model = page.locator("#model input")
         model.fill(str(tmp_path / "run"))
         model.press("Enter")
-        visit.wait("#about-model >> text=Calibrated on 100 images of 10 groups")
+        fitted = page.locator("#about-model >> text=Calibrated on 100 images of 10 groups")
+        fitted.first.wait_for(state="attached")
+        page.click("#about-model summary")
+        playwright.expect(fitted.first).to_be_visible()
         for k in range(5):
             page.locator("#examples button").nth(k).click()
             visit.wait("#tray img", k + 1)
