@@ -4,7 +4,6 @@ Nothing on a page comes from another host: no font, no script, no inventory of a
 """
 
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -22,6 +21,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pygments.lexers import TextLexer  # noqa: E402
 
 from hf_glovlm import __version__  # noqa: E402
 
@@ -84,18 +85,6 @@ pygments_dark_style = "a11y-high-contrast-dark"
 copybutton_exclude = ".linenos, .gp, .go"
 
 
-def leave_out_unwritten(app, docname: str, source: list[str]) -> None:
-    """Pages of the first page's lists that are not there yet."""
-    if docname == "index":
-        lines = source[0].splitlines()
-        page = re.compile(r"[a-z/-]+")
-        source[0] = "\n".join(
-            line
-            for line in lines
-            if not page.fullmatch(line) or (ROOT / "docs" / f"{line}.md").is_file()
-        )
-
-
 def give_captions_a_level(app, page: str, template: str, context: dict, doctree: object) -> None:
     """Captions of the sidebar are headings without a level, which readers aloud need."""
     tree = context.get("furo_navigation_tree", "")
@@ -105,5 +94,5 @@ def give_captions_a_level(app, page: str, template: str, context: dict, doctree:
 
 
 def setup(app) -> None:
-    app.connect("source-read", leave_out_unwritten)
+    app.add_lexer("csv", TextLexer)  # Pygments has none
     app.connect("html-page-context", give_captions_a_level, priority=900)  # after the theme

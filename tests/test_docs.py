@@ -81,7 +81,8 @@ def read_command(words: list[str], *, whole: bool = True) -> dict[str, Any]:
         The command's parameters.
     """
     command: Any = command_line()
-    rest, path = list(words), []
+    rest: list[str] = [] if words[:1] == ["COMMAND"] else list(words)  # any of them
+    path: list[str] = []
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         name = rest.pop(0)
         assert name in command.commands, f"no command '{name}' in {' '.join(words)}"
