@@ -17,10 +17,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 os.environ |= {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
-    "MPLBACKEND": "Agg",
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.pop("MPLBACKEND", None)  # figures stand in the notebooks
 
 from pygments.lexers import TextLexer  # noqa: E402
 

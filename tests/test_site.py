@@ -79,6 +79,8 @@ def test_notebooks_show_what_they_computed(site: Path) -> None:
         assert "ynthetic" in text, name
         assert "Traceback" not in text, name
         assert "cell_output" in text, name
+    pictures = {name: text.count("<img ") for name, text in texts.items()}
+    assert pictures == {"first-run": 1, "outlines-to-sheet": 2, "compare-methods": 0}
     assert "Read by AB" in texts["outlines-to-sheet"]
     assert "not distinguishable" in texts["compare-methods"]
 
