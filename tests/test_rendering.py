@@ -63,7 +63,8 @@ def test_every_template_is_one_that_a_module_renders() -> None:
     """And each is read by the compiler: an unknown filter or a missing end is an error."""
     texts = [*TEMPLATES.parent.rglob("*.py"), *TEMPLATES.iterdir()]
     sources = "".join(path.read_text() for path in texts)
-    used = set(re.findall(r'(?:render|render_page)\("([\w.]+)"|extends "([\w.]+)"', sources))
-    assert {a or b for a, b in used} == {path.name for path in TEMPLATES.iterdir()}
+    before = r'(?:render\(|render_page\(|extends |import |"templates" / )'
+    used = {*re.findall(before + r'"([\w.]+)"', sources)}
+    assert used == {path.name for path in TEMPLATES.iterdir()}
     for path in TEMPLATES.iterdir():
         assert Environment(autoescape=False).parse(path.read_text()).body
