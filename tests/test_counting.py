@@ -409,7 +409,7 @@ def test_correction_pays_where_the_errors_are_the_same_everywhere() -> None:
         ({"min_objects": 31}, "found 6 slides, 0 so large"),
         ({"draws": 0}, "0 draws"),
         ({"slides": ["a"]}, "a class number and a slide each"),
-        ({"shots": 500}, "ask for fewer shots"),
+        ({"shots": 500}, "ask for 45 at most"),
     ],
 )
 def test_leave_slides_out_refuses(change: dict[str, Any], message: str) -> None:
