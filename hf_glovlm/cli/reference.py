@@ -71,7 +71,7 @@ def render_backbones() -> str:
     from ..backbones import BACKBONES
     from ..rendering import Markdown, table
 
-    header = ("name", "what", "input", "scale", "pretrained on", "stains", "licence", "access")
+    header = ("name", "what", "licence", "access", "input", "scale", "stains", "pretrained on")
     whats = {"dual": "image and text", "vision": "image; pair it with a text", "text": "text"}
     rows = []
     for row in BACKBONES.values():
@@ -81,12 +81,12 @@ def render_backbones() -> str:
         rows.append([
             Markdown(f"[`{row.name}`]({row.page})" if row.page else f"`{row.name}`"),
             whats[row.kind],
-            f"{row.image_size} px" if row.image_size else "",
-            "" if row.kind == "text" else f"{row.magnification}{at}",
-            row.pretrained_on,
-            "" if row.kind == "text" else stains or "none",
             row.license + (f" ({restrictions})" if restrictions else ""),
             "ask on its page" if row.gated else "in the package" if row.page is None else "open",
+            f"{row.image_size} px" if row.image_size else "",
+            "" if row.kind == "text" else f"{row.magnification}{at}",
+            "" if row.kind == "text" else stains or "none",
+            row.pretrained_on,
         ])  # fmt: skip
     return str(table(rows, header))
 
