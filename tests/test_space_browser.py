@@ -83,7 +83,12 @@ class Visit:
     def check(self) -> None:
         """The page fits, axe finds nothing serious, and the warning stands there once."""
         assert self.view.overflow <= 0
-        assert self.view.serious == []
+        found = self.view.serious
+        for _ in range(10):  # what has just been answered is pale until it has faded in
+            if found:
+                self.page.wait_for_timeout(300)
+                found = self.view.serious
+        assert found == []
         assert self.page.inner_text("body").count(WARNING) == 1
 
     def shoot(self, what: str) -> None:
