@@ -350,14 +350,8 @@ def draw_forest(
                     xytext=(4, 0), textcoords="offset points", va="center", fontsize=FONT - 1.5,
                     color=_STAND_IN["soft"], parse_math=False,
                 )  # fmt: skip
-        axes.set_ylim(n - 0.5, -0.5)
-        if x_limits:
-            axes.set_xlim(*x_limits)
-        axes.grid(visible=True, axis="x")
         axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        _name_ticks(axes, "y", [one.label for one in estimates], FONT)
-        _name_axes(axes, x_label, "")
+        _lay_rows(axes, [one.label for one in estimates], x_label, x_limits)
         return _finish(figure, title, alt)
 
 
@@ -412,14 +406,8 @@ def draw_bars(
             if bounds[0] is not None and bounds[1] is not None:
                 axes.hlines(places, bounds[0][s], bounds[1][s], color=_STAND_IN["ink"], linewidth=1)
             axes.plot([], [], "s", color=_colour(s), label=_shown(name))
-        axes.set_ylim(n - 0.5, -0.5)
-        if x_limits:
-            axes.set_xlim(*x_limits)
-        axes.grid(visible=True, axis="x")
         axes.set_axisbelow(True)
-        axes.tick_params(axis="y", length=0)
-        _name_ticks(axes, "y", labels, FONT)
-        _name_axes(axes, x_label, "")
+        _lay_rows(axes, labels, x_label, x_limits)
         if series:
             _add_legend(figure, axes, k)
         return _finish(figure, title, alt)
@@ -618,6 +606,19 @@ def _check(parts: Any, title: str) -> None:
                 )
 
 
+def _lay_rows(
+    axes: "Axes", names: Sequence[str], x_label: str, x_limits: tuple[float, float] | None
+) -> None:
+    """Axes of a chart with a name a row, from above."""
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    if x_limits:
+        axes.set_xlim(*x_limits)
+    axes.grid(visible=True, axis="x")
+    axes.tick_params(axis="y", length=0)
+    _name_ticks(axes, "y", names, FONT)
+    _name_axes(axes, x_label, "")
+
+
 def _name_axes(axes: "Axes", x_label: str, y_label: str) -> None:
     axes.set_xlabel(_shown(x_label, 80), parse_math=False)
     axes.set_ylabel(_shown(y_label, 60), parse_math=False)
@@ -642,8 +643,7 @@ def _name_ticks(
 
 def _add_legend(figure: "Figure", axes: "Axes", n: int) -> None:
     """The legend: inside for a few names, below for many."""
-    columns = 1 if n <= 4 else 2
-    where = {"loc": "best"} if n <= 4 else {"loc": "outside lower center", "ncols": columns}
-    legend = axes.legend(**where) if n <= 4 else figure.legend(**where)
+    few = n <= 4
+    legend = axes.legend(loc="best") if few else figure.legend(loc="outside lower center", ncols=2)
     for text in legend.get_texts():
         text.set_parse_math(False)

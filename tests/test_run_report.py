@@ -5,7 +5,6 @@ import io
 import json
 import re
 from collections.abc import Callable, Mapping
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 import run_made
 from markupsafe import escape
+from page_text import HOSTILE, Page, values
 from pages import check_page
 from PIL import Image
-from test_sheet_page import HOSTILE, values
 
 from hf_glovlm import write_report
 from hf_glovlm.charts import Chart
@@ -29,37 +28,6 @@ from hf_glovlm.reports.reading import READING
 from hf_glovlm.reports.run import HOW_TO_SEE, NO_CURVES, render_run
 
 RESEARCH = "Research use only, not for diagnosis"
-
-
-class Page(HTMLParser):
-    """Elements, addresses and text of a page, that of its charts apart."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.texts: list[str] = []
-        self.drawn: list[str] = []
-        self._inside: list[str] = []
-        self.feed(text)
-        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag in ("style", "script", "svg", "details"):
-            self._inside.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if self._inside[-1:] == [tag]:
-            self._inside.pop()
-
-    def handle_data(self, data: str) -> None:
-        inside = self._inside[-1:]
-        if inside == ["svg"]:
-            self.drawn.append(data)
-        elif inside not in (["style"], ["script"]):
-            self.texts.append(data)
 
 
 @pytest.fixture(autouse=True)

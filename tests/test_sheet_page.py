@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import sheet_made
 from doc_pages import DOCS, commands
+from page_text import HOSTILE, Page, values
 from PIL import Image
 from qupath_made import CLASSES, outlines, write_results
 
@@ -31,48 +31,12 @@ from hf_glovlm.slides.numbering import Numbers
 
 RESEARCH = "Research use only, not for diagnosis"
 CIRCLE = np.stack([np.cos(np.linspace(0, 2 * np.pi, 33)), np.sin(np.linspace(0, 2 * np.pi, 33))], 1)
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "\"><img src=http://x.example/a onerror='b()'>",
-    "{{ 7 * 7 }} {% raw %} {# c #}",
-    "</style></title><!-- & &lt; &#60;",
-    "شكل \u202eabc\u202c \x00\x1b \ud800",
-)
-
-
-class Page(HTMLParser):
-    """Elements, addresses and text of a page, as a browser takes them."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.text = re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_data(self, data: str) -> None:
-        if self.tags[-1:] != ["style"]:
-            self.texts.append(data)
 
 
 def page(sheet: dict[str, Any], pictures: Any = None) -> Page:
     sheet.setdefault("pictures", {"sentences": []})
     shown = [None] * len(sheet["glomeruli"]) if pictures is None else pictures
     return Page(render_sheet(sheet, shown))
-
-
-def values(part: Any) -> list[Any]:
-    """All plain values in JSON, keys of states among them."""
-    if isinstance(part, dict):
-        return [*part, *(value for own in part.values() for value in values(own))]
-    if isinstance(part, list | tuple):
-        return [value for own in part for value in values(own)]
-    return [part]
 
 
 # ----------------------------------------------------------------------------------- the page

@@ -111,7 +111,7 @@ def _outline(folder: Path) -> dict[str, Chart]:
         charts[f"results-outline-{short}"] = draw_lines(
             lines,
             title=f"What the model is shown of the glomerulus ({of})",
-            alt=_say("Macro-AUC by labelled images of each class", lines),
+            alt=_describe_lines("Macro-AUC by labelled images of each class", lines),
             x_label="labelled images of each class",
             y_label="macro-AUC",
             x_ticks=lines[0].x,
@@ -124,7 +124,7 @@ def _outline(folder: Path) -> dict[str, Chart]:
     charts["results-outline-gain"] = draw_forest(
         gains,
         title="Gain of the outline over the square, by labels a class",
-        alt=_list("Gain in macro-AUC", gains),
+        alt=_describe_estimates("Gain in macro-AUC", gains),
         x_label="gain in macro-AUC, 95% interval",
     )
     return charts
@@ -144,7 +144,7 @@ def _finder(folder: Path) -> dict[str, Chart]:
         charts[f"results-finder-{short}"] = draw_lines(
             lines,
             title=f"Glomeruli found ({own[0][0]})",
-            alt=_say("F1 by regions learned from", lines),
+            alt=_describe_lines("F1 by regions learned from", lines),
             x_label="outlined regions learned from",
             y_label="F1 at IoU .5",
             y_limits=(0, 1),
@@ -169,14 +169,14 @@ def _sclerosis(folder: Path) -> dict[str, Chart]:
         "results-sclerosis": draw_forest(
             errors,
             title=title,
-            alt=_list(title, errors),
+            alt=_describe_estimates(title, errors),
             x_label="mean absolute error in points, 95% interval",
             x_limits=(0, 80),
         )
     }
 
 
-def _say(what: str, lines: Sequence[Line]) -> str:
+def _describe_lines(what: str, lines: Sequence[Line]) -> str:
     each = (
         f"{line.label} " + ", ".join(f"{y:g} at {x:g}" for x, y in zip(line.x, line.y, strict=True))
         for line in lines
@@ -184,7 +184,7 @@ def _say(what: str, lines: Sequence[Line]) -> str:
     return f"{what}: {'; '.join(each)}."
 
 
-def _list(what: str, estimates: Sequence[Estimate]) -> str:
+def _describe_estimates(what: str, estimates: Sequence[Estimate]) -> str:
     return f"{what}: " + "; ".join(f"{one.label} {one.value:g}" for one in estimates) + "."
 
 

@@ -1,6 +1,6 @@
 """Comparison of finished runs, or of finished studies, on the same test images."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from ..files import check_kind, read_json, read_manifest, results_kind, short_pa
 from ..inference import Predictions
 from ..metrics import PairedRun, adjust_holm, compare_methods
 from ..rendering import group_unit
-from .results import RunResult
+from .results import Content, RunResult
 from .study_config import COMPARED
 from .study_report import Outcome
 
@@ -26,7 +26,7 @@ Source = str | Path | RunResult
 Line = tuple[str, str, int]  # backbone, method, shots
 
 
-class Comparison(Mapping[str, Any]):
+class Comparison(Content):
     """Comparison of runs on the same images: a mapping as `--json` prints it.
 
     `lines` holds a comparison each: one of runs, or one for every backbone, method and number of
@@ -35,22 +35,6 @@ class Comparison(Mapping[str, Any]):
     `versus_reference`: `metrics` as `compare_methods` gives them, `p_holm`, `only_reference` and
     `only_own` (images that one of both names right).
     """
-
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self._content = dict(content)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._content[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._content)
-
-    def __len__(self) -> int:
-        return len(self._content)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
-        return dict(self._content)
 
     def to_frame(self) -> "pandas.DataFrame":
         """A row a line, run and metric, with its value, its difference and the p-values."""

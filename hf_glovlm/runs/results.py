@@ -13,7 +13,31 @@ if TYPE_CHECKING:
     from ..inference import Predictions
 
 
-class RunResult(Mapping[str, Any]):
+class Content(Mapping[str, Any]):
+    """Content of a file of results, as a mapping that nobody changes.
+
+    Args:
+        content: What the file holds.
+    """
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._content = dict(content)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._content[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A copy of everything, as the JSON file holds it."""
+        return copy.deepcopy(self._content)
+
+
+class RunResult(Content):
     """Results of a run: the content of `results.json`, and where model and predictions lie.
 
     A mapping as the JSON file is one (`result["metrics"]["macro_auc"]["value"]`); every key of it
@@ -32,17 +56,8 @@ class RunResult(Mapping[str, Any]):
     """
 
     def __init__(self, content: Mapping[str, Any], folder: str | Path) -> None:
-        self._content = dict(content)
+        super().__init__(content)
         self.folder = Path(folder)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._content[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._content)
-
-    def __len__(self) -> int:
-        return len(self._content)
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and name in self._content:
@@ -51,10 +66,6 @@ class RunResult(Mapping[str, Any]):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._content})
-
-    def to_dict(self) -> dict[str, Any]:
-        """A copy of everything, as `results.json` holds it."""
-        return copy.deepcopy(self._content)
 
     def to_frame(self) -> "pandas.DataFrame":
         """Metrics as a table: a row a metric; columns `value`, `low`, `high` (95% interval)."""
