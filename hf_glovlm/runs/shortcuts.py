@@ -36,9 +36,9 @@ _WORDS = {
 }
 
 
-def fit_predict(train_values: Floats, train_labels: Ints, test_values: Floats, n_classes: int) -> (
-    Floats
-):  # fmt: skip
+def fit_predict(
+    train_values: Floats, train_labels: Ints, test_values: Floats, n_classes: int
+) -> Floats:
     """Multinomial logistic regression with a ridge penalty, all classes weighed alike.
 
     Values are standardised by the training rows and cut at four standard deviations; a missing one
@@ -116,9 +116,8 @@ def probe_labels(
         `value`, `ci95`, `classes` (of each the same), `groups` (of each group of statistics the
         same, with `title` and `statistics`), `pairs` (of classes, most separated first), `flags`,
         `flagged`, `carriers` (groups of statistics that alone predict what is flagged most, the
-        strongest first), `limit`,
-        `n`, `n_groups`, `folds`, `left_out` (classes in a single group), `too_few` (in fewer
-        than `LEAST_GROUPS`) and `note`.
+        strongest first), `limit`, `n`, `n_groups`, `folds`, `left_out` (classes in a single
+        group), `too_few` (in fewer than `LEAST_GROUPS`) and `note`.
     """
     given, ids = np.asarray(labels), np.asarray(groups)
     held = [len({*ids[given == k]}) for k in range(len(classes))]
