@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up a fresh machine by themselves: a virtual environment in .venv
-# with the pinned packages (some minutes, about 6 GB), once. Afterwards they only run.
+# with the pinned packages (some minutes, about 8 GB), once. Afterwards they only run.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -72,7 +72,7 @@ $(READY): pyproject.toml constraints.txt
 			echo "'$(PYTHON)' cannot make virtual environments: install the system package $$package." >&2; exit 2; \
 		fi; \
 	fi
-	@echo "Setting up $(VENV): some minutes and about 6 GB, this once."
+	@echo "Setting up $(VENV): some minutes and about 8 GB, this once."
 	@$(PYTHON) -m venv "$(VENV)"
 	@$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
