@@ -143,10 +143,8 @@ def compare_runs(
     titles = _names(sources, names)
     kinds = [_kind(source) for source in sources]
     if len({kind == "study" for kind in kinds}) > 1:
-        a, b = (
-            titles[kinds.index("study")],
-            next(t for t, k in zip(titles, kinds, strict=True) if k != "study"),
-        )
+        a = titles[kinds.index("study")]
+        b = next(t for t, k in zip(titles, kinds, strict=True) if k != "study")
         raise GloVLMError(f"'{a}' is a study and '{b}' is none: compare runs, or studies.")
     options = {"metrics": metrics, "n_resamples": n_resamples, "seed": seed}
     notes: list[str] = []
@@ -155,9 +153,8 @@ def compare_runs(
         compared = _compare_studies(titles, of, shared, notes)
     else:
         runs = [_read_run(s, t) for s, t in zip(sources, titles, strict=True)]
-        compared = [(None, titles, [(0, aligned)] if (
-            aligned := _align(titles, runs, shared, notes)
-        ) else [])]  # fmt: skip
+        aligned = _align(titles, runs, shared, notes)
+        compared = [(None, titles, [(0, aligned)] if aligned else [])]
     tested = [one for _, _, draws in compared for _, runs in draws for one in runs]
     unit = group_unit(next((c for r in tested if (c := r.data["group_column"])), "group_id"))
     lines = [_compare(line, of, draws, unit, options) for line, of, draws in compared]
